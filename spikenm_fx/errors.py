@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What spikenm_fx raises: every message says what was seen, what is required, and what to do."""
+
+__all__ = [
+    "CheckpointError",
+    "PatternError",
+    "PlanError",
+    "SpikeNMError",
+    "SpikeNMWarning",
+    "VerificationError",
+]
+
+
+class SpikeNMError(Exception):
+    """Base of every error that spikenm_fx raises on purpose.
+
+    Raising one leaves the user's model and files as they were.
+    """
+
+
+class PatternError(SpikeNMError, ValueError):
+    """A pattern that is not ``keep:of`` with ``1 <= keep <= of``, or does not fit a weight."""
+
+
+class PlanError(SpikeNMError, ValueError):
+    """A plan that cannot be made or applied: no layer matched, a rule without a match, sparse twice."""
+
+
+class CheckpointError(SpikeNMError, RuntimeError):
+    """A checkpoint that does not belong to this sparse model, for instance of another pattern."""
+
+
+class VerificationError(SpikeNMError, AssertionError):
+    """Weights that are not N:M where they must be."""
+
+
+class SpikeNMWarning(UserWarning):
+    """Something works, but surely not as intended (e.g. logits that no optimizer updates)."""
