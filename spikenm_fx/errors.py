@@ -23,7 +23,7 @@ class PatternError(SpikeNMError, ValueError):
 
 
 class PlanError(SpikeNMError, ValueError):
-    """A plan that cannot be made or applied: no layer matched, a rule without a match, sparse twice."""
+    """A plan that cannot be made or applied: no layer matched, a rule in vain, sparse twice."""
 
 
 class CheckpointError(SpikeNMError, RuntimeError):

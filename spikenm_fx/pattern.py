@@ -30,7 +30,7 @@ WeightLayer: TypeAlias = nn.Linear | _ConvNd
 
 
 def is_weight_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is a Linear or Conv of any kind, by inheritance and never by exact type."""
+    """Whether ``module`` is a Linear or Conv of any kind: by inheritance, never by exact type."""
     return isinstance(module, nn.Linear | _ConvNd)
 
 
@@ -49,7 +49,7 @@ class NM:
         for value in (self.keep, self.of):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise PatternError(
-                    f"pattern {self.keep!r}:{self.of!r}: both numbers must be integers, e.g. NM(2, 4)"
+                    f"pattern {self.keep!r}:{self.of!r}: both must be integers, e.g. NM(2, 4)"
                 )
         if not 1 <= self.keep <= self.of:
             raise PatternError(
