@@ -59,7 +59,8 @@ class OverTime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` to ``[T, B, ...]``."""
-        return self.module(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+        folded: Tensor = self.module(x.flatten(0, 1))
+        return folded.view(*x.shape[:2], *folded.shape[1:])
 
 
 class SpikingConvNet(nn.Module):
