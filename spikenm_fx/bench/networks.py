@@ -24,7 +24,7 @@ class AtanSpike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         """Gradient 1 / (1 + (pi x)^2) of the surrogate (alpha = 2)."""
-        (distance,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        distance: Tensor = ctx.saved_tensors[0]  # type: ignore[attr-defined]
         return grads[0] / (1 + (math.pi * distance).square())
 
 

@@ -17,7 +17,6 @@ fused elementwise passes, no sort and no top-k over tiny rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -154,7 +153,7 @@ def ranks(planes: Tensor, space: _Space | None = None) -> Tensor:
 def draws_backward(
     z: Tensor, h: Tensor, keep: int, tau: float, space: _Space | None = None
 ) -> Tensor:
-    """sum over draws k of s_k * (h_k - sum(s_k * h_k)) on planes ``(M, n)``.
+    """Sum over draws k of s_k * (h_k - sum(s_k * h_k)) on planes ``(M, n)``.
 
     One exponential serves all draws: with y = exp((z - z_last) / tau), z_last the smallest drawn,
     s_k = y / S_k over what was left before draw k, and S_k, sum(s_k * h_k) =: t_k are running
