@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikenm_fx.bench.handwritten import SequenceLIF
+from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import SpikingGraph, trace

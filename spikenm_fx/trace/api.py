@@ -16,7 +16,7 @@ from spikenm_fx.errors import TraceError
 from spikenm_fx.trace.build import Trace, build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.neurons import find_neurons
-from spikenm_fx.trace.snapshot import preserved
+from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
 
@@ -32,6 +32,7 @@ def trace(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
+    measure: bool = False,
 ) -> SpikingGraph:
     """Read ``model``: its layers and neurons, who feeds whom, and what flows between them.
 
@@ -45,6 +46,8 @@ def trace(
             reads what the code tells without running it.
         example_kwargs: keyword arguments of the forward.
         limits: bounds on time and size for each attempt.
+        measure: also look at the example's values on every edge (edge attribute ``measured``), to
+            hold the inferred signals against them; slower.
 
     Returns:
         The graph; its ``route`` says how it was obtained and its ``notes`` what was unusual.
@@ -64,9 +67,10 @@ def trace(
 
             def renew() -> None:
                 restore()
+                detach_state(inner)
                 _reset(inner, neurons)
 
-            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), renew)
+            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), renew, measure)
         result.notes[:0] = notes
         graph = build(result)
         return with_prefix(graph, prefix) if prefix else graph
@@ -79,6 +83,7 @@ def _attempts(
     kwargs: dict[str, Any],
     limits: Limits,
     renew: Callable[[], None],
+    measure: bool,
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
@@ -87,7 +92,9 @@ def _attempts(
     notes: list[Note] = []
     for _ in range(_ATTEMPTS):
         renew()
-        tracer = ValueTracer(model, LeafRule(modules, opaque, unknown), limits.again())
+        tracer = ValueTracer(
+            model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
+        )
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
@@ -101,7 +108,7 @@ def _attempts(
                 break
             opaque.add(type(failed))
     renew()
-    tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again())
+    tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again(), measure=measure)
     try:
         graph = tracer.run_recorded(args, kwargs)
     except TraceLimitReached as error:
