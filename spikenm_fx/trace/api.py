@@ -55,22 +55,18 @@ def trace(
     Raises:
         TraceError: if the model's own forward raises on the examples, or cannot be read at all.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)
     neurons = find_neurons(inner)
-    with preserved(inner) as restore, _quiet(inner, notes):
+    with _quiet(inner, notes), preserved(inner) as restore:
         if not args and not kwargs:
             result = _symbolic(inner, neurons)
         else:
             _check_devices(inner, args, kwargs)
-
-            def renew() -> None:
-                restore()
-                detach_state(inner)
-                _reset(inner, neurons)
-
-            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), renew, measure)
+            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), restore, measure)
         result.notes[:0] = notes
         graph = build(result)
         return with_prefix(graph, prefix) if prefix else graph
@@ -82,7 +78,7 @@ def _attempts(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     limits: Limits,
-    renew: Callable[[], None],
+    restore: Callable[[], None],
     measure: bool,
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
@@ -90,8 +86,10 @@ def _attempts(
     unknown = {model.get_submodule(n) for n, s in neurons.items() if s.framework == "unknown"}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
-    for _ in range(_ATTEMPTS):
-        renew()
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            restore()
+        _start_fresh(model, neurons)
         tracer = ValueTracer(
             model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
         )
@@ -107,7 +105,8 @@ def _attempts(
             if failed is None or failed is model or type(failed) in opaque:
                 break
             opaque.add(type(failed))
-    renew()
+    restore()
+    _start_fresh(model, neurons)
     tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again(), measure=measure)
     try:
         graph = tracer.run_recorded(args, kwargs)
@@ -221,8 +220,6 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, str, list[Note]]:
 
 
 def _refuse_unreadable(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"{type(model).__name__}: a scripted model hides its layers and their calls; "
@@ -250,8 +247,9 @@ def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def _reset(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
+def _start_fresh(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
     """Forget state left from before: its shape need not fit the examples."""
+    detach_state(model)
     for name, spec in neurons.items():
         module = model.get_submodule(name)
         for part in nn.Module.modules(module):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +16,9 @@ from torch import Tensor, nn
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.graph import SpikingGraph
-from spikenm_fx.trace.layouts import Attachment, Reader
+from spikenm_fx.trace.layouts import Attachment, Reader, Role
 
 __all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels"]
-
-Role = Literal["producer", "consumer", "attached"]
 
 
 @dataclass(frozen=True, slots=True)

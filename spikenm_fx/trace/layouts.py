@@ -16,7 +16,10 @@ from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.ops import ELEMENTWISE, module_family, op_name
 from spikenm_fx.trace.spaces import Atom, Dim, Layout, Spaces, plain, size_of
 
-__all__ = ["Attachment", "Reader"]
+__all__ = ["Attachment", "Reader", "Role"]
+
+
+Role = Literal["producer", "consumer", "attached"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,7 @@ class Attachment:
     tensor: str
     axis: int
     dim: Dim
-    role: Literal["producer", "consumer", "attached"]
+    role: Role
 
 
 class NotUnderstood(Exception):
@@ -106,7 +109,7 @@ class Reader:
             for dim in layout:
                 self.spaces.freeze(dim, reason)
 
-    def _attach(self, tensor: Tensor, axis: int, dim: Dim, role: str = "attached") -> None:
+    def _attach(self, tensor: Tensor, axis: int, dim: Dim, role: Role = "attached") -> None:
         name = self._names.get(id(tensor))
         if name is None:
             raise NotUnderstood("a tensor that is no parameter or buffer of the model")
@@ -133,7 +136,7 @@ class Reader:
             return self._resized(node)
         raise NotUnderstood(f"no rule for {type(module).__name__}")
 
-    def _layer(self, node: fx.Node, module: nn.Module) -> Layout:
+    def _layer(self, node: fx.Node, module: Any) -> Layout:
         weight: Tensor = module.weight
         bias: Tensor | None = getattr(module, "bias", None)
         spatial = weight.dim() - 2

@@ -151,7 +151,10 @@ def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
 
     def undo() -> None:
         if copy is not None and not _same(tensor, copy):
-            tensor.data = copy
+            if _fits(tensor, copy):
+                tensor.data.copy_(copy)
+            else:  # a clone: the copy must stay good for another restore
+                tensor.data = copy.clone()
         if leaf:
             if tensor.requires_grad is not required:
                 tensor.requires_grad_(required)
@@ -161,10 +164,12 @@ def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
     return undo
 
 
+def _fits(tensor: Tensor, copy: Tensor) -> bool:
+    return (tensor.shape, tensor.dtype, tensor.device) == (copy.shape, copy.dtype, copy.device)
+
+
 def _same(tensor: Tensor, copy: Tensor) -> bool:
-    if tensor.shape != copy.shape or tensor.dtype != copy.dtype or tensor.device != copy.device:
-        return False
-    return tensor.is_meta or bool(torch.equal(tensor, copy))
+    return _fits(tensor, copy) and (tensor.is_meta or bool(torch.equal(tensor, copy)))
 
 
 def _remember_rng() -> Callable[[], None]:
