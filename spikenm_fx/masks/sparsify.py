@@ -12,7 +12,7 @@ from torch import nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.clock import Clock
-from spikenm_fx.masks.layer import LOGITS, check_checkpoint, mask_layer, masked_layers
+from spikenm_fx.masks.layer import LOGITS, MaskedWeight, check_checkpoint, mask_layer, masked_layers
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView, PatternLike, Remainder
@@ -67,6 +67,8 @@ def sparsify(
     refuse_if_sparse(model)
     if schedule is not None and total_steps is not None:
         raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     schedule = schedule or Schedule(total_steps)
     chosen = method_named(method)
     decided = plan(model, nm, rules=rules, remainder=remainder)
@@ -134,7 +136,11 @@ def _apply(
         assert entry.nm is not None
         view = BlockView.of_layer(layer, entry.nm, name=entry.name)
         sharing[id(layer._parameters["weight"])].append((entry.name, layer, view))
+    prepared = []  # all that can fail, before the first layer is touched
     for holders in sharing.values():
-        name, _, view = holders[0]
-        mask_layer([layer for _, layer, _ in holders], name, view, method, clock, schedule)
+        name, layer, view = holders[0]
+        mask = MaskedWeight(layer, name, view, method, clock, schedule)
+        prepared.append(([layer for _, layer, _ in holders], mask, mask.fresh_scores()))
+    for layers, mask, scores in prepared:
+        mask_layer(layers, mask, scores)
     model.register_load_state_dict_pre_hook(check_checkpoint)
