@@ -53,6 +53,6 @@ def gumbel_(out: Tensor, key: Key, start: int, bits: Tensor, shifted: Tensor) ->
 
 
 def _xor_shift_(bits: Tensor, shift: int, shifted: Tensor) -> Tensor:
-    """Xor ``bits`` with itself shifted right; the mask turns the arithmetic shift into a logical one."""
+    """Xor ``bits`` with itself shifted right; the mask makes the arithmetic shift a logical one."""
     torch.bitwise_right_shift(bits, shift, out=shifted)
     return bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
