@@ -130,7 +130,7 @@ class MaskedWeight:
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return self.dense.detach().masked_fill(~self.mask(), 0)
+        return _filled(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
@@ -172,6 +172,11 @@ class MaskedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "_final": None}
+
+
+def _filled(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Zeros where the mask is False, in the same memory format, which masked_fill would drop."""
+    return tensor.clone().masked_fill_(~mask, 0)
 
 
 def _few(tensor: Tensor) -> Tensor:
@@ -245,7 +250,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor, mask: Tensor, context: _Context) -> Tensor:
-        return weight.masked_fill(~mask, 0)
+        return _filled(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -260,7 +265,7 @@ class _MaskedFunction(torch.autograd.Function):
         if needs_scores and context.training:
             grad_scores = context.score_grad(grad)
         context.clock.note_backward(scores_too=grad_scores is not None)
-        return grad.masked_fill(~ctx.mask, 0) if needs_weight else None, grad_scores, None, None
+        return _filled(grad, ctx.mask) if needs_weight else None, grad_scores, None, None
 
 
 class MaskedLayer(nn.Module):
