@@ -5,6 +5,8 @@ __all__ = [
     "CheckpointError",
     "PatternError",
     "PlanError",
+    "RecipeError",
+    "ReportError",
     "SpikeNMError",
     "SpikeNMWarning",
     "VerificationError",
@@ -28,6 +30,14 @@ class PlanError(SpikeNMError, ValueError):
 
 class CheckpointError(SpikeNMError, RuntimeError):
     """A checkpoint that does not belong to this sparse model, for instance of another pattern."""
+
+
+class RecipeError(SpikeNMError, ValueError):
+    """A recipe file, or an entry point it names, that cannot be used; lists every mistake."""
+
+
+class ReportError(SpikeNMError, RuntimeError):
+    """A report that cannot be made, e.g. because no batch was given or the model cannot run it."""
 
 
 class VerificationError(SpikeNMError, AssertionError):
