@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
@@ -145,7 +146,9 @@ def test_huge_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """A file of 10 MB is refused by size, without being parsed."""
     path = tmp_path / "huge.yaml"
     path.write_text("a: 1\n" * 2_000_000)
-    monkeypatch.setattr("spikenm_fx.plan.recipe.parse_recipe", lambda *_, **__: pytest.fail("read"))
+    # spikenm_fx.plan is the verb; its package is found by import only
+    module = importlib.import_module("spikenm_fx.plan.recipe")
+    monkeypatch.setattr(module, "parse_recipe", lambda *_, **__: pytest.fail("parsed"))
     with pytest.raises(RecipeError, match="larger than"):
         load_recipe(path)
 

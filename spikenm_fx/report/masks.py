@@ -71,7 +71,7 @@ def mask_tile(
     layer: WeightLayer, mask: Tensor, of: int, *, outputs: int = 24, inputs: int = 48
 ) -> MaskTile:
     """The corner of ``outputs`` x ``inputs`` channels at the kernel's centre."""
-    matrix = _output_major(layer, mask)
+    matrix: Tensor = _output_major(layer, mask)
     for size in reversed(matrix.shape[2:]):
         matrix = matrix[..., size // 2]
     corner = (matrix[:outputs, :inputs] != 0).int()
@@ -82,4 +82,5 @@ def _output_major(layer: nn.Module, mask: Tensor) -> Tensor:
     """``(C_out, C_in / groups, *kernel)`` for every kind of layer."""
     if not isinstance(layer, _ConvTransposeNd):
         return mask
-    return mask.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    split: Tensor = mask.unflatten(0, (layer.groups, -1))
+    return split.transpose(1, 2).flatten(0, 1)

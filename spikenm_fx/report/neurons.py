@@ -100,7 +100,10 @@ class NeuronWatch:
 
     def layer_ran(self, name: str) -> None:
         """A weight layer ran: what fires next is what it feeds."""
-        if name not in self._next and name not in self._waiting:
+        if name in self._next or name in self._waiting:
+            # The next step or batch begins: who still waits (a head) feeds no neuron.
+            self._waiting.clear()
+        else:
             self._waiting.append(name)
 
     def rate_after(self, layer: str) -> float | None:

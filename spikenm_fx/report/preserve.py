@@ -126,8 +126,8 @@ def reset_to_rest(model: nn.Module) -> None:
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
     for name in RESET_METHODS:
-        method = getattr(module, name, None)
-        if callable(method) and _needs_no_argument(method):
+        method: Callable[[], Any] | None = getattr(module, name, None)
+        if method is not None and callable(method) and _needs_no_argument(method):
             return method
     return None
 

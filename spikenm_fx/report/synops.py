@@ -12,6 +12,7 @@ Zeros that a convolution pads with never spike: they are no operations here.  Fo
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -22,7 +23,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spikenm_fx.pattern import WeightLayer
 
-__all__ = ["SIGNALS", "LayerCounter", "Operations", "Signal", "fan_out", "padded_ops", "signal_kind"]
+__all__ = [
+    "SIGNALS",
+    "LayerCounter",
+    "Operations",
+    "Signal",
+    "fan_out",
+    "padded_ops",
+    "signal_kind",
+]
 
 Signal = Literal["spike", "integer", "analog"]
 
@@ -72,7 +81,9 @@ def signal_kind(values: Tensor) -> Signal:
     return "analog"
 
 
-def fan_out(layer: WeightLayer, mask: Tensor, size: tuple[int, ...], out: tuple[int, ...]) -> Tensor:
+def fan_out(
+    layer: WeightLayer, mask: Tensor, size: tuple[int, ...], out: tuple[int, ...]
+) -> Tensor:
     """How many non-zero weights leave each input position.
 
     Args:
@@ -111,26 +122,36 @@ def padded_ops(layer: WeightLayer, size: tuple[int, ...], out: tuple[int, ...]) 
     return weights * math.prod(positions)
 
 
+_CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
+
+
 def _correlate(layer: _ConvNd, probe: Tensor, kernel: Tensor, out: tuple[int, ...]) -> Tensor:
+    """The layer's own convolution, without bias, with ``kernel`` for its weight."""
     dims = probe.dim() - 2
     if isinstance(layer, _ConvTransposeNd):
-        function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[dims - 1]
-        extra = [
-            wanted - ((n - 1) * s - 2 * int(p) + d * (k - 1) + 1)
-            for wanted, n, s, p, d, k in zip(
-                out, probe.shape[2:], layer.stride, layer.padding, layer.dilation,
-                layer.kernel_size, strict=True,
-            )
-        ]  # fmt: skip
-        return function(
+        sizes = zip(
+            out,
+            probe.shape[2:],
+            layer.stride,
+            map(int, layer.padding),
+            layer.dilation,
+            layer.kernel_size,
+            strict=True,
+        )
+        extra = [o - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for o, n, s, p, d, k in sizes]
+        return _TRANSPOSED[dims - 1](
             probe, kernel, None, layer.stride, layer.padding, extra, layer.groups, layer.dilation
         )
-    function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     padding: str | tuple[int, ...] = layer.padding
     if layer.padding_mode != "zeros":
         probe = F.pad(probe, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
         padding = (0,) * dims
-    return function(probe, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
+    return _CONV[dims - 1](probe, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from spikenm_fx.report.model import LayerReport, Report
 
-__all__ = ["count_text", "percent", "table"]
+__all__ = ["bytes_text", "count_text", "energy_text", "percent", "table", "threads_text"]
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -29,6 +29,11 @@ def energy_text(picojoule: float) -> str:
         if picojoule >= size:
             return f"{picojoule / size:.3g} {unit}"
     return f"{picojoule:.3g} pJ"
+
+
+def threads_text(count: int) -> str:
+    """``1 thread``, ``4 threads``."""
+    return f"{count} thread{'s' if count != 1 else ''}"
 
 
 def bytes_text(count: float) -> str:
@@ -120,6 +125,6 @@ def _foot(report: Report) -> list[str]:
         times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in report.latency.total.items())
         lines.append(
             f"latency of one batch: {times} (median of {report.latency.repeats}, "
-            f"{report.latency.threads} threads)"
+            f"{threads_text(report.latency.threads)})"
         )
     return [*lines, *(f"note: {note}" for note in report.notes)]
