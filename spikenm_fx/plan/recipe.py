@@ -28,6 +28,7 @@ from spikenm_fx.errors import RecipeError
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.entry_point import EntryPoint
 from spikenm_fx.plan.mistakes import Mistake, explain, listing
+from spikenm_fx.plan.rules import Rule
 from spikenm_fx.plan.yaml_strict import MAX_BYTES, load_strict_yaml
 
 __all__ = [
@@ -169,9 +170,7 @@ class MethodSpec(_Closed):
         gt=0,
         description="optimizer steps of the training; temperatures anneal over them",
     )
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="further keyword arguments of sparsify()"
-    )
+    seed: int = Field(default=0, description="of the sampling noise")
 
 
 class RuleSpec(_Closed):
@@ -186,6 +185,9 @@ class RuleSpec(_Closed):
     action: Literal["sparsify", "keep_dense", "ignore"] | None = Field(
         default=None,
         description="sparsify where 'nm' is given; 'ignore' wins over every other rule",
+    )
+    remainder: Literal["skip", "pad", "error"] | None = Field(
+        default=None, description="for these layers; the recipe's own where it is missing"
     )
     reason: str = Field(default="", description="one sentence for the plan")
 
@@ -235,6 +237,29 @@ class Recipe(_Closed):
         if value is not None and not re.fullmatch(r"\.[A-Za-z]\w*(\.[A-Za-z]\w*)*", value):
             EntryPoint.parse(value)
         return value
+
+    def plan_options(self) -> dict[str, Any]:
+        """Keyword arguments for :func:`spikenm_fx.plan`: ``plan(model, **recipe.plan_options())``.
+
+        Rules keep their order; rules of the recipe that match nothing are errors there.
+        """
+        return {
+            "nm": self.nm,
+            "remainder": self.remainder,
+            "rules": tuple(
+                Rule(rule.match, rule.nm, rule.action or "sparsify", rule.remainder, rule.reason)
+                for rule in self.rules
+            ),
+        }
+
+    def sparsify_options(self) -> dict[str, Any]:
+        """Keyword arguments for :func:`spikenm_fx.sparsify`."""
+        return {
+            **self.plan_options(),
+            "method": self.method.name,
+            "total_steps": self.method.total_steps,
+            "seed": self.method.seed,
+        }
 
 
 def load_recipe(path: str | Path) -> Recipe:

@@ -1,0 +1,3 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: placeholder until the trace is there."""
+def diagnose(loaded: object) -> object: ...
