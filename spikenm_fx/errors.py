@@ -3,6 +3,8 @@
 
 __all__ = [
     "CheckpointError",
+    "PackError",
+    "PackedFileError",
     "PatternError",
     "PlanError",
     "RecipeError",
@@ -30,6 +32,14 @@ class PlanError(SpikeNMError, ValueError):
 
 class CheckpointError(SpikeNMError, RuntimeError):
     """A checkpoint that does not belong to this sparse model, for instance of another pattern."""
+
+
+class PackError(SpikeNMError, ValueError):
+    """A weight, model or input that cannot be packed or run packed: not N:M, NaN, wrong device."""
+
+
+class PackedFileError(SpikeNMError, RuntimeError):
+    """A packed file that is damaged, edited by hand, or of another format version."""
 
 
 class RecipeError(SpikeNMError, ValueError):

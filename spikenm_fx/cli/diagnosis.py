@@ -1,3 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """``doctor``: placeholder until the trace is there."""
-def diagnose(loaded: object) -> object: ...
+
+from typing import Any
+
+
+def diagnose(loaded: object) -> Any:
+    """Not yet."""
+    raise NotImplementedError

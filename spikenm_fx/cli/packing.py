@@ -17,9 +17,15 @@ __all__ = ["pack_model", "packed_output", "packing_available"]
 
 def packing_available() -> bool:
     """Whether this version can turn a model into its packed inference copy."""
+    return _verb() is not None
+
+
+def _verb() -> Callable[..., nn.Module] | None:
     import spikenm_fx
 
-    return callable(getattr(spikenm_fx, "pack", None))
+    # Without the verb, the name is the package of the same name, which is not callable.
+    found = vars(spikenm_fx).get("pack")
+    return found if callable(found) else None
 
 
 def packed_output(
@@ -29,9 +35,10 @@ def packed_output(
     rest: Callable[[nn.Module], None],
 ) -> Tensor:
     """What the packed copy of ``model`` computes."""
-    import spikenm_fx
-
-    engine = spikenm_fx.pack(model, batch)
+    pack = _verb()
+    if pack is None:
+        raise PlanError("this version of spikenm_fx cannot pack models")
+    engine = pack(model, batch)
     rest(engine)
     return run(engine)
 
@@ -54,8 +61,10 @@ def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[in
     for entry in decided.sparse:
         layer = model.get_submodule(entry.name)
         geometry = LayerGeometry.of_layer(layer, name=entry.name)
-        weight = layer.weight.detach()
-        packed = pack_weight(weight, entry.nm, geometry=geometry, name=entry.name)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        assert entry.nm is not None
+        packed = pack_weight(weight.detach(), entry.nm, geometry=geometry, name=entry.name)
         weights[entry.name] = packed
         sizes[entry.name] = (weight.numel() * weight.element_size(), packed.nbytes)
     taken = {f"{name}.weight" for name in weights}
