@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,6 +86,9 @@ def check(
     here: Annotated[
         bool, typer.Option("--in-process", help="No process of its own for each recipe.")
     ] = False,
+    result: Annotated[
+        Path | None, typer.Option(hidden=True, help="File for the results of one process.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Apply recipes to the real code; exit code 1 where one fails."""
@@ -105,6 +109,9 @@ def check(
         screen.result({"valid": [str(file) for file in files]}, text)
         return
     results = _checked(loaded, root, here, screen)
+    if result is not None:
+        result.write_text(json.dumps(results), encoding="utf-8")
+        return
     if table is not None:
         from spikenm_fx.cli.results import renew_table
 
@@ -129,7 +136,7 @@ def _checked(
 ) -> list[dict[str, Any]]:
     from spikenm_fx.cli.check import check_recipe
 
-    results = []
+    results: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=screen.err, transient=True) as progress:
         task = progress.add_task("recipes", total=len(loaded))
@@ -145,38 +152,33 @@ def _checked(
 
 def _checked_apart(file: Path, recipe: Recipe, root: Path | None) -> dict[str, Any]:
     """In a process of its own: every repository has a ``models`` package, and only one can be."""
-    words = [sys.executable, "-m", "spikenm_fx.cli", "recipe", "check", str(file), "--in-process"]
-    words += ["--json", *(["--root", str(root)] if root is not None else [])]
-    try:
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LIMIT_S,
-            env={**os.environ, "PYTHONPATH": _search_path(recipe, root)},
-        )
-        # Research code prints on import: the result is the last JSON document.
-        found = json.loads(
-            done.stdout[done.stdout.rindex("\n[\n" if "\n[\n" in done.stdout else "[") :]
-        )
-        return dict(found[0])
-    except (ValueError, KeyError, IndexError, subprocess.TimeoutExpired) as error:
-        tail = "" if isinstance(error, subprocess.TimeoutExpired) else done.stderr[-300:]
-        words_of = f"failed: its process gave no result ({type(error).__name__}) {tail}".strip()
-        return {
-            "recipe": file.stem,
-            "title": recipe.name or file.stem,
-            "origin": recipe.target.repo or recipe.target.package,
-            "stages": {"build": words_of},
-            "layers": 0,
-            "sparse": 0,
-            "firing": None,
-            "seconds": 0.0,
-            "environment": "",
-            "ok": False,
-            "skipped": False,
-        }
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        words = [sys.executable, "-m", "spikenm_fx.cli", "recipe", "check", str(file)]
+        words += ["--in-process", "--result", str(out)]
+        words += ["--root", str(root)] if root is not None else []
+        search = {**os.environ, "PYTHONPATH": _search_path(recipe, root)}
+        try:
+            done = subprocess.run(
+                words, capture_output=True, text=True, check=False, timeout=_LIMIT_S, env=search
+            )
+        except subprocess.TimeoutExpired:
+            return _no_result(file, recipe, f"it took more than {_LIMIT_S} s")
+        if not out.is_file():
+            return _no_result(
+                file, recipe, f"its process ended without a result: {done.stderr[-300:]}"
+            )
+        found: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
+        return found[0]
+
+
+def _no_result(file: Path, recipe: Recipe, reason: str) -> dict[str, Any]:
+    from spikenm_fx.cli.check import CheckResult
+
+    origin = recipe.target.repo or recipe.target.package or ""
+    result = CheckResult(file.stem, recipe.name or file.stem, origin)
+    result.stages["build"] = f"failed: {reason}"
+    return result.to_dict()
 
 
 def _search_path(recipe: Recipe, root: Path | None) -> str:

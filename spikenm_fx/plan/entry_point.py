@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from spikenm_fx.errors import RecipeError
+from spikenm_fx.plan.stand_in import standing_in
 
 __all__ = ["FRAMEWORKS", "EntryPoint", "Root"]
 
@@ -36,7 +37,6 @@ FRAMEWORKS = frozenset(
         "spikingjelly",
         "timm",
         "torch",
-        "torchvision",
     }
 )
 """Installed packages that recipes may name: their model classes, neurons and reset functions."""
@@ -87,10 +87,14 @@ class Root:
     Attributes:
         folder: the checkout the user points at (put on ``sys.path`` only while importing), or None.
         packages: further top-level packages that the user allows.
+        stand_ins: packages that may be inert while importing, where they are not installed.
+        aliases: pairs of a module path of an older release and the present one.
     """
 
     folder: Path | None = None
     packages: frozenset[str] = frozenset()
+    stand_ins: frozenset[str] = frozenset()
+    aliases: tuple[tuple[str, str], ...] = ()
 
     def resolve(self, text: str) -> Any:
         """The object that ``text`` names.
@@ -109,6 +113,11 @@ class Root:
     @contextlib.contextmanager
     def importing(self) -> Iterator[None]:
         """Within it, the folder comes first on ``sys.path``; afterwards the path is as before."""
+        with standing_in(self.stand_ins, dict(self.aliases)), self._on_path():
+            yield
+
+    @contextlib.contextmanager
+    def _on_path(self) -> Iterator[None]:
         if self.folder is None:
             yield
             return

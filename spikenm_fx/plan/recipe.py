@@ -26,7 +26,7 @@ from pydantic import (
 
 from spikenm_fx.errors import RecipeError
 from spikenm_fx.pattern import NM
-from spikenm_fx.plan.entry_point import EntryPoint
+from spikenm_fx.plan.entry_point import FRAMEWORKS, EntryPoint
 from spikenm_fx.plan.mistakes import Mistake, explain, listing
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.plan.yaml_strict import MAX_BYTES, load_strict_yaml
@@ -50,6 +50,19 @@ def _pattern(value: Any) -> Any:
 
 def _entry_point(value: str) -> str:
     EntryPoint.parse(value)
+    return value
+
+
+def _package(value: str) -> str:
+    if not value.isidentifier() or value in FRAMEWORKS:
+        raise ValueError(f"{value!r} must be the name of a package that is no framework")
+    return value
+
+
+def _framework_path(value: str) -> str:
+    if value.partition(".")[0] not in FRAMEWORKS or not value.replace(".", "_").isidentifier():
+        known = ", ".join(sorted(FRAMEWORKS))
+        raise ValueError(f"{value!r} must be a module path of one of {known}")
     return value
 
 
@@ -77,6 +90,8 @@ _JSON_PATTERN = {
 PatternField = Annotated[
     NM, BeforeValidator(_pattern), PlainSerializer(str), WithJsonSchema(_JSON_PATTERN)
 ]
+PackageField = Annotated[str, AfterValidator(_package)]
+FrameworkField = Annotated[str, AfterValidator(_framework_path)]
 EntryField = Annotated[str, AfterValidator(_entry_point)]
 
 
@@ -116,6 +131,21 @@ class Target(_Closed):
     )
     requires: list[str] = Field(
         default_factory=list, description="packages it needs, e.g. spikingjelly==0.0.0.0.12"
+    )
+
+    stand_ins: list[PackageField] = Field(
+        default_factory=list,
+        description="packages that its files import but that building and running never use; "
+        "inert while importing, where they are not installed",
+    )
+    aliases: dict[FrameworkField, FrameworkField] = Field(
+        default_factory=dict,
+        description="module paths of an older framework and where they are now",
+    )
+    attributes: dict[str, str | int | float | bool] = Field(
+        default_factory=dict,
+        description="attributes set after building on each module that has them, "
+        "e.g. backend: torch where the constructors ask for CuPy",
     )
 
     @model_validator(mode="after")

@@ -53,8 +53,9 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         RecipeError: if the recipe needs a checkout and none is there.
     """
     target = recipe.target
+    stand_ins, aliases = frozenset(target.stand_ins), tuple(target.aliases.items())
     if target.repo is None:
-        return Root()
+        return Root(stand_ins=stand_ins, aliases=aliases)
     if folder is None:
         raise RecipeError(
             f"{target.repo} is code that you bring: clone it (tried at commit {target.commit}) and "
@@ -79,7 +80,7 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         raise RecipeError(f"target.path {target.path!r} leads outside the checkout {checkout}")
     if not inner.is_dir():
         raise RecipeError(f"target.path {target.path!r} is not a folder of {checkout}")
-    return Root(inner)
+    return Root(inner, stand_ins=stand_ins, aliases=aliases)
 
 
 def missing_requirements(requires: Sequence[str]) -> list[str]:
@@ -126,7 +127,19 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
         raise RecipeError(
             f"{target.build} returned a {type(model).__name__}; it must build an nn.Module"
         )
+    _set_attributes(model, target.attributes)
     return model
+
+
+def _set_attributes(model: nn.Module, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        owners = [module for module in model.modules() if hasattr(module, name)]
+        if not owners:
+            raise RecipeError(
+                f"target.attributes: no module of {type(model).__name__} has {name!r}"
+            )
+        for module in owners:
+            setattr(module, name, value)
 
 
 def example_input(inputs: Inputs, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -180,7 +193,8 @@ def to_entry(target: Callable[..., Any]) -> str:
 
 def _call(model: nn.Module, batch: Tensor) -> Any:
     try:
-        return model(batch)
+        # Some models reshape their input in place.
+        return model(batch.clone())
     except Exception as error:
         raise RecipeError(
             f"{type(model).__name__} cannot run an input of shape {tuple(batch.shape)}: "

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from spikenm_fx.errors import ReportError
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
@@ -69,7 +70,11 @@ def report(
     """
     layers = _weight_layers(model)
     constants = energy or EnergyModel()
-    run = forward or _default_forward
+    chosen = forward or _default_forward
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        return chosen(model, _copied(batch))
+
     rest = reset or reset_to_rest
     samples = count = 0
     first: Any = None
@@ -160,17 +165,17 @@ def _run(run: Forward, model: nn.Module, batch: Any, index: int) -> None:
         ) from error
 
 
+def _copied(batch: Any) -> Any:
+    """The same tensors in memory of their own: some models reshape their input in place."""
+    return tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, batch)
+
+
 def _to_device(batch: Any, model: nn.Module) -> Any:
     parameter = next(model.parameters(), None)
     if parameter is None:
         return batch
-    if isinstance(batch, Tensor):
-        return batch.to(parameter.device)
-    if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(item, model) for item in batch) if batch else batch
-    if isinstance(batch, dict):
-        return {key: _to_device(item, model) for key, item in batch.items()}
-    return batch
+    device = parameter.device
+    return tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, batch)
 
 
 def _samples(batch: Any, batch_dim: int) -> int:
