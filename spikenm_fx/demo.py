@@ -142,7 +142,7 @@ def draw_masks(rows: list[DemoRow], path: Path) -> None:
     for line, (name, title) in zip(axes, layers.items(), strict=True):
         line[0].set_ylabel(title, fontsize=8)
         for axis, row in zip(line, rows, strict=True):
-            weight = row.network.get_submodule(name).weight.detach()  # type: ignore[union-attr,operator]
+            weight = row.network.get_parameter(f"{name}.weight").detach()
             matrix = (weight[:, :, 1, 1] if weight.dim() == 4 else weight)[:64, :64]
             limit = float(matrix.abs().max()) or 1.0
             shown = matrix.masked_fill(matrix == 0, float("nan"))

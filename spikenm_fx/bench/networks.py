@@ -24,7 +24,7 @@ class AtanSpike(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> Tensor:
         """Gradient 1 / (1 + (pi x)^2) of the surrogate (alpha = 2)."""
-        (distance,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        distance: Tensor = ctx.saved_tensors[0]  # type: ignore[attr-defined]
         return grads[0] / (1 + (math.pi * distance).square())
 
 
@@ -59,7 +59,8 @@ class OverTime(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[T, B, ...]`` to ``[T, B, ...]``."""
-        return self.module(x.flatten(0, 1)).unflatten(0, x.shape[:2])  # type: ignore[no-any-return]
+        folded: Tensor = self.module(x.flatten(0, 1))
+        return folded.view(*x.shape[:2], *folded.shape[1:])
 
 
 class SpikingConvNet(nn.Module):

@@ -25,7 +25,7 @@ from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
 
-__all__ = ["MaskedLayer", "MaskedWeight", "mask_layer", "masked_layers", "unmask_layer"]
+__all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
 
 LOGITS = "weight_logits"
 DENSE = "weight_dense"
@@ -64,21 +64,21 @@ class MaskedWeight:
         return weight
 
     @property
-    def scores(self) -> Tensor:
-        """The learnable logits, ``(lead, M, inner)``."""
-        scores = self.layer._parameters[LOGITS]
-        assert scores is not None
-        return scores
+    def scores(self) -> Tensor | None:
+        """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
+        return self.layer._parameters.get(LOGITS)
 
-    def fresh_scores(self) -> Tensor:
-        """Initial logits for the present weight."""
+    def fresh_scores(self) -> Tensor | None:
+        """Initial scores for the present weight."""
         with torch.no_grad():
             blocks = self.view.to_blocks(self.dense.detach())
-            return self.method.init_scores(blocks, self.draw(0, blocks.device))
+            return self.method.init_scores(blocks, self.draw(0))
 
     def restart(self) -> None:
-        """Start the logits anew, after a dense checkpoint brought other weights."""
-        self.scores.data.copy_(self.fresh_scores())
+        """Start the scores anew, after a dense checkpoint brought other weights."""
+        fresh = self.fresh_scores()
+        if self.scores is not None and fresh is not None:
+            self.scores.data.copy_(fresh)
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
@@ -86,20 +86,20 @@ class MaskedWeight:
 
     def probe(self) -> tuple[Tensor, ...]:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
-        return tuple(
-            flat[:: max(flat.numel() // 64, 1)].clone()
-            for flat in (self.dense.detach().flatten(), self.scores.detach().flatten())
-        )
+        tensors = [self.dense] if self.scores is None else [self.dense, self.scores]
+        flats = [tensor.detach().flatten() for tensor in tensors]
+        return tuple(flat[:: max(flat.numel() // 64, 1)].clone() for flat in flats)
 
-    def draw(self, step: int, device: torch.device | None = None) -> Draw:
+    def draw(self, step: int) -> Draw:
         """Everything the mask of optimizer step ``step`` depends on besides the tensors."""
         return Draw(
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
+            start_key=noise_key(self.clock.seed, 0, self.name),
             kappa=self.schedule.kappa_at(step),
             tau=self.schedule.tau_at(step),
             frozen=self.schedule.frozen(step),
-            present=self.view.present(device or self.scores.device),
+            present=self.view.present(self.dense.device),
         )
 
     @torch.no_grad()
@@ -107,7 +107,8 @@ class MaskedWeight:
         """The bool mask of the weight's shape: of a training step, or the final one for None."""
         draw = self.draw(self.clock.step if step is None else step)
         choose = self.method.final_mask if step is None else self.method.train_mask
-        blocked = choose(self.view.to_blocks(self.dense.detach()), self.scores.detach(), draw)
+        scores = None if self.scores is None else self.scores.detach()
+        blocked = choose(self.view.to_blocks(self.dense.detach()), scores, draw)
         return self.view.from_blocks(blocked)
 
     @torch.no_grad()
@@ -139,7 +140,7 @@ class MaskedWeight:
             id(self.dense),
             self.dense.data_ptr(),
             self.dense.requires_grad,
-            self.scores.requires_grad,
+            self.scores is not None and self.scores.requires_grad,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
@@ -167,8 +168,13 @@ class _Context:
         self.training = step is not None
         self.versions = owner.versions()
 
-    def score_grad(self, grad: Tensor) -> Tensor | None:
-        """Gradient of the scores from that of the masked weight; dL/dm = dL/d(w m) * w."""
+    def gradients(
+        self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and scores from that of the masked weight.
+
+        dL/dm = dL/d(w m) * w for the scores.
+        """
         if (
             version_of(self.dense) != self.versions[0]
             or version_of(self.scores) != self.versions[1]
@@ -177,10 +183,14 @@ class _Context:
                 "a masked weight or its logits were written to between forward and backward; "
                 "call backward before optimizer.step()"
             )
-        weight, scores = self.dense.detach(), self.scores.detach()
-        grad_mask, blocks = self.view.to_blocks(grad * weight), self.view.to_blocks(weight)
-        grad_scores = self.method.score_grad(grad_mask, blocks, scores, self.draw)
-        return None if grad_scores is None else grad_scores.to(scores.dtype)
+        weight = self.dense.detach()
+        grad_scores = None
+        if of_scores and self.training and self.scores is not None:
+            grad_mask = self.view.to_blocks(grad * weight)
+            grad_scores = self.method.score_grad(grad_mask, self.scores.detach(), self.draw)
+            grad_scores = None if grad_scores is None else grad_scores.to(self.scores.dtype)
+        self.clock.note_backward(scores_too=grad_scores is not None)
+        return self.method.weight_grad(grad, weight, mask) if of_weight else None, grad_scores
 
 
 class _MaskedFunction(torch.autograd.Function):
@@ -192,7 +202,7 @@ class _MaskedFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, scores: Tensor, mask: Tensor, context: _Context) -> Tensor:
+    def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
         return weight.masked_fill(~mask, 0)
 
     @staticmethod
@@ -204,21 +214,22 @@ class _MaskedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context: _Context = ctx.context
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
-        grad_scores = None
-        if needs_scores and context.training:
-            grad_scores = context.score_grad(grad)
-        context.clock.note_backward(scores_too=grad_scores is not None)
-        return grad.masked_fill(~ctx.mask, 0) if needs_weight else None, grad_scores, None, None
+        gradients = context.gradients(
+            grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
+        )
+        return *gradients, None, None
 
 
-def _checksum(tensor: Tensor) -> int:
+def _checksum(tensor: Tensor | None) -> int:
     """Sum of the bit patterns: differs after any single change."""
+    if tensor is None:
+        return 0
     word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return int(tensor.detach().contiguous().view(word).sum())
 
 
 class MaskedLayer(nn.Module):
-    """Mixin in front of the user's layer class; made by :func:`mask_layer`, undone by ``fold``."""
+    """Mixin in front of the user's layer class; put there by :func:`attach`, undone by ``fold``."""
 
     _nm_mask: MaskedWeight
     _plain_class: type[nn.Module]
@@ -266,13 +277,13 @@ class MaskedLayer(nn.Module):
         meta = state_dict.pop(prefix + META, None)
         if dense is not None:
             state_dict[prefix + "weight"] = dense
-        from_dense_model = prefix + LOGITS not in state_dict
-        if from_dense_model:
+        own_scores = meta is None and prefix + LOGITS not in state_dict and mask.scores is not None
+        if own_scores:  # of a dense model: strictness must not ask for what it cannot have
             state_dict[prefix + LOGITS] = self._parameters[LOGITS]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if from_dense_model:
+        if own_scores:
             state_dict.pop(prefix + LOGITS)
         if meta is not None:
             _, _, _, seed, step = meta.tolist()
@@ -287,36 +298,20 @@ class MaskedLayer(nn.Module):
         return (_new_masked, (plain_class(self),), *state)
 
 
-def mask_layer(
-    layers: list[nn.Module],
-    name: str,
-    view: BlockView,
-    method: Method,
-    clock: Clock,
-    schedule: Schedule,
-) -> None:
-    """Mask the one weight that ``layers`` share (mostly a single layer), in place.
-
-    Args:
-        layers: Linear or Conv modules that hold the same ``weight`` Parameter.
-        name: qualified name of the first, which keys the noise.
-        view: blocks of the weight.
-        method: how masks are chosen.
-        clock: shared by the model's masked weights.
-        schedule: of scale, temperature and freeze.
-    """
-    mask = MaskedWeight(layers[0], name, view, method, clock, schedule)
-    logits = nn.Parameter(mask.fresh_scores())
+def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
+    """Mask the one weight that ``layers`` share (mostly a single layer), in place."""
     for layer in layers:
-        layer.register_parameter(LOGITS, logits)
+        if scores is not None:
+            layer.register_parameter(LOGITS, scores)
         layer.__dict__["_nm_mask"] = mask
         layer.__class__ = _masked_class(cast("Any", type(layer)))
 
 
-def unmask_layer(layer: MaskedLayer) -> None:
+def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and mask; the weight stays as it is."""
     layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-    del layer._parameters[LOGITS], layer.__dict__["_nm_mask"]
+    layer._parameters.pop(LOGITS, None)
+    del layer.__dict__["_nm_mask"]
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "gumbel_", "noise_key"]
+__all__ = ["Key", "gumbel", "gumbel_", "noise_key"]
 
 Key = tuple[int, int]
 """Two signed 32-bit words."""
@@ -31,29 +31,35 @@ def noise_key(seed: int, step: int, name: str) -> Key:
     )
 
 
-def gumbel_(out: Tensor, key: Key, start: int) -> Tensor:
+def gumbel_(out: Tensor, key: Key, start: int, bits: Tensor, shifted: Tensor) -> Tensor:
     """Fill ``out`` with standard Gumbel noise, -log(-log u), of the counters from ``start`` on.
 
     Args:
         out: contiguous float32 tensor; element i receives the noise of counter ``start + i``.
         key: of :func:`noise_key`.
         start: first counter.
+        bits: int32 work space of as many elements.
+        shifted: the same again.
     """
-    bits = torch.arange(start, start + out.numel(), device=out.device, dtype=torch.int32)
-    bits.mul_(_WEYL).add_(key[0])
-    _mix_(bits)
-    bits.bitwise_xor_(key[1])
-    _mix_(bits)
+    end = start + out.numel()
+    torch.arange(start, end, out=bits)
+    # the lowbias32 integer hash of a Weyl sequence, with one half of the key before and one inside
+    _xor_shift_(bits.mul_(_WEYL).add_(key[0]), 16, shifted).mul_(_MIX1).bitwise_xor_(key[1])
+    _xor_shift_(bits, 15, shifted).mul_(_MIX2)
+    _xor_shift_(bits, 16, shifted)
     # 23 bits at half-integer offsets: u is never 0 or 1, both logarithms are finite
-    uniform = bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).to(torch.float32)
-    uniform.add_(0.5).mul_(_UNIT).log_().neg_().log_().neg_()
-    return out.copy_(uniform.view(out.shape))
+    out.copy_(bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).view(out.shape))
+    return out.add_(0.5).mul_(_UNIT).log_().neg_().log_().neg_()
 
 
-def _mix_(bits: Tensor) -> None:
-    """One lowbias32 round in place; the mask turns the arithmetic shift into a logical one."""
-    for shift, multiplier in ((16, _MIX1), (15, _MIX2), (16, None)):
-        shifted = bits.bitwise_right_shift(shift).bitwise_and_((1 << (32 - shift)) - 1)
-        bits.bitwise_xor_(shifted)
-        if multiplier is not None:
-            bits.mul_(multiplier)
+def gumbel(like: Tensor, key: Key) -> Tensor:
+    """Fresh standard Gumbel noise of the shape of ``like``, float32, of the counters from 0 on."""
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    bits, shifted = torch.empty(2, like.numel(), dtype=torch.int32, device=like.device)
+    return gumbel_(out, key, 0, bits, shifted)
+
+
+def _xor_shift_(bits: Tensor, shift: int, shifted: Tensor) -> Tensor:
+    """Xor ``bits`` with itself shifted right; the mask turns >> into a logical shift."""
+    torch.bitwise_right_shift(bits, shift, out=shifted)
+    return bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))

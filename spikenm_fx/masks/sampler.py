@@ -17,11 +17,9 @@ fused elementwise passes, no sort and no top-k over tiny rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from spikenm_fx.masks.noise import Key, gumbel_
@@ -45,9 +43,10 @@ def top_mask(scores: Tensor, keep: int, present: Tensor | None = None) -> Tensor
         bool mask of the same shape, exactly ``keep`` True per block, fewer where fewer exist.
     """
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    space = _Space(scores.device)
     for rows in _tiles(scores):
-        planes = _planes(scores[rows].float(), _rows(present, rows))
-        _store(mask[rows], ranks(planes) < keep)
+        planes = _planes(scores[rows].float(), _rows(present, rows), space, "z")
+        _store_chosen(mask[rows], ranks(planes, space), keep)
     return _only_present(mask, present)
 
 
@@ -64,9 +63,11 @@ def draw_mask(
         present: as in :func:`top_mask`.
     """
     mask = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
+    space = _Space(logits.device)
     for rows in _tiles(logits):
-        planes = _planes(_perturb(logits, rows, kappa, key), _rows(present, rows))
-        _store(mask[rows], ranks(planes) < keep)
+        perturbed = _perturb(logits, rows, kappa, key, space)
+        z = _planes(perturbed, _rows(present, rows), space, "z")
+        _store_chosen(mask[rows], ranks(z, space), keep)
     return _only_present(mask, present)
 
 
@@ -98,52 +99,103 @@ def straight_through(
         float32 gradient of the logits' shape.
     """
     grad = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    space = _Space(logits.device)
     for rows in _tiles(logits):
-        z = _planes(_perturb(logits, rows, kappa, key), _rows(present, rows))
-        h = _planes(grad_mask[rows].float(), None)
-        _store(grad[rows], _draws_backward(z, h, keep, tau).mul_(kappa / tau))
+        perturbed = _perturb(logits, rows, kappa, key, space)
+        z = _planes(perturbed, _rows(present, rows), space, "z")
+        h = _planes(grad_mask[rows].float(), None, space, "h")
+        _store(grad[rows], draws_backward(z, h, keep, tau, space).mul_(kappa / tau))
     return grad
 
 
-def ranks(planes: Tensor) -> Tensor:
-    """How many positions of its block beat each one: int ``(M, n)``, a permutation of 0..M-1.
+class _Space:
+    """Work space of one call, reused from tile to tile: fresh memory would cost more than the sums.
+
+    ``space("name", like)`` is an uninitialised tensor of the shape of ``like``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < like.numel():
+            buffer = torch.empty(like.numel(), dtype=dtype, device=self._device)
+            self._buffers[name] = buffer
+        return buffer[: like.numel()].view(like.shape)
+
+
+def ranks(planes: Tensor, space: _Space | None = None) -> Tensor:
+    """How many positions of its block beat each one: float ``(M, n)``, permutations of 0..M-1.
 
     Every pair has exactly one winner (the larger, on ties the first), so at most N positions have
     a rank below N whatever the values are.
     """
+    space = space or _Space(planes.device)
     m = planes.shape[0]
+    rank = space("rank", planes)
     if m > _PAIRWISE_UP_TO:
         order = planes.argsort(dim=0, descending=True, stable=True)
-        position = torch.arange(m, device=planes.device)[:, None].expand_as(order)
-        return torch.empty_like(order).scatter_(0, order, position)
-    rank = torch.arange(m - 1, -1, -1, dtype=torch.int8, device=planes.device)
-    rank = rank[:, None].repeat(1, planes.shape[1])  # as if every later position won ...
+        position = torch.arange(m, device=planes.device, dtype=rank.dtype)
+        return rank.scatter_(0, order, position[:, None].expand_as(planes))
+    first_wins = space("first_wins", planes[0])
+    for j in range(m):
+        rank[j].fill_(m - 1 - j)  # as if every later position won ...
     for i in range(m):
         for j in range(i + 1, m):
-            first_wins = (planes[i] >= planes[j]).view(torch.int8)
+            torch.ge(planes[i], planes[j], out=first_wins)
             rank[i].sub_(first_wins)  # ... corrected where it does not
             rank[j].add_(first_wins)
     return rank
 
 
-def _draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
-    rank = ranks(z)
-    alone = h * (rank >= keep)  # what no draw took reaches every draw
-    grad = torch.zeros_like(z)
-    for draw in range(min(keep, z.shape[0])):
-        taken = rank == draw
-        best = torch.where(taken, z, -math.inf).amax(0)
-        s = torch.where(rank >= draw, z, -math.inf).sub_(best).mul_(1 / tau).exp_()
-        s.div_(s.sum(0))
-        h_draw = torch.where(taken, h, alone)
-        grad.add_(s.mul_(h_draw.sub_((s * h_draw).sum(0))))
-    return grad
+def draws_backward(
+    z: Tensor, h: Tensor, keep: int, tau: float, space: _Space | None = None
+) -> Tensor:
+    """Sum over draws k of s_k * (h_k - sum(s_k * h_k)) on planes ``(M, n)``.
+
+    One exponential serves all draws: with y = exp((z - z_last) / tau), z_last the smallest drawn,
+    s_k = y / S_k over what was left before draw k, and S_k, sum(s_k * h_k) =: t_k are running
+    sums over the drawn positions.  Collecting the draws, a position that draw l took receives
+    y * (h / S_l - sum_{k<=l} t_k / S_k), one that no draw took y * sum_k (h - t_k) / S_k.
+    """
+    space = space or _Space(z.device)
+    rank = ranks(z, space)
+    draws = range(min(keep, len(z)))
+    drawn = [torch.eq(rank, draw, out=space(f"drawn{draw}", z)) for draw in draws]
+    free = torch.ge(rank, keep, out=space("free", z))
+    work = space("work", z)
+    z_last = torch.mul(z, drawn[-1], out=work).sum(0)
+    # beyond exp(80) the probability of what is left is zero in float32 anyway
+    y = torch.sub(z, z_last, out=space("y", z)).mul_(1 / tau).clamp_(max=80.0).exp_()
+    yh = torch.mul(y, h, out=space("yh", z))
+    left = torch.mul(y, free, out=work).sum(0)
+    free_yh = torch.mul(yh, free, out=work).sum(0)
+    inverse, mean = [], []  # 1 / S_k and t_k / S_k, from the last draw to the first
+    for taken in reversed(drawn):
+        left = torch.mul(y, taken, out=work).sum(0).add_(left)
+        inverse.append(left.reciprocal())
+        taken_yh = torch.mul(yh, taken, out=work).sum(0)
+        mean.append(taken_yh.add_(free_yh).mul_(inverse[-1]).mul_(inverse[-1]))
+    slope, offset = torch.zeros_like(left), torch.zeros_like(left)
+    slopes, offsets = space("slopes", z).zero_(), space("offsets", z).zero_()
+    for taken, inverse_k, mean_k in zip(drawn, reversed(inverse), reversed(mean), strict=True):
+        slope += inverse_k
+        offset += mean_k
+        slopes.addcmul_(taken, inverse_k)
+        offsets.addcmul_(taken, offset)
+    slopes.addcmul_(free, slope)
+    offsets.addcmul_(free, offset)
+    return yh.mul_(slopes).sub_(y.mul_(offsets))
 
 
-def _perturb(logits: Tensor, rows: slice, kappa: float, key: Key) -> Tensor:
+def _perturb(logits: Tensor, rows: slice, kappa: float, key: Key, space: _Space) -> Tensor:
     tile = logits[rows]
-    noise = torch.empty(tile.shape, dtype=torch.float32, device=tile.device)
-    gumbel_(noise, key, rows.start * tile.shape[1] * tile.shape[2])
+    noise = space("noise", tile)
+    bits = space("bits", tile, torch.int32).view(-1)
+    shifted = space("shifted", tile, torch.int32).view(-1)
+    gumbel_(noise, key, rows.start * tile.shape[1] * tile.shape[2], bits, shifted)
     return noise.add_(tile, alpha=kappa)
 
 
@@ -155,19 +207,31 @@ def _tiles(blocks: Tensor) -> Iterator[slice]:
         yield slice(start, min(start + rows, lead))
 
 
-def _planes(tile: Tensor, present: Tensor | None) -> Tensor:
+def _planes(tile: Tensor, present: Tensor | None, space: _Space, name: str) -> Tensor:
     """``(rows, M, inner)`` as M contiguous planes of finite numbers; the lowest for what is absent.
 
     Finite, so that the softmax of a block in which nothing is left is still a number.
     """
     if present is not None:
         tile = tile.masked_fill(~present, _LOWEST)
-    planes = rearrange(tile, "l m i -> m (l i)").contiguous()
-    return torch.nan_to_num(planes, nan=_LOWEST)
+    planes = space(name, tile.movedim(1, 0))
+    # plane by plane: torch copies a transposed matrix of four columns six times slower
+    _store(tile, planes, back=True)
+    return torch.nan_to_num_(planes.view(len(planes), -1), nan=_LOWEST)
 
 
-def _store(tile: Tensor, planes: Tensor) -> None:
-    tile.copy_(rearrange(planes, "m (l i) -> l m i", i=tile.shape[2]))
+def _store(tile: Tensor, planes: Tensor, *, back: bool = False) -> None:
+    """Copy planes into a tile ``(rows, M, inner)``, or back."""
+    for side, plane in zip(tile.unbind(1), planes, strict=True):
+        if back:
+            plane.copy_(side)
+        else:
+            side.copy_(plane.view(side.shape))
+
+
+def _store_chosen(mask: Tensor, rank: Tensor, keep: int) -> None:
+    for target, plane in zip(mask.unbind(1), rank, strict=True):
+        torch.lt(plane.view(target.shape), keep, out=target)
 
 
 def _rows(present: Tensor | None, rows: slice) -> Tensor | None:
