@@ -199,7 +199,9 @@ def _summary(results: list[dict[str, Any]]) -> str:
     for result in results:
         verdict = "skipped" if result["skipped"] else "ok" if result["ok"] else "FAILED"
         layers = f"{result['sparse']}/{result['layers']} layers" if result["layers"] else ""
-        lines.append(f"{verdict:8} {result['recipe']:34} {layers:16} {result['seconds']:6.1f} s")
+        firing = "{} of {} neurons fire".format(*result["firing"]) if result["firing"] else ""
+        name, seconds = result["recipe"], result["seconds"]
+        lines.append(f"{verdict:8} {name:34} {layers:16} {firing:24} {seconds:6.1f} s")
         for stage, text in result["stages"].items():
             if text != "ok":
                 lines.append(f"         {stage}: {text}")

@@ -68,7 +68,7 @@ def standing_in(packages: Iterable[str], aliases: Mapping[str, str]) -> Iterator
     Args:
         packages: top-level packages; those that are installed stay what they are.
         aliases: old module path to the present one, e.g. ``spikingjelly.cext.neuron`` to
-            ``spikingjelly.clock_driven.neuron``; an old path that exists stays what it is.
+            ``spikingjelly.clock_driven.neuron``; an old path that can be imported stays what it is.
     """
     missing = frozenset(name for name in packages if not _exists(name))
     before = set(sys.modules)
@@ -77,7 +77,7 @@ def standing_in(packages: Iterable[str], aliases: Mapping[str, str]) -> Iterator
     added: set[str] = set()
     try:
         for old, new in aliases.items():
-            if not _exists(old):
+            if not _imports(old):
                 added |= _alias(old, new)
         yield
     finally:
@@ -97,6 +97,15 @@ def _alias(old: str, new: str) -> set[str]:
     if parent in added:
         setattr(sys.modules[parent], name, sys.modules[old])
     return added
+
+
+def _imports(name: str) -> bool:
+    """Whether ``name`` imports: the old path may exist and need an extension nobody built."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def _exists(name: str) -> bool:
