@@ -336,7 +336,7 @@ def test_names_are_escaped() -> None:
             return next(iter(self.children()))(x)
 
     Odd.__name__ = "<b>Odd</b>"
-    text = report(Odd(), torch.rand(1, 2), reasons={"x": ("keep_dense", "<i>")}).to_html()
+    text = report(Odd(), torch.rand(1, 2)).to_html()
     assert "<script" not in text
     assert "<b>Odd" not in text
 

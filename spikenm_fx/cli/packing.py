@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import PlanError
 from spikenm_fx.plan.plan import Plan
 
-__all__ = ["pack_model", "packed_output", "packing_available"]
+__all__ = ["kernel_choices", "pack_model", "packed_output", "packing_available"]
 
 
 def packing_available() -> bool:
@@ -41,6 +42,22 @@ def packed_output(
     engine = pack(model, batch)
     rest(engine)
     return run(engine)
+
+
+def kernel_choices(
+    model: nn.Module, batch: Tensor
+) -> dict[str, tuple[str, float | None, str]] | None:
+    """How each layer of a folded model will run here: choice, measured gain over dense, note.
+
+    None where this version cannot pack models.
+    """
+    pack = _verb()
+    if pack is None:
+        return None
+    # found by name: the report of packing is younger than this file's other imports
+    packing = getattr(importlib.import_module("spikenm_fx.pack.engine"), "packing")  # noqa: B009
+    found = packing(pack(model, batch))
+    return {layer.name: (layer.choice, layer.gain, layer.note) for layer in found.layers}
 
 
 def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[int, int]]:

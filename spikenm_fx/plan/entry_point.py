@@ -35,7 +35,6 @@ FRAMEWORKS = frozenset(
         "snntorch",
         "spikenm_fx",
         "spikingjelly",
-        "timm",
         "torch",
     }
 )

@@ -21,7 +21,16 @@ from typing import Any
 __all__ = ["standing_in"]
 
 
-class _Inert:
+class _InertType(type):
+    """Enumerations, e.g. ``InterpolationMode.NEAREST``."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Inert()
+
+
+class _Inert(metaclass=_InertType):
     """Takes any call, attribute or subclass and does nothing, also as a decorator."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -40,7 +49,7 @@ class _InertModule(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (_Inert,), {}) if name[:1].isupper() else _Inert()
+        return _InertType(name, (_Inert,), {}) if name[:1].isupper() else _Inert()
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 
 from spikenm_fx.errors import ReportError
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
+from spikenm_fx.plan.plan import Plan
 from spikenm_fx.report.describe import describe
 from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.latency import measure_latency
@@ -24,6 +25,7 @@ from spikenm_fx.report.model import LayerReport, Report
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.preserve import preserved, reset_to_rest
 from spikenm_fx.report.synops import LayerCounter
+from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["report"]
 
@@ -38,7 +40,8 @@ def report(
     reset: Callable[[nn.Module], Any] | None = None,
     batch_dim: int = 0,
     reference: nn.Module | Mapping[str, Tensor] | None = None,
-    reasons: Mapping[str, tuple[str, str]] | None = None,
+    plan: Plan | None = None,
+    graph: SpikingGraph | None = None,
     energy: EnergyModel | None = None,
     pes: int = PES,
     latency: Mapping[str, nn.Module] | bool = False,
@@ -58,7 +61,9 @@ def report(
         reset: brings the model to rest between batches; by default each module's own reset.
         batch_dim: dimension of the input that runs over samples: 1 for ``[T, B, ...]``.
         reference: the dense model or its state dict, for the kept magnitude of folded weights.
-        reasons: ``(action, reason)`` by layer, as a plan gives them.
+        plan: what was decided, for each layer's action and reason.
+        graph: a trace of the model, for the neurons that each layer drives; without it the next
+            neuron to run is taken.
         energy: picojoule per operation; 0.9 per AC and 4.6 per MAC by default.
         pes: processing elements behind the utilisation figure.
         latency: True to time ``model``, or models by name (e.g. dense, folded, packed) that take
@@ -70,6 +75,7 @@ def report(
     """
     layers = _weight_layers(model)
     constants = energy or EnergyModel()
+    decisions = {e.name: (e.action, e.reason) for e in plan.layers} if plan is not None else {}
     chosen = forward or _default_forward
 
     def run(model: nn.Module, batch: Any) -> Any:
@@ -99,9 +105,9 @@ def report(
                 name,
                 layer,
                 counters[name],
-                rate_out=neurons.rate_after(name),
+                rate_out=neurons.rate_after(name, _driven(graph, name)),
                 dense=_dense_weight(name, layer, reference),
-                decision=(reasons or {}).get(name),
+                decision=decisions.get(name),
                 energy=constants,
                 pes=pes,
             )
@@ -187,6 +193,11 @@ def _samples(batch: Any, batch_dim: int) -> int:
     if isinstance(inputs, Tensor) and inputs.dim() > batch_dim:
         return inputs.shape[batch_dim]
     return 1
+
+
+def _driven(graph: SpikingGraph | None, name: str) -> tuple[str, ...] | None:
+    record = graph.layers.get(name) if graph is not None else None
+    return record.post if record is not None else None
 
 
 def _dense_weight(

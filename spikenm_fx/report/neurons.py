@@ -9,7 +9,7 @@ surrogate) the outer one counts, unless it is a mere container.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,9 +106,18 @@ class NeuronWatch:
         else:
             self._waiting.append(name)
 
-    def rate_after(self, layer: str) -> float | None:
-        """Firing rate of the first neuron that ran after ``layer``, or None."""
+    def rate_after(self, layer: str, driven: Sequence[str] | None = None) -> float | None:
+        """Firing rate of the neuron that ``layer`` feeds, or None.
+
+        Args:
+            layer: name of a weight layer.
+            driven: the neurons it drives, as a trace tells; without one, the first neuron that ran
+                after it, which misleads only where branches run side by side.
+        """
         chosen = self._neurons()
+        if driven is not None:
+            rates = [self._seen[name].rate for name in driven if name in self._seen]
+            return sum(rates) / len(rates) if rates else None
         for name in self._next.get(layer, ()):
             if name in chosen:
                 return chosen[name].rate
