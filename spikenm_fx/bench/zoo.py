@@ -195,8 +195,9 @@ def _norse(name: str) -> Callable[[], Case]:
 
 def _sinabs_reset(model: nn.Module) -> None:
     for module in nn.Module.modules(model):
-        if hasattr(module, "reset_states") and not list(module.children()):
-            module.reset_states()
+        reset: Any = getattr(module, "reset_states", None)
+        if reset is not None and not list(module.children()):
+            reset()
 
 
 def _sinabs_from_model() -> Case:
