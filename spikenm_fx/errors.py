@@ -7,6 +7,7 @@ __all__ = [
     "PlanError",
     "SpikeNMError",
     "SpikeNMWarning",
+    "TraceError",
     "VerificationError",
 ]
 
@@ -24,6 +25,10 @@ class PatternError(SpikeNMError, ValueError):
 
 class PlanError(SpikeNMError, ValueError):
     """A plan that cannot be made or applied: no layer matched, a rule in vain, sparse twice."""
+
+
+class TraceError(SpikeNMError, RuntimeError):
+    """A model that cannot be read: its forward raises on the examples, or hides its layers."""
 
 
 class CheckpointError(SpikeNMError, RuntimeError):

@@ -20,12 +20,12 @@ from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disabl
 
 from spikenm_fx.errors import CheckpointError
 from spikenm_fx.masks.clock import Clock, version_of
-from spikenm_fx.masks.methods import Draw, Method
+from spikenm_fx.masks.methods import Draw, Method, filled
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
 
-__all__ = ["MaskedLayer", "MaskedWeight", "mask_layer", "masked_layers", "unmask_layer"]
+__all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
 
 LOGITS = "weight_logits"
 DENSE = "weight_dense"
@@ -66,39 +66,40 @@ class MaskedWeight:
         return weight
 
     @property
-    def scores(self) -> Tensor:
-        """The learnable logits, ``(lead, M, inner)``."""
-        scores = self.layer._parameters[LOGITS]
-        assert scores is not None
-        return scores
+    def scores(self) -> Tensor | None:
+        """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
+        return self.layer._parameters.get(LOGITS)
 
-    def fresh_scores(self) -> Tensor:
-        """Initial logits for the present weight."""
+    def fresh_scores(self) -> Tensor | None:
+        """Initial scores for the present weight."""
         with torch.no_grad():
             blocks = self.view.to_blocks(self.dense.detach())
-            return self.method.init_scores(blocks, self.draw(0, blocks.device))
+            return self.method.init_scores(blocks, self.draw(0))
 
     def restart(self) -> None:
-        """Start the logits anew, after a dense checkpoint brought other weights."""
-        self.scores.data.copy_(self.fresh_scores())
+        """Start the scores anew, after a dense checkpoint brought other weights."""
+        fresh = self.fresh_scores()
+        if self.scores is not None and fresh is not None:
+            self.scores.data.copy_(fresh)
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
         return version_of(self.dense), version_of(self.scores)
 
-    def probe(self) -> tuple[Tensor, Tensor]:
+    def probe(self) -> tuple[Tensor, ...]:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
-        return _few(self.dense), _few(self.scores)
+        return tuple(_few(tensor) for tensor in (self.dense, self.scores) if tensor is not None)
 
-    def draw(self, step: int, device: torch.device | None = None) -> Draw:
+    def draw(self, step: int) -> Draw:
         """Everything the mask of optimizer step ``step`` depends on besides the tensors."""
         return Draw(
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
+            start_key=noise_key(self.clock.seed, 0, self.name),
             kappa=self.schedule.kappa_at(step),
             tau=self.schedule.tau_at(step),
             frozen=self.schedule.frozen(step),
-            present=self.view.present(device or self.scores.device),
+            present=self.view.present(self.dense.device),
         )
 
     def hold(self) -> None:
@@ -107,7 +108,7 @@ class MaskedWeight:
         They get no gradient, but where the training loop or DistributedDataParallel makes zeros of
         that, an optimizer's momentum goes on moving them.
         """
-        if not self.schedule.frozen(self.clock.step):
+        if self.scores is None or not self.schedule.frozen(self.clock.step):
             self._held = None
         elif self._held is None:
             self._held = self.scores.detach().clone()
@@ -124,17 +125,21 @@ class MaskedWeight:
         self.hold()
         draw = self.draw(self.clock.step if step is None else step)
         choose = self.method.final_mask if step is None else self.method.train_mask
-        blocked = choose(self.view.to_blocks(self.dense.detach()), self.scores.detach(), draw)
+        scores = None if self.scores is None else self.scores.detach()
+        blocked = choose(self.view.to_blocks(self.dense.detach()), scores, draw)
         return self.view.from_blocks(blocked)
 
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return _filled(self.dense.detach(), self.mask())
+        return filled(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
-        return self._of_step(self.clock.now(self)) if training else self._of_evaluation()
+        if not training:
+            return self._of_evaluation()
+        self._final = None
+        return self._of_step(self.clock.now(self))
 
     def _of_step(self, step: int) -> Tensor:
         if not isinstance(self.dense, nn.Parameter):  # lent by functional_call, never the same
@@ -145,7 +150,7 @@ class MaskedWeight:
             id(self.dense),
             self.dense.data_ptr(),
             self.dense.requires_grad,
-            self.scores.requires_grad,
+            self.scores is not None and self.scores.requires_grad,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
@@ -157,14 +162,17 @@ class MaskedWeight:
 
     def _of_evaluation(self) -> Tensor:
         """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
-        dense, scores = self.dense.detach(), self.scores.detach()
+        dense, scores = self.dense.detach(), self._scores_now()
         if dense.device.type != "cpu" or not isinstance(self.dense, nn.Parameter):
             return self._masked(None, self.mask())  # cheaper than to find out
         final = self._final
         if final is None or not final.still_of(dense, scores):
             mask = self.mask()
-            final = self._final = _Final(dense.clone(), self.scores.detach().clone(), mask)
+            final = self._final = _Final(dense.clone(), self._scores_now().clone(), mask)
         return self._masked(None, final.mask)
+
+    def _scores_now(self) -> Tensor:
+        return self.dense.new_empty(0) if self.scores is None else self.scores.detach()
 
     def _masked(self, step: int | None, mask: Tensor) -> Tensor:
         context = _Context(self, step)
@@ -172,11 +180,6 @@ class MaskedWeight:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cache": None, "_final": None}
-
-
-def _filled(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Zeros where the mask is False, in the same memory format, which masked_fill would drop."""
-    return tensor.clone().masked_fill_(~mask, 0)
 
 
 def _few(tensor: Tensor) -> Tensor:
@@ -224,8 +227,13 @@ class _Context:
         self.training = step is not None
         self.versions = owner.versions()
 
-    def score_grad(self, grad: Tensor) -> Tensor | None:
-        """Gradient of the scores from that of the masked weight; dL/dm = dL/d(w m) * w."""
+    def gradients(
+        self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and scores from that of the masked weight.
+
+        dL/dm = dL/d(w m) * w for the scores.
+        """
         if (
             version_of(self.dense) != self.versions[0]
             or version_of(self.scores) != self.versions[1]
@@ -234,10 +242,14 @@ class _Context:
                 "a masked weight or its logits were written to between forward and backward; "
                 "call backward before optimizer.step()"
             )
-        weight, scores = self.dense.detach(), self.scores.detach()
-        grad_mask, blocks = self.view.to_blocks(grad * weight), self.view.to_blocks(weight)
-        grad_scores = self.method.score_grad(grad_mask, blocks, scores, self.draw)
-        return None if grad_scores is None else grad_scores.to(scores.dtype)
+        weight = self.dense.detach()
+        grad_scores = None
+        if of_scores and self.training and self.scores is not None:
+            grad_mask = self.view.to_blocks(grad * weight)
+            grad_scores = self.method.score_grad(grad_mask, self.scores.detach(), self.draw)
+            grad_scores = None if grad_scores is None else grad_scores.to(self.scores.dtype)
+        self.clock.note_backward(scores_too=grad_scores is not None)
+        return self.method.weight_grad(grad, weight, mask) if of_weight else None, grad_scores
 
 
 class _MaskedFunction(torch.autograd.Function):
@@ -249,8 +261,8 @@ class _MaskedFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, scores: Tensor, mask: Tensor, context: _Context) -> Tensor:
-        return _filled(weight, mask)
+    def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
+        return filled(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -261,15 +273,14 @@ class _MaskedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context: _Context = ctx.context
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
-        grad_scores = None
-        if needs_scores and context.training:
-            grad_scores = context.score_grad(grad)
-        context.clock.note_backward(scores_too=grad_scores is not None)
-        return _filled(grad, ctx.mask) if needs_weight else None, grad_scores, None, None
+        gradients = context.gradients(
+            grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
+        )
+        return *gradients, None, None
 
 
 class MaskedLayer(nn.Module):
-    """Mixin in front of the user's layer class; made by :func:`mask_layer`, undone by ``fold``."""
+    """Mixin in front of the user's layer class; put there by :func:`attach`, undone by ``fold``."""
 
     _nm_mask: MaskedWeight
     _plain_class: type[nn.Module]
@@ -329,13 +340,13 @@ class MaskedLayer(nn.Module):
         meta = state_dict.pop(prefix + META, None)
         if dense is not None:
             state_dict[prefix + "weight"] = dense
-        from_dense_model = prefix + LOGITS not in state_dict
-        if from_dense_model:
+        own_scores = meta is None and prefix + LOGITS not in state_dict and mask.scores is not None
+        if own_scores:  # of a dense model: strictness must not ask for what it cannot have
             state_dict[prefix + LOGITS] = self._parameters[LOGITS]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if from_dense_model:
+        if own_scores:
             state_dict.pop(prefix + LOGITS)
         if meta is not None:
             mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
@@ -349,25 +360,26 @@ class MaskedLayer(nn.Module):
         return (_new_masked, (plain_class(self),), *state)
 
 
-def mask_layer(layers: list[nn.Module], mask: MaskedWeight, scores: Tensor) -> None:
+def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
     """Mask the one weight that ``layers`` share (mostly a single layer), in place.
 
     Args:
         layers: Linear or Conv modules that hold the same ``weight`` Parameter.
         mask: of that weight.
-        scores: initial logits, of :meth:`MaskedWeight.fresh_scores`.
+        scores: made from :meth:`MaskedWeight.fresh_scores`.
     """
-    logits = nn.Parameter(scores)
     for layer in layers:
-        layer.register_parameter(LOGITS, logits)
+        if scores is not None:
+            layer.register_parameter(LOGITS, scores)
         layer.__dict__["_nm_mask"] = mask
         layer.__class__ = _masked_class(cast("Any", type(layer)))
 
 
-def unmask_layer(layer: MaskedLayer) -> None:
+def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and mask; the weight stays as it is."""
     layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-    del layer._parameters[LOGITS], layer.__dict__["_nm_mask"]
+    layer._parameters.pop(LOGITS, None)
+    del layer.__dict__["_nm_mask"]
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
@@ -427,8 +439,9 @@ def _misfit(
     """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
     mask = layer._nm_mask
     where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
-    missing = [key for key in (DENSE, LOGITS, META) if prefix + key not in state_dict]
-    if strict and 0 < len(missing) < 3:
+    keys = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
+    missing = [key for key in keys if prefix + key not in state_dict]
+    if strict and 0 < len(missing) < len(keys):
         return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
     if META in missing:
         return None
@@ -439,6 +452,10 @@ def _misfit(
         return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
     if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
         return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    scores, own = state_dict.get(prefix + LOGITS), mask.scores
+    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
+    if shapes[0] != shapes[1] and (strict or None not in shapes):
+        return f"{where}: checkpoint of another method, its {LOGITS} {shapes[0]}, here {shapes[1]}"
     return None
 
 

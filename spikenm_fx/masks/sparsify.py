@@ -12,7 +12,13 @@ from torch import nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.clock import Clock
-from spikenm_fx.masks.layer import LOGITS, MaskedWeight, check_checkpoint, mask_layer, masked_layers
+from spikenm_fx.masks.layer import (
+    LOGITS,
+    MaskedWeight,
+    attach,
+    check_checkpoint,
+    masked_layers,
+)
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView, PatternLike, Remainder
@@ -49,7 +55,8 @@ def sparsify(
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance.
         nm: pattern, keep at most n of m.
-        method: ``"spikenm"`` (arXiv 2511.12097) or a configured method.
+        method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
+            ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
         remainder: see :func:`spikenm_fx.plan`.
         total_steps: optimizer steps of the whole run, if known.
@@ -69,8 +76,8 @@ def sparsify(
         raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
-    schedule = schedule or Schedule(total_steps)
     chosen = method_named(method)
+    schedule = schedule or chosen.schedule(total_steps)
     decided = plan(model, nm, rules=rules, remainder=remainder)
     _refuse_non_finite(model, decided)
     _apply(model, decided, chosen, Clock(seed), schedule)
@@ -91,7 +98,7 @@ def param_groups(
     Raises:
         PlanError: if the model has no mask logits.
     """
-    logits = {id(layer._parameters[LOGITS]) for _, layer in masked_layers(model)}
+    logits = {id(layer._parameters.get(LOGITS)) for _, layer in masked_layers(model)}
     if not logits:
         raise PlanError(
             f"{type(model).__name__} has no mask logits; call spikenm_fx.sparsify(model) first"
@@ -134,13 +141,15 @@ def _apply(
     for entry in decided.sparse:
         layer = model.get_submodule(entry.name)
         assert entry.nm is not None
-        view = BlockView.of_layer(layer, entry.nm, name=entry.name)
+        view = BlockView.of_layer(layer, method.pattern(entry.nm), name=entry.name)
         sharing[id(layer._parameters["weight"])].append((entry.name, layer, view))
-    prepared = []  # all that can fail, before the first layer is touched
+    ready = []
     for holders in sharing.values():
-        name, layer, view = holders[0]
-        mask = MaskedWeight(layer, name, view, method, clock, schedule)
-        prepared.append(([layer for _, layer, _ in holders], mask, mask.fresh_scores()))
-    for layers, mask, scores in prepared:
-        mask_layer(layers, mask, scores)
+        name, first, view = holders[0]
+        mask = MaskedWeight(first, name, view, method, clock, schedule)
+        scores = mask.fresh_scores()
+        logits = None if scores is None else nn.Parameter(scores, requires_grad=method.learns)
+        ready.append(([layer for _, layer, _ in holders], mask, logits))
+    for layers, mask, logits in ready:  # nothing that can fail comes after this line
+        attach(layers, mask, logits)
     model.register_load_state_dict_pre_hook(check_checkpoint)
