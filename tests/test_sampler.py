@@ -181,7 +181,7 @@ def test_top_mask_is_a_stable_sort(nm, data):
 
 @given(patterns(16), st.data())
 def test_padding_is_never_chosen(nm, data):
-    """Padded positions stay out even against NaN and -inf, and min(N, present) stay in."""
+    """Padded positions stay out, even against NaN; of the others min(N, present) are chosen."""
     blocks = data.draw(scores(nm))
     exist = data.draw(st.integers(1, nm.of))
     present = (torch.arange(nm.of) < exist).expand(blocks.shape[0], nm.of).unsqueeze(-1)

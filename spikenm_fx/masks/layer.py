@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disabl
 
 from spikenm_fx.errors import CheckpointError
 from spikenm_fx.masks.clock import Clock, version_of
-from spikenm_fx.masks.methods import Draw, Method, filled
+from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
@@ -132,7 +132,7 @@ class MaskedWeight:
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return filled(self.dense.detach(), self.mask())
+        return kept(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
@@ -262,7 +262,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return filled(weight, mask)
+        return kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plain C interface between Python (ctypes) and the kernels.  No torch headers anywhere.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+// How output tokens find their input rows.  A token is one output pixel (or one linear token) at
+// one time step; a row is all channels of one input pixel.  Linear is a 1x1 kernel on 1x1 images.
+typedef struct {
+  int64_t steps;   // time steps that are kept together (1 unless a neuron is fused)
+  int64_t images;  // images (or linear tokens) per time step
+  int64_t h, w, oh, ow;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t groups, cg, og;  // channel groups, input and output channels of one group
+} snm_geometry;
+
+// v' = decay * v + gain * x + drive [- reset * s(t-1)];  s = v' > threshold (or >=).
+// Every array holds one float per output channel.
+typedef struct {
+  const float *decay, *gain, *drive, *threshold, *reset;
+  float *v;           // [images*oh*ow][O] membrane potentials, read and updated
+  const float *syn_decay;  // not null: current-based, i' = syn_decay * i + x
+  float *current;          // [images*oh*ow][O]
+  int32_t hard;       // reset to `reset` (1) or by subtracting `reset` (0)
+  int32_t delayed;    // the reset of a spike acts at the next step (snnTorch)
+  int32_t inclusive;  // spike at v' == threshold
+  int32_t late_current;  // v' reads the current of the previous step (Norse)
+} snm_neuron;
+
+typedef struct {
+  const snm_geometry *geometry;
+  const void *input;         // bits: u64 [rows][groups*ceil(cg/64)]; dense: float [rows][groups*cg]
+  const float *weights;      // layout of the kernel
+  const void *codes;         // layout of the kernel
+  const int64_t *blocks;     // [n_blocks][5]: tap, first channel, channels, offset, ends segment
+  int64_t n_blocks;
+  int64_t kind;              // LUT scheme, or non-zeros kept per pattern block for FMA
+  const float *bias;         // [O] or null
+  const float *scale;        // [O] for int8 weights, else null
+  float *out;                // null if only bits are wanted
+  int64_t out_channels_first;  // 0: [tokens][O]; 1: [steps*images][O][oh*ow]
+  uint64_t *out_bits;        // [tokens][ceil(O/64)] or null
+  const snm_neuron *neuron;  // null: plain layer
+  int64_t threads;
+} snm_call;
+
+// All return 0, or a negative number if the call cannot be served (the caller falls back).
+typedef struct {
+  const char *name;
+  int32_t (*lut)(const snm_call *);
+  int32_t (*fma)(const snm_call *);
+  int32_t (*event)(const snm_call *);
+  int32_t (*event8)(const snm_call *);
+  // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
+  int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
+                       int64_t threads);
+  int32_t (*pack_planes)(const float *x, int64_t images, int64_t groups, int64_t cg, int64_t pixels,
+                         uint64_t *bits, int64_t threads);
+  void (*unpack_rows)(const uint64_t *bits, int64_t rows, int64_t groups, int64_t cg, float *x,
+                      int64_t threads);
+  void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
+                        int64_t pixels, float *x, int64_t threads);
+} snm_kernels;
+
+// Provided once by dispatch.cpp to the objects of every ISA level.
+void snm_parallel(int64_t items, int64_t threads, void (*body)(void *, int64_t), void *context);
+void *snm_scratch(int slot, size_t bytes);  // per thread, 64-byte aligned, kept between calls
+}
