@@ -38,6 +38,7 @@ class LayerShape:
         geometry: of the layer.
         channels: all input channels.
         outputs: all output channels.
+        batch_major: steps of an image lie side by side in the batch, not images of a step.
     """
 
     steps: int
@@ -48,6 +49,7 @@ class LayerShape:
     geometry: LayerGeometry
     channels: int
     outputs: int
+    batch_major: bool = False
 
     @classmethod
     def of_call(
@@ -124,6 +126,7 @@ class LayerShape:
             g.groups,
             self.channels // g.groups,
             self.outputs // g.groups,
+            *((1, self.steps) if self.batch_major else (self.images, 1)),
         )
 
 
