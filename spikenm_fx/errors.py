@@ -9,6 +9,7 @@ __all__ = [
     "PlanError",
     "SpikeNMError",
     "SpikeNMWarning",
+    "TraceError",
     "VerificationError",
 ]
 
@@ -26,6 +27,10 @@ class PatternError(SpikeNMError, ValueError):
 
 class PlanError(SpikeNMError, ValueError):
     """A plan that cannot be made or applied: no layer matched, a rule in vain, sparse twice."""
+
+
+class TraceError(SpikeNMError, RuntimeError):
+    """A model that cannot be read: its forward raises on the examples, or hides its layers."""
 
 
 class CheckpointError(SpikeNMError, RuntimeError):
