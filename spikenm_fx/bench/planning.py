@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 
 import torch

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import build_meta
+from setuptools import build_meta  # type: ignore[import-untyped]
 
 __all__ = [
     "build_editable",
