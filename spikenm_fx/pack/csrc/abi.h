@@ -57,6 +57,8 @@ typedef struct {
   int32_t (*fma)(const snm_call *);
   int32_t (*event)(const snm_call *);
   int32_t (*event8)(const snm_call *);
+  int32_t (*amx)(const snm_call *);   // level "amx" alone; -1 elsewhere
+  int32_t (*amx8)(const snm_call *);
   int32_t (*integrate)(const snm_call *);  // input: float [tokens][O], the finished sums
   // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
   int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
