@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import build_meta
+from setuptools import build_meta  # type: ignore[import-untyped]
 
 __all__ = [
     "build_editable",
@@ -49,6 +49,9 @@ def build_wheel(
 ) -> str:
     """Compile the kernels into the package if possible, then let setuptools build the wheel."""
     builder = _builder()
+    # setuptools packs whatever an earlier build left in its folder: no stale kernels.
+    for stale in Path("build").glob("lib*/spikenm_fx/pack/_native"):
+        shutil.rmtree(stale)
     try:
         _bundle(builder)
         settings: Settings = _with_platform_tag(config_settings)
