@@ -20,7 +20,7 @@ from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disabl
 
 from spikenm_fx.errors import CheckpointError
 from spikenm_fx.masks.clock import Clock, version_of
-from spikenm_fx.masks.methods import Draw, Method
+from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
@@ -55,6 +55,8 @@ class MaskedWeight:
         self.clock = clock
         self.schedule = schedule
         self._cache: _Cached | None = None
+        self._final: _Final | None = None
+        self._held: Tensor | None = None
 
     @property
     def dense(self) -> Tensor:
@@ -86,9 +88,7 @@ class MaskedWeight:
 
     def probe(self) -> tuple[Tensor, ...]:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
-        tensors = [self.dense] if self.scores is None else [self.dense, self.scores]
-        flats = [tensor.detach().flatten() for tensor in tensors]
-        return tuple(flat[:: max(flat.numel() // 64, 1)].clone() for flat in flats)
+        return tuple(_few(tensor) for tensor in (self.dense, self.scores) if tensor is not None)
 
     def draw(self, step: int) -> Draw:
         """Everything the mask of optimizer step ``step`` depends on besides the tensors."""
@@ -102,9 +102,27 @@ class MaskedWeight:
             present=self.view.present(self.dense.device),
         )
 
+    def hold(self) -> None:
+        """Keep frozen logits where they are.
+
+        They get no gradient, but where the training loop or DistributedDataParallel makes zeros of
+        that, an optimizer's momentum goes on moving them.
+        """
+        if self.scores is None or not self.schedule.frozen(self.clock.step):
+            self._held = None
+        elif self._held is None:
+            self._held = self.scores.detach().clone()
+        else:
+            self.scores.data.copy_(self._held)
+
+    def release(self) -> None:
+        """Accept whatever the logits are now: a checkpoint was loaded."""
+        self._held = None
+
     @torch.no_grad()
     def mask(self, step: int | None = None) -> Tensor:
         """The bool mask of the weight's shape: of a training step, or the final one for None."""
+        self.hold()
         draw = self.draw(self.clock.step if step is None else step)
         choose = self.method.final_mask if step is None else self.method.train_mask
         scores = None if self.scores is None else self.scores.detach()
@@ -114,29 +132,21 @@ class MaskedWeight:
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return self.dense.detach().masked_fill(~self.mask(), 0)
+        return kept(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
-        step = self.clock.now(self) if training else None
-        state = self._state(step)
-        if self._cache is None or state is None or self._cache.state != state:
-            context = _Context(self, step)
-            masked = _MaskedFunction.apply(self.dense, self.scores, self.mask(step), context)  # type: ignore[no-untyped-call]
-            self._cache = _Cached(state, self.dense, masked)
-        return self._cache.masked
+        if not training:
+            return self._of_evaluation()
+        self._final = None
+        return self._of_step(self.clock.now(self))
 
-    def _state(self, step: int | None) -> tuple[Any, ...] | None:
-        """What the cached tensor depends on; None where finding out costs more than masking."""
-        content: tuple[int, ...] = ()
-        if step is None:  # nothing but the content can tell of writes through ``.data``
-            if self.dense.device.type != "cpu":
-                return None
-            content = (_checksum(self.dense), _checksum(self.scores))
-        return (
+    def _of_step(self, step: int) -> Tensor:
+        if not isinstance(self.dense, nn.Parameter):  # lent by functional_call, never the same
+            return self._masked(step, self.mask(step))
+        state = (
             step,
             *self.versions(),
-            *content,
             id(self.dense),
             self.dense.data_ptr(),
             self.dense.requires_grad,
@@ -144,16 +154,65 @@ class MaskedWeight:
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
+        cached = self._cache
+        if cached is None or cached.state != state or version_of(cached.masked) != cached.version:
+            masked = self._masked(step, self.mask(step))
+            cached = self._cache = _Cached(state, self.dense, masked, version_of(masked))
+        return cached.masked
+
+    def _of_evaluation(self) -> Tensor:
+        """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
+        dense, scores = self.dense.detach(), self._scores_now()
+        if dense.device.type != "cpu" or not isinstance(self.dense, nn.Parameter):
+            return self._masked(None, self.mask())  # cheaper than to find out
+        final = self._final
+        if final is None or not final.still_of(dense, scores):
+            mask = self.mask()
+            final = self._final = _Final(dense.clone(), self._scores_now().clone(), mask)
+        return self._masked(None, final.mask)
+
+    def _scores_now(self) -> Tensor:
+        return self.dense.new_empty(0) if self.scores is None else self.scores.detach()
+
+    def _masked(self, step: int | None, mask: Tensor) -> Tensor:
+        context = _Context(self, step)
+        return _MaskedFunction.apply(self.dense, self.scores, mask, context)  # type: ignore[no-untyped-call,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "_final": None}
+
+
+def _few(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().flatten()
+    # without NaN, which never equals itself
+    return torch.nan_to_num(flat[:: max(flat.numel() // 64, 1)])
 
 
 @dataclass(slots=True)
 class _Cached:
-    state: tuple[Any, ...] | None
+    state: tuple[Any, ...]
     dense: Tensor  # kept so that its id is not given to another tensor
     masked: Tensor
+    version: int  # of ``masked``: whoever writes to ``layer.weight`` writes to this tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Final:
+    """The final mask and copies of what it was made from: a write to ``.data`` leaves no trace."""
+
+    dense: Tensor
+    scores: Tensor
+    mask: Tensor
+
+    def still_of(self, dense: Tensor, scores: Tensor) -> bool:
+        """Whether weight and logits are still these, in value, shape and type."""
+        return (
+            dense.dtype == self.dense.dtype
+            and scores.dtype == self.scores.dtype
+            and dense.device == self.dense.device
+            and torch.equal(dense, self.dense)
+            and torch.equal(scores, self.scores)
+        )
 
 
 class _Context:
@@ -203,7 +262,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return weight.masked_fill(~mask, 0)
+        return kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -218,14 +277,6 @@ class _MaskedFunction(torch.autograd.Function):
             grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
         )
         return *gradients, None, None
-
-
-def _checksum(tensor: Tensor | None) -> int:
-    """Sum of the bit patterns: differs after any single change."""
-    if tensor is None:
-        return 0
-    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(word).sum())
 
 
 class MaskedLayer(nn.Module):
@@ -246,10 +297,17 @@ class MaskedLayer(nn.Module):
 
     @property
     def weight_nm(self) -> Tensor:
-        """int64 ``[format version, keep, of, seed, step]``, what a checkpoint stores."""
+        """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups]``.
+
+        ``axis`` is that of the input channels, ``groups`` the number of groups it is made of.
+        """
         mask = self._nm_mask
-        nm, clock = mask.view.nm, mask.clock
-        return torch.tensor([_META_VERSION, nm.keep, nm.of, clock.seed, clock.settle()])
+        view, clock = mask.view, mask.clock
+        step = clock.settle()
+        axis, groups = (0, view.groups) if view.transposed else (1, 1)
+        return torch.tensor(
+            [_META_VERSION, view.nm.keep, view.nm.of, clock.seed, step, axis, groups]
+        )
 
     def extra_repr(self) -> str:
         """The layer's own description and the pattern."""
@@ -257,10 +315,11 @@ class MaskedLayer(nn.Module):
         return f"{super().extra_repr()}, nm={mask.view.nm}, method={mask.method.name}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        meta, final = self.weight_nm, self._nm_mask.final_weight()  # counts steps, holds logits
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + DENSE] = destination[prefix + "weight"]
-        destination[prefix + "weight"] = self._nm_mask.final_weight()
-        destination[prefix + META] = self.weight_nm
+        destination[prefix + "weight"] = final
+        destination[prefix + META] = meta
 
     def _load_from_state_dict(
         self,
@@ -273,6 +332,10 @@ class MaskedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         mask = self._nm_mask
+        misfit = _misfit(self, state_dict, prefix, strict)
+        if misfit:  # only where this layer or a part of the model is loaded by itself
+            raise _foreign(type(self).__name__, [misfit])
+        mask.release()
         dense = state_dict.pop(prefix + DENSE, None)
         meta = state_dict.pop(prefix + META, None)
         if dense is not None:
@@ -286,8 +349,7 @@ class MaskedLayer(nn.Module):
         if own_scores:
             state_dict.pop(prefix + LOGITS)
         if meta is not None:
-            _, _, _, seed, step = meta.tolist()
-            mask.clock.set(seed=seed, step=step)
+            mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
         else:
             mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
             if mask.clock.step == 0 and prefix + "weight" in state_dict:
@@ -299,7 +361,13 @@ class MaskedLayer(nn.Module):
 
 
 def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
-    """Mask the one weight that ``layers`` share (mostly a single layer), in place."""
+    """Mask the one weight that ``layers`` share (mostly a single layer), in place.
+
+    Args:
+        layers: Linear or Conv modules that hold the same ``weight`` Parameter.
+        mask: of that weight.
+        scores: made from :meth:`MaskedWeight.fresh_scores`.
+    """
     for layer in layers:
         if scores is not None:
             layer.register_parameter(LOGITS, scores)
@@ -342,28 +410,53 @@ def _masked(mask: MaskedWeight, training: bool) -> Tensor:
     return mask.masked(training)
 
 
-def check_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+def check_checkpoint(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object = None,
+    strict: bool = False,
+    *_: object,
+) -> None:
     """Load hook of the root: refuse a foreign checkpoint before a single tensor is copied.
 
     Raises:
-        CheckpointError: if a layer's pattern or the format version is another one.
+        CheckpointError: if a layer's pattern or the format version is another one, or if (where
+            loaded strictly) only a part of what belongs to a mask is there.
     """
-    wrong = []
-    for name, layer in masked_layers(model):
-        meta = state_dict.get(f"{prefix}{name}.{META}" if name else prefix + META)
-        if meta is None:
-            continue
-        version, keep, of, *_rest = (*meta.tolist(), 0, 0, 0)[:3]
-        nm, shape = layer._nm_mask.view.nm, tuple(layer.weight_dense.shape)
-        if version != _META_VERSION:
-            wrong.append(
-                f"{name} {shape}: mask format {version}, this version reads {_META_VERSION}"
-            )
-        elif (keep, of) != (nm.keep, nm.of):
-            wrong.append(f"{name} {shape}: checkpoint {keep}:{of}, model {nm}")
+    misfits = (
+        _misfit(layer, state_dict, f"{prefix}{name}." if name else prefix, strict)
+        for name, layer in masked_layers(model)
+    )
+    wrong = [misfit for misfit in misfits if misfit]
     if wrong:
-        shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
-        raise CheckpointError(
-            f"the checkpoint does not fit the masks of {type(model).__name__}:\n  {shown}\n"
-            "sparsify a dense model with the checkpoint's pattern before loading it"
-        )
+        raise _foreign(type(model).__name__, wrong)
+
+
+def _misfit(
+    layer: MaskedLayer, state_dict: dict[str, Any], prefix: str, strict: bool
+) -> str | None:
+    """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
+    mask = layer._nm_mask
+    where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
+    missing = [key for key in (DENSE, LOGITS, META) if prefix + key not in state_dict]
+    if strict and 0 < len(missing) < 3:
+        return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
+    if META in missing:
+        return None
+    meta, wanted = state_dict[prefix + META], layer.weight_nm
+    if not isinstance(meta, Tensor) or meta.dim() != 1 or not len(meta):
+        return f"{where}: {META} is {meta!r}, not a list of integers"
+    if meta[0] != wanted[0] or meta.shape != wanted.shape:
+        return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
+    if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
+        return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    return None
+
+
+def _foreign(owner: str, wrong: list[str]) -> CheckpointError:
+    shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+    return CheckpointError(
+        f"the checkpoint does not fit the masks of {owner}:\n  {shown}\n"
+        "sparsify a dense model with the checkpoint's pattern before loading it"
+    )

@@ -60,6 +60,6 @@ def gumbel(like: Tensor, key: Key) -> Tensor:
 
 
 def _xor_shift_(bits: Tensor, shift: int, shifted: Tensor) -> Tensor:
-    """Xor ``bits`` with itself shifted right; the mask turns >> into a logical shift."""
+    """Xor ``bits`` with itself shifted right; the mask makes the arithmetic shift a logical one."""
     torch.bitwise_right_shift(bits, shift, out=shifted)
     return bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))

@@ -74,6 +74,8 @@ def sparsify(
     refuse_if_sparse(model)
     if schedule is not None and total_steps is not None:
         raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
     schedule = schedule or chosen.schedule(total_steps)
     decided = plan(model, nm, rules=rules, remainder=remainder)

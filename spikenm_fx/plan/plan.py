@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from spikenm_fx.errors import PatternError, PlanError
@@ -25,7 +25,7 @@ class LayerPlan:
     Attributes:
         name: qualified name.
         kind: the torch class the layer is or inherits from, e.g. ``"Conv2d"``.
-        shape: of its weight; empty where the layer has none yet.
+        shape: of its weight; empty where the layer has none yet, or computes it.
         action: what ``sparsify`` will do.
         nm: the pattern, None where the layer stays dense.
         padded: True where the last block is shorter than the others.
@@ -244,10 +244,11 @@ def _kind(layer: nn.Module) -> str:
 
 
 def _shape(layer: nn.Module) -> tuple[int, ...]:
-    weight = getattr(layer, "weight", None)
-    return (
-        () if weight is None or isinstance(weight, UninitializedParameter) else tuple(weight.shape)
-    )
+    # a computed weight is not asked for: computing may change buffers (spectral_norm)
+    weight = layer._parameters.get("weight", layer.__dict__.get("weight"))
+    if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
+        return ()
+    return tuple(weight.shape)
 
 
 def _nothing_to_do(result: Plan, nm: NM) -> str:
