@@ -18,7 +18,7 @@ from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
 __all__ = ["Call", "Geometry", "Kernels", "NativeStatus", "Neuron", "kernels", "native_status"]
 
 LEVELS = ("baseline", "v3", "v4")
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 
@@ -31,7 +31,7 @@ class Geometry(ctypes.Structure):
         for name in (
             *("steps", "images", "h", "w", "oh", "ow"),
             *("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw"),
-            *("groups", "cg", "og"),
+            *("groups", "cg", "og", "step_stride", "image_stride"),
         )
     ]
 
@@ -41,9 +41,8 @@ class Neuron(ctypes.Structure):
 
     _fields_ = [
         *((n, _ptr) for n in ("decay", "gain", "drive", "threshold", "reset", "v")),
-        ("syn_decay", _ptr),
-        ("current", _ptr),
-        *((n, _i32) for n in ("hard", "delayed", "inclusive", "late_current")),
+        *((n, _ptr) for n in ("syn_decay", "syn_gain", "current")),
+        *((n, _i32) for n in ("kind", "timing", "inclusive", "undecayed")),
     ]
 
 
@@ -84,6 +83,7 @@ class Kernels(ctypes.Structure):
         ("fma", _run),
         ("event", _run),
         ("event8", _run),
+        ("integrate", _run),
         ("pack_rows", _rows_to),
         ("pack_planes", _planes_to),
         ("unpack_rows", _rows_from),

@@ -6,5 +6,5 @@
 #include "spikes.h"
 
 extern "C" const snm_kernels SNM_TABLE = {
-    SNM_NAME, lut, fma, event, event8, pack_rows, pack_planes, unpack_rows, unpack_planes,
+    SNM_NAME, lut, fma, event, event8, integrate, pack_rows, pack_planes, unpack_rows, unpack_planes,
 };
