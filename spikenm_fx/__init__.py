@@ -1,2 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learnable N:M sparsity for spiking neural networks."""
+"""Learnable N:M sparsity for spiking neural networks.
+
+``sparsify`` a model, train it with your own loop, ``fold`` it, ``verify`` it.  ``n:m`` always means
+*keep at most n of m* consecutive input channels.
+"""
+
+from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.fold import dense_state_dict, fold
+from spikenm_fx.masks.sparsify import param_groups, sparsify
+from spikenm_fx.pattern import NM
+from spikenm_fx.plan.plan import Plan, plan
+from spikenm_fx.plan.rules import Rule
+from spikenm_fx.verify import Verification, verify
+
+__all__ = [
+    "NM",
+    "Plan",
+    "Rule",
+    "SpikeNMError",
+    "Verification",
+    "dense_state_dict",
+    "fold",
+    "param_groups",
+    "plan",
+    "sparsify",
+    "verify",
+]

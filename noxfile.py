@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every chore of the project, as the continuous integration runs it: ``python -m nox -s NAME``."""
+
+import nox
+
+nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.default_venv_backend = "virtualenv"  # pip finds a local torch wheel, uv does not
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+
+
+def groups(*names: str) -> list[str]:
+    """Requirements of the named dependency groups."""
+    return list(nox.project.dependency_groups(PROJECT, *names))
+
+
+def install_package(session: nox.Session) -> None:
+    """The package itself, after its pinned dependencies, so that nothing replaces them."""
+    session.install("-e", ".")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Watch a spiking network learn digits dense, at 2:4 and at 1:8 (minutes)."""
+    session.install(*groups("demo"))
+    install_package(session)
+    session.run("spikenm-fx", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests, with SpikingJelly, snnTorch and Norse installed."""
+    session.install(*groups("tests"))
+    # without their dependencies, which would replace the pinned torch
+    session.install(*groups("framework-requirements"))
+    session.install("--no-deps", *groups("frameworks"))
+    install_package(session)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff, as checker and as formatter."""
+    session.install(*groups("lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy, strict."""
+    session.install(*groups("types"))
+    install_package(session)
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def tutorials(session: nox.Session) -> None:
+    """Run every tutorial from top to bottom."""
+    session.install(*groups("tests"))
+    session.install(*groups("framework-requirements"))
+    session.install("--no-deps", *groups("frameworks"))
+    install_package(session)
+    session.run("python", "-m", "spikenm_fx.bench", "tutorials", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks: ``python -m nox -s bench -- sampler`` and the like; no argument lists them."""
+    session.install(*groups("tests"))
+    session.install(*groups("framework-requirements"))
+    session.install("--no-deps", *groups("frameworks"))
+    install_package(session)
+    session.run("python", "-m", "spikenm_fx.bench", *(session.posargs or ["--help"]))
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source distribution and wheel, and an import of the wheel."""
+    session.install(*groups("build"), *groups("torch"))
+    out = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", out, ".")
+    session.chdir(out)
+    wheel = max(__import__("pathlib").Path(".").glob("*.whl"), key=lambda p: p.stat().st_mtime)
+    session.install("--force-reinstall", "--no-deps", str(wheel))

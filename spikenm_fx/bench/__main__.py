@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m spikenm_fx.bench NAME ...`` runs the benchmark module of that name."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+
+import spikenm_fx.bench as bench
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark, or list them; exit status 2 for an unknown name."""
+    known = {
+        info.name: importlib.import_module(f"{bench.__name__}.{info.name}")
+        for info in pkgutil.iter_modules(bench.__path__)
+        if info.name != "__main__"
+    }
+    runnable = {name: module for name, module in known.items() if hasattr(module, "main")}
+    name, *rest = arguments or ["--help"]
+    if name not in runnable:
+        print("usage: python -m spikenm_fx.bench NAME [options]")
+        for known_name, module in sorted(runnable.items()):
+            print(f"  {known_name:<12}{(module.__doc__ or '').strip().splitlines()[0]}")
+        return 0 if name in ("-h", "--help") else 2
+    return int(runnable[name].main(rest) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

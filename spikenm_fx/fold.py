@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bake the final masks into the weights and leave no trace of us."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.layer import (
+    DENSE,
+    LOGITS,
+    META,
+    check_checkpoint,
+    masked_layers,
+    unmask_layer,
+)
+
+__all__ = ["dense_state_dict", "fold"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+@torch.no_grad()
+def fold(model: ModelT) -> ModelT:
+    """Write exact N:M zeros into the dense weights, in place, and restore the layers' own classes.
+
+    The outputs in evaluation mode stay bit-identical; ``state_dict()`` has exactly the keys that
+    the model had before :func:`spikenm_fx.sparsify`; parameters keep their identity.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        PlanError: if the model is not sparse.
+    """
+    layers = dict(masked_layers(model))
+    if not layers:
+        raise PlanError(
+            f"{type(model).__name__} has nothing to fold: no layer is masked; "
+            "call spikenm_fx.sparsify(model) first, or it was folded before"
+        )
+    final = {name: layer._nm_mask.final_weight() for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.weight_dense.data.copy_(final[name])
+    for layer in layers.values():
+        unmask_layer(layer)
+    for module in model.modules():
+        hooks = module._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+            del hooks[key]
+    return model
+
+
+def _is_ours(hook: object) -> bool:
+    return getattr(hook, "hook", None) is check_checkpoint
+
+
+def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The masked weights under the dense model's keys: loads strictly into a plain dense model.
+
+    Args:
+        model: a sparsified model, at any point of its training; it is not changed.
+    """
+    ours = tuple(
+        f"{name}.{key}" if name else key
+        for name, _ in masked_layers(model)
+        for key in (LOGITS, DENSE, META)
+    )
+    return {key: value for key, value in model.state_dict().items() if key not in ours}

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SpikeNM: M learnable logits a block, N draws without replacement (arXiv 2511.12097).
+
+Read in the paper: one vector of logits per block (O(M)), N one-hot draws without replacement, an
+at-most-N mask, sparse networks learnt from scratch.  The formulas of sampler and gradient, the
+initialisation and every constant are our choices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
+
+__all__ = ["SpikeNM"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpikeNM:
+    """Probabilistic N:M masks with logits pi.
+
+    Attributes:
+        std: standard deviation of the initial logits (MaskLLM, arXiv 2409.17481: 0.01).
+        prior: how far, in units of ``std``, the N largest initial weights of a block start above
+            the others (MaskLLM eq. 10 with magnitude as the prior mask); 0 for no prior.
+    """
+
+    name: ClassVar[str] = "spikenm"
+    std: float = 0.01
+    prior: float = 3.0
+
+    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
+        """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""
+        generator = torch.Generator(device=weight.device).manual_seed(draw.key[0] & 0xFFFFFFFF)
+        logits = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+        logits.normal_(0, self.std, generator=generator)
+        if self.prior:
+            largest = top_mask(weight.abs(), draw.nm.keep, draw.present)
+            logits.add_(largest.float() - draw.nm.density, alpha=self.prior * self.std)
+        return logits
+
+    def train_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """Union of N draws; the N largest logits once the masks are frozen."""
+        if draw.frozen:
+            return self.final_mask(weight, scores, draw)
+        return draw_mask(scores, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
+
+    def final_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """The N largest logits of each block (MaskPro, arXiv 2506.12876)."""
+        return top_mask(scores, draw.nm.keep, draw.present)
+
+    def score_grad(
+        self, grad_mask: Tensor, weight: Tensor, scores: Tensor, draw: Draw
+    ) -> Tensor | None:
+        """Straight-through gradient through every draw; None once frozen."""
+        if draw.frozen:
+            return None
+        return straight_through(
+            grad_mask,
+            scores,
+            draw.nm.keep,
+            kappa=draw.kappa,
+            tau=draw.tau,
+            key=draw.key,
+            present=draw.present,
+        )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-liner: plan purely, check everything, then mask in one short mutation."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.clock import Clock
+from spikenm_fx.masks.layer import LOGITS, check_checkpoint, mask_layer, masked_layers
+from spikenm_fx.masks.methods import Method, method_named
+from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.pattern import BlockView, PatternLike, Remainder
+from spikenm_fx.plan import Plan, Rule, plan
+
+__all__ = ["param_groups", "sparsify"]
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def sparsify(
+    model: ModelT,
+    nm: PatternLike = "2:4",
+    *,
+    method: str | Method = "spikenm",
+    rules: Iterable[Rule] = (),
+    remainder: Remainder = "skip",
+    total_steps: int | None = None,
+    schedule: Schedule | None = None,
+    seed: int = 0,
+) -> ModelT:
+    """Make ``model`` N:M sparse, in place, and let it learn which weights to keep.
+
+    From now on the weight of every planned layer has at most n non-zeros in each block of m
+    consecutive input channels, at every moment, in training and evaluation.  Build the optimizer
+    afterwards (the mask logits are parameters) and train as before; then :func:`fold`.
+
+    How the one-liner ends well without a word on schedules: the logits start from the magnitudes
+    of the weights, the scale of the logits grows with each optimizer step, so that the sampling
+    noise fades as 1/step whatever the length of the run, and evaluation always uses the N largest
+    logits.  With ``total_steps`` the scale rises to its final value within the run, and the masks
+    freeze for the last 15 % so that weights and normalisation statistics adapt to them.
+
+    Args:
+        model: any module; Linear and Conv layers of any framework are found by inheritance.
+        nm: pattern, keep at most n of m.
+        method: ``"spikenm"`` (arXiv 2511.12097) or a configured method.
+        rules: see :func:`spikenm_fx.plan`.
+        remainder: see :func:`spikenm_fx.plan`.
+        total_steps: optimizer steps of the whole run, if known.
+        schedule: instead of ``total_steps``, for full control.
+        seed: of the sampling noise; torch's own generators are not touched.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        PatternError: for a malformed pattern.
+        PlanError: if nothing would become sparse, a rule matches nothing, the model is sparse
+            already, or a weight holds NaN or infinity.  The model is then as it was.
+    """
+    refuse_if_sparse(model)
+    if schedule is not None and total_steps is not None:
+        raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
+    schedule = schedule or Schedule(total_steps)
+    chosen = method_named(method)
+    decided = plan(model, nm, rules=rules, remainder=remainder)
+    _refuse_non_finite(model, decided)
+    _apply(model, decided, chosen, Clock(seed), schedule)
+    return model
+
+
+def param_groups(
+    model: nn.Module, lr: float, *, logits_lr: float | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Optimizer groups: the model's parameters, and the mask logits without weight decay.
+
+    Args:
+        model: a sparsified model.
+        lr: learning rate of the weights.
+        logits_lr: of the logits; the weights' rate if None.
+        **options: further options of the weights' group, e.g. ``weight_decay``.
+
+    Raises:
+        PlanError: if the model has no mask logits.
+    """
+    logits = {id(layer._parameters[LOGITS]) for _, layer in masked_layers(model)}
+    if not logits:
+        raise PlanError(
+            f"{type(model).__name__} has no mask logits; call spikenm_fx.sparsify(model) first"
+        )
+    parameters = list(model.parameters())
+    weights = [parameter for parameter in parameters if id(parameter) not in logits]
+    masks = [parameter for parameter in parameters if id(parameter) in logits]
+    return [
+        {"params": weights, "lr": lr, **options},
+        {"params": masks, "lr": lr if logits_lr is None else logits_lr, "weight_decay": 0.0},
+    ]
+
+
+def refuse_if_sparse(model: nn.Module) -> None:
+    """Raise PlanError if ``model`` is sparse already."""
+    first = next(masked_layers(model), None)
+    if first is not None:
+        name, layer = first
+        raise PlanError(
+            f"{type(model).__name__} is sparse already ({name} is {layer._nm_mask.view.nm}); "
+            "fold(model) first to start over, or continue training it as it is"
+        )
+
+
+def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:
+    for entry in decided.sparse:
+        weight = model.get_submodule(entry.name).weight
+        assert isinstance(weight, torch.Tensor)
+        if not weight.is_meta and not torch.isfinite(weight.detach()).all():
+            raise PlanError(
+                f"{entry.name} {entry.shape} holds NaN or infinity; masks cannot be learnt from "
+                "it: load or initialise finite weights first"
+            )
+
+
+def _apply(
+    model: nn.Module, decided: Plan, method: Method, clock: Clock, schedule: Schedule
+) -> None:
+    sharing: dict[int, list[tuple[str, nn.Module, BlockView]]] = defaultdict(list)
+    for entry in decided.sparse:
+        layer = model.get_submodule(entry.name)
+        assert entry.nm is not None
+        view = BlockView.of_layer(layer, entry.nm, name=entry.name)
+        sharing[id(layer._parameters["weight"])].append((entry.name, layer, view))
+    for holders in sharing.values():
+        name, _, view = holders[0]
+        mask_layer([layer for _, layer, _ in holders], name, view, method, clock, schedule)
+    model.register_load_state_dict_pre_hook(check_checkpoint)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An independent checker: counts non-zeros block by block, sharing no code with the masks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PlanError, VerificationError
+from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
+from spikenm_fx.plan import Plan
+
+__all__ = ["LayerCheck", "Verification", "verify"]
+
+_SHOWN = 3  # violations listed per layer
+_CANDIDATES = (2, 4, 8, 16, 32)  # block sizes among which an unknown pattern is looked for
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCheck:
+    """What was counted in one weight.
+
+    Attributes:
+        name: qualified layer name.
+        shape: of the weight.
+        required: the pattern it must have, or None where none is required.
+        found: the tightest pattern it has among blocks of 2, 4, 8, 16, 32; None for a dense weight.
+        density: share of non-zeros; NaN counts as non-zero.
+        blocks: blocks counted under ``required``.
+        violations: blocks with more than ``required.keep`` non-zeros.
+        first: positions of the first violations, ``(index..., non-zeros)``: the index is that of
+            the weight with the channel axis moved last and cut into blocks.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    required: NM | None
+    found: NM | None
+    density: float
+    blocks: int
+    violations: int
+    first: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        text = f"{self.name} {shape}: density {self.density:.3f}, found {self.found or 'dense'}"
+        if self.required is None:
+            return text + ", nothing required"
+        if not self.violations:
+            return text + f", {self.required} holds in all {self.blocks} blocks"
+        where = "; ".join(f"{list(p[:-1])} has {p[-1]}" for p in self.first)
+        return text + (
+            f", {self.required} VIOLATED in {self.violations} of {self.blocks} blocks: {where}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """The counts of all weights that were looked at."""
+
+    layers: tuple[LayerCheck, ...]
+
+    @property
+    def valid(self) -> bool:
+        """No violation, and at least one weight that is N:M at all."""
+        return not any(layer.violations for layer in self.layers) and any(
+            layer.required or layer.found for layer in self.layers
+        )
+
+    def raise_if_invalid(self) -> None:
+        """Raise VerificationError with the first violations, if there are any."""
+        if self.valid:
+            return
+        wrong = [layer for layer in self.layers if layer.violations]
+        if wrong:
+            listed = "\n  ".join(map(str, wrong[:5]))
+            raise VerificationError(
+                f"{len(wrong)} of {len(self.layers)} weights are not N:M:\n  {listed}\n"
+                "fold(model) writes exact zeros; writing to weights after that undoes them"
+            )
+        raise VerificationError(
+            f"none of the {len(self.layers)} weights is N:M: is this the folded model or "
+            "checkpoint? Name the required pattern to see what violates it: verify(model, '2:4')"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers, for JSON."""
+        layers = [
+            {
+                **asdict(layer),
+                "required": layer.required and str(layer.required),
+                "found": layer.found and str(layer.found),
+            }
+            for layer in self.layers
+        ]
+        return {"valid": self.valid, "layers": layers}
+
+    def __str__(self) -> str:
+        head = "valid" if self.valid else "NOT VALID"
+        return "\n".join([f"{head}: {len(self.layers)} weights", *map(str, self.layers)])
+
+
+@torch.no_grad()
+def verify(
+    model: nn.Module | Mapping[str, Tensor],
+    nm: PatternLike | Plan | Mapping[str, PatternLike] | None = None,
+) -> Verification:
+    """Count the non-zeros of every block of every Linear and Conv weight; changes nothing.
+
+    Args:
+        model: a sparse, folded or plain model, or a state dict (ours or anybody's; weights of two
+            and more dimensions under keys ``...weight``, input channels on axis 1).
+        nm: what is required.  A plan, or a mapping from layer name to pattern: of exactly these
+            layers.  One pattern: of all layers but the first and the last (which a default plan
+            keeps dense) and those whose channels it does not divide.  None: of each masked layer
+            its own pattern, of other weights nothing; what they have is reported.
+
+    Raises:
+        PatternError: for a malformed pattern.
+        PlanError: if ``nm`` names a layer that is not there.
+    """
+    weights = _of_model(model) if isinstance(model, nn.Module) else _of_state_dict(model)
+    required = _required(weights, nm)
+    return Verification(tuple(_check(name, w, required.get(name)) for name, w in weights.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Weight:
+    tensor: Tensor
+    transposed: bool = False
+    groups: int = 1
+    nm: NM | None = None
+
+    def channels_last(self) -> Tensor:
+        """Non-zeros with the input channels of one group as last axis."""
+        nonzero: Tensor = self.tensor != 0
+        if self.transposed:
+            nonzero = nonzero.reshape(self.groups, -1, *nonzero.shape[1:])
+        return nonzero.movedim(1, -1)
+
+
+def _of_model(model: nn.Module) -> dict[str, _Weight]:
+    weights = {}
+    for name, layer in model.named_modules():
+        if not is_weight_layer(layer) or not isinstance(getattr(layer, "weight", None), Tensor):
+            continue
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        transposed = bool(getattr(layer, "transposed", False))
+        groups = int(getattr(layer, "groups", 1)) if transposed else 1
+        meta = getattr(layer, "weight_nm", None)
+        nm = None if meta is None else NM(*meta.tolist()[1:3])
+        weights[name] = _Weight(weight.detach(), transposed, groups, nm)
+    return weights
+
+
+def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
+    weights = {}
+    for key, tensor in state.items():
+        name, _, last = key.rpartition(".")
+        if last != "weight" or not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            continue
+        meta = state.get(key + "_nm")
+        nm = None if meta is None else NM(*meta.tolist()[1:3])
+        weights[name] = _Weight(tensor.detach(), nm=nm)
+    return weights
+
+
+def _required(
+    weights: Mapping[str, _Weight], nm: PatternLike | Plan | Mapping[str, PatternLike] | None
+) -> dict[str, NM]:
+    if nm is None:
+        return {name: weight.nm for name, weight in weights.items() if weight.nm}
+    if isinstance(nm, Plan):
+        nm = {layer.name: layer.nm for layer in nm.sparse if layer.nm}
+    if isinstance(nm, Mapping):
+        missing = [name for name in nm if name not in weights]
+        if missing:
+            raise PlanError(f"layer {missing[0]!r} is not among the weights: {list(weights)[:10]}")
+        return {name: NM.parse(pattern) for name, pattern in nm.items()}
+    pattern = NM.parse(nm)
+    inner = list(weights)[1:-1] if len(weights) > 2 else list(weights)
+    return {
+        name: pattern for name in inner if weights[name].channels_last().shape[-1] % pattern.of == 0
+    }
+
+
+def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:
+    nonzero = weight.channels_last()
+    total = nonzero.numel()
+    blocks, violations = 0, 0
+    first: tuple[tuple[int, ...], ...] = ()
+    if required is not None:
+        counts = _count(nonzero, required.of)
+        over = counts > required.keep
+        blocks, violations = counts.numel(), int(over.sum())
+        where = over.nonzero()[:_SHOWN].tolist() if violations else []
+        first = tuple((*index, int(counts[tuple(index)])) for index in where)
+    return LayerCheck(
+        name=name,
+        shape=tuple(weight.tensor.shape),
+        required=required,
+        found=_tightest(nonzero),
+        density=int(nonzero.sum()) / total if total else 0.0,
+        blocks=blocks,
+        violations=violations,
+        first=first,
+    )
+
+
+def _count(nonzero: Tensor, of: int) -> Tensor:
+    """Non-zeros per block of ``of`` along the last axis; the last block may be shorter."""
+    missing = -nonzero.shape[-1] % of
+    padded = torch.nn.functional.pad(nonzero, (0, missing))
+    return padded.reshape(*nonzero.shape[:-1], math.ceil(nonzero.shape[-1] / of), of).sum(-1)
+
+
+def _tightest(nonzero: Tensor) -> NM | None:
+    found: list[NM] = []
+    for of in _CANDIDATES:
+        if nonzero.numel() and nonzero.shape[-1] % of == 0:
+            most = int(_count(nonzero, of).max())
+            if most < of:
+                found.append(NM(max(most, 1), of))
+    return min(found, key=lambda nm: (nm.density, nm.of), default=None)
