@@ -18,6 +18,7 @@ from spikenm_fx.pack.layouts import KERNELS, Kernel
 
 __all__ = [
     "Call",
+    "Draws",
     "Geometry",
     "Kernels",
     "NativeStatus",
@@ -28,9 +29,10 @@ __all__ = [
 ]
 
 LEVELS = ("baseline", "v3", "v4", "amx")
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+_u32, _f32 = ctypes.c_uint32, ctypes.c_float
 
 
 class Geometry(ctypes.Structure):
@@ -77,7 +79,21 @@ class Call(ctypes.Structure):
     ]
 
 
+class Draws(ctypes.Structure):
+    """``snm_draws`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        *((n, _ptr) for n in ("scores", "grad", "weight", "present", "mask", "out")),
+        *((n, _i64) for n in ("lead", "m", "inner", "keep", "threads")),
+        ("key0", _u32),
+        ("key1", _u32),
+        ("noisy", _i32),
+        *((n, _f32) for n in ("kappa", "inverse_tau", "gain")),
+    ]
+
+
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
+_draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
 _planes_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _i64, _ptr, _i64)
 _rows_from = ctypes.CFUNCTYPE(None, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -100,6 +116,7 @@ class Kernels(ctypes.Structure):
         ("pack_planes", _planes_to),
         ("unpack_rows", _rows_from),
         ("unpack_planes", _planes_from),
+        ("draws", _draws),
     ]
 
 
