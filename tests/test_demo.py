@@ -20,7 +20,7 @@ def rows():
 
 
 def test_three_networks_are_compared(rows):
-    """Dense, 2:4 and 1:8, in this order, each sparse one verified, smaller and with fewer SynOps."""
+    """Dense, 2:4 and 1:8, in this order, each sparse one verified and smaller."""
     from spikenm_fx.demo import steps_of
 
     table, told = rows
