@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, TraceError
 from spikenm_fx.pattern import NM, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan.decide import Decisions, LayerPlan
 from spikenm_fx.plan.roles import default_roles
@@ -96,8 +96,8 @@ def plan(
         if not any(rule.matches(name, layer) for name, layer in layers.items()):
             raise unmatched(rule, layers)
     if graph is None and layers:
-        graph = trace(model, example_inputs)
-    roles = default_roles(layers, graph) if graph is not None else {}
+        graph = _read(model, example_inputs)
+    roles = default_roles(layers, graph)
     decisions = Decisions(model, layers, pattern, remainder, ordered, graph)
     entries = decisions.all(roles)
     if not any(entry.nm for entry in entries):
@@ -107,6 +107,16 @@ def plan(
     if not result.sparse:
         raise PlanError(_nothing_to_do(result, pattern))
     return result
+
+
+def _read(model: nn.Module, example_inputs: Any) -> SpikingGraph | None:
+    """The graph; None where nothing was given to run and the code alone cannot be read."""
+    if example_inputs is not None:
+        return trace(model, example_inputs)
+    try:
+        return trace(model)
+    except TraceError:
+        return None
 
 
 def _nothing_to_do(result: Plan, nm: NM) -> str:
