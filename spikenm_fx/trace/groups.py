@@ -18,7 +18,7 @@ from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.trace.layouts import Attachment, Reader, Role
 
-__all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels"]
+__all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels", "permute_members"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +128,13 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
         raise TraceError(f"this group is frozen: {group.frozen[0]}")
     if sorted(permutation.tolist()) != list(range(group.size)):
         raise TraceError(f"not a permutation of the group's {group.size} channels")
-    _permute(model, group, group.members, permutation)
+    permute_members(model, group, group.members, permutation)
 
 
-def _permute(
+def permute_members(
     model: nn.Module, group: CoupledGroup, members: tuple[Member, ...], permutation: Tensor
 ) -> None:
+    """Reorder the channels in some members only: half of a change, for controls and searches."""
     tensors = dict(nn.Module.named_parameters(model)) | dict(nn.Module.named_buffers(model))
     with torch.no_grad():
         for member in members:
