@@ -110,12 +110,22 @@ def _refuse(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
             "works on a copy.deepcopy of the model"
         ) from error
+    _register(model, copied)
+    return copied
+
+
+def _register(model: nn.Module, copied: nn.Module) -> None:
+    """Enter copies where their originals are listed: snnTorch resets the neurons of such a list."""
+    for original, twin in zip(model.modules(), copied.modules(), strict=True):
+        listed = getattr(type(original), "instances", None)
+        if isinstance(listed, list) and any(entry is original for entry in listed):
+            listed.append(twin)
 
 
 def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -366,7 +376,7 @@ def _measure(builder: _Builder) -> None:
         for name, layer in builder.layers.items()
     ]
     try:
-        with torch.inference_mode(), preserved(builder.engine):
+        with torch.no_grad(), preserved(builder.engine):
             builder.engine(*(builder.args or ()))
             for name, layer in builder.layers.items():
                 if name in inputs:
