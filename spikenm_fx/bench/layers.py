@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from spikenm_fx.bench.measure import interleaved, save
 from spikenm_fx.pack import LayerGeometry, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
+from spikenm_fx.pack.backends.native import available_kernels
 from spikenm_fx.pack.backends.reference import dense_layer
-from spikenm_fx.pack.layouts import KERNELS, layout_for, supports
+from spikenm_fx.pack.layouts import layout_for, supports
 from spikenm_fx.pattern import NM, BlockView
 
 __all__ = ["main"]
@@ -157,7 +158,7 @@ def _onednn_int8(shape: Shape, weight: Tensor, x: Tensor) -> Timed:
     """OneDNN's int8 layer, inputs already quantised and outputs left so."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.backends.quantized.engine = "onednn"  # type: ignore[assignment]
+        torch.backends.quantized.engine = "onednn"
         scales = weight.abs().flatten(1).amax(1) / 127
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
@@ -188,7 +189,7 @@ def _packed(shape: Shape, weight: Tensor, x: Tensor, nm: NM, *, int8: bool) -> T
     if x.dim() == 4:
         inputs[" channels_last"] = x.to(memory_format=torch.channels_last)
     timed: Timed = {}
-    for kernel in KERNELS:
+    for kernel in available_kernels():
         if supports(kernel, packed):
             layout = layout_for(kernel, packed)
             for suffix, given in inputs.items():

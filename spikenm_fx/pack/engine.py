@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def pack(
             model on another device, or a backend that does not exist.
     """
     _refuse(model)
-    engine = copy.deepcopy(model).eval()
+    engine = _copy(model)
     args = _arguments(example_inputs)
     builder = _Builder(engine, args, dtype, None if nm is None else NM.parse(nm))
     builder.replace_layers()
@@ -106,6 +106,16 @@ def _refuse(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model).eval()
+    except Exception as error:  # a module's own __deepcopy__ may raise anything
+        raise PackError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
+            "works on a copy.deepcopy of the model"
+        ) from error
 
 
 def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -341,7 +351,7 @@ def _choose(builder: _Builder, backend: str | Mapping[str, str]) -> None:
     for layer in builder.layers.values():
         possible = [*layer.packed.candidates(), "reference"]
         wanted: Any = backend if backend in possible else "dense"
-        if backend not in ("dense", "reference", "fma", "lut", "event", "event8"):
+        if backend not in get_args(Choice):
             layer.packed.choose(backend)  # type: ignore[arg-type]  # raises, naming the known ones
         layer.packed.choose(wanted)
 

@@ -17,7 +17,7 @@ from spikenm_fx.pack.backends.cpu import (
     run_layer,
     run_spikes,
 )
-from spikenm_fx.pack.backends.native import kernels
+from spikenm_fx.pack.backends.native import available_kernels, kernels
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
 from spikenm_fx.pack.layouts import KERNELS, Kernel, Layout, layout_for, supports
@@ -27,7 +27,7 @@ from spikenm_fx.pack.ops import geometry_list, sparse_layer
 
 __all__ = ["Choice", "PackedLayer", "Pending"]
 
-Choice = Literal["dense", "reference", "fma", "lut", "event", "event8"]
+Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
 """How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
 
 
@@ -95,7 +95,7 @@ class PackedLayer(nn.Module):
         """Ways to run this layer here."""
         native: list[Choice] = []
         if kernels() is not None:
-            native = [kernel for kernel in KERNELS if supports(kernel, self.packed)]
+            native = [k for k in available_kernels() if supports(k, self.packed)]
         return ["dense", *native]
 
     def choose(self, choice: Choice) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from setuptools import build_meta  # type: ignore[import-untyped]
+from setuptools import build_meta
 
 __all__ = [
     "build_editable",

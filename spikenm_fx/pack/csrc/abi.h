@@ -50,6 +50,21 @@ typedef struct {
   int64_t threads;
 } snm_call;
 
+// Mask draws on blocks [lead][m][inner]; with `grad` the straight-through gradient instead.
+typedef struct {
+  const float *scores;     // logits, or the scores of a deterministic mask
+  const float *grad;       // null: make a mask; else dL/dm
+  const float *weight;     // not null: grad is that of the masked weight, dL/dm = grad * weight
+  const uint8_t *present;  // [lead][m], 0 where a padded position can never be kept; or null
+  uint8_t *mask;           // one byte per element
+  float *out;              // gradient of the logits
+  int64_t lead, m, inner, keep;
+  int64_t threads;
+  uint32_t key0, key1;  // of the noise
+  int32_t noisy;        // 0: no noise, kappa is not used
+  float kappa, inverse_tau, gain;  // gain: kappa / tau
+} snm_draws;
+
 // All return 0, or a negative number if the call cannot be served (the caller falls back).
 typedef struct {
   const char *name;
@@ -57,6 +72,8 @@ typedef struct {
   int32_t (*fma)(const snm_call *);
   int32_t (*event)(const snm_call *);
   int32_t (*event8)(const snm_call *);
+  int32_t (*amx)(const snm_call *);   // level "amx" alone; -1 elsewhere
+  int32_t (*amx8)(const snm_call *);
   int32_t (*integrate)(const snm_call *);  // input: float [tokens][O], the finished sums
   // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
   int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
@@ -67,6 +84,7 @@ typedef struct {
                       int64_t threads);
   void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
                         int64_t pixels, float *x, int64_t threads);
+  int32_t (*draws)(const snm_draws *);
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.

@@ -23,7 +23,7 @@ struct Tokens {
   // outside the image, and those beyond the last one, read `nothing`.
   void rows(const uint8_t *input, int64_t row_bytes, const uint8_t *nothing, int64_t step,
             int64_t tap, int64_t p0, int64_t count, const uint8_t **rows) const {
-    if (g->h * g->w * g->oh * g->ow * g->kh * g->kw == 1) {  // linear
+    if (g->h * g->w * g->oh * g->ow * g->kh * g->kw == 1 && g->ph + g->pw == 0) {  // linear
       const int64_t there = most(0, least(count, pixels - p0));
       const uint8_t *first = input + (step * g->step_stride + p0 * g->image_stride) * row_bytes;
       for (int64_t i = 0; i < there; ++i) rows[i] = first + i * g->image_stride * row_bytes;
