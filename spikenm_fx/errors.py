@@ -7,8 +7,11 @@ __all__ = [
     "PackedFileError",
     "PatternError",
     "PlanError",
+    "RecipeError",
+    "ReportError",
     "SpikeNMError",
     "SpikeNMWarning",
+    "TraceError",
     "VerificationError",
 ]
 
@@ -28,6 +31,10 @@ class PlanError(SpikeNMError, ValueError):
     """A plan that cannot be made or applied: no layer matched, a rule in vain, sparse twice."""
 
 
+class TraceError(SpikeNMError, RuntimeError):
+    """A model that cannot be read: its forward raises on the examples, or hides its layers."""
+
+
 class CheckpointError(SpikeNMError, RuntimeError):
     """A checkpoint that does not belong to this sparse model, for instance of another pattern."""
 
@@ -38,6 +45,14 @@ class PackError(SpikeNMError, ValueError):
 
 class PackedFileError(SpikeNMError, RuntimeError):
     """A packed file that is damaged, edited by hand, or of another format version."""
+
+
+class RecipeError(SpikeNMError, ValueError):
+    """A recipe file, or an entry point it names, that cannot be used; lists every mistake."""
+
+
+class ReportError(SpikeNMError, RuntimeError):
+    """A report that cannot be made, e.g. because no batch was given or the model cannot run it."""
 
 
 class VerificationError(SpikeNMError, AssertionError):

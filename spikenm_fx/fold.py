@@ -9,14 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.layer import (
-    DENSE,
-    LOGITS,
-    META,
-    check_checkpoint,
-    masked_layers,
-    unmask_layer,
-)
+from spikenm_fx.masks.layer import DENSE, LOGITS, META, check_checkpoint, detach, masked_layers
 
 __all__ = ["dense_state_dict", "fold"]
 
@@ -46,7 +39,7 @@ def fold(model: ModelT) -> ModelT:
     for name, layer in layers.items():
         layer.weight_dense.data.copy_(final[name])
     for layer in layers.values():
-        unmask_layer(layer)
+        detach(layer)
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:

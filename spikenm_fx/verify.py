@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from spikenm_fx.errors import PlanError, VerificationError
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
@@ -29,7 +32,8 @@ class LayerCheck:
         name: qualified layer name.
         shape: of the weight.
         required: the pattern it must have, or None where none is required.
-        found: the tightest pattern it has among blocks of 2, 4, 8, 16, 32; None for a dense weight.
+        found: the tightest pattern it has among blocks of 2, 4, 8, 16, 32; None for a dense weight
+            and for one of nothing but zeros.
         density: share of non-zeros; NaN counts as non-zero.
         blocks: blocks counted under ``required``.
         violations: blocks with more than ``required.keep`` non-zeros.
@@ -114,11 +118,13 @@ def verify(
 
     Args:
         model: a sparse, folded or plain model, or a state dict (ours or anybody's; weights of two
-            and more dimensions under keys ``...weight``, input channels on axis 1).
+            and more dimensions under keys ``...weight``; input channels on axis 1, except where
+            a masked transposed convolution says otherwise).
         nm: what is required.  A plan, or a mapping from layer name to pattern: of exactly these
             layers.  One pattern: of all layers but the first and the last (which a default plan
-            keeps dense) and those whose channels it does not divide.  None: of each masked layer
-            its own pattern, of other weights nothing; what they have is reported.
+            keeps dense; of two it keeps the last) and those whose channels it does not divide.
+            None: of each masked layer its own pattern, of other weights nothing; what they have is
+            reported.
 
     Raises:
         PatternError: for a malformed pattern.
@@ -147,16 +153,27 @@ class _Weight:
 def _of_model(model: nn.Module) -> dict[str, _Weight]:
     weights = {}
     for name, layer in model.named_modules():
-        if not is_weight_layer(layer) or not isinstance(getattr(layer, "weight", None), Tensor):
+        weight = _weight_of(layer) if is_weight_layer(layer) else None
+        if weight is None or weight.dim() < 2:
             continue
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
         transposed = bool(getattr(layer, "transposed", False))
         groups = int(getattr(layer, "groups", 1)) if transposed else 1
         meta = getattr(layer, "weight_nm", None)
         nm = None if meta is None else NM(*meta.tolist()[1:3])
         weights[name] = _Weight(weight.detach(), transposed, groups, nm)
     return weights
+
+
+def _weight_of(layer: nn.Module) -> Tensor | None:
+    if not is_parametrized(layer, "weight"):
+        weight = getattr(layer, "weight", None)
+        usable = isinstance(weight, Tensor) and not isinstance(weight, UninitializedParameter)
+        return weight if usable else None
+    # some parametrizations (spectral_norm) change their buffers at each access: ask a copy
+    assert isinstance(layer.parametrizations, nn.ModuleDict)
+    with torch.random.fork_rng(devices=[]):
+        computed: Tensor = copy.deepcopy(layer.parametrizations["weight"])()
+    return computed
 
 
 def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
@@ -166,8 +183,11 @@ def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
         if last != "weight" or not isinstance(tensor, Tensor) or tensor.dim() < 2:
             continue
         meta = state.get(key + "_nm")
-        nm = None if meta is None else NM(*meta.tolist()[1:3])
-        weights[name] = _Weight(tensor.detach(), nm=nm)
+        if meta is None:
+            weights[name] = _Weight(tensor.detach())
+        else:
+            _, keep, of, _, _, axis, groups = meta.tolist()
+            weights[name] = _Weight(tensor.detach(), axis == 0, groups, NM(keep, of))
     return weights
 
 
@@ -184,7 +204,7 @@ def _required(
             raise PlanError(f"layer {missing[0]!r} is not among the weights: {list(weights)[:10]}")
         return {name: NM.parse(pattern) for name, pattern in nm.items()}
     pattern = NM.parse(nm)
-    inner = list(weights)[1:-1] if len(weights) > 2 else list(weights)
+    inner = list(weights)[1:-1] or list(weights)[:1]
     return {
         name: pattern for name in inner if weights[name].channels_last().shape[-1] % pattern.of == 0
     }
@@ -222,6 +242,8 @@ def _count(nonzero: Tensor, of: int) -> Tensor:
 
 def _tightest(nonzero: Tensor) -> NM | None:
     found: list[NM] = []
+    if not nonzero.any():
+        return None  # zeros throughout are no pattern that anybody learnt
     for of in _CANDIDATES:
         if nonzero.numel() and nonzero.shape[-1] % of == 0:
             most = int(_count(nonzero, of).max())

@@ -2,9 +2,10 @@
 """The optimizer step as the masks see it, without a word in the user's training loop.
 
 A step is noticed by what it does: optimizers write to parameters in place, which raises a tensor's
-version counter.  Forward passes do not, nor do gradient accumulation, a Python loop over time, the
-recomputation of activation checkpoints or a step that a gradient scaler skipped; so all of these
-share one mask sample.
+version counter or at least (fused optimizers, writes to ``.data``) changes its values.  Forward
+passes do not, nor do gradient accumulation, a Python loop over time, the recomputation of
+activation checkpoints or a step that a gradient scaler skipped; so all of these share one mask
+sample.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikenm_fx.errors import SpikeNMWarning
 
@@ -40,7 +41,7 @@ class Clock:
     """
 
     _seen: weakref.WeakKeyDictionary[MaskedWeight, tuple[int, int]]
-    _probes: list[tuple[weakref.ref[MaskedWeight], tuple[Tensor, ...]]]
+    _probes: weakref.WeakKeyDictionary[MaskedWeight, tuple[Tensor, ...]]
     _mover: weakref.ref[MaskedWeight] | None
     _backward_seen: bool
     _scores_seen: bool
@@ -53,6 +54,8 @@ class Clock:
 
     def now(self, asking: MaskedWeight) -> int:
         """The current step, after a look whether an optimizer has stepped since the last look."""
+        if not isinstance(asking.dense, nn.Parameter):
+            return self.step  # lent by functional_call: no optimizer knows it
         if asking not in self._seen:
             self._seen[asking] = asking.versions()
         elif self._has_stepped(asking):
@@ -62,7 +65,7 @@ class Clock:
 
     def settle(self) -> int:
         """Count a step that no forward pass has noticed yet, then the current step."""
-        if any(map(self._moved, self._seen)) or self._probes_moved():
+        if any(map(self._moved, self._seen)):
             self.step += 1
             self._look()
         return self.step
@@ -75,29 +78,37 @@ class Clock:
     def note_backward(self, *, scores_too: bool) -> None:
         """Called by every backward pass through a masked weight."""
         self._scores_seen |= scores_too
-        if not self._backward_seen:
-            self._backward_seen = True
-            self._probes = [(weakref.ref(weight), weight.probe()) for weight in self._seen]
+        self._backward_seen = True
+        for weight in self._seen:
+            if weight not in self._probes:
+                self._probes[weight] = weight.probe()
 
     def _has_stepped(self, asking: MaskedWeight) -> bool:
-        # One optimizer step moves all its parameters, so one that moved before tells for all.
+        # A step follows a backward pass: look at everything once.  Other steps, and those after
+        # one more forward pass, show in the weight that moved last time, or in the one that asks.
         mover = self._mover() if self._mover is not None else None
-        suspects = self._seen if mover is None else (asking, mover)
-        return any(map(self._moved, suspects)) or self._probes_moved()
+        if self._backward_seen or mover is None:
+            self._backward_seen = False
+            return any(map(self._moved, self._seen))
+        return (
+            self._version_moved(asking)
+            or self._version_moved(mover)
+            or (asking is mover and self._moved(mover))
+        )
 
     def _moved(self, weight: MaskedWeight) -> bool:
+        return self._version_moved(weight) or any(self._probes_moved(weight))
+
+    def _version_moved(self, weight: MaskedWeight) -> bool:
         return self._seen.get(weight) != weight.versions()
 
-    def _probes_moved(self) -> bool:
-        """Optimizers that write through ``.data`` leave no version: after a backward, look once."""
-        if not self._backward_seen:
-            return False
-        self._backward_seen = False
-        return any(
-            not all(map(torch.equal, before, weight.probe()))
-            for ref, before in self._probes
-            if (weight := ref()) is not None
-        )
+    def _probes_moved(self, weight: MaskedWeight) -> tuple[bool, bool]:
+        """Of weight and logits: fused optimizers and writes to ``.data`` leave no version."""
+        before = self._probes.get(weight)
+        if before is None:
+            return False, False
+        moved = [not torch.equal(*pair) for pair in zip(before, weight.probe(), strict=True)]
+        return moved[0], any(moved[1:])  # a method without scores has only the weight
 
     def _look(self) -> None:
         self._warn_of_idle_logits()
@@ -105,13 +116,17 @@ class Clock:
         self._mover = None if mover is None else weakref.ref(mover)
         for weight in self._seen:
             self._seen[weight] = weight.versions()
+        self._probes.clear()
         self._backward_seen = self._scores_seen = False
 
     def _warn_of_idle_logits(self) -> None:
         """Tell once of an optimizer that was built before the logits existed."""
         if not self._scores_seen:
             return
-        idle = all(self._seen[weight][1] == weight.versions()[1] for weight in self._seen)
+        idle = not any(
+            self._seen[weight][1] != weight.versions()[1] or self._probes_moved(weight)[1]
+            for weight in self._seen
+        )
         self._idle_steps = self._idle_steps + 1 if idle else 0
         if self._idle_steps == _IDLE_STEPS:
             warnings.warn(
@@ -124,7 +139,7 @@ class Clock:
 
     def _reset_watch(self) -> None:
         self._seen = weakref.WeakKeyDictionary()
-        self._probes = []
+        self._probes = weakref.WeakKeyDictionary()
         self._mover = None
         self._backward_seen = self._scores_seen = False
         self._idle_steps = 0

@@ -20,12 +20,12 @@ from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disabl
 
 from spikenm_fx.errors import CheckpointError
 from spikenm_fx.masks.clock import Clock, version_of
-from spikenm_fx.masks.methods import Draw, Method
+from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
 
-__all__ = ["MaskedLayer", "MaskedWeight", "mask_layer", "masked_layers", "unmask_layer"]
+__all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
 
 LOGITS = "weight_logits"
 DENSE = "weight_dense"
@@ -55,6 +55,8 @@ class MaskedWeight:
         self.clock = clock
         self.schedule = schedule
         self._cache: _Cached | None = None
+        self._final: _Final | None = None
+        self._held: Tensor | None = None
 
     @property
     def dense(self) -> Tensor:
@@ -64,21 +66,21 @@ class MaskedWeight:
         return weight
 
     @property
-    def scores(self) -> Tensor:
-        """The learnable logits, ``(lead, M, inner)``."""
-        scores = self.layer._parameters[LOGITS]
-        assert scores is not None
-        return scores
+    def scores(self) -> Tensor | None:
+        """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
+        return self.layer._parameters.get(LOGITS)
 
-    def fresh_scores(self) -> Tensor:
-        """Initial logits for the present weight."""
+    def fresh_scores(self) -> Tensor | None:
+        """Initial scores for the present weight."""
         with torch.no_grad():
             blocks = self.view.to_blocks(self.dense.detach())
-            return self.method.init_scores(blocks, self.draw(0, blocks.device))
+            return self.method.init_scores(blocks, self.draw(0))
 
     def restart(self) -> None:
-        """Start the logits anew, after a dense checkpoint brought other weights."""
-        self.scores.data.copy_(self.fresh_scores())
+        """Start the scores anew, after a dense checkpoint brought other weights."""
+        fresh = self.fresh_scores()
+        if self.scores is not None and fresh is not None:
+            self.scores.data.copy_(fresh)
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
@@ -86,73 +88,131 @@ class MaskedWeight:
 
     def probe(self) -> tuple[Tensor, ...]:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
-        return tuple(
-            flat[:: max(flat.numel() // 64, 1)].clone()
-            for flat in (self.dense.detach().flatten(), self.scores.detach().flatten())
-        )
+        return tuple(_few(tensor) for tensor in (self.dense, self.scores) if tensor is not None)
 
-    def draw(self, step: int, device: torch.device | None = None) -> Draw:
+    def draw(self, step: int) -> Draw:
         """Everything the mask of optimizer step ``step`` depends on besides the tensors."""
         return Draw(
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
+            start_key=noise_key(self.clock.seed, 0, self.name),
             kappa=self.schedule.kappa_at(step),
             tau=self.schedule.tau_at(step),
             frozen=self.schedule.frozen(step),
-            present=self.view.present(device or self.scores.device),
+            present=self.view.present(self.dense.device),
         )
+
+    def hold(self) -> None:
+        """Keep frozen logits where they are.
+
+        They get no gradient, but where the training loop or DistributedDataParallel makes zeros of
+        that, an optimizer's momentum goes on moving them.
+        """
+        if self.scores is None or not self.schedule.frozen(self.clock.step):
+            self._held = None
+        elif self._held is None:
+            self._held = self.scores.detach().clone()
+        else:
+            self.scores.data.copy_(self._held)
+
+    def release(self) -> None:
+        """Accept whatever the logits are now: a checkpoint was loaded."""
+        self._held = None
 
     @torch.no_grad()
     def mask(self, step: int | None = None) -> Tensor:
         """The bool mask of the weight's shape: of a training step, or the final one for None."""
+        self.hold()
         draw = self.draw(self.clock.step if step is None else step)
         choose = self.method.final_mask if step is None else self.method.train_mask
-        blocked = choose(self.view.to_blocks(self.dense.detach()), self.scores.detach(), draw)
+        scores = None if self.scores is None else self.scores.detach()
+        blocked = choose(self.view.to_blocks(self.dense.detach()), scores, draw)
         return self.view.from_blocks(blocked)
 
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return self.dense.detach().masked_fill(~self.mask(), 0)
+        return kept(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
-        step = self.clock.now(self) if training else None
-        state = self._state(step)
-        if self._cache is None or state is None or self._cache.state != state:
-            context = _Context(self, step)
-            masked = _MaskedFunction.apply(self.dense, self.scores, self.mask(step), context)  # type: ignore[no-untyped-call]
-            self._cache = _Cached(state, self.dense, masked)
-        return self._cache.masked
+        if not training:
+            return self._of_evaluation()
+        self._final = None
+        return self._of_step(self.clock.now(self))
 
-    def _state(self, step: int | None) -> tuple[Any, ...] | None:
-        """What the cached tensor depends on; None where finding out costs more than masking."""
-        content: tuple[int, ...] = ()
-        if step is None:  # nothing but the content can tell of writes through ``.data``
-            if self.dense.device.type != "cpu":
-                return None
-            content = (_checksum(self.dense), _checksum(self.scores))
-        return (
+    def _of_step(self, step: int) -> Tensor:
+        if not isinstance(self.dense, nn.Parameter):  # lent by functional_call, never the same
+            return self._masked(step, self.mask(step))
+        state = (
             step,
             *self.versions(),
-            *content,
             id(self.dense),
             self.dense.data_ptr(),
             self.dense.requires_grad,
-            self.scores.requires_grad,
+            self.scores is not None and self.scores.requires_grad,
             torch.is_grad_enabled(),
             torch.is_inference_mode_enabled(),
         )
+        cached = self._cache
+        if cached is None or cached.state != state or version_of(cached.masked) != cached.version:
+            masked = self._masked(step, self.mask(step))
+            cached = self._cache = _Cached(state, self.dense, masked, version_of(masked))
+        return cached.masked
+
+    def _of_evaluation(self) -> Tensor:
+        """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
+        dense, scores = self.dense.detach(), self._scores_now()
+        if dense.device.type != "cpu" or not isinstance(self.dense, nn.Parameter):
+            return self._masked(None, self.mask())  # cheaper than to find out
+        final = self._final
+        if final is None or not final.still_of(dense, scores):
+            mask = self.mask()
+            final = self._final = _Final(dense.clone(), self._scores_now().clone(), mask)
+        return self._masked(None, final.mask)
+
+    def _scores_now(self) -> Tensor:
+        return self.dense.new_empty(0) if self.scores is None else self.scores.detach()
+
+    def _masked(self, step: int | None, mask: Tensor) -> Tensor:
+        context = _Context(self, step)
+        return _MaskedFunction.apply(self.dense, self.scores, mask, context)  # type: ignore[no-untyped-call,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None}
+        return {**self.__dict__, "_cache": None, "_final": None}
+
+
+def _few(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().flatten()
+    # without NaN, which never equals itself
+    return torch.nan_to_num(flat[:: max(flat.numel() // 64, 1)])
 
 
 @dataclass(slots=True)
 class _Cached:
-    state: tuple[Any, ...] | None
+    state: tuple[Any, ...]
     dense: Tensor  # kept so that its id is not given to another tensor
     masked: Tensor
+    version: int  # of ``masked``: whoever writes to ``layer.weight`` writes to this tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Final:
+    """The final mask and copies of what it was made from: a write to ``.data`` leaves no trace."""
+
+    dense: Tensor
+    scores: Tensor
+    mask: Tensor
+
+    def still_of(self, dense: Tensor, scores: Tensor) -> bool:
+        """Whether weight and logits are still these, in value, shape and type."""
+        return (
+            dense.dtype == self.dense.dtype
+            and scores.dtype == self.scores.dtype
+            and dense.device == self.dense.device
+            and torch.equal(dense, self.dense)
+            and torch.equal(scores, self.scores)
+        )
 
 
 class _Context:
@@ -167,8 +227,13 @@ class _Context:
         self.training = step is not None
         self.versions = owner.versions()
 
-    def score_grad(self, grad: Tensor) -> Tensor | None:
-        """Gradient of the scores from that of the masked weight; dL/dm = dL/d(w m) * w."""
+    def gradients(
+        self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of weight and scores from that of the masked weight.
+
+        dL/dm = dL/d(w m) * w for the scores.
+        """
         if (
             version_of(self.dense) != self.versions[0]
             or version_of(self.scores) != self.versions[1]
@@ -177,10 +242,14 @@ class _Context:
                 "a masked weight or its logits were written to between forward and backward; "
                 "call backward before optimizer.step()"
             )
-        weight, scores = self.dense.detach(), self.scores.detach()
-        grad_mask, blocks = self.view.to_blocks(grad * weight), self.view.to_blocks(weight)
-        grad_scores = self.method.score_grad(grad_mask, blocks, scores, self.draw)
-        return None if grad_scores is None else grad_scores.to(scores.dtype)
+        weight = self.dense.detach()
+        grad_scores = None
+        if of_scores and self.training and self.scores is not None:
+            grad_mask = self.view.to_blocks(grad * weight)
+            grad_scores = self.method.score_grad(grad_mask, self.scores.detach(), self.draw)
+            grad_scores = None if grad_scores is None else grad_scores.to(self.scores.dtype)
+        self.clock.note_backward(scores_too=grad_scores is not None)
+        return self.method.weight_grad(grad, weight, mask) if of_weight else None, grad_scores
 
 
 class _MaskedFunction(torch.autograd.Function):
@@ -192,8 +261,8 @@ class _MaskedFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(weight: Tensor, scores: Tensor, mask: Tensor, context: _Context) -> Tensor:
-        return weight.masked_fill(~mask, 0)
+    def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
+        return kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -204,21 +273,14 @@ class _MaskedFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         context: _Context = ctx.context
         needs_weight, needs_scores, *_ = ctx.needs_input_grad
-        grad_scores = None
-        if needs_scores and context.training:
-            grad_scores = context.score_grad(grad)
-        context.clock.note_backward(scores_too=grad_scores is not None)
-        return grad.masked_fill(~ctx.mask, 0) if needs_weight else None, grad_scores, None, None
-
-
-def _checksum(tensor: Tensor) -> int:
-    """Sum of the bit patterns: differs after any single change."""
-    word = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().contiguous().view(word).sum())
+        gradients = context.gradients(
+            grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
+        )
+        return *gradients, None, None
 
 
 class MaskedLayer(nn.Module):
-    """Mixin in front of the user's layer class; made by :func:`mask_layer`, undone by ``fold``."""
+    """Mixin in front of the user's layer class; put there by :func:`attach`, undone by ``fold``."""
 
     _nm_mask: MaskedWeight
     _plain_class: type[nn.Module]
@@ -235,10 +297,17 @@ class MaskedLayer(nn.Module):
 
     @property
     def weight_nm(self) -> Tensor:
-        """int64 ``[format version, keep, of, seed, step]``, what a checkpoint stores."""
+        """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups]``.
+
+        ``axis`` is that of the input channels, ``groups`` the number of groups it is made of.
+        """
         mask = self._nm_mask
-        nm, clock = mask.view.nm, mask.clock
-        return torch.tensor([_META_VERSION, nm.keep, nm.of, clock.seed, clock.settle()])
+        view, clock = mask.view, mask.clock
+        step = clock.settle()
+        axis, groups = (0, view.groups) if view.transposed else (1, 1)
+        return torch.tensor(
+            [_META_VERSION, view.nm.keep, view.nm.of, clock.seed, step, axis, groups]
+        )
 
     def extra_repr(self) -> str:
         """The layer's own description and the pattern."""
@@ -246,10 +315,11 @@ class MaskedLayer(nn.Module):
         return f"{super().extra_repr()}, nm={mask.view.nm}, method={mask.method.name}"
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        meta, final = self.weight_nm, self._nm_mask.final_weight()  # counts steps, holds logits
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + DENSE] = destination[prefix + "weight"]
-        destination[prefix + "weight"] = self._nm_mask.final_weight()
-        destination[prefix + META] = self.weight_nm
+        destination[prefix + "weight"] = final
+        destination[prefix + META] = meta
 
     def _load_from_state_dict(
         self,
@@ -262,21 +332,24 @@ class MaskedLayer(nn.Module):
         error_msgs: list[str],
     ) -> None:
         mask = self._nm_mask
+        misfit = _misfit(self, state_dict, prefix, strict)
+        if misfit:  # only where this layer or a part of the model is loaded by itself
+            raise _foreign(type(self).__name__, [misfit])
+        mask.release()
         dense = state_dict.pop(prefix + DENSE, None)
         meta = state_dict.pop(prefix + META, None)
         if dense is not None:
             state_dict[prefix + "weight"] = dense
-        from_dense_model = prefix + LOGITS not in state_dict
-        if from_dense_model:
+        own_scores = meta is None and prefix + LOGITS not in state_dict and mask.scores is not None
+        if own_scores:  # of a dense model: strictness must not ask for what it cannot have
             state_dict[prefix + LOGITS] = self._parameters[LOGITS]
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if from_dense_model:
+        if own_scores:
             state_dict.pop(prefix + LOGITS)
         if meta is not None:
-            _, _, _, seed, step = meta.tolist()
-            mask.clock.set(seed=seed, step=step)
+            mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
         else:
             mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
             if mask.clock.step == 0 and prefix + "weight" in state_dict:
@@ -287,36 +360,26 @@ class MaskedLayer(nn.Module):
         return (_new_masked, (plain_class(self),), *state)
 
 
-def mask_layer(
-    layers: list[nn.Module],
-    name: str,
-    view: BlockView,
-    method: Method,
-    clock: Clock,
-    schedule: Schedule,
-) -> None:
+def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
     """Mask the one weight that ``layers`` share (mostly a single layer), in place.
 
     Args:
         layers: Linear or Conv modules that hold the same ``weight`` Parameter.
-        name: qualified name of the first, which keys the noise.
-        view: blocks of the weight.
-        method: how masks are chosen.
-        clock: shared by the model's masked weights.
-        schedule: of scale, temperature and freeze.
+        mask: of that weight.
+        scores: made from :meth:`MaskedWeight.fresh_scores`.
     """
-    mask = MaskedWeight(layers[0], name, view, method, clock, schedule)
-    logits = nn.Parameter(mask.fresh_scores())
     for layer in layers:
-        layer.register_parameter(LOGITS, logits)
+        if scores is not None:
+            layer.register_parameter(LOGITS, scores)
         layer.__dict__["_nm_mask"] = mask
         layer.__class__ = _masked_class(cast("Any", type(layer)))
 
 
-def unmask_layer(layer: MaskedLayer) -> None:
+def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and mask; the weight stays as it is."""
     layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-    del layer._parameters[LOGITS], layer.__dict__["_nm_mask"]
+    layer._parameters.pop(LOGITS, None)
+    del layer.__dict__["_nm_mask"]
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
@@ -347,28 +410,58 @@ def _masked(mask: MaskedWeight, training: bool) -> Tensor:
     return mask.masked(training)
 
 
-def check_checkpoint(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+def check_checkpoint(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object = None,
+    strict: bool = False,
+    *_: object,
+) -> None:
     """Load hook of the root: refuse a foreign checkpoint before a single tensor is copied.
 
     Raises:
-        CheckpointError: if a layer's pattern or the format version is another one.
+        CheckpointError: if a layer's pattern or the format version is another one, or if (where
+            loaded strictly) only a part of what belongs to a mask is there.
     """
-    wrong = []
-    for name, layer in masked_layers(model):
-        meta = state_dict.get(f"{prefix}{name}.{META}" if name else prefix + META)
-        if meta is None:
-            continue
-        version, keep, of, *_rest = (*meta.tolist(), 0, 0, 0)[:3]
-        nm, shape = layer._nm_mask.view.nm, tuple(layer.weight_dense.shape)
-        if version != _META_VERSION:
-            wrong.append(
-                f"{name} {shape}: mask format {version}, this version reads {_META_VERSION}"
-            )
-        elif (keep, of) != (nm.keep, nm.of):
-            wrong.append(f"{name} {shape}: checkpoint {keep}:{of}, model {nm}")
+    misfits = (
+        _misfit(layer, state_dict, f"{prefix}{name}." if name else prefix, strict)
+        for name, layer in masked_layers(model)
+    )
+    wrong = [misfit for misfit in misfits if misfit]
     if wrong:
-        shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
-        raise CheckpointError(
-            f"the checkpoint does not fit the masks of {type(model).__name__}:\n  {shown}\n"
-            "sparsify a dense model with the checkpoint's pattern before loading it"
-        )
+        raise _foreign(type(model).__name__, wrong)
+
+
+def _misfit(
+    layer: MaskedLayer, state_dict: dict[str, Any], prefix: str, strict: bool
+) -> str | None:
+    """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
+    mask = layer._nm_mask
+    where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
+    keys = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
+    missing = [key for key in keys if prefix + key not in state_dict]
+    if strict and 0 < len(missing) < len(keys):
+        return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
+    if META in missing:
+        return None
+    meta, wanted = state_dict[prefix + META], layer.weight_nm
+    if not isinstance(meta, Tensor) or meta.dim() != 1 or not len(meta):
+        return f"{where}: {META} is {meta!r}, not a list of integers"
+    if meta[0] != wanted[0] or meta.shape != wanted.shape:
+        return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
+    if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
+        return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    scores, own = state_dict.get(prefix + LOGITS), mask.scores
+    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
+    if shapes[0] != shapes[1] and (strict or None not in shapes):
+        return f"{where}: checkpoint of another method, its {LOGITS} {shapes[0]}, here {shapes[1]}"
+    return None
+
+
+def _foreign(owner: str, wrong: list[str]) -> CheckpointError:
+    shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+    return CheckpointError(
+        f"the checkpoint does not fit the masks of {owner}:\n  {shown}\n"
+        "sparsify a dense model with the checkpoint's pattern before loading it"
+    )

@@ -12,7 +12,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "gumbel_", "noise_key"]
+__all__ = ["Key", "gumbel", "gumbel_", "noise_key"]
 
 Key = tuple[int, int]
 """Two signed 32-bit words."""
@@ -52,7 +52,14 @@ def gumbel_(out: Tensor, key: Key, start: int, bits: Tensor, shifted: Tensor) ->
     return out.add_(0.5).mul_(_UNIT).log_().neg_().log_().neg_()
 
 
+def gumbel(like: Tensor, key: Key) -> Tensor:
+    """Fresh standard Gumbel noise of the shape of ``like``, float32, of the counters from 0 on."""
+    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    bits, shifted = torch.empty(2, like.numel(), dtype=torch.int32, device=like.device)
+    return gumbel_(out, key, 0, bits, shifted)
+
+
 def _xor_shift_(bits: Tensor, shift: int, shifted: Tensor) -> Tensor:
-    """Xor ``bits`` with itself shifted right; the mask turns the arithmetic shift into a logical one."""
+    """Xor ``bits`` with itself shifted right; the mask makes the arithmetic shift a logical one."""
     torch.bitwise_right_shift(bits, shift, out=shifted)
     return bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))

@@ -170,12 +170,14 @@ def ranks(planes: Tensor, space: _Space | None = None) -> Tensor:
 def draws_backward(
     z: Tensor, h: Tensor, keep: int, tau: float, space: _Space | None = None
 ) -> Tensor:
-    """Sum over draws k of s_k * (h_k - sum(s_k * h_k)) on planes ``(M, n)``.
+    """Sum over draws k of s_k * (h_k - t_k), t_k = sum(s_k * h_k), on planes ``(M, n)``.
 
-    One exponential serves all draws: with y = exp((z - z_last) / tau), z_last the smallest drawn,
-    s_k = y / S_k over what was left before draw k, and S_k, sum(s_k * h_k) =: t_k are running
-    sums over the drawn positions.  Collecting the draws, a position that draw l took receives
-    y * (h / S_l - sum_{k<=l} t_k / S_k), one that no draw took y * sum_k (h - t_k) / S_k.
+    One exponential over the planes serves all draws: y = exp((z - z_last) / tau) for what no draw
+    took, z_last the smallest drawn.  Everything else follows from the drawn z_1 >= z_2 >= ... by
+    the ratios r_k = exp((z_{k+1} - z_k) / tau) <= 1, so that nothing can overflow however far the
+    logits are apart.  In units of exp(z_k / tau) the softmax of draw k has the sum
+    S_k = 1 + r_k * S_{k+1}.  Collecting the draws, the position of draw l receives h / S_l - A_l
+    with A_l = t_l / S_l + r_{l-1} * A_{l-1}, a free one y * (h * B - A_last), B as A with t = 1.
     """
     space = space or _Space(z.device)
     rank = ranks(z, space)
@@ -183,28 +185,29 @@ def draws_backward(
     drawn = [torch.eq(rank, draw, out=space(f"drawn{draw}", z)) for draw in draws]
     free = torch.ge(rank, keep, out=space("free", z))
     work = space("work", z)
-    z_last = torch.mul(z, drawn[-1], out=work).sum(0)
-    # beyond exp(80) the probability of what is left is zero in float32 anyway
-    y = torch.sub(z, z_last, out=space("y", z)).mul_(1 / tau).clamp_(max=80.0).exp_()
-    yh = torch.mul(y, h, out=space("yh", z))
-    left = torch.mul(y, free, out=work).sum(0)
-    free_yh = torch.mul(yh, free, out=work).sum(0)
-    inverse, mean = [], []  # 1 / S_k and t_k / S_k, from the last draw to the first
-    for taken in reversed(drawn):
-        left = torch.mul(y, taken, out=work).sum(0).add_(left)
-        inverse.append(left.reciprocal())
-        taken_yh = torch.mul(yh, taken, out=work).sum(0)
-        mean.append(taken_yh.add_(free_yh).mul_(inverse[-1]).mul_(inverse[-1]))
+    z_at = [torch.mul(z, taken, out=work).sum(0) for taken in drawn]
+    h_at = [torch.mul(h, taken, out=work).sum(0) for taken in drawn]
+    ratio = [(z_at[k + 1] - z_at[k]).mul_(1 / tau).exp_() for k in draws[:-1]]
+    y = torch.sub(z, z_at[-1], out=space("y", z)).mul_(1 / tau).clamp_(max=0.0).exp_().mul_(free)
+    yh = torch.mul(y, h, out=work)
+    left, left_h = y.sum(0), yh.sum(0)  # what is left beside draw k, in units of exp(z_k / tau)
+    inverse, mean = [left] * len(drawn), [left] * len(drawn)  # 1 / S_k and t_k
+    for k in reversed(draws):
+        inverse[k] = (1 + left).reciprocal_()
+        mean[k] = (h_at[k] + left_h).mul_(inverse[k])
+        if k:
+            left = (1 + left).mul_(ratio[k - 1])
+            left_h = left_h * ratio[k - 1]
     slope, offset = torch.zeros_like(left), torch.zeros_like(left)
-    slopes, offsets = space("slopes", z).zero_(), space("offsets", z).zero_()
-    for taken, inverse_k, mean_k in zip(drawn, reversed(inverse), reversed(mean), strict=True):
-        slope += inverse_k
-        offset += mean_k
-        slopes.addcmul_(taken, inverse_k)
-        offsets.addcmul_(taken, offset)
-    slopes.addcmul_(free, slope)
-    offsets.addcmul_(free, offset)
-    return yh.mul_(slopes).sub_(y.mul_(offsets))
+    grad = space("grad", z).zero_()
+    for k in draws:
+        if k:
+            slope.mul_(ratio[k - 1])
+            offset.mul_(ratio[k - 1])
+        slope.add_(inverse[k])
+        offset.addcmul_(mean[k], inverse[k])
+        grad.addcmul_(drawn[k], h_at[k] * inverse[k] - offset)
+    return grad.add_(yh.mul_(slope)).sub_(y.mul_(offset))
 
 
 def _perturb(logits: Tensor, rows: slice, kappa: float, key: Key, space: _Space) -> Tensor:

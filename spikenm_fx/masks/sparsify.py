@@ -12,7 +12,13 @@ from torch import nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.clock import Clock
-from spikenm_fx.masks.layer import LOGITS, check_checkpoint, mask_layer, masked_layers
+from spikenm_fx.masks.layer import (
+    LOGITS,
+    MaskedWeight,
+    attach,
+    check_checkpoint,
+    masked_layers,
+)
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView, PatternLike, Remainder
@@ -25,8 +31,9 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def sparsify(
     model: ModelT,
-    nm: PatternLike = "2:4",
+    nm: PatternLike | Plan = "2:4",
     *,
+    example_inputs: Any = None,
     method: str | Method = "spikenm",
     rules: Iterable[Rule] = (),
     remainder: Remainder = "skip",
@@ -48,8 +55,10 @@ def sparsify(
 
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance.
-        nm: pattern, keep at most n of m.
-        method: ``"spikenm"`` (arXiv 2511.12097) or a configured method.
+        nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
+        example_inputs: see :func:`spikenm_fx.plan`.
+        method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
+            ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
         remainder: see :func:`spikenm_fx.plan`.
         total_steps: optimizer steps of the whole run, if known.
@@ -67,9 +76,11 @@ def sparsify(
     refuse_if_sparse(model)
     if schedule is not None and total_steps is not None:
         raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
-    schedule = schedule or Schedule(total_steps)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
-    decided = plan(model, nm, rules=rules, remainder=remainder)
+    schedule = schedule or chosen.schedule(total_steps)
+    decided = _decide(model, nm, example_inputs, tuple(rules), remainder)
     _refuse_non_finite(model, decided)
     _apply(model, decided, chosen, Clock(seed), schedule)
     return model
@@ -89,7 +100,7 @@ def param_groups(
     Raises:
         PlanError: if the model has no mask logits.
     """
-    logits = {id(layer._parameters[LOGITS]) for _, layer in masked_layers(model)}
+    logits = {id(layer._parameters.get(LOGITS)) for _, layer in masked_layers(model)}
     if not logits:
         raise PlanError(
             f"{type(model).__name__} has no mask logits; call spikenm_fx.sparsify(model) first"
@@ -114,6 +125,29 @@ def refuse_if_sparse(model: nn.Module) -> None:
         )
 
 
+def _decide(
+    model: nn.Module,
+    nm: PatternLike | Plan,
+    example_inputs: Any,
+    rules: tuple[Rule, ...],
+    remainder: Remainder,
+) -> Plan:
+    if not isinstance(nm, Plan):
+        return plan(model, nm, example_inputs=example_inputs, rules=rules, remainder=remainder)
+    if rules or remainder != "skip":
+        raise PlanError("a plan was given: give its rules and remainder to plan(), not here")
+    modules = dict(model.named_modules())
+    for entry in nm.sparse:
+        weight = getattr(modules.get(entry.name), "weight", None)
+        shape = None if weight is None else tuple(weight.shape)
+        if shape != entry.shape:
+            raise PlanError(
+                f"the plan was made of another model: {entry.name} {entry.shape} there, "
+                f"{shape or 'missing'} here; make it anew with plan(model, ...)"
+            )
+    return nm
+
+
 def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
         weight = model.get_submodule(entry.name).weight
@@ -132,9 +166,15 @@ def _apply(
     for entry in decided.sparse:
         layer = model.get_submodule(entry.name)
         assert entry.nm is not None
-        view = BlockView.of_layer(layer, entry.nm, name=entry.name)
+        view = BlockView.of_layer(layer, method.pattern(entry.nm), name=entry.name)
         sharing[id(layer._parameters["weight"])].append((entry.name, layer, view))
+    ready = []
     for holders in sharing.values():
-        name, _, view = holders[0]
-        mask_layer([layer for _, layer, _ in holders], name, view, method, clock, schedule)
+        name, first, view = holders[0]
+        mask = MaskedWeight(first, name, view, method, clock, schedule)
+        scores = mask.fresh_scores()
+        logits = None if scores is None else nn.Parameter(scores, requires_grad=method.learns)
+        ready.append(([layer for _, layer, _ in holders], mask, logits))
+    for layers, mask, logits in ready:  # nothing that can fail comes after this line
+        attach(layers, mask, logits)
     model.register_load_state_dict_pre_hook(check_checkpoint)

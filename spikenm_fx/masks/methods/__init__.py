@@ -1,25 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask methods: one file each, one small interface, a dictionary of names.
 
-A method sees weights as blocks ``(lead, M, inner)`` and answers three questions: which learnable
-scores it needs, which mask a training step uses, and how the gradient of the masked weight splits
-into gradients of the weight and of the scores.
+A method sees weights as blocks ``(lead, M, inner)`` and answers three questions: which scores it
+needs, which mask a training step uses, and how the gradient of the masked weight splits into
+gradients of the weight and of the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib import import_module
+from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.noise import Key
+from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
-__all__ = ["METHODS", "Draw", "Method", "method_named"]
+__all__ = ["METHODS", "Draw", "Method", "kept", "masked_grad", "method_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Draw:
     Attributes:
         nm: the pattern.
         key: noise key of (seed, step, layer).
+        start_key: the same of step 0, for what is drawn once.
         kappa: logit scale.
         tau: temperature of the straight-through draws.
         frozen: True once the schedule has frozen the masks.
@@ -37,6 +41,7 @@ class Draw:
 
     nm: NM
     key: Key
+    start_key: Key
     kappa: float
     tau: float
     frozen: bool
@@ -50,29 +55,53 @@ class Method(Protocol):
     def name(self) -> str:
         """The name that :func:`spikenm_fx.sparsify` knows it by."""
 
-    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
-        """Initial learnable scores for a blocked weight."""
+    @property
+    def learns(self) -> bool:
+        """Whether the scores are trained; otherwise they are only stored."""
 
-    def train_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+    def pattern(self, nm: NM) -> NM:
+        """The pattern that its masks have where ``nm`` is asked for."""
+
+    def schedule(self, total_steps: int | None) -> Schedule:
+        """The schedule it uses unless the user gives one."""
+
+    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
+        """Initial scores for a blocked weight, or None for a method without."""
+
+    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The bool mask of one training step; exactly N of M where N are present."""
 
-    def final_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The deterministic bool mask that evaluation and ``fold`` use."""
 
-    def score_grad(
-        self, grad_mask: Tensor, weight: Tensor, scores: Tensor, draw: Draw
-    ) -> Tensor | None:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Gradient of the dense weight from that of the masked one; tensors not blocked."""
+
+    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Gradient of the scores from dL/dmask, or None where the scores rest."""
 
 
-def _spikenm() -> Method:
-    from spikenm_fx.masks.methods.spikenm import SpikeNM
+def masked_grad(grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Only what is kept learns: grad * m."""
+    return kept(grad, mask)
 
-    return SpikeNM()
+
+def kept(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Zeros where the mask is False, in the same memory format, which masked_fill would drop."""
+    return tensor.clone().masked_fill_(~mask, 0)
 
 
-METHODS: dict[str, Callable[[], Method]] = {"spikenm": _spikenm}
-"""Names that ``sparsify(method=...)`` and recipes know, each with its default settings."""
+METHODS: Mapping[str, str] = MappingProxyType(
+    {
+        "dense": "dense:Dense",
+        "magnitude": "magnitude:Magnitude",
+        "maskllm": "maskllm:MaskLLM",
+        "random": "random:RandomMask",
+        "spikenm": "spikenm:SpikeNM",
+        "srste": "srste:SRSTE",
+    }
+)
+"""Names that ``sparsify(method=...)`` and recipes know, and where each class is."""
 
 
 def method_named(method: str | Method) -> Method:
@@ -87,4 +116,6 @@ def method_named(method: str | Method) -> Method:
         near = get_close_matches(method, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise PlanError(f"method {method!r} is unknown; known are {sorted(METHODS)}{hint}")
-    return METHODS[method]()
+    module, _, class_name = METHODS[method].partition(":")
+    found: Method = getattr(import_module(f"{__name__}.{module}"), class_name)()
+    return found

@@ -14,8 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.methods import Draw, masked_grad
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
+from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.pattern import NM
 
 __all__ = ["SpikeNM"]
 
@@ -31,8 +33,17 @@ class SpikeNM:
     """
 
     name: ClassVar[str] = "spikenm"
+    learns: ClassVar[bool] = True
     std: float = 0.01
     prior: float = 3.0
+
+    def pattern(self, nm: NM) -> NM:
+        """As asked for."""
+        return nm
+
+    def schedule(self, total_steps: int | None) -> Schedule:
+        """The default: rising scale, then the freeze."""
+        return Schedule(total_steps)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
         """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""
@@ -44,19 +55,23 @@ class SpikeNM:
             logits.add_(largest.float() - draw.nm.density, alpha=self.prior * self.std)
         return logits
 
-    def train_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """Union of N draws; the N largest logits once the masks are frozen."""
         if draw.frozen:
             return self.final_mask(weight, scores, draw)
+        assert scores is not None
         return draw_mask(scores, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
 
-    def final_mask(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest logits of each block (MaskPro, arXiv 2506.12876)."""
+        assert scores is not None
         return top_mask(scores, draw.nm.keep, draw.present)
 
-    def score_grad(
-        self, grad_mask: Tensor, weight: Tensor, scores: Tensor, draw: Draw
-    ) -> Tensor | None:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Only the drawn weights learn; the others wait for their turn."""
+        return masked_grad(grad, weight, mask)
+
+    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Straight-through gradient through every draw; None once frozen."""
         if draw.frozen:
             return None

@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
+from spikenm_fx.pack.layouts import KERNELS, Kernel
 
 __all__ = [
     "Call",
@@ -22,12 +23,13 @@ __all__ = [
     "Kernels",
     "NativeStatus",
     "Neuron",
+    "available_kernels",
     "kernels",
     "native_status",
 ]
 
-LEVELS = ("baseline", "v3", "v4")
-ABI_VERSION = 2
+LEVELS = ("baseline", "v3", "v4", "amx")
+ABI_VERSION = 4
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 _u32, _f32 = ctypes.c_uint32, ctypes.c_float
@@ -41,7 +43,7 @@ class Geometry(ctypes.Structure):
         for name in (
             *("steps", "images", "h", "w", "oh", "ow"),
             *("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw"),
-            *("groups", "cg", "og"),
+            *("groups", "cg", "og", "step_stride", "image_stride"),
         )
     ]
 
@@ -51,9 +53,8 @@ class Neuron(ctypes.Structure):
 
     _fields_ = [
         *((n, _ptr) for n in ("decay", "gain", "drive", "threshold", "reset", "v")),
-        ("syn_decay", _ptr),
-        ("current", _ptr),
-        *((n, _i32) for n in ("hard", "delayed", "inclusive", "late_current")),
+        *((n, _ptr) for n in ("syn_decay", "syn_gain", "current")),
+        *((n, _i32) for n in ("kind", "timing", "inclusive", "undecayed")),
     ]
 
 
@@ -108,6 +109,9 @@ class Kernels(ctypes.Structure):
         ("fma", _run),
         ("event", _run),
         ("event8", _run),
+        ("amx", _run),
+        ("amx8", _run),
+        ("integrate", _run),
         ("pack_rows", _rows_to),
         ("pack_planes", _planes_to),
         ("unpack_rows", _rows_from),
@@ -190,3 +194,12 @@ def kernels(level: str | None = None) -> Kernels | None:
         return None
     found: Kernels = library.snm_level(_i32(LEVELS.index(level))).contents
     return found
+
+
+def available_kernels(level: str | None = None) -> tuple[Kernel, ...]:
+    """Kernels of an ISA level (None: the best here): matrix tiles exist at the highest alone."""
+    found = kernels(level)
+    if found is None:
+        return ()
+    tiles = found.name == b"amx"
+    return tuple(k for k in KERNELS if tiles or not k.startswith("amx"))

@@ -14,19 +14,23 @@ typedef struct {
   int64_t h, w, oh, ow;
   int64_t kh, kw, sh, sw, ph, pw, dh, dw;
   int64_t groups, cg, og;  // channel groups, input and output channels of one group
+  // Place of (step, image) in the batch: step * step_stride + image * image_stride.
+  int64_t step_stride, image_stride;
 } snm_geometry;
 
-// v' = decay * v + gain * x + drive [- reset * s(t-1)];  s = v' > threshold (or >=).
+// One step of a neuron, with input x (see spikenm_fx/trace/spec.py for the vocabulary):
+//   current' = syn_decay * current + syn_gain * x;  x = current' or current + x   (with a synapse)
+//   h = decay * v + gain * x + drive;  s = h > threshold (or >=);  v' = h after the reset
 // Every array holds one float per output channel.
 typedef struct {
   const float *decay, *gain, *drive, *threshold, *reset;
-  float *v;           // [images*oh*ow][O] membrane potentials, read and updated
-  const float *syn_decay;  // not null: current-based, i' = syn_decay * i + x
-  float *current;          // [images*oh*ow][O]
-  int32_t hard;       // reset to `reset` (1) or by subtracting `reset` (0)
-  int32_t delayed;    // the reset of a spike acts at the next step (snnTorch)
-  int32_t inclusive;  // spike at v' == threshold
-  int32_t late_current;  // v' reads the current of the previous step (Norse)
+  float *v;  // [images*oh*ow][O] membrane potentials, read and updated
+  const float *syn_decay, *syn_gain;  // null without a synapse
+  float *current;                     // [images*oh*ow][O]
+  int32_t kind;       // reset: 0 subtracts `reset`, 1 sets to `reset`, 2 none
+  int32_t timing;     // of the reset: 0 in the step of the spike, 1 in the next, 2 corrected
+  int32_t inclusive;  // spike at h == threshold
+  int32_t undecayed;  // the membrane sees current + x
 } snm_neuron;
 
 typedef struct {
@@ -68,6 +72,9 @@ typedef struct {
   int32_t (*fma)(const snm_call *);
   int32_t (*event)(const snm_call *);
   int32_t (*event8)(const snm_call *);
+  int32_t (*amx)(const snm_call *);   // level "amx" alone; -1 elsewhere
+  int32_t (*amx8)(const snm_call *);
+  int32_t (*integrate)(const snm_call *);  // input: float [tokens][O], the finished sums
   // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
   int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
                        int64_t threads);

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MaskLLM: one logit for each of the C(M, N) candidate masks of a block (arXiv 2409.17481)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.errors import PatternError
+from spikenm_fx.masks.methods import Draw, masked_grad
+from spikenm_fx.masks.noise import gumbel
+from spikenm_fx.masks.sampler import top_mask
+from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.pattern import NM
+
+__all__ = ["MaskLLM"]
+
+_MOST_CANDIDATES = 1024  # 4:16 has 1820: beyond, memory is better spent on M logits
+
+
+@dataclass(frozen=True, slots=True)
+class MaskLLM:
+    """Gumbel-softmax over the candidate masks; scores are ``(lead, C(M, N), inner)``.
+
+    Two differences to the paper, so that every step is N:M: the forward mask is the drawn
+    candidate (hard) with the soft one behind it in the backward pass, and weights train as well.
+
+    Attributes:
+        std: of the initial logits (Table 7 there).
+        prior: strength alpha of the magnitude mask as prior (eq. 10).
+    """
+
+    name: ClassVar[str] = "maskllm"
+    learns: ClassVar[bool] = True
+    std: float = 0.01
+    prior: float = 3.0
+
+    def pattern(self, nm: NM) -> NM:
+        """As asked for.
+
+        Raises:
+            PatternError: where C(M, N) candidates are too many.
+        """
+        candidates = math.comb(nm.of, nm.keep)
+        if candidates > _MOST_CANDIDATES:
+            raise PatternError(
+                f"maskllm at {nm} needs {candidates} logits per block of {nm.of} weights, at most "
+                f"{_MOST_CANDIDATES} are allowed; method='spikenm' needs {nm.of}"
+            )
+        return nm
+
+    def schedule(self, total_steps: int | None) -> Schedule:
+        """Scale 1e2 -> 5e2 and temperature 4 -> 0.05, linearly (Table 7), then the freeze."""
+        return Schedule(total_steps, tau=(4.0, 0.05))
+
+    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
+        """N(0, std), raised by the overlap with the magnitude mask (eq. 9 and 10)."""
+        candidates = _candidates(draw.nm, weight.device)
+        generator = torch.Generator(device=weight.device).manual_seed(draw.key[0] & 0xFFFFFFFF)
+        shape = (weight.shape[0], len(candidates), weight.shape[2])
+        logits = torch.empty(shape, dtype=torch.float32, device=weight.device)
+        logits.normal_(0, self.std, generator=generator)
+        prior = top_mask(weight.abs(), draw.nm.keep, draw.present).float()
+        overlap = torch.einsum("lmi,cm->lci", prior, candidates) - draw.nm.keep / 2
+        return logits.add_(overlap, alpha=self.std * self.prior)
+
+    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+        """The candidate that wins under Gumbel noise (eq. 5)."""
+        if draw.frozen:
+            return self.final_mask(weight, scores, draw)
+        assert scores is not None
+        return _chosen(_perturbed(scores, draw), draw)
+
+    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+        """The most probable candidate (Algorithm 1)."""
+        assert scores is not None
+        return _chosen(scores, draw)
+
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Only what is kept learns."""
+        return masked_grad(grad, weight, mask)
+
+    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+        """Through the softmax over candidates (eq. 6 and 7)."""
+        if draw.frozen:
+            return None
+        soft = torch.softmax(_perturbed(scores, draw) / draw.tau, 1)
+        candidates = _candidates(draw.nm, scores.device)
+        grad_soft = torch.einsum("lmi,cm->lci", grad_mask.float(), candidates)
+        mean = (soft * grad_soft).sum(1, keepdim=True)
+        return soft * (grad_soft - mean) * (draw.kappa / draw.tau)
+
+
+def _perturbed(scores: Tensor, draw: Draw) -> Tensor:
+    return gumbel(scores, draw.key).add_(scores.float(), alpha=draw.kappa)
+
+
+def _chosen(values: Tensor, draw: Draw) -> Tensor:
+    best = torch.nan_to_num(values.float(), nan=-math.inf).argmax(1)
+    masks = _candidates(draw.nm, values.device).bool()[best].movedim(-1, 1)
+    return masks if draw.present is None else masks & draw.present
+
+
+def _candidates(nm: NM, device: torch.device) -> Tensor:
+    """All masks with N of M ones, ``(C, M)`` float."""
+    rows = list(combinations(range(nm.of), nm.keep))
+    index = torch.tensor(rows, device=device)
+    return torch.zeros(len(rows), nm.of, device=device).scatter_(1, index, 1.0)

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb: read a model, change nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_flatten
+
+from spikenm_fx.errors import TraceError
+from spikenm_fx.trace.build import Trace, build
+from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
+from spikenm_fx.trace.neurons import find_neurons
+from spikenm_fx.trace.snapshot import detach_state, preserved
+from spikenm_fx.trace.spec import NeuronSpec
+from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
+
+__all__ = ["trace"]
+
+_ATTEMPTS = 24
+"""How many classes of submodules may be found untraceable, one per attempt."""
+
+
+def trace(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    example_kwargs: Mapping[str, Any] | None = None,
+    limits: Limits | None = None,
+    measure: bool = False,
+) -> SpikingGraph:
+    """Read ``model``: its layers and neurons, who feeds whom, and what flows between them.
+
+    The model is run on the examples in eval mode from a reset state, and afterwards is as before:
+    parameters, buffers, neuron state, gradients, training flags, hooks, random generators.  The
+    user's own forward hooks are not run.
+
+    Args:
+        model: any module; DataParallel and compiled wrappers are looked through.
+        example_inputs: a tensor, or a tuple of positional arguments, as for ``model(...)``.  None
+            reads what the code tells without running it.
+        example_kwargs: keyword arguments of the forward.
+        limits: bounds on time and size for each attempt.
+        measure: also look at the example's values on every edge (edge attribute ``measured``), to
+            hold the inferred signals against them; slower.
+
+    Returns:
+        The graph; its ``route`` says how it was obtained and its ``notes`` what was unusual.
+
+    Raises:
+        TraceError: if the model's own forward raises on the examples, or cannot be read at all.
+    """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
+    inner, prefix, notes = _unwrap(model)
+    _refuse_unreadable(inner)
+    args, kwargs = _arguments(example_inputs, example_kwargs)
+    neurons = find_neurons(inner)
+    with _quiet(inner, notes), preserved(inner) as restore:
+        if not args and not kwargs:
+            result = _symbolic(inner, neurons)
+        else:
+            _check_devices(inner, args, kwargs)
+            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), restore, measure)
+        result.notes[:0] = notes
+        graph = build(result)
+        return with_prefix(graph, prefix) if prefix else graph
+
+
+def _attempts(
+    model: nn.Module,
+    neurons: Mapping[str, NeuronSpec],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    limits: Limits,
+    restore: Callable[[], None],
+    measure: bool,
+) -> Trace:
+    """Trace; make what fails opaque and try again; record the execution of the whole at last."""
+    modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
+    unknown = {model.get_submodule(n) for n, s in neurons.items() if s.framework == "unknown"}
+    opaque: set[type[nn.Module]] = set()
+    notes: list[Note] = []
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            restore()
+        _start_fresh(model, neurons)
+        tracer = ValueTracer(
+            model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
+        )
+        try:
+            graph = tracer.run(args, kwargs)
+            route: Route = "fx+execution" if opaque else "fx"
+            return Trace(model, graph, neurons, route, notes, tracer.inner)
+        except TraceLimitReached as error:
+            raise _over_limit(error) from error
+        except Failure as failure:
+            notes.append(_fallback_note(failure))
+            failed = failure.module
+            if failed is None or failed is model or type(failed) in opaque:
+                break
+            opaque.add(type(failed))
+    restore()
+    _start_fresh(model, neurons)
+    tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again(), measure=measure)
+    try:
+        graph = tracer.run_recorded(args, kwargs)
+    except TraceLimitReached as error:
+        raise _over_limit(error) from error
+    except Failure as failure:
+        raise TraceError(
+            f"{type(model).__name__}: its forward raised {type(failure.cause).__name__}: "
+            f"{failure.cause} at {failure.line}"
+            + (f" (in {failure.name})" if failure.name else "")
+            + f"; given: {_shapes(args, kwargs)}. model(*example_inputs) must run as it stands. "
+            "The model was left as it was."
+        ) from failure.cause
+    return Trace(model, graph, neurons, "execution", notes, tracer.inner)
+
+
+def _fallback_note(failure: Failure) -> Note:
+    return Note(
+        failure.name,
+        f"could not be followed ({type(failure.cause).__name__}: "
+        f"{str(failure.cause).splitlines()[0] if str(failure.cause) else ''}; {failure.line}); "
+        "recorded from its execution instead",
+    )
+
+
+def _over_limit(error: TraceLimitReached) -> TraceError:
+    return TraceError(
+        f"the trace took {error}; pass smaller example inputs (fewer time steps, one sample) or "
+        "larger limits=Limits(seconds=..., nodes=...)"
+    )
+
+
+def _shapes(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    flat = tree_flatten((args, kwargs))[0]
+    shown = [
+        f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"
+        if isinstance(x, Tensor)
+        else repr(x)[:40]
+        for x in flat
+    ]
+    return ", ".join(shown)
+
+
+# -- without examples -----------------------------------------------------------------------------
+
+
+class _SymbolicTracer(fx.Tracer):
+    """Plain fx with our leaves: no values, so branches on data stop it."""
+
+    def __init__(self, leaf: LeafRule) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.leaf = leaf
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return self.leaf(m)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = ""
+        if node.op == "call_module":
+            node.meta["module"] = self.root.get_submodule(str(node.target))
+        return node
+
+
+def _symbolic(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> Trace:
+    modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
+    try:
+        graph = _SymbolicTracer(LeafRule(modules, set())).trace(model)
+    except Exception as error:
+        text = str(error).splitlines()[0] if str(error) else ""
+        note = Note(
+            "",
+            f"not readable without example inputs ({type(error).__name__}: {text}); layers and "
+            "neurons are from the module tree, pass example_inputs for the rest",
+        )
+        return Trace(model, None, neurons, "modules", [note])
+    return Trace(model, graph, neurons, "symbolic")
+
+
+# -- preparing a model ----------------------------------------------------------------------------
+
+
+def _arguments(
+    example_inputs: Any, example_kwargs: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    kwargs = dict(example_kwargs or {})
+    if example_inputs is None:
+        return (), kwargs
+    if isinstance(example_inputs, tuple) and not hasattr(example_inputs, "_fields"):
+        return example_inputs, kwargs
+    return (example_inputs,), kwargs
+
+
+def _unwrap(model: nn.Module) -> tuple[nn.Module, str, list[Note]]:
+    """Look through wrappers that only forward to one module; names keep the wrapper's prefix."""
+    notes: list[Note] = []
+    prefix = ""
+    while True:
+        wrapped = (
+            "_orig_mod"
+            if "_orig_mod" in model._modules
+            else "module"
+            if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel)
+            else None
+        )
+        if wrapped is None:
+            return model, prefix, notes
+        notes.append(Note(prefix.rstrip("."), f"looked through {type(model).__name__}"))
+        prefix += f"{wrapped}."
+        model = getattr(model, wrapped)
+
+
+def _refuse_unreadable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{type(model).__name__}: a scripted model hides its layers and their calls; "
+            "trace the original module, and script afterwards"
+        )
+    lazy = [
+        name
+        for name, p in nn.Module.named_parameters(model)
+        if isinstance(p, nn.parameter.UninitializedParameter)
+    ]
+    if lazy:
+        raise TraceError(
+            f"{lazy[0]} and {len(lazy) - 1} more parameters are uninitialised: run one forward "
+            "of the lazy model first, so that its shapes are known"
+        )
+
+
+def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    own = {t.device.type for t in nn.Module.parameters(model)}
+    given = {t.device.type for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
+    if own and given and not own & given:
+        raise TraceError(
+            f"the model's parameters are on {', '.join(sorted(own))}, the example inputs on "
+            f"{', '.join(sorted(given))}; move one of them"
+        )
+
+
+def _start_fresh(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
+    """Forget state left from before: its shape need not fit the examples."""
+    detach_state(model)
+    for name, spec in neurons.items():
+        module = model.get_submodule(name)
+        for part in nn.Module.modules(module):
+            call = getattr(part, spec.reset_call or "", None)
+            if callable(call) and _needs_no_arguments(call):
+                with contextlib.suppress(Exception):
+                    call()
+
+
+def _needs_no_arguments(call: Any) -> bool:
+    try:
+        parameters = inspect.signature(call).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return all(p.default is not p.empty or p.kind in (2, 4) for p in parameters)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module, notes: list[Note]) -> Iterator[None]:
+    """Eval mode, and without the user's hooks: they would record our proxies as their data."""
+    flags = [(m, m.training) for m in nn.Module.modules(model)]
+    emptied: list[tuple[dict[Any, Any], list[tuple[Any, Any]]]] = []
+    for module, _ in flags:
+        if not isinstance(module, torch.jit.ScriptModule):
+            module.__dict__["training"] = False
+            for attribute in _HOOKS:
+                hooks = getattr(module, attribute)
+                if any(not _is_torchs(hook) for hook in hooks.values()):
+                    emptied.append((hooks, list(hooks.items())))
+    for hooks, items in emptied:
+        hooks.clear()
+        hooks.update({key: hook for key, hook in items if _is_torchs(hook)})
+    if emptied:
+        notes.append(Note("", f"forward hooks of {len(emptied)} modules were not run"))
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            if not isinstance(module, torch.jit.ScriptModule):
+                module.__dict__["training"] = training
+        for hooks, items in emptied:
+            hooks.clear()
+            hooks.update(items)
+
+
+def _is_torchs(hook: Any) -> bool:
+    """weight_norm and spectral_norm compute the weight in a hook: those must run."""
+    package = getattr(hook, "__module__", None) or type(hook).__module__
+    return str(package).startswith("torch.nn.utils")

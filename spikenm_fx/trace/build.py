@@ -1,0 +1,639 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the recorded operations to the SpikingGraph: merge calls, name signals, pair up."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import networkx as nx
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.graph import (
+    Chain,
+    LayerRecord,
+    NeuronRecord,
+    NodeKind,
+    Note,
+    Route,
+    SpikingGraph,
+)
+from spikenm_fx.trace.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
+from spikenm_fx.trace.signal import ANALOG, Signal, constant, join, of_kind, transfer
+from spikenm_fx.trace.spec import NeuronSpec
+from spikenm_fx.trace.values import InnerCall, SurrogateCall, ValueInfo
+
+__all__ = ["Trace", "build"]
+
+Names: TypeAlias = tuple[str, ...]
+
+
+@dataclass(slots=True)
+class Trace:
+    """The raw material of a graph.
+
+    Attributes:
+        model: the model.
+        graph: recorded operations; None without a trace.
+        neurons: the neuron modules' specs by name.
+        route: how it was obtained.
+        notes: what to tell.
+        inner: layers called inside leaves.
+    """
+
+    model: nn.Module
+    graph: fx.Graph | None
+    neurons: Mapping[str, NeuronSpec]
+    route: Route
+    notes: list[Note] = field(default_factory=list)
+    inner: dict[str, InnerCall] = field(default_factory=dict)
+
+
+def build(trace: Trace) -> SpikingGraph:
+    """Make the graph."""
+    builder = _Builder(trace)
+    if trace.graph is not None:
+        builder.read()
+    return builder.finish()
+
+
+class _Builder:
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes = list(trace.graph.nodes) if trace.graph is not None else []
+        self.signals: dict[fx.Node, Signal] = {}
+        self.ident: dict[fx.Node, str] = {}
+        self.weights: dict[fx.Node, str] = {}
+        self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
+        self.functional: set[str] = set()
+        self.notes = list(trace.notes)
+        self.out = SpikingGraph()
+
+    # -- reading the operations -------------------------------------------------------------------
+
+    def read(self) -> None:
+        for node in self.nodes:
+            self.weights.update(self._functional_weight(node))
+        for node in self.nodes:
+            self.signals[node] = self._signal(node)
+        self._name_surrogates()
+        for node in self.nodes:
+            self.ident[node] = self._identity(node)
+        self._connect()
+
+    def _functional_weight(self, node: fx.Node) -> dict[fx.Node, str]:
+        """Where ``node`` multiplies by something made of parameters alone: its parameter."""
+        if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
+            return {}
+        for operand in node.all_input_nodes:
+            name = _parameter_behind(operand)
+            if name is not None:
+                return {node: name}
+        return {}
+
+    def _identity(self, node: fx.Node) -> str:
+        if node in self.ident:
+            return self.ident[node]
+        if node in self.weights:
+            return self.weights[node]
+        return str(node.target) if node.op == "call_module" else node.name
+
+    def _signal(self, node: fx.Node) -> Signal:
+        info: ValueInfo | None = node.meta.get("value")
+        if node.op == "placeholder":
+            return of_kind(info.measured if info is not None and info.varied else None)
+        if node.op == "get_attr":
+            return of_kind(info.measured if info is not None else None)
+        if node.op == "output":
+            return ANALOG
+        if node.op == "call_module":
+            return self._module_signal(node, info)
+        if isinstance(node.target, SurrogateCall):
+            return of_kind(info.measured if info else None)
+        source = node.args[0] if node.args else None
+        if op_name(node) == "getitem" and isinstance(source, fx.Node) and _is_container(source):
+            return self._item_signal(node, source)
+        return self._transfer(op_name(node), node)
+
+    def _transfer(self, name: str, node: fx.Node) -> Signal:
+        tensors: list[Signal] = []
+        operands: list[Signal] = []
+
+        def visit(arg: object) -> None:
+            if isinstance(arg, fx.Node):
+                tensors.append(self.signals[arg])
+                operands.append(self.signals[arg])
+            elif isinstance(arg, int | float):
+                operands.append(constant(float(arg)) if math.isfinite(arg) else ANALOG)
+            elif isinstance(arg, tuple | list):
+                for item in arg:
+                    visit(item)
+
+        for arg in node.args:
+            visit(arg)
+        return transfer(name, tensors, operands, node)
+
+    def _module_signal(self, node: fx.Node, info: ValueInfo | None) -> Signal:
+        name, module = str(node.target), node.meta.get("module")
+        spec = self.specs.get(name)
+        if spec is not None:
+            return self._neuron_signal(name, spec, info)
+        if module is None or module_family(module) in ("layer", "norm"):
+            return ANALOG
+        return self._transfer(module_family(module), node)
+
+    def _neuron_signal(self, name: str, spec: NeuronSpec, info: ValueInfo | None) -> Signal:
+        if info is None or info.shape is None:
+            return of_kind(spec.output) if spec.framework != "unknown" else ANALOG
+        if spec.framework == "unknown":
+            return of_kind(info.measured)
+        if info.measured in (None, "spike") or spec.output == "analog":
+            return of_kind(spec.output)
+        if info.measured == "analog" or spec.output == "spike":
+            self._note(name, f"known to emit {spec.output} but emitted {info.measured} values")
+            return of_kind(info.measured)
+        return of_kind(spec.output)
+
+    def _item_signal(self, node: fx.Node, source: fx.Node) -> Signal:
+        """An item of a tuple: the first of a neuron's results are its spikes, others its state."""
+        info: ValueInfo | None = node.meta.get("value")
+        spec = self.specs.get(str(source.target)) if source.op == "call_module" else None
+        if spec is not None:
+            if node.args[1] != 0:
+                return ANALOG
+            return self._neuron_signal(str(source.target), spec, info)
+        if source.op == "call_module":
+            return ANALOG
+        return self.signals[source]
+
+    def _note(self, where: str, text: str) -> None:
+        note = Note(where, text)
+        if note not in self.notes:
+            self.notes.append(note)
+
+    # -- functional neurons -----------------------------------------------------------------------
+
+    def _name_surrogates(self) -> None:
+        """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
+        groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
+        for node in self.nodes:
+            if not isinstance(node.target, SurrogateCall):
+                continue
+            key = (node.meta["scope"], node.target.function, node.meta.get("at", ()))
+            layers = set(self._backward(node)[0])
+            for known_key, known_layers, members in groups:
+                if known_key == key and (known_layers & layers or not layers):
+                    known_layers |= layers
+                    members.append(node)
+                    break
+            else:
+                groups.append((key, layers, [node]))
+        taken: set[str] = set()
+        for (scope, function, at), _, members in groups:
+            line = at[0] if isinstance(at, tuple) and at else "?"
+            name = f"{scope}:{getattr(function, '__name__', 'Function')}@{line}".lstrip(":")
+            while name in taken:
+                name += "'"
+            taken.add(name)
+            self._add_functional(name, members)
+
+    def _add_functional(self, name: str, members: list[fx.Node]) -> None:
+        surrogate = members[0].target
+        assert isinstance(surrogate, SurrogateCall)
+        self.specs[name] = NeuronSpec(
+            framework="function",
+            class_name=surrogate.function.__name__,
+            output=self.signals[members[0]].kind,
+            state=(),
+            reset_call=None,
+        )
+        self.functional.add(name)
+        for node in members:
+            self.ident[node] = name
+
+    # -- walking ----------------------------------------------------------------------------------
+
+    def _is_neuron(self, node: fx.Node) -> bool:
+        if isinstance(node.target, SurrogateCall):
+            return True
+        return node.op == "call_module" and str(node.target) in self.specs
+
+    def _is_layer(self, node: fx.Node) -> bool:
+        module = node.meta.get("module")
+        return node in self.weights or (module is not None and is_weight_layer(module))
+
+    def _backward(self, node: fx.Node) -> tuple[Names, Names]:
+        """Layers, and all sources, that ``node``'s data comes from, nearest first."""
+        layers: list[str] = []
+        sources: list[str] = []
+
+        def stop(found: fx.Node) -> bool:
+            if self._is_layer(found):
+                layers.append(self._identity(found))
+                sources.append(self._identity(found))
+            elif self._is_neuron(found) or found.op == "placeholder":
+                sources.append(self._identity(found))
+            elif found.op != "get_attr":
+                return False
+            return True
+
+        starts = self._data_inputs(node) if self._is_layer(node) else node.all_input_nodes
+        _walk(starts, lambda n: n.all_input_nodes, stop)
+        return _unique(layers), _unique(sources)
+
+    def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """A layer's inputs without its weight."""
+        if node not in self.weights:
+            return node.all_input_nodes
+        return [n for n in node.all_input_nodes if _parameter_behind(n) is None]
+
+    def _forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
+        """Neurons and layers that ``node``'s output reaches, and whether it leaves the model."""
+        neurons: list[str] = []
+        layers: list[str] = []
+        left: list[bool] = []
+
+        def stop(found: fx.Node) -> bool:
+            if self._is_neuron(found):
+                neurons.append(self._identity(found))
+            elif self._is_layer(found):
+                layers.append(self._identity(found))
+            elif found.op == "output":
+                left.append(True)
+            else:
+                return False
+            return True
+
+        _walk(list(node.users), lambda n: list(n.users), stop)
+        return _unique(neurons), _unique(layers), bool(left)
+
+    # -- the networkx graph -----------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        for node in self.nodes:
+            if node.op == "get_attr" or self._is_item(node) or _parameter_behind(node) is not None:
+                continue
+            name = self.ident[node]
+            if name not in self.out:
+                self.out.add_node(name, **self._attributes(node), calls=0)
+            self.out.nodes[name]["calls"] += 1
+            for source in node.all_input_nodes:
+                self._edge(source, name)
+
+    def _is_item(self, node: fx.Node) -> bool:
+        if node.op != "call_function" or op_name(node) != "getitem":
+            return False
+        return isinstance(node.args[0], fx.Node) and _is_container(node.args[0])
+
+    def _edge(self, source: fx.Node, target: str) -> None:
+        origin = source
+        while self._is_item(origin):
+            origin = origin.args[0]  # type: ignore[assignment]
+        name = self.ident[origin]
+        if name not in self.out:
+            return  # parameters and constants are no nodes
+        info: ValueInfo | None = source.meta.get("value")
+        signal = self.signals[source]
+        measured = {info.measured} if info is not None and info.varied else set()
+        if self.out.has_edge(name, target):
+            known = self.out.edges[name, target]
+            signal, measured = join([signal, known["signal"]]), measured | known["measured"]
+        self.out.add_edge(
+            name,
+            target,
+            signal=signal,
+            measured=measured - {None},
+            shape=info.shape if info else None,
+            time_axis=None,
+        )
+
+    def _attributes(self, node: fx.Node) -> dict[str, object]:
+        info: ValueInfo | None = node.meta.get("value")
+        module = node.meta.get("module")
+        op = type(module).__name__ if module is not None else _op_label(node)
+        return {"kind": self._kind(node), "op": op, "shape": info.shape if info else None}
+
+    def _kind(self, node: fx.Node) -> NodeKind:
+        if node.op in ("placeholder", "output"):
+            return "input" if node.op == "placeholder" else "output"
+        if self._is_neuron(node):
+            return "neuron"
+        if self._is_layer(node):
+            return "layer"
+        module = node.meta.get("module")
+        name = module_family(module) if module is not None else op_name(node)
+        return _kind_of_op(name, len(node.all_input_nodes))
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def finish(self) -> SpikingGraph:
+        calls: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op != "get_attr":
+                calls.setdefault(self.ident[node], []).append(node)
+        layers = {
+            name: self._layer_record(name, module, calls.get(name, []))
+            for name, module in nn.Module.named_modules(self.trace.model)
+            if is_weight_layer(module)
+        }
+        for name in [self.ident[n] for n in self.nodes if self._is_layer(n)]:
+            if name not in layers:
+                layers[name] = self._layer_record(
+                    name, calls[name][0].meta.get("module"), calls[name]
+                )
+        layers |= self._weights_in_neurons(layers)
+        neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
+        neurons = _with_layers(neurons, layers)
+        self._note_unused(layers)
+        self.out.graph |= {
+            "layers": self._with_heads(layers),
+            "neurons": neurons,
+            "chains": self._chains(calls),
+            "route": self.trace.route,
+            "notes": tuple(self.notes),
+            "trace": self.trace,
+        }
+        return self.out
+
+    def _layer_record(
+        self, name: str, module: nn.Module | None, calls: list[fx.Node]
+    ) -> LayerRecord:
+        kind = _layer_kind(module)
+        weight = getattr(module, "weight", None)
+        shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
+        if not calls:
+            return self._inner_record(name, kind, shape)
+        pre = _unique(s for call in calls for s in self._backward(call)[1])
+        ahead = [self._forward(call) for call in calls]
+        post = _unique(n for neurons, _, _ in ahead for n in neurons)
+        sources = [s for call in calls for s in self._data_inputs(call)[:1]]
+        info: ValueInfo | None = sources[0].meta.get("value") if sources else None
+        result: ValueInfo | None = calls[0].meta.get("value")
+        spiking = [n for n in post if self.specs[n].kind != "integrator"]
+        return LayerRecord(
+            name=name,
+            kind=kind,
+            weight_shape=shape,
+            calls=len(calls),
+            pre=pre,
+            post=post,
+            feeds=_unique(n for _, layers, _ in ahead for n in layers),
+            input_signal=join([self.signals[s] for s in sources]) if sources else None,
+            input_shape=info.shape if info else None,
+            output_shape=result.shape if result else None,
+            is_readout=not spiking and any(left for _, _, left in ahead),
+        )
+
+    def _inner_record(self, name: str, kind: str, shape: tuple[int, ...]) -> LayerRecord:
+        """A layer nobody called from outside: inside a neuron, or unused."""
+        seen = self.trace.inner.get(name)
+        if seen is None:
+            inside = next((n for n in self.specs if name.startswith(f"{n}.")), None)
+            return LayerRecord(name, kind, shape, inside=inside)
+        spec = self.specs.get(seen.inside)
+        pair = (seen.inside,) if spec is not None else ()
+        self.out.add_node(name, kind="layer", op=kind, shape=seen.output_shape, calls=seen.calls)
+        for edge in ((seen.inside, name), (name, seen.inside)) if spec is not None else ():
+            signal = of_kind(spec.output) if spec and edge[1] == name else ANALOG
+            self.out.add_edge(
+                *edge, signal=signal, measured=set(), shape=seen.input_shape, time_axis=None
+            )
+        return LayerRecord(
+            name=name,
+            kind=kind,
+            weight_shape=shape,
+            calls=seen.calls,
+            pre=pair,
+            post=pair,
+            input_signal=of_kind(spec.output) if spec is not None else ANALOG,
+            input_shape=seen.input_shape,
+            output_shape=seen.output_shape,
+            inside=seen.inside,
+        )
+
+    def _raw_shape(self, name: str) -> tuple[int, ...]:
+        tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
+        return () if tensor is None else tuple(tensor.shape)
+
+    def _weights_in_neurons(self, layers: Mapping[str, LayerRecord]) -> dict[str, LayerRecord]:
+        """Matrices that a neuron module multiplies by itself (Norse's recurrent cells)."""
+        found: dict[str, LayerRecord] = {}
+        modules = dict(nn.Module.named_modules(self.trace.model))
+        for neuron in self.trace.neurons:
+            for name, parameter in nn.Module.named_parameters(modules[neuron]):
+                full = f"{neuron}.{name}".lstrip(".")
+                owner = full.rpartition(".")[0]
+                if parameter.dim() < 2 or min(parameter.shape[:2]) < 2 or owner in layers:
+                    continue
+                pre, post = ((neuron,), (neuron,)) if "rec" in name else ((), (neuron,))
+                found[full] = LayerRecord(
+                    full,
+                    "functional",
+                    tuple(parameter.shape),
+                    calls=1,
+                    pre=pre,
+                    post=post,
+                    inside=neuron,
+                )
+                self._note(full, f"used inside the neuron {neuron}; its input was not followed")
+        return found
+
+    def _neuron_record(self, name: str, calls: list[fx.Node]) -> NeuronRecord:
+        signals, shape = [], None
+        for call in calls:
+            info: ValueInfo | None = call.meta.get("value")
+            spikes = call
+            if info is not None and info.shape is None:
+                items = [u for u in call.users if self._is_item(u) and u.args[1] == 0]
+                spikes = items[0] if items else call
+            signals.append(self.signals[spikes])
+            own: ValueInfo | None = spikes.meta.get("value")
+            shape = shape or (own.shape if own else None)
+        return NeuronRecord(
+            name=name,
+            spec=self.specs[name],
+            calls=len(calls),
+            output=join(signals) if signals else of_kind(self.specs[name].output),
+            functional=name in self.functional,
+            shape=shape,
+        )
+
+    def _note_unused(self, layers: Mapping[str, LayerRecord]) -> None:
+        if self.trace.graph is None:
+            return
+        for record in layers.values():
+            if not record.calls:
+                self._note(record.name, "no call of this layer was seen in the traced forward")
+        named = {str(n.target) for n in self.nodes if n.op == "get_attr"}
+        owners = {r.name for r in layers.values()}
+        leaves = {str(n.target) for n in self.nodes if n.op == "call_module"}
+        for name, parameter in nn.Module.named_parameters(self.trace.model):
+            owner = name.rpartition(".")[0]
+            inside = any(name.startswith(f"{leaf}.") for leaf in leaves)
+            if parameter.dim() < 2 or owner in owners or name in named | owners or inside:
+                continue
+            self._note(name, f"parameter {tuple(parameter.shape)} was not seen in use")
+
+    def _with_heads(self, layers: dict[str, LayerRecord]) -> dict[str, LayerRecord]:
+        """Mark layers after which no other layer comes."""
+        marked = {}
+        for name, record in layers.items():
+            after = nx.descendants(self.out, name) - {name} if name in self.out else {""}
+            head = (
+                record.calls > 0
+                and record.inside is None
+                and not any(n in layers and layers[n].inside is None for n in after)
+            )
+            marked[name] = replace(record, is_head=head)
+        return marked
+
+    # -- chains -----------------------------------------------------------------------------------
+
+    def _chains(self, calls: Mapping[str, list[fx.Node]]) -> tuple[Chain, ...]:
+        chains = []
+        for name, nodes in calls.items():
+            if not self._is_layer(nodes[0]):
+                continue
+            found = [self._chain_from(name, node) for node in nodes]
+            first, read = found[0], any(c is not None and c.state_read for c in found)
+            if first is not None and all(
+                c is not None and replace(c, state_read=first.state_read) == first for c in found
+            ):
+                chains.append(replace(first, state_read=read))
+        return tuple(chains)
+
+    def _chain_from(self, layer: str, node: fx.Node) -> Chain | None:
+        norm, between = None, []
+        current = node
+        while True:
+            users = list(current.users)
+            if len(users) != 1:
+                return None
+            current = users[0]
+            kind = self._kind(current)
+            if kind == "neuron":
+                break
+            if len(current.all_input_nodes) != 1:
+                return None
+            if kind == "norm" and norm is None:
+                norm = self.ident[current]
+            elif kind == "reshape" or _is_identity(current):
+                between.append(self.ident[current] if current.op == "call_module" else "")
+            else:
+                return None
+        states = [u for u in current.users if self._is_item(u) and u.args[1] != 0]
+        neuron = self.ident[current]
+        read = any(self.ident[r] != neuron for state in states for r in _readers(state))
+        steps = tuple(_unique(b for b in between if b))
+        return Chain(layer, norm, self.ident[current], steps, read)
+
+
+# -- small helpers --------------------------------------------------------------------------------
+
+
+def _walk(
+    starts: Iterable[fx.Node],
+    ahead: Callable[[fx.Node], Iterable[fx.Node]],
+    stop: Callable[[fx.Node], bool],
+) -> None:
+    """Breadth first, so that what ``stop`` collects comes nearest first."""
+    queue, seen = list(starts), set(starts)
+    for node in queue:
+        if not stop(node):
+            for following in ahead(node):
+                if following not in seen:
+                    seen.add(following)
+                    queue.append(following)
+
+
+def _readers(node: fx.Node) -> list[fx.Node]:
+    """Who uses ``node``, looking through tuples that are taken apart."""
+    return [
+        reader
+        for user in node.users
+        for reader in (_readers(user) if op_name_or_none(user) == "getitem" else [user])
+    ]
+
+
+def op_name_or_none(node: fx.Node) -> str | None:
+    """The operation's name, or None for modules, inputs and the output."""
+    return op_name(node) if node.op in ("call_function", "call_method") else None
+
+
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
+
+
+def _is_container(node: fx.Node) -> bool:
+    info: ValueInfo | None = node.meta.get("value")
+    return info is None or info.shape is None
+
+
+def _parameter_behind(node: fx.Node, depth: int = 12) -> str | None:
+    """The matrix parameter that ``node`` is made of, if it is made of parameters only."""
+    if depth == 0 or node.op in ("placeholder", "call_module", "output"):
+        return None
+    if node.op == "get_attr":
+        info: ValueInfo | None = node.meta.get("value")
+        tensor = node.meta.get("tensor")
+        matrix = info is not None and info.shape is not None and len(info.shape) >= 2
+        return str(node.target) if matrix and isinstance(tensor, nn.Parameter) else None
+    if not node.all_input_nodes or isinstance(node.target, SurrogateCall):
+        return None
+    found = None
+    for source in node.all_input_nodes:
+        name = _parameter_behind(source, depth - 1)
+        if name is None and source.op != "get_attr":
+            return None
+        found = found or name
+    return found
+
+
+def _op_label(node: fx.Node) -> str:
+    return op_name(node) if node.op in ("call_function", "call_method") else node.op
+
+
+def _kind_of_op(name: str, inputs: int) -> NodeKind:
+    if name == "norm" or name in ("batch_norm", "layer_norm", "group_norm", "native_batch_norm"):
+        return "norm"
+    if name in RESHAPES or name in MOVES:
+        return "reshape"
+    if name in POOLS or "pool" in name:
+        return "pool"
+    if name in MATMULS:
+        return "matmul"
+    joins = ("add", "sub", "mul", "cat", "stack", "maximum", "minimum", "where", "and", "or")
+    return "join" if name in joins and inputs > 1 else "op"
+
+
+def _is_identity(node: fx.Node) -> bool:
+    module = node.meta.get("module")
+    name = module_family(module) if module is not None else op_name(node)
+    return name in ("identity", "contiguous", "dropout", "detach", "clone")
+
+
+def _layer_kind(module: nn.Module | None) -> str:
+    if module is None:
+        return "functional"
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn.modules") and cls not in (nn.Module, _ConvNd):
+            return cls.__name__.lower()
+    return type(module).__name__.lower()
+
+
+def _with_layers(
+    neurons: Mapping[str, NeuronRecord], layers: Mapping[str, LayerRecord]
+) -> dict[str, NeuronRecord]:
+    """Give each neuron the layers that drive it, those with it nearest first."""
+    paired = {}
+    for name, record in neurons.items():
+        driving = sorted(
+            (layer for layer in layers.values() if name in layer.post),
+            key=lambda layer: layer.post.index(name),
+        )
+        paired[name] = replace(record, layers=tuple(r.name for r in driving))
+    return paired

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The result of a trace: a networkx graph with typed records for its layers and neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+import networkx as nx
+
+from spikenm_fx.trace.signal import Signal
+from spikenm_fx.trace.spec import NeuronSpec
+
+__all__ = [
+    "Chain",
+    "LayerRecord",
+    "NeuronRecord",
+    "NodeKind",
+    "Note",
+    "Route",
+    "SpikingGraph",
+    "with_prefix",
+]
+
+Route = Literal["fx", "fx+execution", "execution", "symbolic", "modules"]
+NodeKind = Literal[
+    "input", "output", "layer", "norm", "neuron", "join", "reshape", "pool", "matmul", "op", "value"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """One weight: a Linear or Conv module, or a parameter used functionally.
+
+    Attributes:
+        name: qualified name of the module, or of the parameter where there is no module.
+        kind: the module's class by inheritance (``"linear"``, ``"conv2d"``, ``"convtranspose1d"``),
+            or ``"functional"`` for a raw parameter.
+        weight_shape: shape of the weight.
+        calls: how often one forward uses it (T for a Python loop over time); 0 if never.
+        pre: what its input comes from, nearest first: names of neurons, of other layers where no
+            neuron lies between, or ``"input_0"`` and so on.
+        post: neurons that its output drives, nearest first, through norms, reshapes and joins.
+        feeds: other layers that its output reaches without passing a neuron.
+        input_signal: what its input carries in eval mode.
+        input_shape: of the example's first call; None if unknown.
+        output_shape: of the example's first call; None if unknown.
+        time_axis: the axis of its input that is time, or None (folded into the batch, or looped).
+        inside: the neuron that holds it (a recurrent weight), or None.
+        is_readout: it drives no spiking neuron: what it computes leaves the model.
+        is_head: no other layer comes after it.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    calls: int = 0
+    pre: tuple[str, ...] = ()
+    post: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
+    input_signal: Signal | None = None
+    input_shape: tuple[int, ...] | None = None
+    output_shape: tuple[int, ...] | None = None
+    time_axis: int | None = None
+    inside: str | None = None
+    is_readout: bool = False
+    is_head: bool = False
+
+    @property
+    def sees_input(self) -> bool:
+        """Whether the model's own input reaches it without passing a neuron."""
+        return any(name.startswith("input_") for name in self.pre)
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronRecord:
+    """One neuron layer: a module, or a surrogate function called by the model's own code.
+
+    Attributes:
+        name: qualified name of the module; ``"path:Function@line"`` for a function.
+        spec: its update rule; :func:`~spikenm_fx.trace.neuron_spec` reads learned values anew.
+        layers: the layers that drive it, nearest first.
+        calls: how often one forward calls it.
+        output: what it emits.
+        functional: True where there is no neuron module.
+        shape: of its spikes in the example's first call; None if unknown.
+    """
+
+    name: str
+    spec: NeuronSpec
+    layers: tuple[str, ...] = ()
+    calls: int = 0
+    output: Signal | None = None
+    functional: bool = False
+    shape: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """A layer whose output goes to one neuron and nowhere else: what a kernel may fuse.
+
+    Attributes:
+        layer: the layer.
+        norm: the norm between them, or None.
+        neuron: the neuron.
+        between: other nodes on the way (reshapes that fold time, identities).
+        state_read: True where the model also reads the neuron's returned state.
+    """
+
+    layer: str
+    norm: str | None
+    neuron: str
+    between: tuple[str, ...] = ()
+    state_read: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something the trace wants known, about ``where`` (a qualified name, or "").
+
+    Attributes:
+        where: the part of the model.
+        text: what was seen and what was done about it.
+    """
+
+    where: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.text}" if self.where else self.text
+
+
+class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
+    """Layers, norms, neurons, joins, reshapes and poolings of a model, and what flows between.
+
+    Node attributes: ``kind`` (:data:`NodeKind`), ``op`` (operation or class name), ``calls``,
+    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.signal.Signal`),
+    ``measured`` (kinds seen in the example, see ``trace(measure=True)``), ``shape``,
+    ``time_axis``.  A module is one node however often it is called, so loops over time make
+    cycles.
+    """
+
+    @property
+    def layers(self) -> Mapping[str, LayerRecord]:
+        """Every weight, by name: all modules of the tree, and functional weights."""
+        return MappingProxyType(self.graph.get("layers", {}))
+
+    @property
+    def neurons(self) -> Mapping[str, NeuronRecord]:
+        """Every neuron, by name."""
+        return MappingProxyType(self.graph.get("neurons", {}))
+
+    @property
+    def chains(self) -> tuple[Chain, ...]:
+        """One-to-one layer -> (norm) -> neuron chains."""
+        chains: tuple[Chain, ...] = self.graph.get("chains", ())
+        return chains
+
+    @property
+    def route(self) -> Route:
+        """How the model was read.
+
+        ``"fx"`` by value-carrying tracing; ``"fx+execution"`` with some submodules recorded from
+        their execution; ``"execution"`` wholly so; without example inputs ``"symbolic"``, or
+        ``"modules"`` (the module tree alone, no edges).
+        """
+        route: Route = self.graph.get("route", "modules")
+        return route
+
+    @property
+    def notes(self) -> tuple[Note, ...]:
+        """What did not go by the book: fallbacks with their lines, weights that were not seen."""
+        notes: tuple[Note, ...] = self.graph.get("notes", ())
+        return notes
+
+    def chain(self, layer: str) -> Chain | None:
+        """The chain that starts at ``layer``, or None where it is not one-to-one."""
+        return next((c for c in self.chains if c.layer == layer), None)
+
+    def of_kind(self, *kinds: NodeKind) -> list[str]:
+        """Names of the nodes of these kinds, in the order of the first call."""
+        return [name for name, data in self.nodes(data=True) if data.get("kind") in kinds]
+
+    def why(self, layer: str) -> str:
+        """One phrase about a layer for a plan's reasons, e.g. ``"feeds no neuron: readout"``."""
+        record = self.layers[layer]
+        if not record.calls and self.route not in ("modules", "symbolic"):
+            return "not used in the traced forward"
+        if record.sees_input and record.input_signal is not None:
+            kind = record.input_signal.kind
+            return f"input is {kind}" + (" image" if kind == "analog" and _image(record) else "")
+        if record.is_readout:
+            return "feeds no neuron: readout"
+        signal = record.input_signal.kind if record.input_signal else "unknown"
+        return f"{signal} from {_few(record.pre)}, drives {_few(record.post)}"
+
+    def summary(self) -> dict[str, Any]:
+        """Plain counts, for tables and JSON."""
+        kinds = [r.input_signal.kind for r in self.layers.values() if r.input_signal]
+        return {
+            "route": self.route,
+            "layers": len(self.layers),
+            "unused": sum(not r.calls for r in self.layers.values()),
+            "neurons": len(self.neurons),
+            "chains": len(self.chains),
+            "inputs": {kind: kinds.count(kind) for kind in ("spike", "integer", "analog")},
+            "notes": [str(note) for note in self.notes],
+        }
+
+
+def _image(record: LayerRecord) -> bool:
+    return record.kind == "conv2d"
+
+
+def _few(names: tuple[str, ...]) -> str:
+    if not names:
+        return "nothing"
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def with_prefix(graph: SpikingGraph, prefix: str) -> SpikingGraph:
+    """The same graph, named as in a module that holds the traced one as ``prefix``."""
+
+    def new(name: str) -> str:
+        return name if name not in named else prefix + name
+
+    def all_new(names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(new(name) for name in names)
+
+    modules = {n for n, data in graph.nodes(data=True) if data["kind"] not in ("input", "output")}
+    named = modules | set(graph.layers) | set(graph.neurons)
+    renamed: SpikingGraph = nx.relabel_nodes(graph, {n: new(n) for n in graph.nodes})
+    renamed.graph["layers"] = {
+        new(name): replace(
+            r,
+            name=new(name),
+            pre=all_new(r.pre),
+            post=all_new(r.post),
+            feeds=all_new(r.feeds),
+            inside=new(r.inside) if r.inside is not None else None,
+        )
+        for name, r in graph.layers.items()
+    }
+    renamed.graph["neurons"] = {
+        new(name): replace(r, name=new(name), layers=all_new(r.layers))
+        for name, r in graph.neurons.items()
+    }
+    renamed.graph["chains"] = tuple(
+        replace(
+            c,
+            layer=new(c.layer),
+            norm=new(c.norm) if c.norm is not None else None,
+            neuron=new(c.neuron),
+            between=all_new(c.between),
+        )
+        for c in graph.chains
+    )
+    return renamed

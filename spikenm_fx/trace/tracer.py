@@ -1,0 +1,581 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The value-carrying tracer: ``torch.fx`` whose proxies *are* the example's values.
+
+A proxy is a tensor with a node attached.  Each torch function is computed and recorded, so shapes,
+``len``, ``bool``, iteration and branches on data are answered by the real values, and no C++ code
+can be handed something that only pretends to be a tensor.  What comes out is a record to read,
+never a program to run: batch size and T are baked in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import operator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import _orig_module_call
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.intercept import watch_applies
+from spikenm_fx.trace.recorder import Recorder
+from spikenm_fx.trace.snapshot import preserved
+from spikenm_fx.trace.values import (
+    InnerCall,
+    Measured,
+    SurrogateCall,
+    describe,
+    measure_kind,
+    user_line,
+    worst_of,
+    write_view,
+)
+
+__all__ = ["Failure", "LeafRule", "Limits", "TraceLimitReached", "Traced", "ValueTracer"]
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+ATOMIC = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+"""torch's own modules that hold weight matrices but compute with them in one fused call."""
+
+_TRACING = threading.RLock()
+"""fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
+
+
+class TraceLimitReached(RuntimeError):
+    """The model ran past a limit of the trace; another route would as well."""
+
+
+class Untraceable(NotImplementedError):
+    """Something happens that this tracer cannot see; the execution trace can."""
+
+
+class Limits:
+    """How much one attempt of a trace may take.
+
+    Args:
+        seconds: wall-clock time.
+        nodes: recorded operations; a loop over T counts each step.
+    """
+
+    def __init__(self, seconds: float = 120.0, nodes: int = 200_000) -> None:
+        self.seconds, self.nodes = seconds, nodes
+        self._deadline = time.monotonic() + seconds
+
+    def again(self) -> Limits:
+        """The same limits from now on."""
+        return Limits(self.seconds, self.nodes)
+
+    def check(self, nodes: int) -> None:
+        """Raise TraceLimitReached if either limit is passed."""
+        if nodes > self.nodes:
+            raise TraceLimitReached(f"more than {self.nodes} operations")
+        if time.monotonic() > self._deadline:
+            raise TraceLimitReached(f"more than {self.seconds:g} s")
+
+
+class LeafRule:
+    """Which modules the trace does not look into.
+
+    Args:
+        neurons: modules that are neurons.
+        opaque: classes that failed under the tracer; they run under the recorder instead.
+        unknown: those of ``neurons`` that no framework vouches for: what they emit is measured.
+    """
+
+    def __init__(
+        self,
+        neurons: set[nn.Module],
+        opaque: set[type[nn.Module]],
+        unknown: set[nn.Module] | None = None,
+    ) -> None:
+        self.neurons, self.opaque, self.unknown = neurons, opaque, unknown or set()
+
+    def __call__(self, module: nn.Module) -> bool:
+        """Whether ``module`` is one node of the graph."""
+        if module in self.neurons or is_weight_layer(module) or isinstance(module, NORMS + ATOMIC):
+            return True
+        if isinstance(module, torch.jit.ScriptModule):
+            return True
+        package = type(module).__module__
+        # torch's containers and composites (TransformerEncoderLayer) are looked into
+        return package.startswith("torch.nn.") and not any(True for _ in module.children())
+
+
+class Failure(Exception):
+    """The tracer could not follow ``module``; ``cause`` says why and ``line`` where."""
+
+    def __init__(self, module: nn.Module | None, name: str, line: str, cause: Exception) -> None:
+        super().__init__(f"{name or 'the model'}: {type(cause).__name__}: {cause} ({line})")
+        self.module, self.name, self.line, self.cause = module, name, line, cause
+
+
+class Traced(Tensor):
+    """A tensor of the trace: the example's value, its node, and the tensor it is a view of."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    node: fx.Node
+    base: Traced | None
+
+
+def _traced(value: Tensor, node: fx.Node, base: Traced | None = None) -> Traced:
+    traced = value.detach().as_subclass(Traced)
+    traced.node, traced.base = node, base
+    return traced
+
+
+class _Recording(TorchFunctionMode):
+    """Show every torch function of this thread to the tracer."""
+
+    def __init__(self, tracer: ValueTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.tracer.on_function(func, args, kwargs or {})
+
+
+class ValueTracer(fx.Tracer):
+    """Trace one call of a model on example inputs.
+
+    Args:
+        model: the model; the caller preserves its state.
+        leaf: which modules are single nodes.
+        limits: when to give up.
+        measure: look at the values of every node, not only of inputs and neurons.
+    """
+
+    def __init__(
+        self, model: nn.Module, leaf: LeafRule, limits: Limits, *, measure: bool = False
+    ) -> None:
+        super().__init__(autowrap_modules=())  # type: ignore[arg-type]
+        self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
+        self.inner: dict[str, InnerCall] = {}
+        self.computing = False
+        self.recorder: Recorder | None = None
+        self._thread = threading.get_ident()
+        self._whole = False
+        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+        self._names = {m: n for n, m in nn.Module.named_modules(model)}
+        tensors = (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))
+        self._tensor_names = {id(t): n for n, t in tensors}
+        self._known = _tensors_held_by(model)
+        self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._probed: dict[nn.Module, Measured | None] = {}
+        self._scope: list[nn.Module] = []
+        self._failed_in: nn.Module | None = None
+        self._count = 0
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+        """Trace ``model(*args, **kwargs)``.
+
+        Raises:
+            Failure: where the model cannot be followed.
+            TraceLimitReached: past a limit.
+        """
+        self._inputs = (args, kwargs)
+        return self._guarded()
+
+    def run_recorded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Graph:
+        """The same from one real execution, without following any Python.
+
+        Raises:
+            Failure: where the model itself raises.
+            TraceLimitReached: past a limit.
+        """
+        self._inputs, self._whole = (args, kwargs), True
+        return self._guarded()
+
+    def _guarded(self) -> fx.Graph:
+        with _TRACING, torch.no_grad():
+            try:
+                return self.trace(self.model)
+            except TraceLimitReached:
+                raise
+            except Exception as error:
+                failed = self._failed_in
+                name = self._names.get(failed, "") if failed is not None else ""
+                raise Failure(failed, name, user_line(error), error) from error
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """One placeholder per tensor of the example, however it is nested in the arguments."""
+        flat, layout = tree_flatten(self._inputs)
+        inputs = []
+        for index, value in enumerate(flat):
+            if isinstance(value, Tensor):
+                node = self.create_node("placeholder", f"input_{index}", (), {})
+                node.meta["value"] = describe(value, measure=True)
+                value = _traced(value.clone(), node)  # models write into their input
+            inputs.append(value)
+        args, kwargs = tree_unflatten(inputs, layout)
+
+        def forward(*_: Any) -> Any:
+            if self._whole:
+                out = self._run_opaque(self.model.forward, args, kwargs)
+            else:
+                with watch_applies(self._on_apply), _Recording(self):
+                    out = self.model.forward(*args, **kwargs)
+                    out = list(out) if inspect.isgenerator(out) else out
+            return tuple(t for t in tree_flatten(out)[0] if isinstance(t, Traced))
+
+        return forward, []
+
+    # -- what fx asks -----------------------------------------------------------------------------
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether ``m`` is one node."""
+        return self.leaf(m)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Attributes stay as they are: a parameter in use is recognised by its identity."""
+        return attr_val
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module is called: record it if it is a leaf, else follow it."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        if self.recorder is not None:
+            return self.recorder.call_module(m, forward, args, kwargs)
+        if self.computing:
+            return self._run_inner(m, forward, args, kwargs)
+        self._scope.append(m)
+        try:
+            if type(m) in self.leaf.opaque:
+                call = functools.partial(_orig_module_call, m)
+                return self._run_opaque(call, args, kwargs)
+            if self.leaf(m):
+                return self._record("call_module", self.name_of(m), args, kwargs)
+            return forward(*args, **kwargs)
+        except Exception:
+            if not self.leaf(m):  # a leaf runs as it always does: what failed is around it
+                self._failed_in = self._failed_in or m
+            raise
+        finally:
+            self._scope.pop()
+
+    def name_of(self, module: nn.Module) -> str:
+        """The qualified name; modules outside the tree get one that says so."""
+        if module not in self._names:
+            self._names[module] = f"unregistered.{type(module).__name__}_{len(self._names)}"
+        return str(self._names[module])
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn an argument into what a node may hold."""
+        if isinstance(a, fx.Node):
+            return a
+        if isinstance(a, Tensor):
+            return a.node if isinstance(a, Traced) else self.constant(a)
+        if isinstance(a, tuple | list):
+            return tuple(self.create_arg(x) for x in a)
+        if isinstance(a, slice):
+            return slice(*(self.create_arg(x) for x in (a.start, a.stop, a.step)))
+        if isinstance(a, dict):
+            return {str(k): self.create_arg(v) for k, v in a.items()}
+        return a if isinstance(a, _PLAIN) or a is None or a is ... else type(a).__name__
+
+    def constant(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor that no recorded operation made: a parameter, buffer or constant.
+
+        Raises:
+            Untraceable: for a tensor that seems to have been made by code we did not see.
+        """
+        if id(tensor) not in self._constants:
+            known = id(tensor) in self._known or tensor.numel() <= 1 or self.recorder is not None
+            if not known:
+                raise Untraceable(
+                    f"a tensor of shape {tuple(tensor.shape)} comes from code that cannot be "
+                    "followed, for instance a scripted function or numpy"
+                )
+            name = self._tensor_names.get(id(tensor), f"constant_{len(self._constants)}")
+            node = self.create_node("get_attr", name, (), {})
+            measure = not isinstance(tensor, nn.Parameter)
+            node.meta |= {"value": describe(tensor, measure=measure), "tensor": tensor}
+            self._constants[id(tensor)] = (tensor, node)
+        return self._constants[id(tensor)][1]
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node, with the module it comes from."""
+        self._count += 1
+        self.limits.check(self._count)
+        node = super().create_node(*args, **kwargs)
+        node.meta["scope"] = self.name_of(self._scope[-1]) if self._scope else ""
+        return node
+
+    # -- recording and computing ------------------------------------------------------------------
+
+    def on_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A torch function is called: compute it, and record it if tensors come out."""
+        if self.computing or self.recorder is not None:
+            return func(*args, **kwargs)
+        return self._record("call_function", func, args, kwargs)
+
+    def _record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self._scope[-1] if kind == "call_module" else None
+        surrogate = isinstance(target, SurrogateCall)
+        unwrapped = _Unwrapped()
+        with self._aside():
+            call_args, call_kwargs = unwrapped.plain((args, kwargs))
+            driven = None
+            if surrogate or module in self.leaf.unknown:
+                driven = self._probe(module, target, call_args, call_kwargs)
+            value = self._call(module, target, call_args, call_kwargs)
+            written = _written_argument(target, args)
+            if written is None and not _holds_tensors(value):
+                return value
+            node = self.create_node(
+                kind, target, self.create_arg(args), self.create_arg(kwargs), _label(target)
+            )
+            info = describe(value, measure=self.measure or surrogate or module is not None)
+            node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
+            if surrogate:
+                node.meta["at"] = _call_site()
+            if written is not None:
+                self._rebind(written, node)
+                return value
+            return self._wrap(node, value, unwrapped)
+
+    def _wrap(self, node: fx.Node, value: Any, unwrapped: _Unwrapped) -> Any:
+        """Turn a result into traced tensors; containers are taken apart."""
+        if isinstance(value, Tensor):
+            same = unwrapped.origin(value)
+            if same is not None:  # in place: the result is the argument
+                self._rebind(same, node)
+                return same
+            return _traced(value, node, unwrapped.base(value))
+        return _rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
+
+    def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: _Unwrapped) -> Any:
+        child = self.create_node("call_function", operator.getitem, (node, key), {})
+        info = describe(item, measure=self.measure or node.op == "call_module")
+        child.meta["value"] = worst_of(info, node.meta.get("driven")) if key == 0 else info
+        return self._wrap(child, item, unwrapped)
+
+    def _rebind(self, written: Tensor, node: fx.Node) -> None:
+        """Every later use of ``written``, and of what it is a view of, comes from ``node``."""
+        node.meta["value"] = describe(written)
+        if not isinstance(written, Traced):
+            raise Untraceable("the model writes into a tensor that it did not make in this call")
+        written.node = node
+        base = written.base
+        while base is not None:
+            update = self.create_node("call_function", write_view, (base.node, node), {})
+            update.meta["value"] = describe(base)
+            base.node, base = update, base.base
+
+    @contextlib.contextmanager
+    def _aside(self) -> Iterator[None]:
+        """What happens inside is not recorded."""
+        before, self.computing = self.computing, True
+        try:
+            yield
+        finally:
+            self.computing = before
+
+    def _call(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
+        if module is not None:
+            return _orig_module_call(module, *args, **kwargs)
+        return target(*args, **kwargs)
+
+    def _run_inner(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A module inside a leaf runs for real; weight layers (recurrent ones) are counted."""
+        out = forward(*args, **kwargs)
+        if is_weight_layer(m) and self._scope and self._scope[-1] is not m:
+            seen = self.inner.setdefault(self.name_of(m), InnerCall(self.name_of(self._scope[-1])))
+            seen.calls += 1
+            seen.input_shape = seen.input_shape or tuple(args[0].shape)
+            seen.output_shape = seen.output_shape or tuple(out.shape)
+        return out
+
+    def _on_apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An autograd Function is one operation: usually somebody's spike."""
+        flat = tree_flatten((args, kwargs))[0]
+        if self.computing or self.recorder is not None:
+            return NotImplemented
+        if any(isinstance(x, nn.Module) for x in flat):
+            return NotImplemented  # a checkpoint-like Function: what matters happens inside
+        return self._record("call_function", SurrogateCall(function), args, kwargs)
+
+    def _probe(
+        self, module: nn.Module | None, target: Any, args: Any, kwargs: Any
+    ) -> Measured | None:
+        """What a step function or hand-written neuron emits when driven hard.
+
+        The example may leave it silent; large inputs tell {0,1} from several levels.
+        """
+        if not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+            return None
+        if module is not None and module in self._probed:
+            return self._probed[module]
+        try:
+            with preserved(module) if module is not None else contextlib.nullcontext():
+                wide = torch.linspace(-20.0, 60.0, args[0].numel(), device=args[0].device)
+                driven = wide.to(args[0].dtype).reshape(args[0].shape)
+                out = self._call(module, target, (driven, *args[1:]), kwargs)
+                first = next((t for t in tree_flatten(out)[0] if isinstance(t, Tensor)), None)
+                found = measure_kind(first)[0] if first is not None else None
+        except Exception:
+            return None
+        if module is not None:
+            self._probed[module] = found
+        return found
+
+    # -- opaque submodules ------------------------------------------------------------------------
+
+    def _run_opaque(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Run ``call`` for real under the recorder; its operations join this graph."""
+        unwrapped, recorder = _Unwrapped(), Recorder(self)
+        self.recorder = recorder
+        try:
+            plain_args, plain_kwargs = unwrapped.plain((args, kwargs))
+            for plain, traced in unwrapped:
+                recorder.remember(plain, traced.node)
+            with recorder:
+                out = call(*plain_args, **plain_kwargs)
+                out = list(out) if inspect.isgenerator(out) else out
+            return tree_map(
+                lambda t: _traced(t, recorder.node_of(t)) if isinstance(t, Tensor) else t, out
+            )
+        finally:
+            self.recorder = None
+
+
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+
+
+def _tensors_held_by(model: nn.Module) -> dict[int, Tensor]:
+    """Parameters, buffers and plain tensor attributes, so that they are known as constants."""
+    held: dict[int, Tensor] = {}
+
+    def visit(value: Any, depth: int) -> None:
+        if isinstance(value, Tensor):
+            held[id(value)] = value
+        elif depth and isinstance(value, dict):
+            for item in list(value.values()):
+                visit(item, depth - 1)
+        elif depth and isinstance(value, list | tuple):
+            for item in value:
+                visit(item, depth - 1)
+
+    for module in nn.Module.modules(model):
+        visit(vars(module), 3)
+    return held
+
+
+class _Unwrapped:
+    """Ordinary tensors for a call, and the way back from them to the traced ones."""
+
+    def __init__(self) -> None:
+        self._pairs: list[tuple[Tensor, Traced]] = []
+
+    def plain(self, tree: Any) -> Any:
+        """``tree`` with ordinary tensors in place of traced ones."""
+        if isinstance(tree, Traced):
+            tensor = tree.as_subclass(Tensor)
+            self._pairs.append((tensor, tree))
+            return tensor
+        if isinstance(tree, tuple) and hasattr(tree, "_make"):
+            return tree._make(self.plain(x) for x in tree)
+        if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
+            return type(tree)(self.plain(x) for x in tree)
+        if isinstance(tree, dict):
+            return {k: self.plain(v) for k, v in tree.items()}
+        if isinstance(tree, slice):
+            return slice(*(self.plain(x) for x in (tree.start, tree.stop, tree.step)))
+        return tree
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Traced]]:
+        return iter(self._pairs)
+
+    def origin(self, tensor: Tensor) -> Traced | None:
+        """The traced argument that ``tensor`` is."""
+        return next((traced for plain, traced in self._pairs if plain is tensor), None)
+
+    def base(self, tensor: Tensor) -> Traced | None:
+        """The traced argument that ``tensor`` is a view of."""
+        return next((t for p, t in self._pairs if _shares_memory(p, tensor)), None)
+
+
+def _rebuild(value: Any, wrap: Callable[[Any, Any], Any]) -> Any:
+    """A tuple, list or dict of results with its tensors wrapped."""
+    if isinstance(value, dict):
+        items = {k: wrap(k, v) if _holds_tensors(v) else v for k, v in value.items()}
+        return items if type(value) is dict else type(value)(items)
+    parts = [wrap(i, v) if _holds_tensors(v) else v for i, v in enumerate(value)]
+    if hasattr(value, "_make"):
+        return value._make(parts)
+    if isinstance(value, list):
+        return parts
+    try:
+        return type(value)(parts)  # torch.return_types are tuples, built from one sequence
+    except TypeError:
+        return tuple(parts)
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
+    if isinstance(value, torch.Size):
+        return False
+    if isinstance(value, dict):
+        return any(_holds_tensors(v) for v in value.values())
+    return isinstance(value, tuple | list) and any(_holds_tensors(v) for v in value)
+
+
+def _written_argument(target: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The tensor that ``x[k] = v`` writes into."""
+    return args[0] if getattr(target, "__name__", "") in ("__setitem__", "setitem") else None
+
+
+def _shares_memory(a: Tensor, b: Tensor) -> bool:
+    if a.layout is not torch.strided or b.layout is not torch.strided or a.is_meta or b.is_meta:
+        return False
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+
+
+def _label(target: Any) -> str | None:
+    """A readable node name for functions that fx would name after a dunder."""
+    name = getattr(target, "__name__", "")
+    if name == "__get__":
+        return str(getattr(target.__self__, "__name__", "attribute"))
+    return name.strip("_") if name.startswith("__") else None
+
+
+def _call_site() -> tuple[int, ...]:
+    """Line numbers from the innermost module's forward down to the user's call."""
+    lines: list[int] = []
+    frame = inspect.currentframe()
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and "spikenm_fx/trace/" not in path:
+            lines.append(frame.f_lineno)
+            if frame.f_code.co_name == "forward":
+                break
+        frame = frame.f_back
+    return tuple(reversed(lines))

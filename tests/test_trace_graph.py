@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a trace says about layers, neurons and signals, on real models of every framework."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from spikenm_fx.bench.nets.handwritten import SequenceLIF
+from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace import SpikingGraph, trace
+
+
+def traced(name: str) -> tuple[Case, SpikingGraph]:
+    if not ZOO[name].available:
+        pytest.skip(f"{ZOO[name].framework} is not installed")
+    case = ZOO[name].build()
+    return case, trace(case.model, case.inputs)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_layers_and_pairs(name: str) -> None:
+    """The layers are exactly the module tree's, all seen in use; pairs agree both ways."""
+    case, graph = traced(name)
+    modules = {n for n, m in case.model.named_modules() if is_weight_layer(m)}
+    assert modules == {n for n, r in graph.layers.items() if r.kind != "functional"}
+    assert [r.name for r in graph.layers.values() if not r.calls] == []
+    assert graph.route == ("execution" if name == "hand/scripted" else "fx")
+    for layer in graph.layers.values():
+        assert layer.pre or layer.inside
+        assert layer.post or layer.is_readout or layer.feeds
+        for neuron in layer.post:
+            assert layer.name in graph.neurons[neuron].layers
+        spiking = [n for n in layer.post if graph.neurons[n].spec.kind != "integrator"]
+        assert not (layer.is_readout and spiking)
+    for chain in graph.chains:
+        assert graph.layers[chain.layer].post == (chain.neuron,)
+
+
+def test_spiking_resnet_block() -> None:
+    """In spiking_resnet18 a block's second conv meets the shortcut before its neuron."""
+    _, graph = traced("spikingjelly/spiking_resnet18/m")
+    first, second = graph.layers["layer2.0.conv1"], graph.layers["layer2.0.conv2"]
+    assert first.pre == ("layer1.1.sn2",)
+    assert first.post == ("layer2.0.sn1",)
+    assert second.post == ("layer2.0.sn2",)
+    assert graph.layers["layer2.0.downsample.0"].post == ("layer2.0.sn2",)
+    assert graph.neurons["layer2.0.sn2"].layers == ("layer2.0.conv2", "layer2.0.downsample.0")
+    assert graph.layers["conv1"].sees_input
+    assert graph.why("conv1") == "input is analog image"
+    assert graph.why("fc") == "feeds no neuron: readout"
+    assert graph.layers["fc"].is_head
+    chain = graph.chain("layer2.0.conv1")
+    assert chain is not None
+    assert (chain.norm, chain.neuron) == ("layer2.0.bn1", "layer2.0.sn1")
+    assert graph.chain("layer2.0.conv2") is None
+
+
+def test_sew_signals() -> None:
+    """SEW's ADD makes integers out of spikes; AND and IAND keep spikes."""
+    _, add = traced("spikingjelly/sew_resnet18/m")
+    assert str(add.layers["layer1.1.conv1"].input_signal) == "integer"
+    assert str(add.layers["layer1.1.conv2"].input_signal) == "spike"
+    for variant in ("and", "iand"):
+        _, graph = traced(f"spikingjelly/sew_resnet18_{variant}/m")
+        signals = {str(r.input_signal) for r in graph.layers.values() if not r.sees_input}
+        assert "integer" not in signals
+
+
+def test_snntorch_loop_counts_its_calls() -> None:
+    """A layer in a Python loop over T is one layer with T calls, its neuron the same."""
+    _, graph = traced("snntorch/loop")
+    fc2 = graph.layers["fc2"]
+    assert (fc2.calls, fc2.pre, fc2.post) == (4, ("lif1",), ("lif2",))
+    assert graph.chain("fc1") is not None
+    chain = graph.chain("fc2")
+    assert chain is not None
+    assert chain.state_read
+
+
+def test_recurrent_weights_inside_neurons() -> None:
+    """RLeaky's all-to-all weight is a layer that its own neuron feeds and is fed by."""
+    _, graph = traced("snntorch/rleaky")
+    recurrent = graph.layers["lif1.recurrent"]
+    assert (recurrent.inside, recurrent.calls) == ("lif1", 4)
+    assert recurrent.pre == recurrent.post == ("lif1",)
+    assert str(recurrent.input_signal) == "spike"
+    _, norse = traced("norse/recurrent")
+    assert norse.layers["0.recurrent_weights"].inside == "0"
+    assert any("0.input_weights" in str(note) for note in norse.notes)
+
+
+def test_functional_neurons() -> None:
+    """Surrogates called in forward are neurons by their line, with their layers."""
+    _, graph = traced("hand/functional")
+    first, second = graph.neurons
+    assert graph.neurons[first].functional
+    assert set(graph.neurons[first].layers) == {"fc1", "rec"}
+    assert graph.neurons[second].layers == ("fc2",)
+    assert graph.layers["rec"].pre == (first,)
+
+
+def test_functional_weights() -> None:
+    """Raw parameters used by F.conv2d, through arithmetic, and by @ are layers; unused are told."""
+    _, graph = traced("hand/raw")
+    assert set(graph.layers) == {"w1", "w2", "w3"}
+    assert graph.layers["w2"].pre == ("lif1",)
+    assert graph.layers["w2"].post == ("lif2",)
+    assert str(graph.layers["w2"].input_signal) == "spike"
+    assert graph.layers["w3"].is_readout
+    assert any(note.where == "spare" for note in graph.notes)
+
+
+def test_scripted_helper_falls_back() -> None:
+    """What cannot be followed is recorded from its execution, and the note names the line."""
+    _, graph = traced("hand/scripted")
+    assert graph.route == "execution"
+    assert any("handwritten.py" in note.text for note in graph.notes)
+    assert graph.layers["fc2"].pre == ("lif1",)
+    assert graph.layers["fc2"].post == ("lif2",)
+
+
+def test_only_the_failing_submodule_becomes_opaque() -> None:
+    """A scripted helper inside one block leaves the rest to the tracer."""
+
+    @torch.jit.script
+    def helper(x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5 + 0.5
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(8, 8), SequenceLIF()
+
+        def forward(self, x):
+            return self.lif(self.fc(helper(x)))
+
+    model = nn.Sequential(nn.Linear(4, 8), SequenceLIF(), Block(), nn.Linear(8, 2))
+    graph = trace(model, torch.rand(3, 2, 4))
+    assert graph.route == "fx+execution"
+    assert [note.where for note in graph.notes] == ["2"]
+    assert graph.layers["2.fc"].pre == ("1",)
+    assert graph.layers["2.fc"].post == ("2.lif",)
+    assert graph.layers["3"].pre == ("2.lif",)
+
+
+def test_data_dependent_control_flow() -> None:
+    """Branches on values, lengths, shapes and iteration are answered by the example."""
+
+    class Branchy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.lif = nn.Linear(4, 4), nn.Linear(4, 4), SequenceLIF()
+
+        def forward(self, x):
+            if x.ndim == 3 and len(x) == 3 and bool(x.sum() > 0) and float(x.max()) < 9:
+                x = torch.stack([self.a(step) for step in x])
+            return self.b(self.lif(x)) * int(x.shape[0])
+
+    graph = trace(Branchy(), torch.rand(3, 2, 4))
+    assert graph.route == "fx"
+    assert graph.layers["a"].calls == 3
+    assert graph.layers["b"].pre == ("lif",)
+
+
+def test_in_place_writes_are_followed() -> None:
+    """Values written through indices, views and in-place operators reach their readers."""
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(8, 2)
+            self.lif = SequenceLIF()
+
+        def forward(self, x):
+            buffer = torch.zeros(x.shape[0], x.shape[1], 8)
+            buffer[..., :4] = self.a(x)
+            half = buffer[..., 4:]
+            half += self.b(x)
+            return self.lif(self.c(buffer))
+
+    graph = trace(InPlace(), torch.rand(3, 2, 4))
+    assert set(graph.layers["c"].pre) == {"a", "b"}
+    assert graph.layers["a"].feeds == ("c",)
+
+
+def test_wrappers_keep_their_names() -> None:
+    """DataParallel and compiled wrappers are looked through, with the wrapper's own names."""
+    model = nn.Sequential(nn.Linear(4, 8), SequenceLIF(), nn.Linear(8, 2))
+    parallel = nn.DataParallel(model)
+    graph = trace(parallel, torch.rand(3, 2, 4))
+    assert set(graph.layers) == {n for n, m in parallel.named_modules() if is_weight_layer(m)}
+    assert graph.layers["module.2"].pre == ("module.1",)
+    compiled = trace(torch.compile(model), torch.rand(3, 2, 4))
+    assert compiled.layers["_orig_mod.2"].pre == ("_orig_mod.1",)
+    assert any("OptimizedModule" in str(note) for note in compiled.notes)
+
+
+def test_without_examples() -> None:
+    """A model that plain symbolic tracing reads gives its pairs; another its module tree."""
+    simple = trace(nn.Sequential(nn.Linear(4, 8), SequenceLIF(), nn.Linear(8, 2)))
+    assert simple.route == "symbolic"
+    assert simple.layers["2"].pre == ("1",)
+    case = ZOO["hand/module"].build()
+    tree = trace(case.model)
+    assert tree.route == "modules"
+    assert set(tree.layers) == {"conv1", "conv2", "fc"}
+    assert set(tree.neurons) == {"lif1", "lif2"}
+    assert "example_inputs" in str(tree.notes[0])
