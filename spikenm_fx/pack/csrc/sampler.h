@@ -30,10 +30,10 @@ SNM_INLINE vw splat_bits(uint32_t x) { return x - vw{}; }
 SNM_INLINE vf gumbel(vw mixed, vw key1) {
   mixed = ((mixed ^ (mixed >> 16)) * splat_bits(MIX1)) ^ key1;
   mixed = (mixed ^ (mixed >> 15)) * splat_bits(MIX2);
-  mixed ^= mixed >> 16;
-  const vi top = reinterpret_cast<vi>(mixed >> 9);
-  const vf u = (__builtin_convertvector(top, vf) + splat(0.5f)) * splat(0x1p-23f);
-  return -log_positive(-log_positive(u));
+  // Of mixed ^ (mixed >> 16) the upper 23 bits, as the fraction of a float in [1, 2); the
+  // subtraction of 1 - 2^-24 is exact.
+  const vw one_to_two = ((mixed >> 9) ^ (mixed >> 25)) | splat_bits(0x3f800000);
+  return minus_log(minus_log(reinterpret_cast<vf>(one_to_two) - splat(0x1.fffffep-1f)));
 }
 
 // Columns [0, leads * width) of a tile are the pairs (block row, inner position), planes their M.
@@ -64,6 +64,10 @@ struct Tiling {
 template <class T>
 SNM_INLINE void copy_row(const T *from, T *to, int64_t n, int64_t room) {
   constexpr int64_t piece = 16 / sizeof(T);
+  if (n == 1) {  // overlapping pieces would wait for each other
+    *to = *from;
+    return;
+  }
   for (int64_t i = 0; i < n; i += piece) {
     if (i + piece <= room) {
       memcpy(to + i, from + i, 16);
@@ -165,17 +169,18 @@ struct Draws {
   static constexpr int kSize = kM ? kM : MAX_M, kLayout = kTurn ? kM : 0;
   const snm_draws *call;
   Tiling tiling;
-  int m;
   uint32_t *steps;  // WEYL times the counter of each column, from the tile's first one
 
-  explicit Draws(const snm_draws *c)
-      : call(c), tiling(c), m(kM ? kM : static_cast<int>(c->m)), steps(nullptr) {}
+  explicit Draws(const snm_draws *c) : call(c), tiling(c), steps(nullptr) {}
+
+  // Known to the compiler where it is compiled in, so that loops unroll.
+  SNM_MEMBER int block() const { return kM ? kM : static_cast<int>(tiling.m); }
 
   int32_t start() {
     steps = static_cast<uint32_t *>(snm_scratch(0, sizeof(uint32_t) * tiling.capacity));
     const int64_t width = least(tiling.inner, tiling.capacity);
     for (int64_t c = 0; c < tiling.capacity; ++c)
-      steps[c] = WEYL * static_cast<uint32_t>(c / width * m * tiling.inner + c % width);
+      steps[c] = WEYL * static_cast<uint32_t>(c / width * block() * tiling.inner + c % width);
     snm_parallel(ceil_div(tiling.count(), TILES_PER_ITEM), call->threads, item, this);
     return 0;
   }
@@ -187,7 +192,7 @@ struct Draws {
   }
 
   void run(const Tile &t) const {
-    const int64_t planes = m * tiling.stride();
+    const int64_t planes = block() * tiling.stride();
     float *x = static_cast<float *>(snm_scratch(1, planes * (3 * sizeof(float) + 2)));
     float *h = x + planes, *weight = h + planes;
     int8_t *present = reinterpret_cast<int8_t *>(weight + planes), *mask = present + planes;
@@ -206,8 +211,8 @@ struct Draws {
 
   void gather_present(const Tile &t, int8_t *present) const {
     for (int64_t l = 0; l < t.leads; ++l)
-      for (int64_t j = 0; j < m; ++j)
-        memset(present + j * tiling.stride() + l * t.width, call->present[(t.lead + l) * m + j],
+      for (int64_t j = 0; j < block(); ++j)
+        memset(present + j * tiling.stride() + l * t.width, call->present[(t.lead + l) * block() + j],
                t.width);
   }
 
@@ -219,7 +224,7 @@ struct Draws {
     uint32_t start = WEYL * static_cast<uint32_t>(tiling.offset(t)) + call->key0;
     const bool noisy = call->noisy;
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
+    for (int j = 0; j < block(); ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
       vf v = load(x + j * tiling.stride() + c);
       if (noisy) v = madd(kappa, v, gumbel(step + splat_bits(start), key1));
       v = v > lowest ? v : lowest;
@@ -239,11 +244,11 @@ struct Draws {
       vf z[kSize];
       vi rank[kSize];
       perturb(t, c, x, present, z);
-      rank_planes<kM>(z, m, call->keep, rank);
+      rank_planes<kM>(z, block(), call->keep, rank);
       if constexpr (kTurn) {
         store_blocks(rank, keep, out + c * kM, t.leads - c);
       } else {
-        for (int j = 0; j < m; ++j) {
+        for (int j = 0; j < block(); ++j) {
           const int64_t at = j * tiling.stride() + c;
           vb kept = __builtin_convertvector((rank[j] < keep) & 1, vb);
           if (present) kept &= *reinterpret_cast<const vb_any *>(present + at);
@@ -285,14 +290,14 @@ struct Draws {
     vf y[kSize], yh[kSize], inverse[kSize], offset[kSize];
     vi rank[kSize];
     perturb(t, c, x, present, y);
-    rank_planes<kM>(y, m, draws, rank);
+    rank_planes<kM>(y, block(), draws, rank);
     vf last = y[0];
 #pragma GCC unroll 16
-    for (int j = 1; j < m; ++j)
+    for (int j = 1; j < block(); ++j)
       last = rank[j] == splat_word(static_cast<int32_t>(draws - 1)) ? y[j] : last;
     vf left = vf{}, free_yh = vf{};
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j) {
+    for (int j = 0; j < block(); ++j) {
       const vf above = (y[j] - last) * inverse_tau;
       // beyond exp(80) the probability of what is left is zero in float32 anyway
       y[j] = exp_up_to_88(above < splat(80.0f) ? above : splat(80.0f));
@@ -307,7 +312,7 @@ struct Draws {
       const vi draw = splat_word(static_cast<int32_t>(k));
       vf taken = vf{}, taken_yh = vf{};
 #pragma GCC unroll 16
-      for (int j = 0; j < m; ++j) {
+      for (int j = 0; j < block(); ++j) {
         taken = rank[j] == draw ? y[j] : taken;
         taken_yh = rank[j] == draw ? yh[j] : taken_yh;
       }
@@ -322,17 +327,17 @@ struct Draws {
     }
     vf slope[kSize], fall[kSize];
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j) slope[j] = slopes, fall[j] = offset[draws - 1];
+    for (int j = 0; j < block(); ++j) slope[j] = slopes, fall[j] = offset[draws - 1];
     for (int64_t k = 0; k < draws; ++k) {
       const vi draw = splat_word(static_cast<int32_t>(k));
 #pragma GCC unroll 16
-      for (int j = 0; j < m; ++j) {
+      for (int j = 0; j < block(); ++j) {
         slope[j] = rank[j] == draw ? inverse[k] : slope[j];
         fall[j] = rank[j] == draw ? offset[k] : fall[j];
       }
     }
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j)
+    for (int j = 0; j < block(); ++j)
       store(x + j * tiling.stride() + c, (yh[j] * slope[j] - y[j] * fall[j]) * gain);
   }
 };
