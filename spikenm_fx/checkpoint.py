@@ -67,13 +67,17 @@ def _read(path: Path) -> Any:
             f"{path}: holds Python objects, which loading would run as code; only tensors are "
             "read.  Save the state dict alone, where you trust the file:\n"
             "  torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')\n"
-            f"  ({str(error).splitlines()[0]})"
+            f"  ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # arbitrary bytes make torch's reader raise nearly anything
         raise CheckpointError(
-            f"{path}: not a complete torch checkpoint: {str(error).splitlines()[0]}; "
+            f"{path}: not a complete torch checkpoint: {_first_line(error)}; "
             "was the copy cut short?"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _unwrap(data: Any) -> Any:

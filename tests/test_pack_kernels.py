@@ -9,15 +9,16 @@ from pack_strategies import COMMON, Case, cases, prune
 from torch import Tensor
 
 from spikenm_fx.pack.backends.cpu import LayerShape, pack_spikes, run_layer
-from spikenm_fx.pack.backends.native import kernels, native_status
+from spikenm_fx.pack.backends.native import available_kernels, kernels, native_status
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
-from spikenm_fx.pack.layouts import KERNELS, layout_for, supports
+from spikenm_fx.pack.layouts import layout_for, supports
 from spikenm_fx.pattern import NM
 
 STATUS = native_status()
 pytestmark = pytest.mark.skipif(not STATUS.available, reason=f"no kernels: {STATUS.reason}")
-SPIKE_KERNELS = [k for k in KERNELS if k != "fma"]
+HERE = available_kernels()
+SPIKE_KERNELS = [k for k in HERE if k != "fma"]
 BINARY_RATES = st.sampled_from([0.0, 0.03, 0.15, 0.5, 1.0])
 
 
@@ -63,16 +64,26 @@ def _assert_close(y: Tensor | None, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("level", STATUS.levels)
-@pytest.mark.parametrize("kernel", ["fma", "lut", "event"])
+@pytest.mark.parametrize("kernel", ["fma", "lut", "event", "amx"])
 @given(data=st.data())
 @settings(max_examples=40, deadline=None)
 def test_fp32_kernels_match_the_reference(kernel, level, data):
     """Within 1e-5 of the largest output, for any layer, pattern, size, rate and memory format."""
-    case = data.draw(cases(nms=_patterns(kernel), channels=140, outputs=40))
+    _skip_unless_at(kernel, level)
+    channels = 600 if kernel == "amx" else 140
+    case = data.draw(cases(nms=_patterns(kernel), channels=channels, outputs=40))
     packed = pack_weight(case.weight, case.nm, geometry=case.geometry)
+    if not supports(kernel, packed):
+        assert kernel == "amx"  # denormal weights, which tiles would flush
+        return
     x, bias = _input(data, case), _bias(case, data)
     y = run_layer(x, layout_for(kernel, packed), packed.shape, packed.geometry, bias, level=level)
     _assert_close(y, packed_layer(x.double(), packed, None if bias is None else bias.double()))
+
+
+def _skip_unless_at(kernel: str, level: str) -> None:
+    if kernel not in available_kernels(level):
+        pytest.skip(f"{kernel} has no kernel at level {level}")
 
 
 def _patterns(kernel: str) -> st.SearchStrategy[NM]:
@@ -96,14 +107,16 @@ def test_fma_takes_any_activation(level, data):
 
 
 @pytest.mark.parametrize("level", STATUS.levels)
+@pytest.mark.parametrize("kernel", ["event8", "amx8"])
 @given(data=st.data())
 @settings(max_examples=30, deadline=None)
-def test_int8_event_kernel_is_bit_exact(level, data):
+def test_integer_kernels_are_bit_exact(kernel, level, data):
     """Integer sums are exact; only the scale and the bias round, as they do in the reference."""
+    _skip_unless_at(kernel, level)
     case = data.draw(cases(channels=200, outputs=40))
     packed = pack_weight(case.weight, case.nm, geometry=case.geometry, dtype=torch.int8)
     x, bias = _input(data, case), _bias(case, data)
-    layout = layout_for("event8", packed)
+    layout = layout_for(kernel, packed)
     y = run_layer(x, layout, packed.shape, packed.geometry, bias, level=level)
     _assert_exact(y, _integer_reference(x, packed, bias))
 
@@ -152,7 +165,7 @@ def test_spike_kernels_refuse_other_values(kernel, bad, where, spatial, last):
     assert run_layer(x, layout, packed.shape, geometry) is None
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", HERE)
 @pytest.mark.parametrize("spatial", [0, 2])
 def test_deterministic_across_threads(kernel, spatial):
     """The same bits come out on 1, 2 and 5 threads, and again."""

@@ -23,8 +23,12 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Watch a spiking network learn handwritten digits: dense, at 2:4 and at 1:8."""
+    import torch
+
     from spikenm_fx.demo import PATTERNS, draw_masks, run_demo, steps_of
 
+    # The network is too small for more: threads that wait for each other on a busy machine stall.
+    torch.set_num_threads(1)
     screen = Screen(as_json)
     console = screen.out
     columns = (

@@ -439,8 +439,9 @@ def _misfit(
     """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
     mask = layer._nm_mask
     where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
-    missing = [key for key in (DENSE, LOGITS, META) if prefix + key not in state_dict]
-    if strict and 0 < len(missing) < 3:
+    keys = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
+    missing = [key for key in keys if prefix + key not in state_dict]
+    if strict and 0 < len(missing) < len(keys):
         return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
     if META in missing:
         return None
@@ -451,6 +452,10 @@ def _misfit(
         return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
     if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
         return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    scores, own = state_dict.get(prefix + LOGITS), mask.scores
+    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
+    if shapes[0] != shapes[1] and (strict or None not in shapes):
+        return f"{where}: checkpoint of another method, its {LOGITS} {shapes[0]}, here {shapes[1]}"
     return None
 
 

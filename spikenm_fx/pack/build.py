@@ -49,6 +49,8 @@ X86_LEVELS = {
     "v3": ("-march=x86-64-v3",),
     "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
 }
+# Left out where the compiler or the system does not know it.
+AMX = ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 OTHER_LEVELS: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
@@ -102,7 +104,7 @@ def source_hash(*, sanitize: bool = False) -> str:
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    flags = (COMMON, SANITIZE if sanitize else RELEASE, sorted(levels().items()))
+    flags = (COMMON, SANITIZE if sanitize else RELEASE, sorted(levels().items()), AMX)
     digest.update(repr((flags, platform.machine(), sys.platform)).encode())
     return digest.hexdigest()[:20]
 
@@ -158,8 +160,12 @@ def _compile(compiler: list[str], scratch: Path, *, sanitize: bool) -> Path:
     flags = [*COMMON, *(SANITIZE if sanitize else RELEASE)]
     x86 = ["-DSNM_X86"] if "v4" in levels() else []
     objects = [scratch / "dispatch.o"]
+    isas = dict(levels())
+    if x86 and _knows_amx(compiler):
+        isas["amx"] = AMX
+        x86.append("-DSNM_AMX")
     jobs = [[*compiler, *flags, *x86, "-c", str(SOURCES / "dispatch.cpp"), "-o", str(objects[0])]]
-    for level, isa in levels().items():
+    for level, isa in isas.items():
         objects.append(scratch / f"{level}.o")
         table = [f"-DSNM_TABLE=snm_kernels_{level}", f'-DSNM_NAME="{level}"']
         source = str(SOURCES / "kernels.cpp")
@@ -169,6 +175,16 @@ def _compile(compiler: list[str], scratch: Path, *, sanitize: bool) -> Path:
     library = scratch / library_name()
     _run([*compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
     return library
+
+
+def _knows_amx(compiler: list[str]) -> bool:
+    if sys.platform != "linux":
+        return False
+    try:
+        _run([*compiler, *AMX, "-x", "c++", "-fsyntax-only", "/dev/null"])
+    except BuildError:
+        return False
+    return True
 
 
 def _run(command: list[str]) -> None:

@@ -11,6 +11,7 @@ execute are derived from it at load.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Literal, Self, get_args
 
@@ -28,6 +29,8 @@ LayerKind = Literal["linear", "conv1d", "conv2d"]
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """What the kept values may be stored as; int8 carries one fp32 scale per row."""
+
+PIECE = 2**20  # weights that are packed at once
 
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation stays in range
 
@@ -296,21 +299,40 @@ def pack_weight(
     dtype = dtype or weight.dtype
     if dtype not in VALUE_DTYPES:
         raise PackError(f"{name}: dtype {dtype}; values can be fp32, fp16, bf16 or int8")
-    blocks = _fold_blocks(weight, pattern)
-    _check_pattern(blocks, pattern, weight, name)
-    positions = _kept_positions(blocks, pattern)
-    values = blocks.gather(-1, positions).flatten(1) + 0.0  # + 0.0 turns -0.0 into +0.0
-    stored, scale = _convert(values, dtype, name)
+    # Row by row in pieces: indices of a large weight would take many times its memory.
+    pieces = [
+        _pack_rows(rows, pattern, dtype, name, first, tuple(weight.shape))
+        for first, rows in _row_pieces(weight)
+    ]
+    scales = [scale for _, _, scale in pieces if scale is not None]
     packed = PackedWeight(
         pattern,
         tuple(weight.shape),
         geometry,
-        stored.contiguous(),
-        _pack_bits(positions.flatten(1), (pattern.of - 1).bit_length()),
-        scale,
+        torch.cat([values for values, _, _ in pieces]),
+        torch.cat([indices for _, indices, _ in pieces]),
+        torch.cat(scales) if scales else None,
     )
     _check_fields(packed, name)
     return packed
+
+
+def _row_pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+    rows = max(1, PIECE // weight[0].numel())
+    for first in range(0, weight.shape[0], rows):
+        yield first, weight[first : first + rows]
+
+
+def _pack_rows(
+    rows: Tensor, nm: NM, dtype: torch.dtype, name: str, first: int, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    blocks = _fold_blocks(rows, nm)
+    _check_pattern(blocks, nm, name, first, shape)
+    positions = _kept_positions(blocks, nm)
+    values = blocks.gather(-1, positions).flatten(1) + 0.0  # + 0.0 turns -0.0 into +0.0
+    stored, scale = _convert(values, dtype, name)
+    indices = _pack_bits(positions.flatten(1), (nm.of - 1).bit_length())
+    return stored.contiguous(), indices, scale
 
 
 def unpack_weight(packed: PackedWeight) -> Tensor:
@@ -318,11 +340,15 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
 
     int8 values come back dequantised to fp32.
     """
-    kept, positions = packed.kept(), packed.positions().long()
+    kept, positions = packed.kept(), packed.positions()
     o, taps, blocks, _ = kept.shape
-    dense = kept.new_zeros(o, taps, blocks, packed.nm.of).scatter_(-1, positions, kept)
+    dense = kept.new_zeros(o, taps, blocks, packed.nm.of)
+    for first, rows in _row_pieces(kept):
+        at = positions[first : first + rows.shape[0]].long()
+        dense[first : first + rows.shape[0]].scatter_(-1, at, rows)
     dense = dense.view(o, taps, blocks * packed.nm.of)[..., : packed.group_channels]
-    return dense.transpose(1, 2).reshape(packed.shape).contiguous()
+    result: Tensor = dense.transpose(1, 2).reshape(packed.shape).contiguous()
+    return result
 
 
 def _default_geometry(weight: Tensor, name: str) -> LayerGeometry:
@@ -352,16 +378,15 @@ def _fold_blocks(weight: Tensor, nm: NM) -> Tensor:
     return folded.reshape(*folded.shape[:-1], -1, nm.of)
 
 
-def _check_pattern(blocks: Tensor, nm: NM, weight: Tensor, name: str) -> None:
+def _check_pattern(blocks: Tensor, nm: NM, name: str, first: int, shape: tuple[int, ...]) -> None:
     too_many = (blocks != 0).sum(-1) > nm.keep
     if bool(too_many.any()):
         o, tap, block = (int(i) for i in too_many.nonzero()[0])
         seen = int((blocks[o, tap, block] != 0).sum())
         raise PackError(
-            f"{name} {tuple(weight.shape)} is not {nm.describe()}: {int(too_many.sum())} of "
-            f"{too_many.numel()} blocks hold more; the first is output {o}, kernel position {tap}, "
-            f"channels {block * nm.of}..{block * nm.of + nm.of - 1} with {seen} non-zeros. "
-            "Sparsify and fold the model first"
+            f"{name} {shape} is not {nm.describe()}: the first block that holds more is output "
+            f"{first + o}, kernel position {tap}, channels {block * nm.of}.."
+            f"{block * nm.of + nm.of - 1} with {seen} non-zeros. Sparsify and fold the model first"
         )
 
 
@@ -399,9 +424,19 @@ def _pack_bits(positions: Tensor, bits: int) -> Tensor:
 
 
 def _unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
+    """The inverse, as uint8 (int16 for more than 8 bits) ``(rows, count)``."""
+    dtype = torch.uint8 if bits <= 8 else torch.int16
     if bits == 0:
-        return packed.new_zeros(packed.shape[0], count)
+        return torch.zeros(packed.shape[0], count, dtype=dtype, device=packed.device)
+    if 8 % bits == 0:  # 1, 2 and 4 bits never cross a byte
+        place = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
+        spread: Tensor = (packed[..., None] >> place) & (2**bits - 1)
+        return spread.flatten(1)[:, :count]
     place = torch.arange(8, device=packed.device, dtype=torch.uint8)
-    flat = ((packed[..., None] >> place) & 1).flatten(1)[:, : count * bits]
-    powers = (1 << torch.arange(bits, device=packed.device)).to(torch.int32)
-    return (flat.view(packed.shape[0], count, bits).to(torch.int32) * powers).sum(-1)
+    out = torch.empty(packed.shape[0], count, dtype=dtype, device=packed.device)
+    powers = (1 << torch.arange(bits, device=packed.device)).to(dtype)
+    for first, rows in _row_pieces(packed):
+        flat = ((rows[..., None] >> place) & 1).flatten(1)[:, : count * bits]
+        flat = flat.view(rows.shape[0], count, bits).to(dtype)
+        out[first : first + rows.shape[0]] = (flat * powers).sum(-1, dtype=dtype)
+    return out

@@ -19,12 +19,14 @@ from spikenm_fx.pattern import NM
 
 __all__ = ["KERNELS", "Kernel", "Layout", "layout_for", "supports"]
 
-Kernel = Literal["fma", "lut", "event", "event8"]
-KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8")
+Kernel = Literal["fma", "lut", "event", "event8", "amx", "amx8"]
+KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 
 TILE = 64  # bytes of one index plane: one per token of a tile
 FMA_MAX_BLOCK = 256
 EVENT_INPUTS = 64
+AMX_INPUTS = 256
+SMALLEST_SPLIT = 2.0**-100  # below, the third bf16 term of a weight would be flushed to zero
 INT16_MAX = 32767
 
 
@@ -80,15 +82,25 @@ def supports(kernel: Kernel, packed: PackedWeight) -> bool:
         return packed.nm.of <= FMA_MAX_BLOCK
     if kernel == "lut":
         return _scheme_for(packed.nm) is not None
-    return kernel != "event8" or packed.scale is not None
+    if kernel == "amx":
+        small = packed.kept().float().abs()
+        return not bool(((small > 0) & (small < SMALLEST_SPLIT)).any())
+    return kernel == "event" or packed.scale is not None
 
 
 def layout_for(kernel: Kernel, packed: PackedWeight) -> Layout:
     """Derive the layout of ``kernel``; call :func:`supports` first.
 
-    int8 weights run dequantised to fp32, but for ``event8``, which adds the integers.
+    int8 weights run dequantised to fp32, but for ``event8`` and ``amx8``, which add the integers.
     """
-    make = {"fma": _fma, "lut": _lut, "event": _event, "event8": _event8}
+    make = {
+        "fma": _fma,
+        "lut": _lut,
+        "event": _event,
+        "event8": _event8,
+        "amx": _amx,
+        "amx8": _amx8,
+    }
     return make[kernel](packed)
 
 
@@ -218,14 +230,60 @@ def _event(packed: PackedWeight) -> Layout:
 
 def _event8(packed: PackedWeight) -> Layout:
     assert packed.scale is not None
-    unit = PackedWeight(
-        packed.nm, packed.shape, packed.geometry, packed.values.to(torch.float32), packed.indices
-    )
-    integers = unpack_weight(unit)
+    integers = _integers(packed)
     blocks = _segmented(_blocks(packed, EVENT_INPUTS, 1), integers)
     weights = _input_major(integers.to(torch.int16), packed, outputs=256, granule=32)
     empty = torch.empty(0, dtype=torch.uint8)
     return Layout("event8", weights, empty, blocks, 0, packed.scale.contiguous())
+
+
+def _integers(packed: PackedWeight) -> Tensor:
+    """The dense int8 weight as fp32 integers."""
+    values = packed.values.to(torch.float32)
+    return unpack_weight(
+        PackedWeight(packed.nm, packed.shape, packed.geometry, values, packed.indices)
+    )
+
+
+def _amx(packed: PackedWeight) -> Layout:
+    weight = _fp32(packed)
+    terms = []
+    for _ in range(3):  # each term takes the next 8 bits of the significand, exactly
+        term = weight.to(torch.bfloat16)
+        weight = weight - term.float()
+        terms.append(term)
+    tiles = [_tiles(term, packed, channels=32, depth=2) for term in terms]
+    return Layout(
+        "amx",
+        torch.stack(tiles, dim=3).flatten().contiguous(),
+        torch.empty(0, dtype=torch.uint8),
+        _blocks(packed, AMX_INPUTS, 32),
+        0,
+        None,
+    )
+
+
+def _amx8(packed: PackedWeight) -> Layout:
+    assert packed.scale is not None
+    tiles = _tiles(_integers(packed).to(torch.int8), packed, channels=64, depth=4)
+    empty = torch.empty(0, dtype=torch.uint8)
+    blocks = _blocks(packed, AMX_INPUTS, 64)
+    return Layout("amx8", tiles.flatten().contiguous(), empty, blocks, 0, packed.scale.contiguous())
+
+
+def _tiles(dense: Tensor, packed: PackedWeight, *, channels: int, depth: int) -> Tensor:
+    """Dense weight as (group, 32 outputs, channel tile, 2, 16, 16 * depth).
+
+    A tile holds ``channels`` input channels of 16 outputs; ``depth`` neighbouring channels of one
+    output lie side by side.
+    """
+    groups = packed.geometry.groups
+    folded = dense.flatten(2).transpose(1, 2) if dense.dim() > 2 else dense[:, None]
+    folded = F.pad(folded, [0, -folded.shape[2] % channels])
+    rows = folded.reshape(groups, -1, folded.shape[1] * folded.shape[2])
+    rows = F.pad(rows, [0, 0, 0, -rows.shape[1] % 32])
+    split = rows.reshape(groups, -1, 2, 16, rows.shape[2] // channels, channels // depth, depth)
+    return split.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).contiguous()
 
 
 def _input_major(dense: Tensor, packed: PackedWeight, *, outputs: int, granule: int) -> Tensor:

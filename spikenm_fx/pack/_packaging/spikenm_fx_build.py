@@ -49,16 +49,19 @@ def build_wheel(
 ) -> str:
     """Compile the kernels into the package if possible, then let setuptools build the wheel."""
     builder = _builder()
+    # setuptools packs whatever an earlier build left in its folder: no stale kernels.
+    for stale in Path("build").glob("lib*/spikenm_fx/pack/_native"):
+        shutil.rmtree(stale)
     try:
         _bundle(builder)
-        settings = _with_platform_tag(config_settings)
+        settings: Settings = _with_platform_tag(config_settings)
     except builder.BuildError as error:
         if os.environ.get("SPIKENM_FX_REQUIRE_KERNELS", "0") not in ("", "0"):
             raise
         sys.stderr.write(f"spikenm_fx: the native kernels are left out: {error}\n")
         settings = config_settings
     try:
-        return build_meta.build_wheel(wheel_directory, settings, metadata_directory)
+        return str(build_meta.build_wheel(wheel_directory, settings, metadata_directory))
     finally:
         shutil.rmtree(builder.BUNDLED, ignore_errors=True)
 

@@ -14,13 +14,25 @@ from functools import cache
 from pathlib import Path
 
 from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
+from spikenm_fx.pack.layouts import KERNELS, Kernel
 
-__all__ = ["Call", "Geometry", "Kernels", "NativeStatus", "Neuron", "kernels", "native_status"]
+__all__ = [
+    "Call",
+    "Draws",
+    "Geometry",
+    "Kernels",
+    "NativeStatus",
+    "Neuron",
+    "available_kernels",
+    "kernels",
+    "native_status",
+]
 
-LEVELS = ("baseline", "v3", "v4")
-ABI_VERSION = 1
+LEVELS = ("baseline", "v3", "v4", "amx")
+ABI_VERSION = 4
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
+_u32, _f32 = ctypes.c_uint32, ctypes.c_float
 
 
 class Geometry(ctypes.Structure):
@@ -31,7 +43,7 @@ class Geometry(ctypes.Structure):
         for name in (
             *("steps", "images", "h", "w", "oh", "ow"),
             *("kh", "kw", "sh", "sw", "ph", "pw", "dh", "dw"),
-            *("groups", "cg", "og"),
+            *("groups", "cg", "og", "step_stride", "image_stride"),
         )
     ]
 
@@ -41,9 +53,8 @@ class Neuron(ctypes.Structure):
 
     _fields_ = [
         *((n, _ptr) for n in ("decay", "gain", "drive", "threshold", "reset", "v")),
-        ("syn_decay", _ptr),
-        ("current", _ptr),
-        *((n, _i32) for n in ("hard", "delayed", "inclusive", "late_current")),
+        *((n, _ptr) for n in ("syn_decay", "syn_gain", "current")),
+        *((n, _i32) for n in ("kind", "timing", "inclusive", "undecayed")),
     ]
 
 
@@ -68,7 +79,21 @@ class Call(ctypes.Structure):
     ]
 
 
+class Draws(ctypes.Structure):
+    """``snm_draws`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        *((n, _ptr) for n in ("scores", "grad", "weight", "present", "mask", "out")),
+        *((n, _i64) for n in ("lead", "m", "inner", "keep", "threads")),
+        ("key0", _u32),
+        ("key1", _u32),
+        ("noisy", _i32),
+        *((n, _f32) for n in ("kappa", "inverse_tau", "gain")),
+    ]
+
+
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
+_draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
 _planes_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _i64, _ptr, _i64)
 _rows_from = ctypes.CFUNCTYPE(None, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -84,10 +109,14 @@ class Kernels(ctypes.Structure):
         ("fma", _run),
         ("event", _run),
         ("event8", _run),
+        ("amx", _run),
+        ("amx8", _run),
+        ("integrate", _run),
         ("pack_rows", _rows_to),
         ("pack_planes", _planes_to),
         ("unpack_rows", _rows_from),
         ("unpack_planes", _planes_from),
+        ("draws", _draws),
     ]
 
 
@@ -165,3 +194,12 @@ def kernels(level: str | None = None) -> Kernels | None:
         return None
     found: Kernels = library.snm_level(_i32(LEVELS.index(level))).contents
     return found
+
+
+def available_kernels(level: str | None = None) -> tuple[Kernel, ...]:
+    """Kernels of an ISA level (None: the best here): matrix tiles exist at the highest alone."""
+    found = kernels(level)
+    if found is None:
+        return ()
+    tiles = found.name == b"amx"
+    return tuple(k for k in KERNELS if tiles or not k.startswith("amx"))

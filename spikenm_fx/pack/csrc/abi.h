@@ -14,19 +14,23 @@ typedef struct {
   int64_t h, w, oh, ow;
   int64_t kh, kw, sh, sw, ph, pw, dh, dw;
   int64_t groups, cg, og;  // channel groups, input and output channels of one group
+  // Place of (step, image) in the batch: step * step_stride + image * image_stride.
+  int64_t step_stride, image_stride;
 } snm_geometry;
 
-// v' = decay * v + gain * x + drive [- reset * s(t-1)];  s = v' > threshold (or >=).
+// One step of a neuron, with input x (see spikenm_fx/trace/spec.py for the vocabulary):
+//   current' = syn_decay * current + syn_gain * x;  x = current' or current + x   (with a synapse)
+//   h = decay * v + gain * x + drive;  s = h > threshold (or >=);  v' = h after the reset
 // Every array holds one float per output channel.
 typedef struct {
   const float *decay, *gain, *drive, *threshold, *reset;
-  float *v;           // [images*oh*ow][O] membrane potentials, read and updated
-  const float *syn_decay;  // not null: current-based, i' = syn_decay * i + x
-  float *current;          // [images*oh*ow][O]
-  int32_t hard;       // reset to `reset` (1) or by subtracting `reset` (0)
-  int32_t delayed;    // the reset of a spike acts at the next step (snnTorch)
-  int32_t inclusive;  // spike at v' == threshold
-  int32_t late_current;  // v' reads the current of the previous step (Norse)
+  float *v;  // [images*oh*ow][O] membrane potentials, read and updated
+  const float *syn_decay, *syn_gain;  // null without a synapse
+  float *current;                     // [images*oh*ow][O]
+  int32_t kind;       // reset: 0 subtracts `reset`, 1 sets to `reset`, 2 none
+  int32_t timing;     // of the reset: 0 in the step of the spike, 1 in the next, 2 corrected
+  int32_t inclusive;  // spike at h == threshold
+  int32_t undecayed;  // the membrane sees current + x
 } snm_neuron;
 
 typedef struct {
@@ -46,6 +50,21 @@ typedef struct {
   int64_t threads;
 } snm_call;
 
+// Mask draws on blocks [lead][m][inner]; with `grad` the straight-through gradient instead.
+typedef struct {
+  const float *scores;     // logits, or the scores of a deterministic mask
+  const float *grad;       // null: make a mask; else dL/dm
+  const float *weight;     // not null: grad is that of the masked weight, dL/dm = grad * weight
+  const uint8_t *present;  // [lead][m], 0 where a padded position can never be kept; or null
+  uint8_t *mask;           // one byte per element
+  float *out;              // gradient of the logits
+  int64_t lead, m, inner, keep;
+  int64_t threads;
+  uint32_t key0, key1;  // of the noise
+  int32_t noisy;        // 0: no noise, kappa is not used
+  float kappa, inverse_tau, gain;  // gain: kappa / tau
+} snm_draws;
+
 // All return 0, or a negative number if the call cannot be served (the caller falls back).
 typedef struct {
   const char *name;
@@ -53,6 +72,9 @@ typedef struct {
   int32_t (*fma)(const snm_call *);
   int32_t (*event)(const snm_call *);
   int32_t (*event8)(const snm_call *);
+  int32_t (*amx)(const snm_call *);   // level "amx" alone; -1 elsewhere
+  int32_t (*amx8)(const snm_call *);
+  int32_t (*integrate)(const snm_call *);  // input: float [tokens][O], the finished sums
   // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
   int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
                        int64_t threads);
@@ -62,6 +84,7 @@ typedef struct {
                       int64_t threads);
   void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
                         int64_t pixels, float *x, int64_t threads);
+  int32_t (*draws)(const snm_draws *);
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.

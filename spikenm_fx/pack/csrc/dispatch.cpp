@@ -3,12 +3,20 @@
 #include "abi.h"
 
 #include <cstdlib>
+#if defined(SNM_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 extern "C" {
 extern const snm_kernels snm_kernels_baseline;
 #if defined(SNM_X86)
 extern const snm_kernels snm_kernels_v3;
 extern const snm_kernels snm_kernels_v4;
+#if defined(SNM_AMX)
+extern const snm_kernels snm_kernels_amx;
+#endif
 #endif
 }
 
@@ -44,12 +52,27 @@ struct Scratch {
 
 thread_local Scratch scratch;
 
+#if defined(SNM_AMX)
+// The processor must have the tiles, and Linux must be asked for their state.
+bool tiles_allowed() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25;
+  if ((d & (kBf16 | kTile | kInt8)) != (kBf16 | kTile | kInt8)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 bool supported(int level) {
 #if defined(SNM_X86)
   __builtin_cpu_init();
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                   __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("f16c");
   if (level == 1) return v3;
+#if defined(SNM_AMX)
+  if (level == 3) return supported(2) && tiles_allowed();
+#endif
   if (level == 2)
     return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -69,17 +92,20 @@ SNM_EXPORT void snm_use_openmp(void *parallel) {
   gomp_parallel = reinterpret_cast<gomp_parallel_t>(parallel);
 }
 
-// Kernels of a level (0 baseline, 1 AVX2, 2 AVX-512), or null if the machine lacks it.
+// Kernels of a level (0 baseline, 1 AVX2, 2 AVX-512, 3 AMX), or null if the machine lacks it.
 SNM_EXPORT const snm_kernels *snm_level(int32_t level) {
   if (!supported(level)) return nullptr;
 #if defined(SNM_X86)
+#if defined(SNM_AMX)
+  if (level == 3) return &snm_kernels_amx;
+#endif
   if (level == 2) return &snm_kernels_v4;
   if (level == 1) return &snm_kernels_v3;
 #endif
   return &snm_kernels_baseline;
 }
 
-SNM_EXPORT int32_t snm_abi_version() { return 1; }
+SNM_EXPORT int32_t snm_abi_version() { return 4; }
 
 void snm_parallel(int64_t items, int64_t threads, void (*body)(void *, int64_t), void *context) {
   if (threads > items) threads = items;

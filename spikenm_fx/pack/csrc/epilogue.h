@@ -13,6 +13,7 @@ constexpr int TILE = 64;  // tokens of one channel-major tile
 struct Sums {
   const float *y;
   int64_t stride, o0, outputs, p0, pixels;
+  int64_t count = 1ll << 62;  // of pixels to finish, where that is fewer
 };
 
 SNM_INLINE vf load_part(const float *p, int64_t n) {
@@ -31,7 +32,7 @@ SNM_INLINE void store_part(float *p, vf v, int64_t n) {
 
 // One neuron step on VW channels: updates v (and the current), returns the lanes that fire.
 struct NeuronLanes {
-  vf decay, gain, drive, threshold, reset, syn_decay;
+  vf decay, gain, drive, threshold, reset, syn_decay, syn_gain;
 
   NeuronLanes(const snm_neuron *n, int64_t o, int64_t count)
       : decay(load_part(n->decay + o, count)),
@@ -39,28 +40,29 @@ struct NeuronLanes {
         drive(load_part(n->drive + o, count)),
         threshold(load_part(n->threshold + o, count)),
         reset(load_part(n->reset + o, count)),
-        syn_decay(n->syn_decay ? load_part(n->syn_decay + o, count) : vf{}) {}
+        syn_decay(n->syn_decay ? load_part(n->syn_decay + o, count) : vf{}),
+        syn_gain(n->syn_decay ? load_part(n->syn_gain + o, count) : vf{}) {}
 
   vi fires(const snm_neuron *n, vf v) const {
     return n->inclusive ? reinterpret_cast<vi>(v >= threshold)
                         : reinterpret_cast<vi>(v > threshold);
   }
 
-  vf after_reset(const snm_neuron *n, vi spike, vf v) const {
-    return n->hard ? select(spike, reset, v) : v - select(spike, reset, vf{});
-  }
-
   vi step(const snm_neuron *n, vf x, vf &v, vf &current) const {
     if (n->syn_decay) {
-      const vf next = current * syn_decay + x;
-      x = n->late_current ? current : next;
+      const vf next = current * syn_decay + x * syn_gain;
+      x = n->undecayed ? current + x : next;
       current = next;
     }
-    const vi late = n->delayed ? fires(n, v) : vi{};
-    v = v * decay + x * gain + drive;
-    if (n->delayed) v = after_reset(n, late, v);
-    const vi spike = fires(n, v);
-    if (!n->delayed) v = after_reset(n, spike, v);
+    const vi late = n->timing ? fires(n, v) : vi{};
+    if (n->timing && n->kind == 1) v = select(late, reset, v);
+    vf h = v * decay + x * gain + drive;
+    if (n->timing && n->kind == 0) h -= select(late, reset, vf{});
+    const vi spike = fires(n, h);
+    if (!n->timing && n->kind == 1) h = select(spike, reset, h);
+    if (n->timing != 1 && n->kind == 0) h -= select(spike, reset, vf{});
+    if (n->timing == 2 && n->kind == 0) h += select(late, reset, vf{});
+    v = h;
     return spike;
   }
 };
@@ -87,6 +89,11 @@ struct Epilogue {
     return s.y + (step * s.pixels + p) * s.stride + o;
   }
 
+  // Sums in scratch are padded to whole vectors; those of another producer are not.
+  vf load_sums(const float *y, int64_t n) const {
+    return kChannelMajor ? load(y) : load_part(y, n);
+  }
+
   vf scaled(vf y, vf scale, vf bias) const { return call->scale ? y * scale + bias : y + bias; }
 
   vf bias_of(int64_t oc, int64_t n) const {
@@ -97,7 +104,7 @@ struct Epilogue {
   }
 
   void finish(const Sums &s, int64_t first_channel) {
-    const int64_t there = least(s.pixels, tokens.pixels - s.p0);
+    const int64_t there = least(least(s.pixels, s.count), tokens.pixels - s.p0);
     if (call->neuron)
       neuron(s, first_channel, there);
     else if (!call->out_channels_first)
@@ -115,9 +122,9 @@ struct Epilogue {
           const vf bias = bias_of(oc, n), scale = scale_of(oc, n);
           int64_t stride;
           const float *y = fetch(s, t, p, o, stride);
-          float *out = call->out + (t * tokens.pixels + s.p0 + p) * channels + oc;
           for (int64_t q = 0; q < least(VW, there - p); ++q)
-            store_part(out + q * channels, scaled(loadu(y + q * stride), scale, bias), n);
+            store_part(call->out + tokens.token(t, s.p0 + p + q) * channels + oc,
+                       scaled(loadu(y + q * stride), scale, bias), n);
         }
   }
 
@@ -128,8 +135,9 @@ struct Epilogue {
       for (int64_t o = 0; o < s.outputs; o += kChannelMajor ? 1 : VW)
         for (int64_t p = 0; p < there;) {
           const int64_t image = (s.p0 + p) / area, at = (s.p0 + p) % area;
-          float *out = call->out +
-                       ((t * tokens.g->images + image) * channels + first + o) * area + at;
+          const int64_t place =
+              t * tokens.g->step_stride + image * tokens.g->image_stride;
+          float *out = call->out + (place * channels + first + o) * area + at;
           if constexpr (kChannelMajor) {
             const int64_t n = least(least(TILE - p % TILE, there - p), area - at);
             plane_run(s, t, p, o, first + o, n, out);
@@ -173,7 +181,7 @@ struct Epilogue {
         if (call->out_bits)
           for (int64_t t = 0; t < steps; ++t)
             for (int64_t q = 0; q < near; ++q)
-              call->out_bits[(t * tokens.pixels + s.p0 + p + q) * words + (first + o64) / 64] =
+              call->out_bits[tokens.token(t, s.p0 + p + q) * words + (first + o64) / 64] =
                   fired[t * VW + q];
       }
   }
@@ -194,12 +202,12 @@ struct Epilogue {
       int64_t stride;
       const float *y = fetch(s, t, p, o, stride);
       for (int64_t q = 0; q < near; ++q) {
-        const vf x = scaled(loadu(y + q * stride), scale, bias);
+        const vf x = scaled(load_sums(y + q * stride, count), scale, bias);
         const vi spike = lanes_of.step(n, x, v[q], current[q]);
         const uint64_t bits = lanes(spike) & ((1u << count) - 1);
         fired[t * VW + q] |= bits << (o % 64);
         if (call->out)
-          store_part(call->out + (t * tokens.pixels + s.p0 + p + q) * channels + oc,
+          store_part(call->out + tokens.token(t, s.p0 + p + q) * channels + oc,
                      select(spike, splat(1.0f), vf{}), count);
       }
     }
@@ -210,5 +218,29 @@ struct Epilogue {
     }
   }
 };
+
+// The neuron alone, on sums that something else has computed.
+struct Integrate {
+  static constexpr int64_t kPixels = 64;
+  const snm_call *call;
+
+  static void item(void *self, int64_t index) {
+    const snm_call *call = static_cast<const Integrate *>(self)->call;
+    const snm_geometry *g = call->geometry;
+    const int64_t pixels = g->images * g->oh * g->ow, p0 = index * kPixels;
+    const int64_t stride = g->groups * g->og;
+    const float *y = static_cast<const float *>(call->input) + p0 * stride;
+    Epilogue<false>(call).finish({y, stride, 0, stride, p0, pixels, kPixels}, 0);
+  }
+};
+
+int32_t integrate(const snm_call *call) {
+  const snm_geometry *g = call->geometry;
+  if (!call->neuron || g->image_stride != 1) return -1;
+  Integrate self = {call};
+  snm_parallel(ceil_div(g->images * g->oh * g->ow, Integrate::kPixels), call->threads,
+               Integrate::item, &self);
+  return 0;
+}
 
 }  // namespace

@@ -77,96 +77,113 @@ SNM_INLINE void build_planes(const uint8_t *bytes, uint8_t *planes) {
   }
 }
 
-// The looked-up sums of one (row, unit) added to 64 tokens.
+// Floats of a table as the row loop reads it.  Halves are what is stored; where several tiles use
+// a table, whole ones are made once per item, which takes a permute and an add out of the loop.
+constexpr int HALVES = 8, WHOLE = 16;
+
 #if defined(__AVX512BW__)
-struct Accumulator {
-  __m512 a0, a1, a2, a3;
-  SNM_INLINE void add(const float *table, __m512i index, __m512i spread, Accumulator &s) {
-    const __m512 low = _mm512_broadcast_f32x4(_mm_load_ps(table));
-    const __m512 high = _mm512_broadcast_f32x4(_mm_load_ps(table + 4));
-    const __m512 t = _mm512_add_ps(low, _mm512_permutexvar_ps(spread, high));
-    s.a0 = _mm512_add_ps(s.a0, _mm512_permutexvar_ps(index, t));
-    s.a1 = _mm512_add_ps(s.a1, _mm512_permutexvar_ps(_mm512_srli_epi32(index, 8), t));
-    s.a2 = _mm512_add_ps(s.a2, _mm512_permutexvar_ps(_mm512_srli_epi32(index, 16), t));
-    s.a3 = _mm512_add_ps(s.a3, _mm512_permutexvar_ps(_mm512_srli_epi32(index, 24), t));
-  }
-};
+SNM_INLINE __m512 whole_table(const float *halves) {
+  const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m512 low = _mm512_broadcast_f32x4(_mm_load_ps(halves));
+  const __m512 high = _mm512_broadcast_f32x4(_mm_load_ps(halves + 4));
+  return _mm512_add_ps(low, _mm512_permutexvar_ps(spread, high));
+}
+
+SNM_INLINE void widen(const float *halves, float *whole) {
+  _mm512_store_ps(whole, whole_table(halves));
+}
+#else
+SNM_INLINE void widen(const float *halves, float *whole) {
+  for (int i = 0; i < 16; ++i) whole[i] = halves[i & 3] + halves[4 + (i >> 2)];
+}
 #endif
 
 template <class S>
-SNM_INLINE __attribute__((unused)) const uint8_t *plane_of(const uint8_t *planes, int unit,
-                                                           uint16_t code) {
+SNM_INLINE const uint8_t *plane_of(const uint8_t *planes, int unit, uint16_t code) {
   return planes + (static_cast<size_t>(unit) * S::planes) * TILE + code;
 }
 
-// Rows [0, outputs) of one K-block on one tile.  tables: [row][unit][8]; codes: [row][unit][codes],
-// byte offsets of planes inside a unit; y: [row][TILE].
-template <class S, int kUnits>
+// One row of one K-block added to the sums of 64 tokens.
+template <class S, int kTable>
+SNM_INLINE void lut_row(const uint8_t *planes, const float *tables, const uint16_t *codes,
+                        int units, float *y, bool first) {
+#if defined(__AVX512BW__)
+  __m512 a[4];
+  for (int b = 0; b < 4; ++b) a[b] = first ? _mm512_setzero_ps() : _mm512_load_ps(y + 16 * b);
+#pragma GCC unroll 8
+  for (int u = 0; u < units; ++u) {
+    const __m512 table = kTable == WHOLE ? _mm512_load_ps(tables + u * WHOLE)
+                                         : whole_table(tables + u * HALVES);
+    const uint8_t *plane = plane_of<S>(planes, u, codes[u * S::codes]);
+    __m512i index = _mm512_load_si512(plane);
+    if constexpr (!S::joint)
+      index = _mm512_or_si512(
+          index, _mm512_load_si512(plane_of<S>(planes, u, codes[u * S::codes + 1])));
+    // An unaligned load costs a load port what a shift costs the ports that permutes and adds use.
+    const __m512i next =
+        false ? _mm512_loadu_si512(plane + 1) : _mm512_srli_epi32(index, 8);
+    a[0] = _mm512_add_ps(a[0], _mm512_permutexvar_ps(index, table));
+    a[1] = _mm512_add_ps(a[1], _mm512_permutexvar_ps(next, table));
+    a[2] = _mm512_add_ps(a[2], _mm512_permutexvar_ps(_mm512_srli_epi32(index, 16), table));
+    a[3] = _mm512_add_ps(a[3], _mm512_permutexvar_ps(_mm512_srli_epi32(index, 24), table));
+  }
+  for (int b = 0; b < 4; ++b) _mm512_store_ps(y + 16 * b, a[b]);
+#elif defined(__AVX2__)
+  // Permutes look up 4 entries: both halves are looked up on their own.
+  const auto half = [](const float *p) {
+    return _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(p));
+  };
+  const auto vector = [](const uint8_t *p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i *>(p));
+  };
+  for (int h = 0; h < TILE; h += 32) {
+    __m256 a[4];
+    for (int b = 0; b < 4; ++b)
+      a[b] = first ? _mm256_setzero_ps() : _mm256_load_ps(y + h + b * 8);
+#pragma GCC unroll 8
+    for (int u = 0; u < units; ++u) {
+      const __m256 low = half(tables + u * HALVES), high = half(tables + u * HALVES + 4);
+      __m256i index = vector(plane_of<S>(planes, u, codes[u * S::codes]) + h);
+      if constexpr (!S::joint)
+        index = _mm256_or_si256(
+            index, vector(plane_of<S>(planes, u, codes[u * S::codes + 1]) + h));
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) {
+        const __m256i at = _mm256_srli_epi32(index, 8 * b);
+        const __m256 sum = _mm256_add_ps(
+            _mm256_permutevar_ps(low, at),
+            _mm256_permutevar_ps(high, _mm256_srli_epi32(at, 2)));
+        a[b] = _mm256_add_ps(a[b], sum);
+      }
+    }
+    for (int b = 0; b < 4; ++b) _mm256_store_ps(y + h + b * 8, a[b]);
+  }
+#else
+  if (first) memset(y, 0, sizeof(float) * TILE);
+  for (int u = 0; u < units; ++u) {
+    float sums[16];
+    widen(tables + u * HALVES, sums);
+    const uint8_t *low = plane_of<S>(planes, u, codes[u * S::codes]);
+    const uint8_t *high = plane_of<S>(planes, u, codes[u * S::codes + S::codes - 1]);
+    for (int token = 0; token < TILE; ++token) {
+      const int64_t at = place(token);
+      y[token] += sums[(low[at] | high[at]) & 15];
+    }
+  }
+#endif
+}
+
+// Rows [0, outputs) of one K-block on one tile.  tables: [row][unit][kTable]; codes:
+// [row][unit][codes], byte offsets of planes inside a unit; y: [row][TILE].
+template <class S, int kTable, int kUnits>
 void lut_rows(const uint8_t *planes, const float *tables, const uint16_t *codes, int units,
               int64_t outputs, float *y, bool first) {
   if (kUnits) units = kUnits;
-  for (int64_t o = 0; o < outputs; ++o, y += TILE) {
-#if defined(__AVX512BW__)
-    const __m512i spread = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    Accumulator s;
-    s.a0 = first ? _mm512_setzero_ps() : _mm512_load_ps(y);
-    s.a1 = first ? _mm512_setzero_ps() : _mm512_load_ps(y + 16);
-    s.a2 = first ? _mm512_setzero_ps() : _mm512_load_ps(y + 32);
-    s.a3 = first ? _mm512_setzero_ps() : _mm512_load_ps(y + 48);
-#pragma GCC unroll 8
-    for (int u = 0; u < units; ++u) {
-      __m512i index = _mm512_load_si512(plane_of<S>(planes, u, codes[u * S::codes]));
-      if (!S::joint)
-        index = _mm512_or_si512(
-            index, _mm512_load_si512(plane_of<S>(planes, u, codes[u * S::codes + S::codes - 1])));
-      Accumulator::add(tables + u * 8, index, spread, s);
-    }
-    _mm512_store_ps(y, s.a0);
-    _mm512_store_ps(y + 16, s.a1);
-    _mm512_store_ps(y + 32, s.a2);
-    _mm512_store_ps(y + 48, s.a3);
-#elif defined(__AVX2__)
-    for (int h = 0; h < 2; ++h) {
-      __m256 a[4];
-      for (int b = 0; b < 4; ++b)
-        a[b] = first ? _mm256_setzero_ps() : _mm256_load_ps(y + h * 32 + b * 8);
-#pragma GCC unroll 8
-      for (int u = 0; u < units; ++u) {
-        const __m256 low = _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(tables + u * 8));
-        const __m256 high =
-            _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(tables + u * 8 + 4));
-        __m256i index = _mm256_load_si256(reinterpret_cast<const __m256i *>(
-            plane_of<S>(planes, u, codes[u * S::codes]) + h * 32));
-        if (!S::joint)
-          index = _mm256_or_si256(
-              index, _mm256_load_si256(reinterpret_cast<const __m256i *>(
-                         plane_of<S>(planes, u, codes[u * S::codes + S::codes - 1]) + h * 32)));
-#pragma GCC unroll 4
-        for (int b = 0; b < 4; ++b) {
-          const __m256i at = _mm256_srli_epi32(index, 8 * b);
-          a[b] = _mm256_add_ps(a[b], _mm256_add_ps(_mm256_permutevar_ps(low, at),
-                                                   _mm256_permutevar_ps(
-                                                       high, _mm256_srli_epi32(at, 2))));
-        }
-      }
-      for (int b = 0; b < 4; ++b) _mm256_store_ps(y + h * 32 + b * 8, a[b]);
-    }
-#else
-    if (first) memset(y, 0, sizeof(float) * TILE);
-    for (int u = 0; u < units; ++u) {
-      const float *table = tables + u * 8;
-      float sums[16];
-      for (int i = 0; i < 16; ++i) sums[i] = table[i & 3] + table[4 + (i >> 2)];
-      const uint8_t *low = plane_of<S>(planes, u, codes[u * S::codes]);
-      const uint8_t *high = plane_of<S>(planes, u, codes[u * S::codes + S::codes - 1]);
-      for (int token = 0; token < TILE; ++token) {
-        const int64_t at = place(token);
-        y[token] += sums[(low[at] | high[at]) & 15];
-      }
-    }
-#endif
-    tables += units * 8;
+  for (int64_t o = 0; o < outputs; ++o) {
+    lut_row<S, kTable>(planes, tables, codes, units, y, first);
+    tables += units * kTable;
     codes += units * S::codes;
+    y += TILE;
   }
 }
 
@@ -215,7 +232,9 @@ struct Lut {
     const int64_t padded = ceil_div(outputs, 16) * 16;  // the epilogue reads whole vectors
     float *y = static_cast<float *>(snm_scratch(0, sizeof(float) * tiles * padded * TILE));
     uint8_t *planes = static_cast<uint8_t *>(
-        snm_scratch(1, static_cast<size_t>(tiles) * kMaxUnits * S::planes * TILE));
+        snm_scratch(1, static_cast<size_t>(tiles) * kMaxUnits * S::planes * TILE + TILE));
+    float *whole =
+        static_cast<float *>(snm_scratch(2, sizeof(float) * outputs * kMaxUnits * WHOLE));
     const uint8_t *nothing = zero_row(row_bytes);
     for (int64_t b = 0; b < call->n_blocks; ++b) {
       const int64_t *block = call->blocks + 5 * b;
@@ -227,16 +246,29 @@ struct Lut {
       const int64_t row = group * group_units * g->og + block[3] * g->og + o0 * units;
       const float *tables = call->weights + row * 8;
       const uint16_t *codes = static_cast<const uint16_t *>(call->codes) + row * S::codes;
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const uint8_t *plane = planes + tile * kMaxUnits * S::planes * TILE;
-        float *sums = y + tile * padded * TILE;
-        if (units == kMaxUnits)
-          lut_rows<S, kMaxUnits>(plane, tables, codes, kMaxUnits, outputs, sums, b == 0);
-        else
-          lut_rows<S, 0>(plane, tables, codes, static_cast<int>(units), outputs, sums, b == 0);
+      if (VW==16 && tiles > 1) {
+        for (int64_t i = 0; i < outputs * units; ++i)
+          widen(tables + i * HALVES, whole + i * WHOLE);
+        rows<WHOLE>(planes, whole, codes, units, outputs, tiles, padded, y, b == 0);
+      } else {
+        rows<HALVES>(planes, tables, codes, units, outputs, tiles, padded, y, b == 0);
       }
     }
     Epilogue<true>(call).finish({y, padded, o0, outputs, p0, s.pixels}, group * g->og + o0);
+  }
+
+  template <int kTable>
+  void rows(const uint8_t *planes, const float *tables, const uint16_t *codes, int64_t units,
+            int64_t outputs, int64_t tiles, int64_t padded, float *y, bool first) const {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const uint8_t *plane = planes + tile * kMaxUnits * S::planes * TILE;
+      float *sums = y + tile * padded * TILE;
+      if (units == kMaxUnits)
+        lut_rows<S, kTable, kMaxUnits>(plane, tables, codes, kMaxUnits, outputs, sums, first);
+      else
+        lut_rows<S, kTable, 0>(plane, tables, codes, static_cast<int>(units), outputs, sums,
+                               first);
+    }
   }
 
   void build_tile(int64_t group, int64_t p0, int64_t tile, const int64_t *block, int64_t units,

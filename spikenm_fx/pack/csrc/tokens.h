@@ -12,14 +12,21 @@ struct Tokens {
   explicit Tokens(const snm_geometry *geometry)
       : g(geometry), pixels(geometry->images * geometry->oh * geometry->ow) {}
 
+  // Place of output pixel p at time `step` among all output tokens.
+  int64_t token(int64_t step, int64_t p) const {
+    if (g->image_stride == 1) return step * g->step_stride * (pixels / g->images) + p;
+    const int64_t area = g->oh * g->ow;
+    return (step * g->step_stride + p / area * g->image_stride) * area + p % area;
+  }
+
   // rows[i]: start of the input row of pixel p0 + i at time `step`, kernel tap `tap`; pixels
   // outside the image, and those beyond the last one, read `nothing`.
   void rows(const uint8_t *input, int64_t row_bytes, const uint8_t *nothing, int64_t step,
             int64_t tap, int64_t p0, int64_t count, const uint8_t **rows) const {
-    if (g->h * g->w * g->oh * g->ow * g->kh * g->kw == 1) {  // linear
+    if (g->h * g->w * g->oh * g->ow * g->kh * g->kw == 1 && g->ph + g->pw == 0) {  // linear
       const int64_t there = most(0, least(count, pixels - p0));
-      const uint8_t *first = input + (step * pixels + p0) * row_bytes;
-      for (int64_t i = 0; i < there; ++i) rows[i] = first + i * row_bytes;
+      const uint8_t *first = input + (step * g->step_stride + p0 * g->image_stride) * row_bytes;
+      for (int64_t i = 0; i < there; ++i) rows[i] = first + i * g->image_stride * row_bytes;
       for (int64_t i = there; i < count; ++i) rows[i] = nothing;
       return;
     }
@@ -28,8 +35,8 @@ struct Tokens {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t y = oy * g->sh + dy, x = ox * g->sw + dx;
       const bool inside = n < g->images && y >= 0 && y < g->h && x >= 0 && x < g->w;
-      rows[i] = inside ? input + (((step * g->images + n) * g->h + y) * g->w + x) * row_bytes
-                       : nothing;
+      const int64_t image = step * g->step_stride + n * g->image_stride;
+      rows[i] = inside ? input + ((image * g->h + y) * g->w + x) * row_bytes : nothing;
       if (++ox == g->ow) {
         ox = 0;
         if (++oy == g->oh) oy = 0, ++n;
