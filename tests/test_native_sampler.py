@@ -111,7 +111,7 @@ def _gradient(case: Blocks, weight: Tensor | None = None) -> Tensor:
 def _blocks_that_differ(
     ours: Tensor, theirs: Tensor, *, rtol: float = 0.0, floor: float = 0.0
 ) -> int:
-    """Blocks in which an element is off by more than ``rtol``, 0.1 ``rtol`` of the largest, floor."""
+    """Blocks with an element off by more than ``rtol``, 0.1 ``rtol`` of the largest, floor."""
     if not ours.numel():
         return 0
     ours, theirs = ours.float(), theirs.float()
