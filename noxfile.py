@@ -66,7 +66,8 @@ def types(session: nox.Session) -> None:
 def tutorials(session: nox.Session) -> None:
     """Run every tutorial from top to bottom."""
     install_with_frameworks(session)
-    session.run("python", "-m", "spikenm_fx.bench", "tutorials", *session.posargs)
+    for tutorial in session.posargs or sorted(map(str, Path("tutorials").glob("*.py"))):
+        session.run("python", tutorial, env=ONE_THREAD)
 
 
 @nox.session
