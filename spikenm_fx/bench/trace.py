@@ -174,26 +174,50 @@ def _inputs_by_measurement(row: Row, case: Case, graph: SpikingGraph, seeds: int
 def _groups_by_permutation(row: Row, case: Case, graph: SpikingGraph) -> None:
     """Permute every unfrozen group: outputs must stay; permuting producers alone must show.
 
-    The model's own precision is kept (some frameworks know only float32), so that a difference
-    counts from 1e-4 of the output's range on; the tests hold float64 models to 1e-8.
+    In float64 to 1e-8; frameworks that know only float32 are held to 1e-4 of the output's range.
     """
-    before = _outputs(case)
-    scale = max(float(t.abs().max()) for t in before) or 1.0
-    counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0}
-    for group in coupled_groups(graph):
-        if group.frozen:
-            counts["frozen"] += 1
-            continue
-        order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
-        back = torch.argsort(order)
-        permute_channels(case.model, group, order)
-        exact = _difference(before, _outputs(case)) <= 1e-4 * scale
-        permute_channels(case.model, group, back)
-        counts["exact" if exact else "wrong"] += 1
-        permute_members(case.model, group, group.producers, order)
-        counts["quiet"] += _difference(before, _outputs(case)) <= 1e-4 * scale
-        permute_members(case.model, group, group.producers, back)
+    with _double(case) as (exactly, precise):
+        before = _outputs(exactly)
+        scale = max((float(t.abs().max()) for t in before), default=0.0) or 1.0
+        tolerance = 1e-8 if precise else 1e-4 * scale
+        counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0}
+        for group in coupled_groups(graph):
+            if group.frozen:
+                counts["frozen"] += 1
+                continue
+            order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
+            back = torch.argsort(order)
+            permute_channels(case.model, group, order)
+            exact = _difference(before, _outputs(exactly)) <= tolerance
+            permute_channels(case.model, group, back)
+            counts["exact" if exact else "wrong"] += 1
+            permute_members(case.model, group, group.producers, order)
+            counts["quiet"] += _difference(before, _outputs(exactly)) <= tolerance
+            permute_members(case.model, group, group.producers, back)
     row.groups = counts
+
+
+@contextmanager
+def _double(case: Case) -> Iterator[tuple[Case, bool]]:
+    """The same case in float64, and whether that works."""
+    before = torch.get_default_dtype()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs)
+    double = Case(case.model, inputs, case.reset)
+    try:
+        torch.set_default_dtype(torch.float64)
+        case.model.double()
+        _outputs(double)
+    except RuntimeError:  # the framework makes float32 tensors of its own
+        torch.set_default_dtype(before)
+        case.model.float()
+        case.reset(case.model)
+        yield case, False
+        return
+    try:
+        yield double, True
+    finally:
+        torch.set_default_dtype(before)
+        case.model.float()
 
 
 def _outputs(case: Case) -> list[Tensor]:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import TraceError
-from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.trace.layouts import Attachment, Reader, Role
 
@@ -76,13 +75,11 @@ def coupled_groups(graph: SpikingGraph) -> tuple[CoupledGroup, ...]:
     Raises:
         TraceError: if the graph holds no traced operations (traced without example inputs).
     """
-    trace: Trace | None = graph.graph.get("trace")
-    if trace is None or trace.graph is None or trace.route == "symbolic":
+    reader: Reader | None = graph.graph.get("reader")
+    if reader is None:
         raise TraceError(
             "coupled groups need a traced forward: call trace(model, example_inputs) first"
         )
-    reader = Reader(trace)
-    reader.read()
     return _collect(reader)
 
 

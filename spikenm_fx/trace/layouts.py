@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.ops import ELEMENTWISE, module_family, op_name
+from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.spaces import Atom, Dim, Layout, Spaces, plain, size_of
 
 __all__ = ["Attachment", "Reader", "Role"]
@@ -36,6 +36,10 @@ class NotUnderstood(Exception):
     """This operation mixes channels in a way no rule describes."""
 
 
+_SURPRISES = (IndexError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+"""What an operation called in an unforeseen way makes a rule raise."""
+
+
 class Reader:
     """Walk the recorded operations once; afterwards ``attachments`` tells who holds what."""
 
@@ -46,6 +50,7 @@ class Reader:
         self.layouts: dict[fx.Node, Layout] = {}
         self._items: dict[fx.Node, dict[Any, Layout]] = {}
         self._neurons: dict[fx.Node, Layout] = {}
+        self._times: list[Dim] = []
         self._outputs: dict[str, Dim] = {}
         self._inputs: dict[str, Dim] = {}
         self._names = {
@@ -63,7 +68,7 @@ class Reader:
         for node in self.trace.graph.nodes:
             try:
                 self.layouts[node] = self._visit(node)
-            except (NotUnderstood, IndexError, ValueError, TypeError, KeyError) as error:
+            except (NotUnderstood, *_SURPRISES) as error:
                 label = str(node.target) if node.op == "call_module" else _name(node)
                 reason = f"{node.name}: {error if isinstance(error, NotUnderstood) else label}"
                 for source in node.all_input_nodes:
@@ -85,7 +90,7 @@ class Reader:
 
     def _visit(self, node: fx.Node) -> Layout:
         if node.op == "placeholder":
-            return plain(_shape(node))
+            return self._input(_shape(node), "input of the model")
         if node.op == "get_attr":
             return self._parameter(node)
         if node.op == "output":
@@ -105,6 +110,24 @@ class Reader:
         if not node.all_input_nodes:
             return plain(_shape(node))  # a factory
         raise NotUnderstood(f"no rule for {name}")
+
+    def _input(self, shape: tuple[int, ...], reason: str) -> Layout:
+        """Axes that may be followed (is it time?) but never permuted."""
+        layout = []
+        for size in shape:
+            space = self.spaces.new(size) if size > 1 else None
+            if space is not None:
+                self.spaces.freeze_space(space, reason)
+            layout.append(((Atom(size, space),),))
+        return tuple(layout)
+
+    def time_axis(self, node: fx.Node) -> int | None:
+        """The axis of ``node``'s tensor along which time runs, alone or folded with the batch."""
+        times = {self.spaces.find(s) for axis in self._times for s in self.spaces.labelled(axis)}
+        for index, dim in enumerate(self.layouts.get(node, ())):
+            if times & set(self.spaces.labelled(dim)):
+                return index
+        return None
 
     def _parameter(self, node: fx.Node) -> Layout:
         """A tensor of the model used in its own code: it goes along with whatever it meets."""
@@ -245,6 +268,8 @@ class Reader:
             if tensor.numel() > 1 and name not in spec.state:
                 self._attach_broadcast(tensor, layout, node.name)
         self._neurons[node] = layout
+        if spec.time_axis is not None and not spec.folded_time:
+            self._times.append(layout[spec.time_axis])
         shape = _shape(node)
         if not _is_container(node) and [size_of(d) for d in layout] != list(shape):
             return self._fitted(layout, shape, node.name)
@@ -576,7 +601,8 @@ class Reader:
             if size_of(dim) not in (1, size):
                 self.spaces.freeze(dim, f"{node.name}: channels are repeated")
         return tuple(
-            d if size_of(d) == s else plain((s,))[0] for d, s in zip(full, shape, strict=True)
+            d if size_of(d) == s else self._input((s,), f"{node.name}: repeats")[0]
+            for d, s in zip(full, shape, strict=True)
         )
 
     def _made_like(self, node: fx.Node) -> Layout:
