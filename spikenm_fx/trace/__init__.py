@@ -14,7 +14,7 @@ from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import Chain, LayerRecord, NeuronRecord, Note, SpikingGraph
 from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
 from spikenm_fx.trace.signal import Signal
-from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, simulate
+from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
 from spikenm_fx.trace.tracer import Limits
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "Surrogate",
     "Synapse",
     "find_neurons",
+    "membranes",
     "neuron_spec",
     "register_neuron",
     "simulate",
