@@ -11,18 +11,26 @@ from spikenm_fx.masks.sparsify import param_groups, sparsify
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.plan import Plan, plan
 from spikenm_fx.plan.rules import Rule
+from spikenm_fx.report.measure import report
+from spikenm_fx.report.model import Report
+from spikenm_fx.trace.api import trace
+from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.verify import Verification, verify
 
 __all__ = [
     "NM",
     "Plan",
+    "Report",
     "Rule",
     "SpikeNMError",
+    "SpikingGraph",
     "Verification",
     "dense_state_dict",
     "fold",
     "param_groups",
     "plan",
+    "report",
     "sparsify",
+    "trace",
     "verify",
 ]

@@ -3,8 +3,12 @@
 
 __all__ = [
     "CheckpointError",
+    "PackError",
+    "PackedFileError",
     "PatternError",
     "PlanError",
+    "RecipeError",
+    "ReportError",
     "SpikeNMError",
     "SpikeNMWarning",
     "TraceError",
@@ -33,6 +37,22 @@ class TraceError(SpikeNMError, RuntimeError):
 
 class CheckpointError(SpikeNMError, RuntimeError):
     """A checkpoint that does not belong to this sparse model, for instance of another pattern."""
+
+
+class PackError(SpikeNMError, ValueError):
+    """A weight, model or input that cannot be packed or run packed: not N:M, NaN, wrong device."""
+
+
+class PackedFileError(SpikeNMError, RuntimeError):
+    """A packed file that is damaged, edited by hand, or of another format version."""
+
+
+class RecipeError(SpikeNMError, ValueError):
+    """A recipe file, or an entry point it names, that cannot be used; lists every mistake."""
+
+
+class ReportError(SpikeNMError, RuntimeError):
+    """A report that cannot be made, e.g. because no batch was given or the model cannot run it."""
 
 
 class VerificationError(SpikeNMError, AssertionError):

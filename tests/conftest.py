@@ -26,7 +26,7 @@ def _same_random_numbers():
 
 @pytest.fixture
 def torchvision_stub(monkeypatch: pytest.MonkeyPatch):
-    """SpikingJelly's model files import one function of torchvision, which nothing here calls."""
+    """SpikingJelly's model files import one function of torchvision; no test calls it."""
     if find_spec("torchvision") is not None:
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             monkeypatch.delitem(sys.modules, name)

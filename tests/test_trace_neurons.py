@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from spikenm_fx.bench.handwritten import SequenceLIF, StatefulLIF, Step
+from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF, Step
 from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import BRAINCOG_NEVER_USES
 from spikenm_fx.trace import NeuronSpec, find_neurons, neuron_spec, register_neuron, simulate
@@ -249,7 +249,8 @@ def test_a_neuron_can_be_registered() -> None:
 def test_no_framework_is_imported() -> None:
     """Finding neurons imports none of the frameworks."""
     code = (
-        "import sys, torch, spikenm_fx.trace as t; t.find_neurons(torch.nn.Linear(2, 2));"
+        "import sys, torch; from spikenm_fx.trace import find_neurons;"
+        "find_neurons(torch.nn.Linear(2, 2));"
         "names = {'spikingjelly', 'snntorch', 'norse', 'sinabs', 'braincog', 'rockpool', 'lava'};"
         "assert not names & {m.split('.')[0] for m in sys.modules}"
     )

@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> None:
         model = _transformer(options.width, options.depth)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         start = time.perf_counter()
-        spikenm_fx.plan(model)
+        decided = spikenm_fx.plan(model)
         planned = time.perf_counter()
-        spikenm_fx.sparsify(model)
+        spikenm_fx.sparsify(model, decided)
         times.append((planned - start, time.perf_counter() - planned))
     plan_seconds, sparsify_seconds = (
         sorted(column)[len(column) // 2] for column in zip(*times, strict=True)

@@ -10,15 +10,15 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench import handwritten
+from spikenm_fx.bench.nets import handwritten
 from spikenm_fx.bench.shims import stand_in
 
-__all__ = ["BRAINCOG_NEVER_USES", "ZOO", "Case", "Entry"]
+__all__ = ["BRAINCOG_NEVER_USES", "ZOO", "Case", "Entry", "liven"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ class Case:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     reset: Callable[[nn.Module], None]
+
+    def run(self) -> Any:
+        """One forward; on copies, as some models write into their input."""
+        return self.model(*(x.clone() for x in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +60,25 @@ class Entry:
         return not self.framework or importlib.util.find_spec(self.framework) is not None
 
 
-def _liven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Random norm statistics and scales: fresh deep networks are silent, trained ones are not."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in nn.Module.modules(model):
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.weight is not None:
-            shape = module.weight.shape
-            module.weight.data = 1.0 + torch.rand(shape, generator=generator)
-            module.bias.data = 0.6 * torch.rand(shape, generator=generator)
-            if module.running_var is not None:
-                module.running_var.fill_(0.3)
+def liven(
+    model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
+) -> nn.Module:
+    """Calibrate the norms on the input, so that spikes reach the last layers.
+
+    Fresh deep networks are silent, and silent networks prove nothing.  One forward in training
+    mode with momentum 1 makes each norm's statistics those of what it really receives.
+    """
+    norms = [m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.data.fill_(2.0)
+        norm.bias.data.copy_(torch.linspace(0.5, 1.5, norm.num_features))
+    with torch.no_grad():
+        model.train()(*(x.clone() for x in inputs))
+    reset(model)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
     return model.eval()
 
 
@@ -94,7 +107,10 @@ def _jelly(
         model = getattr(models, maker)(**kwargs)
         functional.set_step_mode(model, mode)
         x = torch.rand(*(shape if mode == "m" else shape[1:])) * 2
-        return Case(_liven(model), (x,), _jelly_reset)
+        for module in nn.Module.modules(model):
+            if isinstance(module, nn.Linear):
+                module.weight.data *= 4.0  # no norm follows
+        return Case(liven(model, (x,), _jelly_reset), (x,), _jelly_reset)
 
     return build
 
@@ -167,7 +183,7 @@ _JELLY: dict[str, tuple[str, str, tuple[int, ...], str, dict[str, Any]]] = {
 def _snntorch(name: str) -> Callable[[], Case]:
     def build() -> Case:
         torch.manual_seed(0)
-        from spikenm_fx.bench import snntorch_nets
+        from spikenm_fx.bench.nets import snntorch_nets
 
         model, x = snntorch_nets.make(name)
         return Case(model.eval(), (x,), snntorch_nets.reset)
@@ -182,7 +198,7 @@ def _norse(name: str) -> Callable[[], Case]:
     def build() -> Case:
         stand_in("torchvision", "tensorboard", "nirtorch")
         torch.manual_seed(0)
-        from spikenm_fx.bench import norse_nets
+        from spikenm_fx.bench.nets import norse_nets
 
         model, x = norse_nets.make(name)
         return Case(model.eval(), (x,), _no_reset)
@@ -196,7 +212,7 @@ def _norse(name: str) -> Callable[[], Case]:
 def _sinabs_reset(model: nn.Module) -> None:
     for module in nn.Module.modules(model):
         if hasattr(module, "reset_states") and not list(module.children()):
-            module.reset_states()
+            cast(Any, module).reset_states()
 
 
 def _sinabs_from_model() -> Case:
@@ -260,7 +276,7 @@ def _rockpool() -> Case:
 
 
 def _rockpool_reset(model: nn.Module) -> None:
-    getattr(model, "reset_state")()  # noqa: B009 - a method mypy cannot know
+    cast(Any, model).reset_state()
 
 
 BRAINCOG_NEVER_USES = (
@@ -294,7 +310,8 @@ def _braincog(layer_by_layer: bool) -> Callable[[], Case]:
         for module in nn.Module.modules(model):
             if isinstance(module, node.BaseNode):
                 module.step = 2  # the network does not pass its own on
-        return Case(_liven(model), (torch.rand(2, 3, 32, 32) * 2,), _no_reset)
+        x = torch.rand(2, 3, 32, 32) * 2
+        return Case(liven(model, (x,), _no_reset), (x,), _no_reset)
 
     return build
 

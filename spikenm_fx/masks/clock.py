@@ -107,8 +107,8 @@ class Clock:
         before = self._probes.get(weight)
         if before is None:
             return False, False
-        now = weight.probe()
-        return not torch.equal(before[0], now[0]), not torch.equal(before[1], now[1])
+        moved = [not torch.equal(*pair) for pair in zip(before, weight.probe(), strict=True)]
+        return moved[0], any(moved[1:])  # a method without scores has only the weight
 
     def _look(self) -> None:
         self._warn_of_idle_logits()

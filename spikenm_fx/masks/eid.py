@@ -218,11 +218,11 @@ class Guide:
 
 def _rms(values: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values)
-    return norm / max(values.numel(), 1) ** 0.5
+    return norm.div(max(values.numel(), 1) ** 0.5)
 
 
 def probabilities(scores: Tensor, kappa: float, owner: MaskedWeight) -> Tensor:
-    """P = softmax(kappa * pi) in blocks, 0 at padded positions."""
+    """The sampling distribution softmax(kappa * pi) in blocks, 0 at padded positions."""
     return torch.softmax(_scaled(scores, kappa, owner), 1)
 
 

@@ -21,7 +21,7 @@ from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disabl
 
 from spikenm_fx.errors import CheckpointError
 from spikenm_fx.masks.clock import Clock, version_of
-from spikenm_fx.masks.methods import Draw, Method
+from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
@@ -140,7 +140,7 @@ class MaskedWeight:
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return self.dense.detach().masked_fill(~self.mask(), 0)
+        return kept(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M."""
@@ -289,7 +289,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return weight.masked_fill(~mask, 0)
+        return kept(weight, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -474,8 +474,9 @@ def _misfit(
     """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
     mask = layer._nm_mask
     where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
-    missing = [key for key in (DENSE, LOGITS, META) if prefix + key not in state_dict]
-    if strict and 0 < len(missing) < 3:
+    keys = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
+    missing = [key for key in keys if prefix + key not in state_dict]
+    if strict and 0 < len(missing) < len(keys):
         return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
     if META in missing:
         return None
@@ -486,6 +487,10 @@ def _misfit(
         return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
     if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
         return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    scores, own = state_dict.get(prefix + LOGITS), mask.scores
+    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
+    if shapes[0] != shapes[1] and (strict or None not in shapes):
+        return f"{where}: checkpoint of another method, its {LOGITS} {shapes[0]}, here {shapes[1]}"
     return None
 
 

@@ -10,9 +10,11 @@ N one-hot draws without replacement, their union; the formulas are our reading o
   m = 1 - prod_k (1 - a_k);
 * backward, a_k is replaced by s_k = softmax(z / tau) over what was left before draw k.
 
-All functions take blocks of shape ``(lead, M, inner)`` (see :class:`spikenm_fx.pattern.BlockView`)
-and walk them in tiles that stay in the processor's cache, each tile as M contiguous planes: a few
-fused elementwise passes, no sort and no top-k over tiny rows.
+All functions take blocks of shape ``(lead, M, inner)`` (see :class:`spikenm_fx.pattern.BlockView`).
+Where :mod:`spikenm_fx.masks.native` has a compiled kernel it does the work in one pass; the code
+below is the reference and serves everywhere else.  It walks the blocks in tiles that stay in the
+processor's cache, each tile as M contiguous planes: elementwise passes, no sort and no top-k over
+tiny rows.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spikenm_fx.masks import native
 from spikenm_fx.masks.noise import Key, gumbel_
 
 __all__ = ["draw_mask", "straight_through", "top_mask"]
@@ -42,6 +45,9 @@ def top_mask(scores: Tensor, keep: int, present: Tensor | None = None) -> Tensor
     Returns:
         bool mask of the same shape, exactly ``keep`` True per block, fewer where fewer exist.
     """
+    kernel = native.kernel_for(scores, keep)
+    if kernel is not None:
+        return native.mask(kernel, scores, keep, present=present)
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     space = _Space(scores.device)
     for rows in _tiles(scores):
@@ -62,6 +68,9 @@ def draw_mask(
         key: noise key of this layer and step.
         present: as in :func:`top_mask`.
     """
+    kernel = native.kernel_for(logits, keep)
+    if kernel is not None:
+        return native.mask(kernel, logits, keep, kappa=kappa, key=key, present=present)
     mask = torch.empty(logits.shape, dtype=torch.bool, device=logits.device)
     space = _Space(logits.device)
     for rows in _tiles(logits):
@@ -72,13 +81,14 @@ def draw_mask(
 
 
 def straight_through(
-    grad_mask: Tensor,
+    grad: Tensor,
     logits: Tensor,
     keep: int,
     *,
     kappa: float,
     tau: float,
     key: Key,
+    weight: Tensor | None = None,
     present: Tensor | None = None,
 ) -> Tensor:
     """dL/dpi through all ``keep`` draws of :func:`draw_mask` with the same arguments.
@@ -87,25 +97,32 @@ def straight_through(
     kappa/tau * s_k * (h_k - sum(s_k * h_k)).  The noise is drawn again instead of kept.
 
     Args:
-        grad_mask: dL/dm, ``(lead, M, inner)``.
+        grad: dL/dm, ``(lead, M, inner)``; with ``weight`` that of the masked weight.
         logits: ``(lead, M, inner)``, as in the forward pass.
         keep: N.
         kappa: logit scale.
         tau: temperature of the relaxed draws.
         key: noise key of this layer and step.
+        weight: the dense weight w in blocks; then dL/dm = ``grad`` * w is taken on the way.
         present: as in :func:`top_mask`.
 
     Returns:
         float32 gradient of the logits' shape.
     """
-    grad = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    kernel = native.kernel_for(logits, keep, grad, *(() if weight is None else (weight,)))
+    if kernel is not None:
+        return native.gradient(
+            *(kernel, grad, logits, keep, kappa, tau, key), weight=weight, present=present
+        )
+    grad_logits = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     space = _Space(logits.device)
     for rows in _tiles(logits):
         perturbed = _perturb(logits, rows, kappa, key, space)
         z = _planes(perturbed, _rows(present, rows), space, "z")
-        h = _planes(grad_mask[rows].float(), None, space, "h")
-        _store(grad[rows], draws_backward(z, h, keep, tau, space).mul_(kappa / tau))
-    return grad
+        grad_mask = grad[rows] if weight is None else grad[rows] * weight[rows]
+        h = _planes(grad_mask.float(), None, space, "h")
+        _store(grad_logits[rows], draws_backward(z, h, keep, tau, space).mul_(kappa / tau))
+    return grad_logits
 
 
 class _Space:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from spikenm_fx.errors import PlanError
@@ -48,10 +49,10 @@ class Schedule:
             )
         if not 0 <= self.freeze < 1:
             raise PlanError(f"freeze={self.freeze}: the frozen share must be in [0, 1)")
-        if min(*self.kappa, *self.tau, self.open_steps) <= 0:
+        if not all(0 < value < math.inf for value in (*self.kappa, *self.tau, self.open_steps)):
             raise PlanError(
                 f"kappa={self.kappa}, tau={self.tau}, open_steps={self.open_steps}: "
-                "scales, temperatures and steps must be positive"
+                "scales, temperatures and steps must be positive and finite"
             )
 
     def frozen(self, step: int) -> bool:

@@ -34,7 +34,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 def sparsify(
     model: ModelT,
-    nm: PatternLike = "2:4",
+    nm: PatternLike | Plan = "2:4",
     *,
     example_inputs: Any = None,
     method: str | Method = "spikenm",
@@ -58,9 +58,9 @@ def sparsify(
 
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance.
-        nm: pattern, keep at most n of m.
-        example_inputs: a tensor, or a tuple of arguments, as for ``model(...)``: shows which neuron
-            each layer drives; without it the first training forward does.
+        nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
+        example_inputs: see :func:`spikenm_fx.plan`; they also show which neuron each layer drives,
+            which otherwise the first training forward does.
         method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
             ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
@@ -85,7 +85,7 @@ def sparsify(
         raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
     schedule = schedule or chosen.schedule(total_steps)
-    decided = plan(model, nm, rules=rules, remainder=remainder)
+    decided = _decide(model, nm, example_inputs, tuple(rules), remainder)
     _refuse_non_finite(model, decided)
     clock = Clock(seed)
     eid = getattr(chosen, "eid", None)
@@ -134,6 +134,29 @@ def refuse_if_sparse(model: nn.Module) -> None:
             f"{type(model).__name__} is sparse already ({name} is {layer._nm_mask.view.nm}); "
             "fold(model) first to start over, or continue training it as it is"
         )
+
+
+def _decide(
+    model: nn.Module,
+    nm: PatternLike | Plan,
+    example_inputs: Any,
+    rules: tuple[Rule, ...],
+    remainder: Remainder,
+) -> Plan:
+    if not isinstance(nm, Plan):
+        return plan(model, nm, example_inputs=example_inputs, rules=rules, remainder=remainder)
+    if rules or remainder != "skip":
+        raise PlanError("a plan was given: give its rules and remainder to plan(), not here")
+    modules = dict(model.named_modules())
+    for entry in nm.sparse:
+        weight = getattr(modules.get(entry.name), "weight", None)
+        shape = None if weight is None else tuple(weight.shape)
+        if shape != entry.shape:
+            raise PlanError(
+                f"the plan was made of another model: {entry.name} {entry.shape} there, "
+                f"{shape or 'missing'} here; make it anew with plan(model, ...)"
+            )
+    return nm
 
 
 def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:

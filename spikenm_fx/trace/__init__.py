@@ -7,11 +7,13 @@
 >>> graph.layers["layer1.0.conv1"].input_signal     # spike {0,1}, integer or analog
 >>> graph.neurons["sn1"].spec                       # the exact update rule, for kernels and EID
 >>> graph.chains                                    # layer -> (norm) -> neuron, one to one
+>>> coupled_groups(graph)                           # what must be permuted or removed together
 >>> graph.route, graph.notes                        # how it was read, and what was unusual
 """
 
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import Chain, LayerRecord, NeuronRecord, Note, SpikingGraph
+from spikenm_fx.trace.groups import CoupledGroup, Member, coupled_groups, permute_channels
 from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
 from spikenm_fx.trace.signal import Signal
 from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
@@ -19,8 +21,10 @@ from spikenm_fx.trace.tracer import Limits
 
 __all__ = [
     "Chain",
+    "CoupledGroup",
     "LayerRecord",
     "Limits",
+    "Member",
     "NeuronRecord",
     "NeuronSpec",
     "Note",
@@ -28,9 +32,11 @@ __all__ = [
     "SpikingGraph",
     "Surrogate",
     "Synapse",
+    "coupled_groups",
     "find_neurons",
     "membranes",
     "neuron_spec",
+    "permute_channels",
     "register_neuron",
     "simulate",
     "trace",

@@ -16,7 +16,7 @@ from spikenm_fx.errors import TraceError
 from spikenm_fx.trace.build import Trace, build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.neurons import find_neurons
-from spikenm_fx.trace.snapshot import preserved
+from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
 
@@ -32,6 +32,7 @@ def trace(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
+    measure: bool = False,
 ) -> SpikingGraph:
     """Read ``model``: its layers and neurons, who feeds whom, and what flows between them.
 
@@ -45,6 +46,8 @@ def trace(
             reads what the code tells without running it.
         example_kwargs: keyword arguments of the forward.
         limits: bounds on time and size for each attempt.
+        measure: also look at the example's values on every edge (edge attribute ``measured``), to
+            hold the inferred signals against them; slower.
 
     Returns:
         The graph; its ``route`` says how it was obtained and its ``notes`` what was unusual.
@@ -52,21 +55,18 @@ def trace(
     Raises:
         TraceError: if the model's own forward raises on the examples, or cannot be read at all.
     """
+    if not isinstance(model, nn.Module):
+        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)
     neurons = find_neurons(inner)
-    with preserved(inner) as restore, _quiet(inner, notes):
+    with _quiet(inner, notes), preserved(inner) as restore:
         if not args and not kwargs:
             result = _symbolic(inner, neurons)
         else:
             _check_devices(inner, args, kwargs)
-
-            def renew() -> None:
-                restore()
-                _reset(inner, neurons)
-
-            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), renew)
+            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), restore, measure)
         result.notes[:0] = notes
         graph = build(result)
         return with_prefix(graph, prefix) if prefix else graph
@@ -78,16 +78,21 @@ def _attempts(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     limits: Limits,
-    renew: Callable[[], None],
+    restore: Callable[[], None],
+    measure: bool,
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
     unknown = {model.get_submodule(n) for n, s in neurons.items() if s.framework == "unknown"}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
-    for _ in range(_ATTEMPTS):
-        renew()
-        tracer = ValueTracer(model, LeafRule(modules, opaque, unknown), limits.again())
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            restore()
+        _start_fresh(model, neurons)
+        tracer = ValueTracer(
+            model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
+        )
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
@@ -100,8 +105,9 @@ def _attempts(
             if failed is None or failed is model or type(failed) in opaque:
                 break
             opaque.add(type(failed))
-    renew()
-    tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again())
+    restore()
+    _start_fresh(model, neurons)
+    tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again(), measure=measure)
     try:
         graph = tracer.run_recorded(args, kwargs)
     except TraceLimitReached as error:
@@ -214,8 +220,6 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, str, list[Note]]:
 
 
 def _refuse_unreadable(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
     if isinstance(model, torch.jit.ScriptModule):
         raise TraceError(
             f"{type(model).__name__}: a scripted model hides its layers and their calls; "
@@ -243,8 +247,9 @@ def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         )
 
 
-def _reset(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
+def _start_fresh(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
     """Forget state left from before: its shape need not fit the examples."""
+    detach_state(model)
     for name, spec in neurons.items():
         module = model.get_submodule(name)
         for part in nn.Module.modules(module):

@@ -298,10 +298,17 @@ class _Builder:
             return  # parameters and constants are no nodes
         info: ValueInfo | None = source.meta.get("value")
         signal = self.signals[source]
+        measured = {info.measured} if info is not None and info.varied else set()
         if self.out.has_edge(name, target):
-            signal = join([signal, self.out.edges[name, target]["signal"]])
+            known = self.out.edges[name, target]
+            signal, measured = join([signal, known["signal"]]), measured | known["measured"]
         self.out.add_edge(
-            name, target, signal=signal, shape=info.shape if info else None, time_axis=None
+            name,
+            target,
+            signal=signal,
+            measured=measured - {None},
+            shape=info.shape if info else None,
+            time_axis=None,
         )
 
     def _attributes(self, node: fx.Node) -> dict[str, object]:
@@ -348,6 +355,7 @@ class _Builder:
             "chains": self._chains(calls),
             "route": self.trace.route,
             "notes": tuple(self.notes),
+            "trace": self.trace,
         }
         return self.out
 
@@ -391,7 +399,9 @@ class _Builder:
         self.out.add_node(name, kind="layer", op=kind, shape=seen.output_shape, calls=seen.calls)
         for edge in ((seen.inside, name), (name, seen.inside)) if spec is not None else ():
             signal = of_kind(spec.output) if spec and edge[1] == name else ANALOG
-            self.out.add_edge(*edge, signal=signal, shape=seen.input_shape, time_axis=None)
+            self.out.add_edge(
+                *edge, signal=signal, measured=set(), shape=seen.input_shape, time_axis=None
+            )
         return LayerRecord(
             name=name,
             kind=kind,

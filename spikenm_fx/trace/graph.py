@@ -136,7 +136,8 @@ class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
     """Layers, norms, neurons, joins, reshapes and poolings of a model, and what flows between.
 
     Node attributes: ``kind`` (:data:`NodeKind`), ``op`` (operation or class name), ``calls``,
-    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.signal.Signal`), ``shape``,
+    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.signal.Signal`),
+    ``measured`` (kinds seen in the example, see ``trace(measure=True)``), ``shape``,
     ``time_axis``.  A module is one node however often it is called, so loops over time make
     cycles.
     """

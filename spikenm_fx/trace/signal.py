@@ -89,12 +89,25 @@ def transfer(
         return SPIKE
     if name in ("upsample", "interpolate") and node.kwargs.get("mode", "nearest") == "nearest":
         return join(signals)
+    if name.startswith("adaptive_avg_pool") and _pools_single_values(node):
+        return join(signals)
     if "max_pool" in name or name in _KEEPING:
         return join(signals)
     return _constants(name, node)
 
 
 _KEEPING = COPIES | SELECTIONS | RESHAPES | MOVES | {"identity", "channel_shuffle"}
+
+
+def _pools_single_values(node: fx.Node) -> bool:
+    """Whether an adaptive average pooling sees a 1x1 map: then it only copies."""
+    source = node.args[0] if node.args else None
+    info = source.meta.get("value") if isinstance(source, fx.Node) else None
+    own = node.meta.get("value")
+    if info is None or own is None or info.shape is None or own.shape is None:
+        return False
+    spatial = info.shape[-2:] if len(own.shape) > 3 else info.shape[-1:]
+    return all(size == 1 for size in spatial)
 
 
 def _constants(name: str, node: fx.Node) -> Signal:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["preserved"]
+__all__ = ["detach_state", "preserved"]
 
 _DEPTH = 4
 """How deep state may lie in lists, dicts and plain objects of a module."""
@@ -45,6 +45,20 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         yield restore
     finally:
         restore()
+
+
+def detach_state(model: nn.Module) -> None:
+    """Put copies in place of state that is still part of an autograd graph.
+
+    A framework's reset may call ``detach_()`` on it, which nothing could undo.
+    """
+    for module in nn.Module.modules(model):
+        own = vars(module)
+        holders = [h for h in (own, own.get("_buffers"), own.get("_memories")) if h is not None]
+        for holder in holders:
+            for name, value in list(holder.items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    holder[name] = value.detach().clone()
 
 
 class _Undo:
@@ -132,12 +146,16 @@ def _is_immutable(value: Any) -> bool:
 
 def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
     copy = tensor.detach().clone() if tensor.layout is torch.strided else None
-    grad, required = (tensor.grad if tensor.is_leaf else None), tensor.requires_grad
+    leaf, required = tensor.is_leaf, tensor.requires_grad
+    grad = tensor.grad if leaf else None
 
     def undo() -> None:
         if copy is not None and not _same(tensor, copy):
-            tensor.data = copy
-        if tensor.is_leaf:
+            if _fits(tensor, copy):
+                tensor.data.copy_(copy)
+            else:  # a clone: the copy must stay good for another restore
+                tensor.data = copy.clone()
+        if leaf:
             if tensor.requires_grad is not required:
                 tensor.requires_grad_(required)
             if tensor.grad is not grad:
@@ -146,10 +164,12 @@ def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
     return undo
 
 
+def _fits(tensor: Tensor, copy: Tensor) -> bool:
+    return (tensor.shape, tensor.dtype, tensor.device) == (copy.shape, copy.dtype, copy.device)
+
+
 def _same(tensor: Tensor, copy: Tensor) -> bool:
-    if tensor.shape != copy.shape or tensor.dtype != copy.dtype or tensor.device != copy.device:
-        return False
-    return tensor.is_meta or bool(torch.equal(tensor, copy))
+    return _fits(tensor, copy) and (tensor.is_meta or bool(torch.equal(tensor, copy)))
 
 
 def _remember_rng() -> Callable[[], None]:

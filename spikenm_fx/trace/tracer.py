@@ -105,10 +105,11 @@ class LeafRule:
         if isinstance(module, torch.jit.ScriptModule):
             return True
         package = type(module).__module__
-        if package.startswith("einops."):
-            return True
-        # torch's containers and composites (TransformerEncoderLayer) are looked into
-        return package.startswith("torch.nn.") and not any(True for _ in module.children())
+        # containers, empty ones too, and torch's composites (TransformerEncoderLayer) are opened
+        container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if container or not package.startswith("torch.nn."):
+            return False
+        return not any(True for _ in module.children())
 
 
 class Failure(Exception):
@@ -151,11 +152,14 @@ class ValueTracer(fx.Tracer):
         model: the model; the caller preserves its state.
         leaf: which modules are single nodes.
         limits: when to give up.
+        measure: look at the values of every node, not only of inputs and neurons.
     """
 
-    def __init__(self, model: nn.Module, leaf: LeafRule, limits: Limits) -> None:
+    def __init__(
+        self, model: nn.Module, leaf: LeafRule, limits: Limits, *, measure: bool = False
+    ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
-        self.model, self.leaf, self.limits = model, leaf, limits
+        self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
         self.inner: dict[str, InnerCall] = {}
         self.computing = False
         self.recorder: Recorder | None = None
@@ -341,7 +345,7 @@ class ValueTracer(fx.Tracer):
             node = self.create_node(
                 kind, target, self.create_arg(args), self.create_arg(kwargs), _label(target)
             )
-            info = describe(value, measure=surrogate or module is not None)
+            info = describe(value, measure=self.measure or surrogate or module is not None)
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
             if surrogate:
                 node.meta["at"] = _call_site()
@@ -362,7 +366,7 @@ class ValueTracer(fx.Tracer):
 
     def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: _Unwrapped) -> Any:
         child = self.create_node("call_function", operator.getitem, (node, key), {})
-        info = describe(item, measure=node.op == "call_module")
+        info = describe(item, measure=self.measure or node.op == "call_module")
         child.meta["value"] = worst_of(info, node.meta.get("driven")) if key == 0 else info
         return self._wrap(child, item, unwrapped)
 

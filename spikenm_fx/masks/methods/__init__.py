@@ -22,7 +22,7 @@ from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
-__all__ = ["METHODS", "Draw", "Method", "masked_grad", "method_named"]
+__all__ = ["METHODS", "Draw", "Method", "kept", "masked_grad", "method_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,12 @@ class Method(Protocol):
 
 def masked_grad(grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
     """Only what is kept learns: grad * m."""
-    return grad.masked_fill(~mask, 0)
+    return kept(grad, mask)
+
+
+def kept(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Zeros where the mask is False, in the same memory format, which masked_fill would drop."""
+    return tensor.clone().masked_fill_(~mask, 0)
 
 
 METHODS: Mapping[str, str] = MappingProxyType(

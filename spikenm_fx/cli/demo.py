@@ -1,36 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line ``spikenm-fx``."""
+"""``spikenm-fx demo``: watch a spiking network learn."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["main"]
+from spikenm_fx.cli.common import Json, Screen
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.callback()
-def root() -> None:
-    """Learnable N:M sparsity for spiking neural networks."""
+__all__ = ["demo"]
 
 
-@app.command()
 def demo(
     epochs: Annotated[int, typer.Option(help="Passes over the training images.", min=1)] = 12,
     seed: Annotated[int, typer.Option(help="Of weights, batches and masks.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the picture.")] = Path("demo-output"),
+    as_json: Json = False,
 ) -> None:
     """Watch a spiking network learn handwritten digits: dense, at 2:4 and at 1:8."""
+    import torch
+
     from spikenm_fx.demo import PATTERNS, draw_masks, run_demo, steps_of
 
-    console = Console()
+    # The network is too small for more: threads that wait for each other on a busy machine stall.
+    torch.set_num_threads(1)
+    screen = Screen(as_json)
+    console = screen.out
     columns = (
         TextColumn("{task.description:>5}"),
         BarColumn(),
@@ -38,7 +38,7 @@ def demo(
         TextColumn("steps"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=screen.err) as progress:
         total = steps_of(epochs)
         tasks = {p or "dense": progress.add_task(p or "dense", total=total) for p in PATTERNS}
         rows = list(run_demo(epochs, seed, lambda pattern: progress.advance(tasks[pattern])))
@@ -47,9 +47,26 @@ def demo(
             row.verification.raise_if_invalid()
             sparse = [layer for layer in row.verification.layers if layer.required]
             blocks = sum(layer.blocks for layer in sparse)
-            console.print(
+            screen.say(
                 f"verified {row.pattern}: {len(sparse)} layers, {blocks} blocks, no violation"
             )
+    out.mkdir(parents=True, exist_ok=True)
+    draw_masks(rows, out / "masks.png")
+    if as_json:
+        screen.json(
+            {
+                "rows": [
+                    {
+                        f.name: getattr(row, f.name)
+                        for f in dataclasses.fields(row)
+                        if f.name not in ("verification", "network")
+                    }
+                    for row in rows
+                ],
+                "picture": str(out / "masks.png"),
+            }
+        )
+        return
     table = Table(title="Spiking CNN on 8x8 digits, T=4, folded weights")
     for heading in (
         "pattern",
@@ -72,11 +89,4 @@ def demo(
             f"{row.seconds:.1f} s",
         )
     console.print(table)
-    out.mkdir(parents=True, exist_ok=True)
-    draw_masks(rows, out / "masks.png")
     console.print(f"learnt masks: {out / 'masks.png'}")
-
-
-def main() -> None:
-    """Entry point."""
-    app()

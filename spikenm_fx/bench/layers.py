@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed layers against the best dense torch path: ratios, spikes and outputs as fp32 tensors."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.pack import LayerGeometry, native_status, pack_weight
+from spikenm_fx.pack.backends.cpu import run_layer
+from spikenm_fx.pack.backends.native import available_kernels
+from spikenm_fx.pack.backends.reference import dense_layer
+from spikenm_fx.pack.layouts import layout_for, supports
+from spikenm_fx.pattern import NM, BlockView
+
+__all__ = ["main"]
+
+Timed = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """A layer and the batch it is run on."""
+
+    name: str
+    weight: tuple[int, ...]
+    x: tuple[int, ...]
+    geometry: LayerGeometry
+
+
+def _linear(tokens: int, inputs: int, outputs: int) -> Shape:
+    name = f"linear {tokens} x {inputs}->{outputs}"
+    return Shape(name, (outputs, inputs), (tokens, inputs), LayerGeometry())
+
+
+def _conv(images: int, inputs: int, outputs: int, size: int, k: int, stride: int = 1) -> Shape:
+    geometry = LayerGeometry.conv(2, stride=stride, padding=k // 2)
+    name = f"conv{k}x{k}/{stride} N={images} {inputs}->{outputs} @{size}x{size}"
+    return Shape(name, (outputs, inputs, k, k), (images, inputs, size, size), geometry)
+
+
+def _shapes() -> Iterator[Shape]:
+    for inputs, outputs in ((512, 512), (1024, 4096), (4096, 1024)):
+        yield from (_linear(tokens, inputs, outputs) for tokens in (64, 256, 512))
+    for images in (4, 64):
+        yield _conv(images, 128, 128, 32, 3)
+        yield _conv(images, 256, 256, 16, 3)
+        yield _conv(images, 512, 512, 8, 3)
+        yield _conv(images, 256, 256, 16, 1)
+        yield _conv(images, 128, 256, 32, 3, stride=2)
+
+
+def main(arguments: list[str]) -> None:
+    """Time every shape, print a table, write ``results/layers-....json``."""
+    parser = argparse.ArgumentParser(prog="spikenm_fx.bench layers", description=__doc__)
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.05, 0.10, 0.15])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--int8", action="store_true", help="int8 weights, against oneDNN int8")
+    parser.add_argument("--inductor", action="store_true", help="also torch.compile with freezing")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    status = native_status()
+    print(f"kernels: {status.levels[-1] if status.available else status.reason}")
+    rows = []
+    for shape in _shapes():
+        if options.only not in shape.name:
+            continue
+        for rate in options.rates:
+            row = _row(shape, rate, options)
+            rows.append(row)
+            ratios = "  ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items())
+            print(
+                f"{shape.name:<40} {rate:4.0%} dense {row['dense_ms']:8.3f} ms  {ratios}",
+                flush=True,
+            )
+    summary = _summary(rows)
+    for line, values in summary.items():
+        print(f"{line:<28} median {values['median']:.2f}x  least {values['least']:.2f}x")
+    name = f"layers{'-int8' if options.int8 else ''}-{options.threads}t"
+    about = {"kernels": status.levels, "repeats": options.repeats, "summary": summary}
+    print(save(name, {**about, "rows": rows}))
+
+
+def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape.weight, generator=generator) / shape.weight[1] ** 0.5
+    x = (torch.rand(shape.x, generator=generator) < rate).float()
+    timed = _dense(shape, weight, x, inductor=options.inductor)
+    dense = list(timed)
+    if options.int8:
+        timed |= _onednn_int8(shape, weight, x)
+    for pattern in options.patterns:
+        timed |= _packed(shape, weight, x, NM.parse(pattern), int8=options.int8)
+    with torch.inference_mode():
+        seconds = interleaved(timed, repeats=options.repeats, warmup=2)
+    best = min(seconds[name] for name in dense)
+    ratios = {name: best / s for name, s in seconds.items() if name not in dense}
+    for pattern in options.patterns:
+        own = [r for name, r in ratios.items() if name.startswith(pattern)]
+        ratios[f"auto {pattern}"] = max(own, default=0.0)
+    return {
+        "shape": shape.name,
+        "rate": rate,
+        "dense": min(dense, key=lambda name: seconds[name]),
+        "dense_ms": best * 1e3,
+        "ms": {name: s * 1e3 for name, s in seconds.items()},
+        "ratios": ratios,
+    }
+
+
+def _dense(shape: Shape, weight: Tensor, x: Tensor, *, inductor: bool) -> Timed:
+    timed: Timed = {"dense": partial(dense_layer, x, weight, None, shape.geometry)}
+    if x.dim() == 4:
+        last = torch.channels_last
+        x_last, w_last = x.to(memory_format=last), weight.to(memory_format=last)
+        timed["dense channels_last"] = partial(dense_layer, x_last, w_last, None, shape.geometry)
+    if inductor:
+        module = _module(shape, weight).eval()
+        compiled = torch.compile(module, options={"freezing": True}, dynamic=False)
+        with torch.no_grad():
+            compiled(x)
+        timed["dense inductor"] = lambda: _no_grad(compiled, x)
+    return timed
+
+
+def _no_grad(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        y: Tensor = module(x)
+    return y
+
+
+def _module(shape: Shape, weight: Tensor) -> nn.Module:
+    module: nn.Linear | nn.Conv2d
+    if shape.geometry.kind == "linear":
+        module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    else:
+        stride, padding = shape.geometry.stride, shape.geometry.padding
+        module = nn.Conv2d(
+            weight.shape[1], weight.shape[0], weight.shape[2], stride[0], padding[0], bias=False
+        )
+    module.weight.data = weight
+    return module
+
+
+def _onednn_int8(shape: Shape, weight: Tensor, x: Tensor) -> Timed:
+    """OneDNN's int8 layer, inputs already quantised and outputs left so."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.quantized.engine = "onednn"
+        scales = weight.abs().flatten(1).amax(1) / 127
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        quantised = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+        xq = torch.quantize_per_tensor(x, 1.0, 0, torch.quint8)
+        module: Any
+        if shape.geometry.kind == "linear":
+            module = torch.ao.nn.quantized.Linear(weight.shape[1], weight.shape[0])
+        else:
+            stride, padding = shape.geometry.stride, shape.geometry.padding
+            module = torch.ao.nn.quantized.Conv2d(
+                weight.shape[1], weight.shape[0], weight.shape[2], stride[0], padding[0]
+            )
+            xq = xq.contiguous(memory_format=torch.channels_last)
+        module.set_weight_bias(quantised, None)
+        module.scale, module.zero_point = 0.1, 64
+    return {"onednn int8": partial(module, xq)}
+
+
+def _packed(shape: Shape, weight: Tensor, x: Tensor, nm: NM, *, int8: bool) -> Timed:
+    view = BlockView(nm, tuple(weight.shape))
+    blocks = view.to_blocks(weight)
+    kept = torch.zeros_like(blocks).scatter_(1, blocks.abs().topk(nm.keep, dim=1).indices, 1.0)
+    pruned = view.from_blocks(blocks * kept)
+    dtype = torch.int8 if int8 else None
+    packed = pack_weight(pruned, nm, geometry=shape.geometry, dtype=dtype)
+    # The memory format is the caller's choice: each kernel is shown the one that suits it.
+    inputs = {"": x}
+    if x.dim() == 4:
+        inputs[" channels_last"] = x.to(memory_format=torch.channels_last)
+    timed: Timed = {}
+    for kernel in available_kernels():
+        if supports(kernel, packed):
+            layout = layout_for(kernel, packed)
+            for suffix, given in inputs.items():
+                timed[f"{nm} {kernel}{suffix}"] = partial(
+                    run_layer, given, layout, packed.shape, shape.geometry
+                )
+    return timed
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    gathered: dict[str, list[float]] = {}
+    for row in rows:
+        for name, ratio in row["ratios"].items():
+            if name.startswith(("auto", "onednn")):
+                gathered.setdefault(f"{name} at {row['rate']:.0%}", []).append(ratio)
+        if "onednn int8" in row["ratios"]:
+            for name, ratio in row["ratios"].items():
+                if name.startswith("auto"):
+                    against = ratio / row["ratios"]["onednn int8"]
+                    key = f"{name} at {row['rate']:.0%} / onednn"
+                    gathered.setdefault(key, []).append(against)
+    return {key: {"median": statistics.median(v), "least": min(v)} for key, v in gathered.items()}

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of anybody: read tensors only, never code; write completely or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from spikenm_fx.errors import CheckpointError
+
+__all__ = ["load_into", "load_state", "save_state", "write_atomically"]
+
+WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
+"""Keys under which training scripts keep the state dict, tried in this order."""
+
+_SHOWN = 5
+
+
+def load_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by key, on the CPU.
+
+    Reads safetensors, and torch files with ``weights_only=True``: no code in them ever runs.  A
+    wrapping (``{"state_dict": ...}``) and a ``module.`` prefix of DataParallel are taken off.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, holds code, or holds no tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    state = _tensors(_unwrap(_read(path)))
+    if not state:
+        raise CheckpointError(
+            f"{path}: holds no tensors by name; a state dict ({{key: tensor}}) is required, "
+            f"possibly under one of {', '.join(WRAPPERS)}"
+        )
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    return state
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: not a complete safetensors file: {error}; was the copy cut short?"
+            ) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise CheckpointError(f"{path}: not a torch checkpoint: {error}") from error
+        raise CheckpointError(
+            f"{path}: holds Python objects, which loading would run as code; only tensors are "
+            "read.  Save the state dict alone, where you trust the file:\n"
+            "  torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pt')\n"
+            f"  ({_first_line(error)})"
+        ) from error
+    except Exception as error:  # arbitrary bytes make torch's reader raise nearly anything
+        raise CheckpointError(
+            f"{path}: not a complete torch checkpoint: {_first_line(error)}; "
+            "was the copy cut short?"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unwrap(data: Any) -> Any:
+    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
+        for key in WRAPPERS:
+            if isinstance(data.get(key), Mapping):
+                return data[key]
+    return data
+
+
+def _tensors(data: Any) -> dict[str, Tensor]:
+    if not isinstance(data, Mapping):
+        return {}
+    return {str(key): value for key, value in data.items() if isinstance(value, Tensor)}
+
+
+def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "checkpoint") -> None:
+    """Load ``state`` strictly; nothing is copied unless all of it fits.
+
+    Raises:
+        CheckpointError: listing missing, foreign (with near misses) and misshapen keys at once.
+    """
+    own = model.state_dict()
+    missing = [key for key in own if key not in state]
+    foreign = [key for key in state if key not in own]
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if missing or foreign or shapes:
+        near = {key: get_close_matches(key, missing, n=1, cutoff=0.6) for key in foreign[:_SHOWN]}
+        foreign = [f"{k} (near: {near[k][0]})" if near.get(k) else k for k in foreign]
+        parts = [
+            _listed("missing in the file", missing),
+            _listed("in the file but not in the model", foreign),
+            _listed("of another shape", shapes),
+        ]
+        raise CheckpointError(
+            f"{source} does not fit {type(model).__name__}:\n" + "\n".join(filter(None, parts))
+        )
+    model.load_state_dict(dict(state))
+
+
+def _listed(title: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    shown = "\n    ".join(keys[:_SHOWN])
+    more = f"\n    ... {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+    return f"  {len(keys)} {title}:\n    {shown}{more}"
+
+
+def save_state(
+    path: str | Path, state: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a state dict: safetensors by suffix, else a torch file; complete or not at all.
+
+    Raises:
+        CheckpointError: if the disk refuses; an older file of that name is then as it was.
+    """
+    path = Path(path)
+    # safetensors refuses shared storage and views: every tensor gets memory of its own.
+    plain = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    if path.suffix == ".safetensors":
+        write_atomically(path, lambda part: save_file(plain, part, metadata=dict(metadata or {})))
+    else:
+        write_atomically(path, lambda part: torch.save(plain, part))
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then give it the name in one step.
+
+    Raises:
+        CheckpointError: if writing fails (disk full, no permission); nothing half-written stays.
+    """
+    path = Path(path)
+    part: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+        part = Path(name)
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o666 & ~_umask())
+        part.replace(path)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(
+            f"{path}: could not be written: {reason}; nothing was changed there"
+        ) from error
+    finally:
+        if part is not None:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all commands share: the screen, the options, and a model out of what the user names."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from spikenm_fx.errors import RecipeError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from spikenm_fx.plan.entry_point import Root
+    from spikenm_fx.plan.recipe import Recipe
+
+__all__ = ["Checkpoint", "Exit", "Input", "Json", "Loaded", "Pattern", "RootOption", "Screen"]
+
+
+class Exit(IntEnum):
+    """Exit codes; the help text lists them."""
+
+    OK = 0
+    NO = 1
+    USAGE = 2
+    INPUT = 3
+    INTERNAL = 4
+    INTERRUPTED = 130
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
+Pattern = Annotated[
+    str | None, typer.Option("--nm", help="Keep at most n of m; '2:4' where nothing else says.")
+]
+RootOption = Annotated[
+    Path | None,
+    typer.Option("--root", help="Folder of the code (or of checkouts); the current one else."),
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
+]
+Input = Annotated[
+    str | None, typer.Option("--input", "-i", help="Shape of one forward's input: 4,3,32,32.")
+]
+
+
+@dataclass(slots=True)
+class Screen:
+    """Where output goes: results to standard output, all else to standard error.
+
+    Attributes:
+        as_json: results are one JSON document.
+    """
+
+    as_json: bool = False
+    out: Console = field(default_factory=lambda: Console(soft_wrap=True))
+    err: Console = field(default_factory=lambda: Console(stderr=True))
+
+    def say(self, text: str) -> None:
+        """Something for people; silent where JSON is asked for."""
+        if not self.as_json:
+            self.out.print(text, markup=False, highlight=False)
+
+    def json(self, data: Any) -> None:
+        """One JSON document."""
+        typer.echo(json.dumps(data, indent=2, default=str))
+
+    def result(self, data: Any, text: str) -> None:
+        """``data`` as JSON or ``text`` for people."""
+        if self.as_json:
+            self.json(data)
+        else:
+            self.say(text)
+
+    @contextlib.contextmanager
+    def working(self, words: str) -> Iterator[None]:
+        """A spinner on a terminal, as long as the body runs."""
+        with self.err.status(words) if self.err.is_terminal else contextlib.nullcontext():
+            yield
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A model that the user named, and what its recipe says about it.
+
+    Attributes:
+        model: built, with the checkpoint's weights where one was given.
+        recipe: given or made up from the options.
+        root: where its code may come from.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    root: Root
+
+    @classmethod
+    def named(
+        cls,
+        target: str,
+        *,
+        root: Path | None = None,
+        nm: str | None = None,
+        shape: str | None = None,
+        checkpoint: Path | None = None,
+    ) -> Loaded:
+        """The model of a recipe file or of ``module:Class``.
+
+        Raises:
+            RecipeError: if it cannot be built.
+            CheckpointError: if the checkpoint does not fit.
+        """
+        from spikenm_fx.checkpoint import load_into, load_state
+        from spikenm_fx.plan.target import build_model, root_of
+
+        recipe = _recipe(target, nm, shape)
+        if _is_file(target):
+            found = root_of(recipe, root)
+        else:
+            from spikenm_fx.plan.entry_point import Root
+
+            found = Root(root or Path.cwd())
+        model = build_model(recipe, found)
+        if checkpoint is not None:
+            load_into(model, load_state(checkpoint), source=str(checkpoint))
+        return cls(model, recipe, found)
+
+    def batch(self, seed: int = 0) -> Tensor:
+        """Random input of the recipe's shape.
+
+        Raises:
+            RecipeError: if no shape is known.
+        """
+        from spikenm_fx.plan.target import example_input
+
+        if self.recipe.inputs.shape == [1]:
+            raise RecipeError("the input's shape is not known: give it, e.g. --input 4,3,32,32")
+        return example_input(self.recipe.inputs, seed=seed)
+
+
+def _is_file(target: str) -> bool:
+    return target.endswith((".yaml", ".yml")) or Path(target).is_file()
+
+
+def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
+    from spikenm_fx.pattern import NM
+    from spikenm_fx.plan.recipe import Inputs, Recipe, Target, load_recipe
+
+    if _is_file(target):
+        recipe = load_recipe(target)
+        changes: dict[str, Any] = {}
+        if nm is not None:
+            changes["nm"] = NM.parse(nm)
+        if shape is not None:
+            inputs = {**recipe.inputs.model_dump(), "shape": read_shape(shape)}
+            changes["inputs"] = Inputs(**inputs)
+        return recipe.model_copy(update=changes)
+    if ":" not in target:
+        raise RecipeError(
+            f"{target!r} is neither a recipe file nor 'module:Class'; "
+            "name e.g. recipes/spikformer.yaml or models.net:Net"
+        )
+    from spikenm_fx.plan.entry_point import EntryPoint
+
+    return Recipe(
+        version=1,
+        target=Target(package=EntryPoint.parse(target).package, build=target),
+        inputs=Inputs(shape=read_shape(shape) if shape else [1], time="inside"),
+        nm=NM.parse(nm or "2:4"),
+    )
+
+
+def read_shape(text: str) -> list[int]:
+    """``"4,3,32,32"`` or ``"4x3x32x32"`` as a list.
+
+    Raises:
+        RecipeError: for anything else.
+    """
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise RecipeError(f"input shape {text!r} is not of the form 4,3,32,32")
+    return [int(part) for part in parts]

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``doctor``: what becomes of each layer, what it sees, how it will run, what stands in the way.
+
+Nothing is guessed: the plan decides, the trace tells signals and neurons, and the kernels are timed
+on this machine on a copy that is pruned in one shot.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import spikenm_fx
+from spikenm_fx.cli.common import Loaded
+from spikenm_fx.cli.packing import kernel_choices
+from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.plan.plan import LayerPlan, Plan
+from spikenm_fx.trace import SpikingGraph, trace
+
+__all__ = ["Diagnosis", "LayerDiagnosis", "diagnose"]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDiagnosis:
+    """One weight layer.
+
+    Attributes:
+        name: qualified name.
+        weight: its shape.
+        pattern: what it will obey, or None where it stays dense.
+        reason: of the plan.
+        signal: what its input carries; ``"unknown"`` where the trace cannot tell.
+        feeds: neurons that it drives.
+        kernel: how it will run on this machine, or "-" where that is not known.
+        gain: dense time over the kernel's, measured here; None where it was not measured.
+        advice: what to do about it, where something can be done.
+    """
+
+    name: str
+    weight: tuple[int, ...]
+    pattern: str | None
+    reason: str
+    signal: str
+    feeds: tuple[str, ...]
+    kernel: str = "-"
+    gain: float | None = None
+    advice: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What ``doctor`` found.
+
+    Attributes:
+        model: class name.
+        machine: processor, threads, torch.
+        route: how the trace was obtained.
+        notes: what was unusual about it.
+        neurons: neuron layers by framework and class.
+        layers: all weight layers.
+        blocked: what keeps the rest from running, with what to do.
+    """
+
+    model: str
+    machine: str
+    route: str
+    notes: tuple[str, ...]
+    neurons: dict[str, int]
+    layers: tuple[LayerDiagnosis, ...]
+    blocked: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        sparse = [layer for layer in self.layers if layer.pattern]
+        head = [
+            f"{self.model} on {self.machine}",
+            f"layers   {len(sparse)} of {len(self.layers)} weight layers become N:M",
+            f"trace    route {self.route}: {_ROUTES.get(self.route, 'not traced')}",
+            f"neurons  {_counted(self.neurons) or 'none found'}",
+            f"spikes   {_signals(self.layers)}",
+            "",
+        ]
+        rows = [_HEAD, *(_row(layer) for layer in self.layers)]
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[7]]).rstrip()
+            for row in rows
+        ]
+        advice: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.advice:
+                advice.setdefault(layer.advice, []).append(layer.name)
+        tail = [f"- {text} [{_few(names)}]" for text, names in advice.items()]
+        tail += [f"- {text}" for text in self.blocked]
+        tail += [f"- trace: {note}" for note in self.notes]
+        return "\n".join([*head, *lines, *(["", "what to do", *tail] if tail else [])])
+
+
+_HEAD = ("layer", "weight", "pattern", "input", "drives", "runs as", "gain", "why")
+
+_ROUTES = {
+    "fx": "followed with real values through every operation",
+    "fx+execution": "followed, but for some submodules that were recorded while running",
+    "execution": "recorded from one real forward",
+    "symbolic": "without example input, signals are not known",
+    "modules": "the module tree alone; masks work, signals and groups are not known",
+}
+
+
+def diagnose(loaded: Loaded) -> Diagnosis:
+    """Examine a model; it is left as it was.
+
+    Raises:
+        PlanError: if nothing could become sparse.
+        RecipeError: if the input does not run.
+    """
+    model = loaded.model
+    decided = spikenm_fx.plan(model, **loaded.recipe.plan_options())
+    blocked: list[str] = []
+    graph = _traced(loaded, blocked)
+    kernels = _kernels(loaded, decided, blocked)
+    layers = tuple(_layer(entry, graph, kernels) for entry in decided.layers)
+    neurons: dict[str, int] = {}
+    for record in graph.neurons.values() if graph is not None else ():
+        name = f"{record.spec.framework} {record.spec.class_name}"
+        neurons[name] = neurons.get(name, 0) + 1
+    return Diagnosis(
+        model=decided.model,
+        machine=_machine(),
+        route=graph.route if graph is not None else "none",
+        notes=tuple(str(note) for note in graph.notes) if graph is not None else (),
+        neurons=neurons,
+        layers=layers,
+        blocked=tuple(blocked),
+    )
+
+
+def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
+    known = loaded.recipe.inputs.shape != [1]
+    if not known:
+        blocked.append("no input shape is known: give --input, e.g. --input 4,3,32,32, for signals")
+    try:
+        return trace(loaded.model, loaded.batch() if known else None)
+    except SpikeNMError as error:
+        blocked.append(f"the trace failed, masks still work: {error}")
+        return None
+
+
+def _kernels(
+    loaded: Loaded, decided: Plan, blocked: list[str]
+) -> dict[str, tuple[str, float | None, str]]:
+    """Choice, measured gain and note by layer, from a copy that is pruned in one shot."""
+    if loaded.recipe.inputs.shape == [1]:
+        return {}
+    try:
+        twin = copy.deepcopy(loaded.model)
+        spikenm_fx.sparsify(twin, **loaded.recipe.sparsify_options())
+        spikenm_fx.fold(twin)
+        return kernel_choices(twin, loaded.batch())
+    except Exception as error:
+        blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")
+        return {}
+
+
+def _layer(
+    entry: LayerPlan,
+    graph: SpikingGraph | None,
+    kernels: dict[str, tuple[str, float | None, str]],
+) -> LayerDiagnosis:
+    record = graph.layers.get(entry.name) if graph is not None else None
+    signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
+    kernel, gain, note = kernels.get(entry.name, ("-", None, ""))
+    used = record is None or record.calls > 0 or graph is None or graph.route in _UNRUN
+    return LayerDiagnosis(
+        name=entry.name,
+        weight=entry.shape,
+        pattern=str(entry.nm) if entry.nm else None,
+        reason=entry.reason,
+        signal=signal,
+        feeds=record.post if record is not None else (),
+        kernel=kernel,
+        gain=gain,
+        advice=_advice(entry, signal, used, note),
+    )
+
+
+_UNRUN = ("symbolic", "modules")
+
+
+def _advice(entry: LayerPlan, signal: str, used: bool, note: str) -> str:
+    if not used:
+        return "never called in the forward: check the input, or keep it dense by a rule"
+    if entry.nm is None and "not a multiple" in entry.reason:
+        return "the pattern does not divide its channels: remainder='pad', or a pattern that does"
+    if entry.nm is not None and signal == "analog":
+        return "sparse but its input is analog: it saves multiplications, not spikes' additions"
+    return note if entry.nm is not None else ""
+
+
+def _machine() -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        f"{platform.machine()} ({capability}), {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
+
+
+def _row(layer: LayerDiagnosis) -> tuple[str, str, str, str, str, str, str, str]:
+    return (
+        layer.name,
+        "x".join(map(str, layer.weight)),
+        layer.pattern or "dense",
+        layer.signal,
+        _few(list(layer.feeds)) or "-",
+        layer.kernel,
+        f"{layer.gain:.2f}x" if layer.gain is not None else "-",
+        layer.reason,
+    )
+
+
+def _signals(layers: tuple[LayerDiagnosis, ...]) -> str:
+    kinds: dict[str, int] = {}
+    for layer in layers:
+        kinds[layer.signal] = kinds.get(layer.signal, 0) + 1
+    return ", ".join(f"{count} layers see {kind} input" for kind, count in kinds.items())
+
+
+def _counted(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

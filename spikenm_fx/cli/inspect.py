@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that look and change nothing: plan, doctor, verify, report, bench."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spikenm_fx.cli.common import (
+    Checkpoint,
+    Exit,
+    Input,
+    Json,
+    Loaded,
+    Pattern,
+    RootOption,
+    Screen,
+)
+
+if TYPE_CHECKING:
+    from spikenm_fx.report.model import Report
+
+__all__ = ["bench", "doctor", "plan", "report", "verify"]
+
+Target = Annotated[str, typer.Argument(help="A recipe file, or module:Class.")]
+
+
+def plan(
+    target: Target,
+    nm: Pattern = None,
+    root: RootOption = None,
+    as_json: Json = False,
+) -> None:
+    """Show which layers become N:M, which do not, and why."""
+    import spikenm_fx
+
+    screen = Screen(as_json)
+    with screen.working("building the model"):
+        loaded = Loaded.named(target, root=root, nm=nm)
+        decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
+    screen.result(decided.to_dict(), str(decided))
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or .pt; no model needed.")],
+    nm: Pattern = None,
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint's weights block by block; exit code 1 where they are not N:M."""
+    import spikenm_fx
+    from spikenm_fx.checkpoint import load_state
+
+    screen = Screen(as_json)
+    with screen.working(f"counting the blocks of {file.name}"):
+        found = spikenm_fx.verify(load_state(file), nm)
+    screen.result(found.to_dict(), str(found))
+    if not found.valid:
+        raise typer.Exit(Exit.NO)
+
+
+def report(
+    target: Target,
+    nm: Pattern = None,
+    root: RootOption = None,
+    shape: Input = None,
+    checkpoint: Checkpoint = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Input instead of noise: .npy, .pt or .safetensors, one tensor."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
+    sparse: Annotated[
+        bool, typer.Option("--sparsify", help="Report the one-shot sparse model instead.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure density, firing rates, exact SynOps, energy and bytes."""
+    import spikenm_fx
+    from spikenm_fx.checkpoint import write_atomically
+
+    screen = Screen(as_json)
+    with screen.working("running the model"):
+        loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
+        if sparse:
+            spikenm_fx.sparsify(loaded.model, **loaded.recipe.sparsify_options())
+        found = measure(loaded, data)
+    if html is not None:
+        write_atomically(html, lambda part: part.write_text(found.to_html(), encoding="utf-8"))
+    note = f"\npage: {html}" if html is not None else ""
+    screen.result(found.to_dict(), f"{found}{note}")
+
+
+def measure(loaded: Loaded, data: Path | None = None, batches: int = 2) -> Report:
+    """The report of a loaded model over ``data``, or over random batches of its recipe."""
+    from spikenm_fx.plan.target import forward, reset_function
+    from spikenm_fx.report.measure import report as measured
+
+    inputs = loaded.recipe.inputs
+    given = [read_tensor(data)] if data else [loaded.batch(seed) for seed in range(batches)]
+    reset = reset_function(loaded.recipe, loaded.root) if loaded.recipe.reset else None
+    return measured(
+        loaded.model,
+        given,
+        forward=lambda model, batch: forward(model, batch, inputs),
+        reset=reset,
+        batch_dim=1 if inputs.time == "leading" else 0,
+    )
+
+
+def read_tensor(path: Path) -> Any:
+    """One tensor out of ``.npy``, ``.pt`` or ``.safetensors``; no code in them ever runs.
+
+    Raises:
+        CheckpointError: if it cannot be read or holds several tensors.
+    """
+    import numpy as np
+    import torch
+
+    from spikenm_fx.checkpoint import load_state
+    from spikenm_fx.errors import CheckpointError
+
+    if path.suffix == ".npy":
+        try:
+            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path}: not an array of numbers: {error}") from error
+    tensors = load_state(path)
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path}: holds {len(tensors)} tensors; one batch is required")
+    return next(iter(tensors.values()))
+
+
+def doctor(
+    target: Target,
+    nm: Pattern = None,
+    root: RootOption = None,
+    shape: Input = None,
+    checkpoint: Checkpoint = None,
+    as_json: Json = False,
+) -> None:
+    """Say what will happen to each layer, what blocks the rest, and what to do about it."""
+    from spikenm_fx.cli.diagnosis import diagnose
+
+    screen = Screen(as_json)
+    with screen.working("examining the model"):
+        loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
+        found = diagnose(loaded)
+    screen.result(found.to_dict(), str(found))
+
+
+def bench(
+    name: Annotated[str, typer.Argument(help="Which one; none lists them.")] = "",
+    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one of the project's benchmarks."""
+    import subprocess
+    import sys
+
+    words = [*([name] if name else ["--help"]), *(arguments or [])]
+    extra = ["--json"] if as_json else []
+    done = subprocess.run([sys.executable, "-m", "spikenm_fx.bench", *words, *extra], check=False)
+    raise typer.Exit(done.returncode)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line's use of packing: one place, so that the commands say the same of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from spikenm_fx.plan.plan import Plan
+
+__all__ = ["kernel_choices", "pack_model", "packed_output"]
+
+
+def packed_output(
+    model: nn.Module,
+    batch: Tensor,
+    run: Callable[[nn.Module], Tensor],
+    rest: Callable[[nn.Module], None],
+) -> Tensor:
+    """What the packed copy of ``model`` computes, on native kernels where this machine has them.
+
+    One kernel is forced on every layer: this is about agreement, not about speed.
+    """
+    from spikenm_fx.pack import native_status, pack
+
+    engine = pack(model, batch, backend="fma" if native_status().available else "reference")
+    rest(engine)
+    return run(engine)
+
+
+def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, tuple[str, float | None, str]]:
+    """How each layer of a folded model will run here: choice, measured gain over dense, note."""
+    from spikenm_fx.pack import pack, packing
+
+    found = packing(pack(model, batch))
+    return {layer.name: (layer.choice, layer.gain, layer.note) for layer in found.layers}
+
+
+def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[int, int]]:
+    """Write the planned layers packed, all other tensors as they are.
+
+    Returns:
+        Dense and packed bytes of each packed weight, by layer.
+    """
+    from spikenm_fx.pack import LayerGeometry, pack_weight, save_packed
+
+    weights, sizes = {}, {}
+    for entry in decided.sparse:
+        layer = model.get_submodule(entry.name)
+        geometry = LayerGeometry.of_layer(layer, name=entry.name)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        assert entry.nm is not None
+        packed = pack_weight(weight.detach(), entry.nm, geometry=geometry, name=entry.name)
+        weights[entry.name] = packed
+        sizes[entry.name] = (weight.numel() * weight.element_size(), packed.nbytes)
+    taken = {f"{name}.weight" for name in weights}
+    rest = {key: value for key, value in model.state_dict().items() if key not in taken}
+    save_packed(out, weights, tensors=rest)
+    return sizes

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of what was tried: rows of a Markdown file, renewed recipe by recipe."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from spikenm_fx.checkpoint import write_atomically
+from spikenm_fx.errors import RecipeError
+
+__all__ = ["BEGIN", "END", "renew_table"]
+
+BEGIN = "<!-- results: written by spikenm-fx recipe check -->"
+END = "<!-- end of results -->"
+
+_HEAD = (
+    "| recipe | code | sparse / all layers | neurons firing | build, plan, sparsify, step, fold, "
+    "verify | pack (difference) | tried |"
+)
+_RULE = "|---|---|---|---|---|---|---|"
+
+
+def renew_table(path: Path, results: Iterable[Mapping[str, Any]]) -> None:
+    """Replace the rows of the recipes that were tried; rows of others stay.
+
+    Raises:
+        RecipeError: if the file lacks the two marks between which the table stands.
+    """
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
+    if BEGIN not in text or END not in text:
+        raise RecipeError(f"{path} lacks the marks {BEGIN!r} and {END!r}")
+    head, _, rest = text.partition(BEGIN)
+    old, _, tail = rest.partition(END)
+    rows = dict(_old_rows(old))
+    rows |= {f"`{r['recipe']}`": _row(r) for r in results if not r["skipped"]}
+    body = "\n".join([BEGIN, "", _HEAD, _RULE, *(rows[key] for key in sorted(rows)), "", END])
+    content = head + body + tail
+    write_atomically(path, lambda part: part.write_text(content, encoding="utf-8"))
+
+
+def _old_rows(text: str) -> Iterable[tuple[str, str]]:
+    for line in text.splitlines():
+        if line.startswith("| `"):
+            yield line.split("|")[1].strip(), line
+
+
+def _row(result: Mapping[str, Any]) -> str:
+    stages = result["stages"]
+    main = {stage: text for stage, text in stages.items() if stage != "pack"}
+    failed = [f"{stage} {_short(text)}" for stage, text in main.items() if text != "ok"]
+    firing = "{} of {}".format(*result["firing"]) if result["firing"] else "-"
+    cells = (
+        f"`{result['recipe']}`",
+        str(result["origin"]),
+        f"{result['sparse']} / {result['layers']}",
+        firing,
+        "; ".join(failed) or "all ok",
+        _packed(result),
+        f"{datetime.date.today().isoformat()}, {result['environment']}",
+    )
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _packed(result: Mapping[str, Any]) -> str:
+    text, difference = result["stages"].get("pack", "-"), result.get("packed_difference")
+    if text != "ok" or difference is None:
+        return _short(text)
+    return "ok" if difference == 0 else f"ok ({difference:.0e})"
+
+
+def _short(text: str) -> str:
+    line = text.splitlines()[0] if text else "-"
+    return line if len(line) <= 120 else line[:117] + "..."

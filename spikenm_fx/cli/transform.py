@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that write a checkpoint: sparsify and pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spikenm_fx.cli.common import Json, Loaded, Pattern, RootOption, Screen
+from spikenm_fx.errors import RecipeError
+
+__all__ = ["pack", "sparsify"]
+
+Target = Annotated[str, typer.Argument(help="A recipe file, or module:Class.")]
+CheckpointIn = Annotated[
+    Path, typer.Option("--checkpoint", "-c", help="Dense weights: .safetensors or .pt.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; must not exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")]
+
+
+def sparsify(
+    target: Target,
+    checkpoint: CheckpointIn,
+    out: Out,
+    nm: Pattern = None,
+    root: RootOption = None,
+    method: Annotated[
+        str, typer.Option(help="Scores that choose the weights in one shot.")
+    ] = "magnitude",
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Make a dense checkpoint N:M in one shot, without training; keys stay the dense ones."""
+    import spikenm_fx
+    from spikenm_fx.checkpoint import save_state
+
+    screen = Screen(as_json)
+    _refuse_existing(out, force)
+    with screen.working("choosing weights"):
+        loaded = Loaded.named(target, root=root, nm=nm, checkpoint=checkpoint)
+        options = {**loaded.recipe.sparsify_options(), "method": _one_shot(method)}
+        decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
+        spikenm_fx.sparsify(loaded.model, **options)
+        spikenm_fx.fold(loaded.model)
+        found = spikenm_fx.verify(loaded.model, decided)
+        found.raise_if_invalid()
+        patterns = sorted({str(layer.nm) for layer in decided.sparse})
+        meta = {"spikenm_fx": ", ".join(patterns), "axis": "input channels", "n": "kept"}
+        save_state(out, loaded.model.state_dict(), metadata=meta)
+    screen.result(
+        {"out": str(out), "plan": decided.to_dict(), "verification": found.to_dict()},
+        f"{decided}\nwritten and verified: {out}",
+    )
+
+
+def _one_shot(method: str) -> str:
+    """``magnitude`` by whatever name it goes: untrained logits rank weights by magnitude."""
+    from spikenm_fx.masks.methods import METHODS
+
+    return "spikenm" if method == "magnitude" and method not in METHODS else method
+
+
+def pack(
+    target: Target,
+    checkpoint: CheckpointIn,
+    out: Out,
+    nm: Pattern = None,
+    root: RootOption = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Store an N:M checkpoint as kept values and few-bit indices."""
+    import spikenm_fx
+    from spikenm_fx.cli.packing import pack_model
+
+    screen = Screen(as_json)
+    _refuse_existing(out, force)
+    with screen.working("packing"):
+        loaded = Loaded.named(target, root=root, nm=nm, checkpoint=checkpoint)
+        decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
+        spikenm_fx.verify(loaded.model, decided).raise_if_invalid()
+        sizes = pack_model(loaded.model, decided, out)
+    dense, packed = sum(d for d, _ in sizes.values()), sum(p for _, p in sizes.values())
+    text = (
+        f"{len(sizes)} layers packed: {dense:,} bytes to {packed:,} "
+        f"({dense / max(packed, 1):.2f}x smaller)\nwritten: {out}"
+    )
+    layers = {name: {"dense_bytes": d, "packed_bytes": p} for name, (d, p) in sizes.items()}
+    screen.result({"out": str(out), "layers": layers}, text)
+
+
+def _refuse_existing(out: Path, force: bool) -> None:
+    if out.exists() and not force:
+        raise RecipeError(f"{out} exists; --force replaces it")
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out.parent} is not a folder")

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// The plain C interface between Python (ctypes) and the kernels.  No torch headers anywhere.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+extern "C" {
+
+// How output tokens find their input rows.  A token is one output pixel (or one linear token) at
+// one time step; a row is all channels of one input pixel.  Linear is a 1x1 kernel on 1x1 images.
+typedef struct {
+  int64_t steps;   // time steps that are kept together (1 unless a neuron is fused)
+  int64_t images;  // images (or linear tokens) per time step
+  int64_t h, w, oh, ow;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  int64_t groups, cg, og;  // channel groups, input and output channels of one group
+  // Place of (step, image) in the batch: step * step_stride + image * image_stride.
+  int64_t step_stride, image_stride;
+} snm_geometry;
+
+// One step of a neuron, with input x (see spikenm_fx/trace/spec.py for the vocabulary):
+//   current' = syn_decay * current + syn_gain * x;  x = current' or current + x   (with a synapse)
+//   h = decay * v + gain * x + drive;  s = h > threshold (or >=);  v' = h after the reset
+// Every array holds one float per output channel.
+typedef struct {
+  const float *decay, *gain, *drive, *threshold, *reset;
+  float *v;  // [images*oh*ow][O] membrane potentials, read and updated
+  const float *syn_decay, *syn_gain;  // null without a synapse
+  float *current;                     // [images*oh*ow][O]
+  int32_t kind;       // reset: 0 subtracts `reset`, 1 sets to `reset`, 2 none
+  int32_t timing;     // of the reset: 0 in the step of the spike, 1 in the next, 2 corrected
+  int32_t inclusive;  // spike at h == threshold
+  int32_t undecayed;  // the membrane sees current + x
+} snm_neuron;
+
+typedef struct {
+  const snm_geometry *geometry;
+  const void *input;         // bits: u64 [rows][groups*ceil(cg/64)]; dense: float [rows][groups*cg]
+  const float *weights;      // layout of the kernel
+  const void *codes;         // layout of the kernel
+  const int64_t *blocks;     // [n_blocks][5]: tap, first channel, channels, offset, ends segment
+  int64_t n_blocks;
+  int64_t kind;              // LUT scheme, or non-zeros kept per pattern block for FMA
+  const float *bias;         // [O] or null
+  const float *scale;        // [O] for int8 weights, else null
+  float *out;                // null if only bits are wanted
+  int64_t out_channels_first;  // 0: [tokens][O]; 1: [steps*images][O][oh*ow]
+  uint64_t *out_bits;        // [tokens][ceil(O/64)] or null
+  const snm_neuron *neuron;  // null: plain layer
+  int64_t threads;
+} snm_call;
+
+// Mask draws on blocks [lead][m][inner]; with `grad` the straight-through gradient instead.
+typedef struct {
+  const float *scores;     // logits, or the scores of a deterministic mask
+  const float *grad;       // null: make a mask; else dL/dm
+  const float *weight;     // not null: grad is that of the masked weight, dL/dm = grad * weight
+  const uint8_t *present;  // [lead][m], 0 where a padded position can never be kept; or null
+  uint8_t *mask;           // one byte per element
+  float *out;              // gradient of the logits
+  int64_t lead, m, inner, keep;
+  int64_t threads;
+  uint32_t key0, key1;  // of the noise
+  int32_t noisy;        // 0: no noise, kappa is not used
+  float kappa, inverse_tau, gain;  // gain: kappa / tau
+} snm_draws;
+
+// All return 0, or a negative number if the call cannot be served (the caller falls back).
+typedef struct {
+  const char *name;
+  int32_t (*lut)(const snm_call *);
+  int32_t (*fma)(const snm_call *);
+  int32_t (*event)(const snm_call *);
+  int32_t (*event8)(const snm_call *);
+  int32_t (*amx)(const snm_call *);   // level "amx" alone; -1 elsewhere
+  int32_t (*amx8)(const snm_call *);
+  int32_t (*integrate)(const snm_call *);  // input: float [tokens][O], the finished sums
+  // Both return 1 if every value was exactly 0 or 1 (either zero), else 0 (bits then undefined).
+  int32_t (*pack_rows)(const float *x, int64_t rows, int64_t groups, int64_t cg, uint64_t *bits,
+                       int64_t threads);
+  int32_t (*pack_planes)(const float *x, int64_t images, int64_t groups, int64_t cg, int64_t pixels,
+                         uint64_t *bits, int64_t threads);
+  void (*unpack_rows)(const uint64_t *bits, int64_t rows, int64_t groups, int64_t cg, float *x,
+                      int64_t threads);
+  void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
+                        int64_t pixels, float *x, int64_t threads);
+  int32_t (*draws)(const snm_draws *);
+} snm_kernels;
+
+// Provided once by dispatch.cpp to the objects of every ISA level.
+void snm_parallel(int64_t items, int64_t threads, void (*body)(void *, int64_t), void *context);
+void *snm_scratch(int slot, size_t bytes);  // per thread, 64-byte aligned, kept between calls
+}

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// All kernels of one ISA level; compiled once per level with SNM_TABLE naming the result.
+#include "amx.h"
+#include "event.h"
+#include "fma.h"
+#include "lut.h"
+#include "sampler.h"
+#include "spikes.h"
+
+extern "C" const snm_kernels SNM_TABLE = {
+    SNM_NAME, lut, fma, event, event8, amx, amx8, integrate, pack_rows, pack_planes, unpack_rows, unpack_planes,
+    draws,
+};

@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+// N of M mask draws and their straight-through gradient; spikenm_fx/masks/sampler.py has the
+// formulas.  Blocks are cut into tiles that stay in L1; in a tile element j of all blocks is a
+// plane, one block per lane, so that every layout runs through the same arithmetic and no result
+// depends on tiles, threads or neighbours.
+#pragma once
+#include "elementary.h"
+#include "shuffle.h"
+
+#define SNM_MEMBER inline __attribute__((always_inline))
+
+namespace {
+
+typedef uint32_t vw __attribute__((vector_size(VW * 4), may_alias));
+typedef int8_t vb __attribute__((vector_size(VW), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(VW), aligned(1), may_alias));
+typedef int16_t vh __attribute__((vector_size(VW * 2), may_alias));
+
+constexpr int MAX_M = 32;
+constexpr int64_t TILE_FLOATS = 2048;  // logits, gradients and weights of a tile: half of L1
+constexpr int64_t TILES_PER_ITEM = 16;
+constexpr int64_t SLACK = 16;  // rows are copied in pieces of 16 bytes, past their ends
+constexpr float LOWEST = -3.40282347e38f;
+constexpr uint32_t WEYL = 0x9E3779B9u;  // masks/noise.py explains these
+constexpr uint32_t MIX1 = 0x7FEB352Du, MIX2 = 0x846CA68Bu;
+
+SNM_INLINE vw splat_bits(uint32_t x) { return x - vw{}; }
+
+// Standard Gumbel noise from mixed = WEYL * counter + first half of the key.
+SNM_INLINE vf gumbel(vw mixed, vw key1) {
+  mixed = ((mixed ^ (mixed >> 16)) * splat_bits(MIX1)) ^ key1;
+  mixed = (mixed ^ (mixed >> 15)) * splat_bits(MIX2);
+  // Of mixed ^ (mixed >> 16) the upper 23 bits, as the fraction of a float in [1, 2); the
+  // subtraction of 1 - 2^-24 is exact.
+  const vw one_to_two = ((mixed >> 9) ^ (mixed >> 25)) | splat_bits(0x3f800000);
+  return minus_log(minus_log(reinterpret_cast<vf>(one_to_two) - splat(0x1.fffffep-1f)));
+}
+
+// Columns [0, leads * width) of a tile are the pairs (block row, inner position), planes their M.
+struct Tile {
+  int64_t lead, leads, inner0, width;
+  int64_t columns() const { return leads * width; }
+};
+
+struct Tiling {
+  int64_t lead, m, inner, capacity, rows, chunks;
+
+  explicit Tiling(const snm_draws *c) : lead(c->lead), m(c->m), inner(c->inner) {
+    capacity = TILE_FLOATS / m / VW * VW;
+    rows = most(1, capacity / inner);
+    chunks = ceil_div(inner, capacity);
+  }
+  int64_t count() const { return ceil_div(lead, rows) * chunks; }
+  int64_t stride() const { return capacity + SLACK; }
+  bool whole(const Tile &t) const { return t.width == inner; }
+  int64_t offset(const Tile &t) const { return t.lead * m * inner + t.inner0; }
+  Tile operator[](int64_t i) const {
+    const int64_t first = i / chunks * rows, inner0 = i % chunks * capacity;
+    return {first, least(rows, lead - first), inner0, least(capacity, inner - inner0)};
+  }
+};
+
+// n elements in pieces of 16 bytes; up to room elements may be touched on either side.
+template <class T>
+SNM_INLINE void copy_row(const T *from, T *to, int64_t n, int64_t room) {
+  constexpr int64_t piece = 16 / sizeof(T);
+  if (n == 1) {  // overlapping pieces would wait for each other
+    *to = *from;
+    return;
+  }
+  for (int64_t i = 0; i < n; i += piece) {
+    if (i + piece <= room) {
+      memcpy(to + i, from + i, 16);
+    } else {
+      for (int64_t k = i; k < n; ++k) to[k] = from[k];
+    }
+  }
+}
+
+// Calls row(memory offset from the tile's start, column, n, room) for every row of every plane, in
+// the order of memory: what a piece writes too much, the next row puts right.
+template <class Row>
+SNM_INLINE void each_row(const Tiling &tiling, const Tile &t, Row row) {
+  const int64_t end = t.leads * tiling.m * tiling.inner;
+  for (int64_t l = 0, at = 0; l < t.leads; ++l)
+    for (int64_t j = 0; j < tiling.m; ++j, at += tiling.inner)
+      row(at, j * tiling.stride() + l * t.width, t.width,
+          tiling.whole(t) ? end - at : t.width);
+}
+
+// kM > 0: blocks lie side by side (inner == 1) and are turned in registers.
+template <int kM>
+void gather_planes(const Tiling &tiling, const Tile &t, const float *from, float *planes) {
+  from += tiling.offset(t);
+  if constexpr (kM > 0) {
+    vf tuples[kM], turned[kM];
+    for (int64_t c = 0; c < t.leads; c += VW) {
+      const int64_t there = (t.leads - c) * kM;
+      alignas(64) float part[kM * VW] = {};
+      const float *source = from + c * kM;
+      if (there < kM * VW) {
+        memcpy(part, source, sizeof(float) * there);
+        source = part;
+      }
+      for (int j = 0; j < kM; ++j) tuples[j] = loadu(source + j * VW);
+      unzip<kM>(tuples, turned);
+      for (int j = 0; j < kM; ++j) store(planes + j * tiling.stride() + c, turned[j]);
+    }
+  } else {
+    each_row(tiling, t, [=](int64_t at, int64_t column, int64_t n, int64_t room) {
+      copy_row(from + at, planes + column, n, room);
+    });
+  }
+}
+
+template <int kM>
+void scatter_planes(const Tiling &tiling, const Tile &t, const float *planes, float *to) {
+  to += tiling.offset(t);
+  if constexpr (kM > 0) {
+    vf tuples[kM], turned[kM];
+    for (int64_t c = 0; c < t.leads; c += VW) {
+      for (int j = 0; j < kM; ++j) turned[j] = load(planes + j * tiling.stride() + c);
+      zip<kM>(turned, tuples);
+      const int64_t there = (t.leads - c) * kM;
+      if (there >= kM * VW) {
+        for (int j = 0; j < kM; ++j) storeu(to + c * kM + j * VW, tuples[j]);
+      } else {
+        memcpy(to + c * kM, tuples, sizeof(float) * there);
+      }
+    }
+  } else {
+    each_row(tiling, t, [=](int64_t at, int64_t column, int64_t n, int64_t room) {
+      copy_row(planes + column, to + at, n, room);
+    });
+  }
+}
+
+// rank[j]: how many of its block beat plane j; the larger wins, on ties the first.  Where one draw
+// is made, all that lost may share the rank 1.
+template <int kM>
+SNM_INLINE void rank_planes(const vf *z, int m, int64_t keep, vi *rank) {
+  if (keep == 1) {
+    vf best = z[0];
+    vi winner = vi{};
+#pragma GCC unroll 16
+    for (int j = 1; j < m; ++j) {
+      winner = z[j] > best ? splat_word(j) : winner;
+      best = z[j] > best ? z[j] : best;
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < m; ++j) rank[j] = winner == splat_word(j) ? vi{} : splat_word(1);
+    return;
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < m; ++j) rank[j] = splat_word(m - 1 - j);  // as if every later one won
+#pragma GCC unroll 16
+  for (int i = 0; i < m; ++i)
+#pragma GCC unroll 16
+    for (int j = i + 1; j < m; ++j) {
+      const vi first_wins = z[i] >= z[j];  // -1 where true
+      rank[i] += first_wins;
+      rank[j] -= first_wins;
+    }
+}
+
+// Draws of one call.  kM: the compiled block length, 0 for any; kTurn: blocks lie side by side.
+template <int kM, bool kTurn>
+struct Draws {
+  static constexpr int kSize = kM ? kM : MAX_M, kLayout = kTurn ? kM : 0;
+  const snm_draws *call;
+  Tiling tiling;
+  uint32_t *steps;  // WEYL times the counter of each column, from the tile's first one
+
+  explicit Draws(const snm_draws *c) : call(c), tiling(c), steps(nullptr) {}
+
+  // Known to the compiler where it is compiled in, so that loops unroll.
+  SNM_MEMBER int block() const { return kM ? kM : static_cast<int>(tiling.m); }
+
+  int32_t start() {
+    steps = static_cast<uint32_t *>(snm_scratch(0, sizeof(uint32_t) * tiling.capacity));
+    const int64_t width = least(tiling.inner, tiling.capacity);
+    for (int64_t c = 0; c < tiling.capacity; ++c)
+      steps[c] = WEYL * static_cast<uint32_t>(c / width * block() * tiling.inner + c % width);
+    snm_parallel(ceil_div(tiling.count(), TILES_PER_ITEM), call->threads, item, this);
+    return 0;
+  }
+
+  static void item(void *self, int64_t index) {
+    const Draws *draws = static_cast<const Draws *>(self);
+    const int64_t end = least((index + 1) * TILES_PER_ITEM, draws->tiling.count());
+    for (int64_t i = index * TILES_PER_ITEM; i < end; ++i) draws->run(draws->tiling[i]);
+  }
+
+  void run(const Tile &t) const {
+    const int64_t planes = block() * tiling.stride();
+    float *x = static_cast<float *>(snm_scratch(1, planes * (3 * sizeof(float) + 2)));
+    float *h = x + planes, *weight = h + planes;
+    int8_t *present = reinterpret_cast<int8_t *>(weight + planes), *mask = present + planes;
+    gather_planes<kLayout>(tiling, t, call->scores, x);
+    if (call->present) gather_present(t, present);
+    if (call->grad == nullptr) {
+      choose(t, x, call->present ? present : nullptr, mask);
+      return;
+    }
+    gather_planes<kLayout>(tiling, t, call->grad, h);
+    if (call->weight) gather_planes<kLayout>(tiling, t, call->weight, weight);
+    for (int64_t c = 0; c < t.columns(); c += VW)
+      gradient(t, c, x, h, call->weight ? weight : nullptr, call->present ? present : nullptr);
+    scatter_planes<kLayout>(tiling, t, x, call->out);
+  }
+
+  void gather_present(const Tile &t, int8_t *present) const {
+    for (int64_t l = 0; l < t.leads; ++l)
+      for (int64_t j = 0; j < block(); ++j)
+        memset(present + j * tiling.stride() + l * t.width, call->present[(t.lead + l) * block() + j],
+               t.width);
+  }
+
+  // Finite numbers, the lowest for NaN and for what is absent.
+  SNM_MEMBER void perturb(const Tile &t, int64_t c, const float *x, const int8_t *present,
+                          vf *z) const {
+    const vw key1 = splat_bits(call->key1), step = *reinterpret_cast<const vw *>(steps + c);
+    const vf kappa = splat(call->kappa), lowest = splat(LOWEST);
+    uint32_t start = WEYL * static_cast<uint32_t>(tiling.offset(t)) + call->key0;
+    const bool noisy = call->noisy;
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
+      vf v = load(x + j * tiling.stride() + c);
+      if (noisy) v = madd(kappa, v, gumbel(step + splat_bits(start), key1));
+      v = v > lowest ? v : lowest;
+      v = v < -lowest ? v : -lowest;
+      if (present) {
+        const vb there = *reinterpret_cast<const vb_any *>(present + j * tiling.stride() + c);
+        v = __builtin_convertvector(there, vi) != vi{} ? v : lowest;
+      }
+      z[j] = v;
+    }
+  }
+
+  void choose(const Tile &t, const float *x, const int8_t *present, int8_t *mask) const {
+    const vi keep = splat_word(static_cast<int32_t>(call->keep));
+    uint8_t *out = call->mask + tiling.offset(t);
+    for (int64_t c = 0; c < t.columns(); c += VW) {
+      vf z[kSize];
+      vi rank[kSize];
+      perturb(t, c, x, present, z);
+      rank_planes<kM>(z, block(), call->keep, rank);
+      if constexpr (kTurn) {
+        store_blocks(rank, keep, out + c * kM, t.leads - c);
+      } else {
+        for (int j = 0; j < block(); ++j) {
+          const int64_t at = j * tiling.stride() + c;
+          vb kept = __builtin_convertvector((rank[j] < keep) & 1, vb);
+          if (present) kept &= *reinterpret_cast<const vb_any *>(present + at);
+          *reinterpret_cast<vb_any *>(mask + at) = kept;
+        }
+      }
+    }
+    if constexpr (!kTurn) {
+      int8_t *to = reinterpret_cast<int8_t *>(out);
+      each_row(tiling, t, [=](int64_t at, int64_t column, int64_t n, int64_t room) {
+        copy_row(mask + column, to + at, n, room);
+      });
+    }
+  }
+
+  // Bytes of VW blocks side by side: up to four of a block share a (little-endian) word.
+  SNM_MEMBER void store_blocks(const vi *rank, vi keep, uint8_t *out, int64_t blocks) const {
+    constexpr int kWords = kM < 4 ? 1 : kM / 4;
+    vi words[kWords] = {}, tuples[kWords];
+#pragma GCC unroll 16
+    for (int j = 0; j < kM; ++j)
+      words[j / 4] |= (rank[j] < keep) & splat_word(1 << 8 * (j % 4));
+    zip<kWords>(words, tuples);
+    if constexpr (kM == 2) {
+      const vh half = __builtin_convertvector(tuples[0], vh);
+      memcpy(out, &half, blocks >= VW ? sizeof half : 2 * blocks);
+    } else if (blocks >= VW) {
+      memcpy(out, tuples, kM * VW);
+    } else {
+      memcpy(out, tuples, kM * blocks);
+    }
+  }
+
+  // One vector of blocks; the gradient replaces the logits in x.
+  SNM_MEMBER void gradient(const Tile &t, int64_t c, float *x, const float *h, const float *weight,
+                           const int8_t *present) const {
+    const int64_t draws = call->keep;
+    const vf inverse_tau = splat(call->inverse_tau), gain = splat(call->gain);
+    vf y[kSize], yh[kSize], inverse[kSize], offset[kSize];
+    vi rank[kSize];
+    perturb(t, c, x, present, y);
+    rank_planes<kM>(y, block(), draws, rank);
+    vf last = y[0];
+#pragma GCC unroll 16
+    for (int j = 1; j < block(); ++j)
+      last = rank[j] == splat_word(static_cast<int32_t>(draws - 1)) ? y[j] : last;
+    vf left = vf{}, free_yh = vf{};
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j) {
+      const vf above = (y[j] - last) * inverse_tau;
+      // beyond exp(80) the probability of what is left is zero in float32 anyway
+      y[j] = exp_up_to_88(above < splat(80.0f) ? above : splat(80.0f));
+      vf dl_dm = load(h + j * tiling.stride() + c);
+      if (weight) dl_dm *= load(weight + j * tiling.stride() + c);
+      yh[j] = y[j] * dl_dm;
+      const vi free = rank[j] >= splat_word(static_cast<int32_t>(draws));
+      left += free ? y[j] : vf{};
+      free_yh += free ? yh[j] : vf{};
+    }
+    for (int64_t k = draws - 1; k >= 0; --k) {
+      const vi draw = splat_word(static_cast<int32_t>(k));
+      vf taken = vf{}, taken_yh = vf{};
+#pragma GCC unroll 16
+      for (int j = 0; j < block(); ++j) {
+        taken = rank[j] == draw ? y[j] : taken;
+        taken_yh = rank[j] == draw ? yh[j] : taken_yh;
+      }
+      left += taken;
+      inverse[k] = splat(1.0f) / left;
+      offset[k] = (taken_yh + free_yh) * inverse[k] * inverse[k];
+    }
+    vf slopes = inverse[0];
+    for (int64_t k = 1; k < draws; ++k) {
+      slopes += inverse[k];
+      offset[k] += offset[k - 1];
+    }
+    vf slope[kSize], fall[kSize];
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j) slope[j] = slopes, fall[j] = offset[draws - 1];
+    for (int64_t k = 0; k < draws; ++k) {
+      const vi draw = splat_word(static_cast<int32_t>(k));
+#pragma GCC unroll 16
+      for (int j = 0; j < block(); ++j) {
+        slope[j] = rank[j] == draw ? inverse[k] : slope[j];
+        fall[j] = rank[j] == draw ? offset[k] : fall[j];
+      }
+    }
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j)
+      store(x + j * tiling.stride() + c, (yh[j] * slope[j] - y[j] * fall[j]) * gain);
+  }
+};
+
+template <int kM>
+int32_t draws_of(const snm_draws *call) {
+  if (kM > 0 && call->inner == 1 && call->present == nullptr)
+    return Draws<kM, (kM > 0)>(call).start();
+  return Draws<kM, false>(call).start();
+}
+
+int32_t draws(const snm_draws *call) {
+  if (call->m < 1 || call->m > MAX_M || call->keep < 1 || call->keep > call->m) return -1;
+  if (call->lead == 0 || call->inner == 0) return 0;
+  switch (call->m) {
+    case 2: return draws_of<2>(call);
+    case 4: return draws_of<4>(call);
+    case 8: return draws_of<8>(call);
+    case 16: return draws_of<16>(call);
+    default: return draws_of<0>(call);
+  }
+}
+
+}  // namespace

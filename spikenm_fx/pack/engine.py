@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verb ``pack``: an inference copy of a model on packed weights and fused neurons."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from spikenm_fx.errors import PackError, TraceError
+from spikenm_fx.masks.layer import masked_layers
+from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
+from spikenm_fx.pack.fused import fuse_neuron, why_not_fused
+from spikenm_fx.pack.layer import Choice, PackedLayer
+from spikenm_fx.pack.lazy import LazyTensor
+from spikenm_fx.pack.report import LayerReport, PackReport
+from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer
+from spikenm_fx.trace import SpikingGraph, trace
+from spikenm_fx.trace.snapshot import preserved
+
+__all__ = ["pack", "packing"]
+
+# What weights are tested for, sparsest first; a pattern before its coarser equivalents.
+PATTERNS = tuple(
+    NM.parse(p) for p in ("1:16", "1:8", "2:16", "1:4", "2:8", "4:16", "1:2", "2:4", "4:8")
+)
+DENSE = NM(1, 1)
+
+ROUNDS = 5
+MARGIN = 0.97  # a kernel must beat dense by three per cent, more than timing noise
+
+
+def pack(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    backend: str | Mapping[str, str] = "auto",
+    dtype: torch.dtype | None = None,
+    nm: PatternLike | None = None,
+) -> nn.Module:
+    """An inference copy of ``model`` that runs on packed weights.
+
+    Layers become :class:`~spikenm_fx.pack.layer.PackedLayer`; where a layer drives one neuron
+    alone, its batch norm is folded in and layer and neuron run as one kernel over all time steps,
+    handing spikes on as bits.  The copy has the class, the call signature and the reset protocol
+    of the model, which is left as it is.
+
+    Args:
+        model: on the CPU, folded (see :func:`spikenm_fx.fold`).
+        example_inputs: a tensor or a tuple of arguments; needed to fuse and to measure.  Spikes of
+            typical inputs make the measured choice right for typical inputs.
+        backend: ``"auto"`` times every candidate of each layer on the examples and keeps the
+            fastest, dense torch being one of them; ``"dense"``, ``"reference"``, ``"fma"``,
+            ``"lut"``, ``"event"`` or ``"event8"`` force one wherever it is possible; a mapping
+            from layer names (``report.choices``) forces each layer's.
+        dtype: stored values: None keeps fp32; ``torch.int8``, ``float16`` and ``bfloat16`` round.
+        nm: refuse layers that the model sparsified to another pattern: each layer that is not
+            entirely dense must be ``nm``.
+
+    Returns:
+        The copy, in eval mode; :func:`packing` gives its report.
+
+    Raises:
+        PackError: for weights that are not finite or not ``nm``, masks that are not folded, a
+            model on another device, or a backend that does not exist.
+    """
+    _refuse(model)
+    engine = _copy(model)
+    args = _arguments(example_inputs)
+    builder = _Builder(engine, args, dtype, None if nm is None else NM.parse(nm))
+    builder.replace_layers()
+    if args is not None:
+        builder.fuse()
+    _choose(builder, backend)
+    engine.__dict__["_spikenm_packing"] = builder.report()
+    return engine
+
+
+def packing(engine: nn.Module) -> PackReport:
+    """The report of an engine that :func:`pack` made.
+
+    Raises:
+        PackError: for any other module.
+    """
+    report = engine.__dict__.get("_spikenm_packing")
+    if not isinstance(report, PackReport):
+        raise PackError(f"this {type(engine).__name__} was not made by pack()")
+    return report
+
+
+def _refuse(model: nn.Module) -> None:
+    masked = [name for name, _ in masked_layers(model)]
+    if masked:
+        raise PackError(
+            f"{masked[0]} and {len(masked) - 1} more layers still carry their masks; "
+            "call spikenm_fx.fold(model) first"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        copied = copy.deepcopy(model).eval()
+    except Exception as error:  # a module's own __deepcopy__ may raise anything
+        raise PackError(
+            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
+            "works on a copy.deepcopy of the model"
+        ) from error
+    _register(model, copied)
+    return copied
+
+
+def _register(model: nn.Module, copied: nn.Module) -> None:
+    """Enter copies where their originals are listed: snnTorch resets the neurons of such a list."""
+    for original, twin in zip(model.modules(), copied.modules(), strict=True):
+        listed = getattr(type(original), "instances", None)
+        if isinstance(listed, list) and any(entry is original for entry in listed):
+            listed.append(twin)
+
+
+def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
+    if example_inputs is None:
+        return None
+    return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+
+
+@dataclass(slots=True, eq=False)
+class _Layer:
+    """A packed layer under construction."""
+
+    packed: PackedLayer
+    dense_bytes: int
+    neuron: str = ""
+    note: str = ""
+    rate: float | None = None
+    milliseconds: dict[str, float] = field(default_factory=dict)
+
+
+class _Builder:
+    def __init__(
+        self,
+        engine: nn.Module,
+        args: tuple[Any, ...] | None,
+        dtype: torch.dtype | None,
+        nm: NM | None,
+    ) -> None:
+        self.engine, self.args, self.dtype, self.nm = engine, args, dtype, nm
+        self.layers: dict[str, _Layer] = {}
+        self.skipped: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.graph: SpikingGraph | None = None
+        if args is not None:
+            try:
+                self.graph = trace(engine, args)
+            except TraceError as error:
+                raise PackError(f"the model does not run on the examples: {error}") from error
+
+    def replace_layers(self) -> None:
+        """Put a packed layer in the place of every Linear, Conv1d and Conv2d."""
+        folded = self._foldable()
+        for name, layer in list(self.engine.named_modules()):
+            if not is_weight_layer(layer):
+                continue
+            reason = self._why_kept(layer, name)
+            if reason:
+                self.skipped[name] = (tuple(layer.weight.shape), reason)
+                continue
+            packed = self._pack(layer, name, folded.get(name))
+            weight: Any = layer.weight
+            self.layers[name] = _Layer(packed, weight.numel() * 4)
+            _replace(self.engine, name, layer, packed)
+
+    def _why_kept(self, layer: nn.Module, name: str) -> str:
+        record = self.graph.layers.get(name) if self.graph is not None else None
+        if record is not None and record.inside:
+            return f"lies inside {record.inside}"
+        if parametrize.is_parametrized(layer):
+            return "its weight is computed by a parametrization"
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
+            return f"a {type(layer).__name__} has no packed form"
+        if layer.weight.dtype != torch.float32:
+            return f"its weight is {layer.weight.dtype}, kernels compute in float32"
+        if not _plain_forward(layer):
+            return f"{type(layer).__name__} has a forward of its own"
+        try:
+            LayerGeometry.of_layer(layer, name=name)
+        except PackError as error:
+            return str(error)
+        return ""
+
+    def _pack(self, layer: Any, name: str, affine: tuple[Tensor, Tensor] | None) -> PackedLayer:
+        weight, bias = layer.weight.detach(), layer.bias
+        bias = None if bias is None else bias.detach()
+        if affine is not None:
+            factor, shift = affine
+            weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
+            bias = shift if bias is None else bias * factor + shift
+        packed = self._packed_weight(weight, name, LayerGeometry.of_layer(layer, name=name))
+        return PackedLayer(packed, bias, name=name)
+
+    def _packed_weight(self, weight: Tensor, name: str, geometry: LayerGeometry) -> PackedWeight:
+        pattern = _pattern_of(weight)
+        if self.nm is not None and pattern != DENSE:
+            pattern = self.nm
+        return pack_weight(weight, pattern, geometry=geometry, dtype=self.dtype, name=name)
+
+    def _foldable(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Norms of one-to-one chains, as factor and shift per output channel; they are removed."""
+        found = {}
+        for chain in self.graph.chains if self.graph is not None else ():
+            if chain.norm is None:
+                continue
+            norm, layer = self._module(chain.norm), self._module(chain.layer)
+            if norm is None or layer is None or self._why_kept(layer, chain.layer):
+                continue
+            affine = _affine(norm, layer)
+            if affine is not None:
+                found[chain.layer] = affine
+                _replace(self.engine, chain.norm, norm, nn.Identity().eval())
+        return found
+
+    def _module(self, name: str) -> nn.Module | None:
+        try:
+            return self.engine.get_submodule(name)
+        except AttributeError:
+            return None
+
+    def fuse(self) -> None:
+        """Let neurons run natively, and layers of one-to-one chains wait for theirs."""
+        assert self.graph is not None
+        chains = {chain.neuron: chain for chain in self.graph.chains}
+        for name, record in self.graph.neurons.items():
+            module, chain, spec = self._module(name), chains.get(name), record.spec
+            if record.functional or module is None:
+                continue
+            reason = why_not_fused(module, spec, state_read=chain is None or chain.state_read)
+            layer = self.layers.get(chain.layer) if chain is not None else None
+            if not reason:
+                fuse_neuron(module, spec)
+                if layer is not None:
+                    layer.packed.waits = True
+                    layer.neuron = name
+            elif layer is not None:
+                layer.note = f"{name} is not fused: {reason}"
+
+    def report(self) -> PackReport:
+        rows = [
+            LayerReport(
+                name,
+                layer.packed.weight_shape,
+                str(layer.packed.nm),
+                layer.packed.choice,
+                layer.rate,
+                layer.milliseconds,
+                layer.neuron,
+                layer.note,
+                layer.dense_bytes,
+                layer.packed.packed.nbytes,
+                layer.packed.resident_bytes,
+            )
+            for name, layer in self.layers.items()
+        ]
+        rows += [
+            LayerReport(name, shape, note=reason) for name, (shape, reason) in self.skipped.items()
+        ]
+        return PackReport(tuple(rows))
+
+
+def _plain_forward(layer: nn.Module) -> bool:
+    """Whether its class computes what torch's own computes, time axes aside."""
+    cls = type(layer)
+    if cls.__module__.startswith(("torch.nn.", "spikingjelly.")):
+        return True
+    base: Any = next(c for c in cls.__mro__ if c.__module__.startswith("torch.nn."))
+    own: Any = cls
+    return own.forward is base.forward
+
+
+def _pattern_of(weight: Tensor) -> NM:
+    """The sparsest common pattern that ``weight`` satisfies, else 1:1."""
+    for nm in PATTERNS:
+        if weight.shape[1] < nm.of:
+            continue
+        if all(_satisfies(rows, nm) for rows in weight.split(_rows_at_once(weight))):
+            return nm
+    return DENSE
+
+
+def _satisfies(weight: Tensor, nm: NM) -> bool:
+    blocks = BlockView(nm, tuple(weight.shape)).to_blocks(weight)
+    return not bool(((blocks != 0).sum(1) > nm.keep).any())
+
+
+def _rows_at_once(weight: Tensor) -> int:
+    return max(1, 2**22 // max(1, weight[0].numel()))
+
+
+def _affine(norm: nn.Module, layer: Any) -> tuple[Tensor, Tensor] | None:
+    """Factor and shift per channel of a batch norm in eval mode; None where it is not that."""
+    channels = int(layer.weight.shape[0])
+    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+        return None
+    if norm.num_features != channels or norm.running_var.dtype != torch.float32:
+        return None
+    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        factor = factor * norm.weight.detach().double()
+    shift = -norm.running_mean.double() * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    affine = factor.float(), shift.float()
+    return affine if _does_just_that(norm, affine, channels) else None
+
+
+def _does_just_that(norm: nn.Module, affine: tuple[Tensor, Tensor], channels: int) -> bool:
+    """Whether the norm's own forward agrees: a subclass may do more than its base."""
+    spatial = {"1d": 1, "2d": 2}.get(type(norm).__name__[-2:], 2)
+    probe = torch.randn(3, channels, *[2] * spatial, generator=torch.Generator().manual_seed(0))
+    multi = getattr(norm, "step_mode", "s") == "m"
+    with torch.no_grad():
+        try:
+            seen = norm(probe[None])[0] if multi else norm(probe)
+        except Exception:  # whatever a foreign forward dislikes, it is not folded
+            return False
+    per_channel = [p.view(-1, *[1] * spatial) for p in affine]
+    return torch.allclose(seen, probe * per_channel[0] + per_channel[1], rtol=1e-4, atol=1e-5)
+
+
+def _replace(root: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` stands: a module may be registered under several names."""
+    for parent in root.modules():
+        for key, child in parent._modules.items():
+            if child is old:
+                parent._modules[key] = new
+
+
+def _choose(builder: _Builder, backend: str | Mapping[str, str]) -> None:
+    if isinstance(backend, Mapping):
+        unknown = sorted(set(backend) - set(builder.layers))
+        if unknown:
+            raise PackError(
+                f"backend= names {unknown[0]!r}, which is no packed layer; there are "
+                f"{', '.join(list(builder.layers)[:5])} ..."
+            )
+        for name, choice in backend.items():
+            builder.layers[name].packed.choose(choice)  # type: ignore[arg-type]
+        return
+    if backend == "auto":
+        if builder.args is not None:
+            _measure(builder)
+        return
+    for layer in builder.layers.values():
+        possible = [*layer.packed.candidates(), "reference"]
+        wanted: Any = backend if backend in possible else "dense"
+        if backend not in get_args(Choice):
+            layer.packed.choose(backend)  # type: ignore[arg-type]  # raises, naming the known ones
+        layer.packed.choose(wanted)
+
+
+def _measure(builder: _Builder) -> None:
+    """Time each layer's candidates on the inputs that the examples bring to it."""
+    inputs: dict[str, Tensor] = {}
+    hooks = [
+        layer.packed.register_forward_pre_hook(
+            lambda _module, args, name=name: inputs.__setitem__(name, args[0])
+        )
+        for name, layer in builder.layers.items()
+    ]
+    try:
+        with torch.no_grad(), preserved(builder.engine):
+            builder.engine(*(builder.args or ()))
+            for name, layer in builder.layers.items():
+                if name in inputs:
+                    _measure_layer(layer, inputs[name])
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _measure_layer(layer: _Layer, x: Tensor) -> None:
+    packed = layer.packed
+    spatial = packed.geometry.spatial
+    if spatial and x.dim() == spatial + 3:
+        x = x.flatten(0, 1)
+    layer.rate = _rate(x)
+    if not x.numel() or (spatial and x.dim() != spatial + 2):
+        return
+    candidates = packed.candidates()
+    if layer.rate is None:
+        candidates = [c for c in candidates if c in ("dense", "fma")]
+    seconds: dict[Choice, list[float]] = {choice: [] for choice in candidates}
+    copies = {choice: _prepared(packed, choice) for choice in candidates}
+    for _ in range(ROUNDS):
+        for choice, prepared in copies.items():
+            seconds[choice].append(_time(prepared, x))
+    median = {choice: statistics.median(s) for choice, s in seconds.items()}
+    best = min(median, key=lambda choice: median[choice])
+    if median[best] > MARGIN * median["dense"]:
+        best = "dense"
+    layer.milliseconds = {choice: s * 1e3 for choice, s in median.items()}
+    packed.choose(best)
+
+
+def _prepared(packed: PackedLayer, choice: Choice) -> PackedLayer:
+    return PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
+
+
+def _time(layer: PackedLayer, x: Tensor) -> float:
+    layer.run(x)  # its weights come into the cache
+    start = time.perf_counter()
+    layer.run(x)
+    return time.perf_counter() - start
+
+
+def _rate(x: Tensor) -> float | None:
+    """Share of ones, or None if there is anything but zeros and ones."""
+    plain = x.materialize() if isinstance(x, LazyTensor) else x
+    if not plain.numel() or not bool(((plain == 0) | (plain == 1)).all()):
+        return None
+    return float(plain.mean())

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Packed weights on disk: one safetensors file, versioned, check-summed, written atomically."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from spikenm_fx.errors import PackedFileError, SpikeNMError
+from spikenm_fx.pack.format import LayerGeometry, PackedWeight
+from spikenm_fx.pattern import NM
+
+__all__ = ["FORMAT", "VERSION", "load_packed", "save_packed"]
+
+FORMAT = "spikenm_fx.packed"
+VERSION = "1"
+MEANING = "values kept per block of consecutive input channels, zeros included"
+
+_PARTS = ("values", "indices", "scale")
+
+
+def save_packed(
+    path: str | os.PathLike[str],
+    weights: Mapping[str, PackedWeight],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write packed weights, and any further tensors beside them, to one safetensors file.
+
+    The file appears under its name only when it is complete: a failure leaves an older file as it
+    was.
+
+    Args:
+        path: of the file.
+        weights: packed weights by qualified layer name.
+        tensors: anything else that belongs to the model (biases, norms), by state-dict key.
+
+    Raises:
+        PackError: if a weight is not valid.
+        PackedFileError: if a name in ``tensors`` collides with one of a packed weight.
+    """
+    flat: dict[str, Tensor] = {}
+    layers: dict[str, Any] = {}
+    for name, packed in weights.items():
+        packed.check(name)
+        layers[name] = _describe(packed)
+        for part in _PARTS:
+            tensor = getattr(packed, part)
+            if tensor is not None:
+                flat[f"{name}::{part}"] = tensor.detach().cpu().contiguous()
+    for key, tensor in (tensors or {}).items():
+        if key in flat:
+            raise PackedFileError(f"tensor {key!r} has the name of a part of a packed weight")
+        flat[key] = tensor.detach().cpu().contiguous().clone()
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "meaning": MEANING,
+        "axis": "input channels, in fold order (out, kernel, channels)",
+        "layers": json.dumps(layers, sort_keys=True),
+    }
+    metadata["checksum"] = _checksum(metadata, flat)
+    _write_atomically(Path(path), save(flat, metadata))
+
+
+def load_packed(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+    """Read what :func:`save_packed` wrote: packed weights and the further tensors.
+
+    Raises:
+        PackedFileError: if the file is no packed file, of another version, or does not match its
+            checksum.
+        FileNotFoundError: if it is missing.
+    """
+    path = Path(path)
+    metadata, flat = _read(path)
+    if metadata.get("format") != FORMAT:
+        raise PackedFileError(f"{path} is not a packed file: its format is not {FORMAT!r}")
+    if metadata.get("version") != VERSION:
+        raise PackedFileError(
+            f"{path} is of packed-format version {metadata.get('version')!r}; this release reads "
+            f"version {VERSION!r}: pack the model again"
+        )
+    if metadata.get("checksum") != _checksum(metadata, flat):
+        raise PackedFileError(
+            f"{path} does not match its checksum: it was changed or damaged after it was written; "
+            "pack the model again"
+        )
+    try:
+        layers = json.loads(metadata["layers"])
+        weights = {name: _assemble(about, name, flat) for name, about in layers.items()}
+    except (KeyError, TypeError, ValueError, SpikeNMError) as error:
+        raise PackedFileError(f"{path} is not a valid packed file: {error}") from error
+    return weights, flat
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safetensors.safe_open(str(path), framework="pt") as handle:
+            metadata = handle.metadata() or {}
+            return metadata, {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise PackedFileError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _describe(packed: PackedWeight) -> dict[str, Any]:
+    geometry = packed.geometry
+    return {
+        "pattern": str(packed.nm),
+        "shape": list(packed.shape),
+        "kind": geometry.kind,
+        "stride": list(geometry.stride),
+        "padding": list(geometry.padding),
+        "dilation": list(geometry.dilation),
+        "groups": geometry.groups,
+        "dtype": str(packed.values.dtype).removeprefix("torch."),
+        "index_bits": packed.index_bits,
+    }
+
+
+def _assemble(about: dict[str, Any], name: str, flat: dict[str, Tensor]) -> PackedWeight:
+    geometry = LayerGeometry(
+        about["kind"],
+        tuple(about["stride"]),
+        tuple(about["padding"]),
+        tuple(about["dilation"]),
+        about["groups"],
+    )
+    packed = PackedWeight(
+        NM.parse(about["pattern"]),
+        tuple(about["shape"]),
+        geometry,
+        flat.pop(f"{name}::values"),
+        flat.pop(f"{name}::indices"),
+        flat.pop(f"{name}::scale", None),
+    )
+    packed.check(name)
+    return packed
+
+
+def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the metadata (but the checksum) and every tensor's name, type and bytes."""
+    digest = hashlib.sha256()
+    plain = {key: value for key, value in metadata.items() if key != "checksum"}
+    digest.update(json.dumps(plain, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key]
+        digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    # The temporary file lies in the same folder: os.replace is atomic only inside a file system.
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packed layer as a module: takes the place of a Linear, Conv1d or Conv2d for inference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PackError
+from spikenm_fx.pack.backends.cpu import (
+    LayerShape,
+    pack_spikes,
+    run_integrate,
+    run_layer,
+    run_spikes,
+)
+from spikenm_fx.pack.backends.native import available_kernels, kernels
+from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
+from spikenm_fx.pack.format import PackedWeight, unpack_weight
+from spikenm_fx.pack.layouts import KERNELS, Kernel, Layout, layout_for, supports
+from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
+from spikenm_fx.pack.neuron import NeuronCall
+from spikenm_fx.pack.ops import geometry_list, sparse_layer
+
+__all__ = ["Choice", "PackedLayer", "Pending"]
+
+Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
+"""How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
+
+
+class PackedLayer(nn.Module):
+    """Linear, Conv1d or Conv2d on a packed weight.
+
+    Accepts what the layer it replaces accepts, and time-first ``(T, N, C, *spatial)`` for
+    convolutions.  Its ``state_dict`` holds the packed weight and the bias, nothing derived.
+
+    Args:
+        packed: the weight.
+        bias: ``(O,)`` or None.
+        name: qualified name, for messages.
+        choice: how to run; change it with :meth:`choose`.
+    """
+
+    values: Tensor
+    indices: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        *,
+        name: str = "layer",
+        choice: Choice = "dense",
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self.nm = packed.nm
+        self.weight_shape = packed.shape
+        self.geometry = packed.geometry
+        self.waits = False  # for a neuron that is fused with it
+        self.register_buffer("values", packed.values)
+        self.register_buffer("indices", packed.indices)
+        self.register_buffer("scale", packed.scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        for part in ("weights", "codes", "blocks", "row_scale", "dense"):
+            self.register_buffer(f"_{part}", None, persistent=False)
+        self._kind = 0
+        self.choice: Choice = "dense"
+        self.choose(choice)
+        super().train(False)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The packed weight."""
+        return PackedWeight(
+            self.nm, self.weight_shape, self.geometry, self.values, self.indices, self.scale
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, unpacked now (fp32)."""
+        return unpack_weight(self.packed).float()
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of everything this layer keeps in memory."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+    def candidates(self) -> list[Choice]:
+        """Ways to run this layer here."""
+        native: list[Choice] = []
+        if kernels() is not None:
+            native = [k for k in available_kernels() if supports(k, self.packed)]
+        return ["dense", *native]
+
+    def choose(self, choice: Choice) -> None:
+        """Run as ``choice`` from now on.
+
+        Raises:
+            PackError: if this layer cannot.
+        """
+        if choice not in get_args(Choice):
+            raise PackError(
+                f"{self.name}: backend {choice!r}; known are {', '.join(get_args(Choice))}"
+            )
+        if choice not in ("dense", "reference") and choice not in self.candidates():
+            raise PackError(
+                f"{self.name} {self.weight_shape} at {self.nm} cannot run as {choice!r}; "
+                f"possible here: {', '.join(self.candidates())}"
+            )
+        self.choice = choice
+        self._dense = self._weights = self._codes = self._blocks = self._row_scale = None
+        if choice == "dense":
+            dense = self.weight
+            form = torch.channels_last if dense.dim() == 4 else torch.contiguous_format
+            self._dense = dense.contiguous(memory_format=form)
+        elif choice != "reference":
+            layout = layout_for(_kernel(choice), self.packed)
+            self._weights, self._codes = layout.weights, layout.codes
+            self._blocks, self._row_scale = layout.blocks, layout.scale
+            self._kind = layout.kind
+
+    def layout(self) -> Layout:
+        """The execution layout of the chosen kernel."""
+        assert self._weights is not None
+        assert self._codes is not None
+        assert self._blocks is not None
+        kernel = _kernel(self.choice)
+        return Layout(kernel, self._weights, self._codes, self._blocks, self._kind, self._row_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the layer; the result may be lazy (see :mod:`spikenm_fx.pack.lazy`)."""
+        if torch.compiler.is_compiling():
+            return self._compiled(x)
+        self._check(x)
+        spatial = self.geometry.spatial
+        lead: tuple[int, ...] | None = None
+        if spatial and x.dim() != spatial + 2:
+            lead = tuple(x.shape[: x.dim() - spatial - 1])
+            if x.dim() not in (spatial + 1, spatial + 3):
+                raise PackError(
+                    f"{self.name}: input {tuple(x.shape)}; a {self.geometry.kind} takes "
+                    f"{spatial + 1} to {spatial + 3} dimensions"
+                )
+            x = x.flatten(0, 1) if len(lead) == 2 else x.unsqueeze(0)
+        y = self._lazily(x) if self.waits else self.run(x)
+        if lead is None:
+            return y
+        return y.unflatten(0, lead) if len(lead) == 2 else y.squeeze(0)
+
+    def _compiled(self, x: Tensor) -> Tensor:
+        spatial = self.geometry.spatial
+        lead = tuple(x.shape[: x.dim() - spatial - 1]) if spatial else ()
+        if spatial:
+            x = x.reshape(-1, *x.shape[x.dim() - spatial - 1 :])
+        if self._weights is None:
+            weight = self.weight if self._dense is None else self._dense
+            y = dense_layer(x, weight, self.bias, self.geometry)
+        else:
+            y = sparse_layer(
+                x,
+                self._weights,
+                self._codes,
+                self._blocks,
+                self._row_scale,
+                self.values,
+                self.indices,
+                self.scale,
+                self.bias,
+                list(self.weight_shape),
+                geometry_list(self.geometry),
+                [self.nm.keep, self.nm.of],
+                KERNELS.index(_kernel(self.choice)),
+                self._kind,
+            )
+        return y.reshape(*lead, *y.shape[1:]) if spatial else y
+
+    def run(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+        """The layer's output for a batch; spikes that are bits already are read as such."""
+        if choice is not None and choice != self.choice:
+            raise PackError(f"{self.name} was prepared to run as {self.choice}")
+        if self.choice in ("dense", "reference"):
+            return self._torch(_plain(x))
+        bits = self._bits_of(x)
+        if bits is None or self.choice == "fma":
+            y = run_layer(_plain(x), self.layout(), self.weight_shape, self.geometry, self.bias)
+            return self._torch(_plain(x)) if y is None else y
+        shape = self.shape_of(x.shape)
+        out = torch.empty_strided(*_meta(shape, x.shape))
+        self._call(bits, shape, out=out)
+        return out
+
+    def _torch(self, x: Tensor) -> Tensor:
+        if self._dense is not None:
+            return dense_layer(x, self._dense, self.bias, self.geometry)
+        return packed_layer(x, self.packed, self.bias)
+
+    def shape_of(self, shape: torch.Size | tuple[int, ...]) -> LayerShape:
+        """Sizes of a call on an input of ``shape``."""
+        try:
+            return LayerShape.of_call(shape, self.weight_shape, self.geometry)
+        except PackError as error:
+            raise PackError(f"{self.name}: {error}") from error
+
+    def _bits_of(self, x: Tensor) -> Tensor | None:
+        """The rows of bits of a lazy input, if this layer can read them as they lie."""
+        if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits):
+            return None
+        if not x.only_leading or self.geometry.groups > 1:
+            return None
+        linear_on_pixels = self.geometry.kind == "linear" and x.source.layout.dim() != 2
+        return None if linear_on_pixels else x.source.bits
+
+    def _call(self, source: Tensor, shape: LayerShape, **wanted: object) -> bool:
+        native = kernels()
+        assert native is not None
+        return run_spikes(source, self.layout(), shape, native, bias=self.bias, **wanted)  # type: ignore[arg-type]
+
+    def _lazily(self, x: Tensor) -> Tensor:
+        shape = self.shape_of(x.shape)
+        if kernels() is None or shape.tokens == 0:
+            return self.run(x)
+        lazy = LazyTensor(Pending(self, x, shape))
+        if self.geometry.kind == "linear" and x.dim() != 2:
+            result: LazyTensor = lazy.view(shape.result(x.shape))  # type: ignore[assignment]
+            return result
+        return lazy
+
+    def _check(self, x: Tensor) -> None:
+        if x.device.type != "cpu":
+            raise PackError(f"{self.name}: the input is on {x.device}; this engine runs on the CPU")
+        if x.dtype != torch.float32:
+            raise PackError(f"{self.name}: the input is {x.dtype}; this engine runs in float32")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise PackError(
+                f"{self.name}: a packed engine has no gradients; wrap the call in "
+                "torch.inference_mode() or detach its input"
+            )
+
+    def train(self, mode: bool = True) -> PackedLayer:
+        """Packed layers only run.
+
+        Raises:
+            PackError: for ``train(True)``.
+        """
+        if mode:
+            raise PackError(f"{self.name}: a packed engine cannot train; train the original model")
+        return self
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.geometry.kind} {self.weight_shape} at {self.nm}, runs as {self.choice}"
+
+
+def _kernel(choice: Choice) -> Kernel:
+    assert choice != "dense"
+    assert choice != "reference"
+    return choice
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.materialize() if isinstance(x, LazyTensor) else x
+
+
+def _meta(
+    shape: LayerShape, input_shape: torch.Size | tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and strides of an output whose memory runs pixel by pixel."""
+    result = shape.result(input_shape)
+    if shape.geometry.kind == "linear":
+        flat = (shape.tokens, shape.outputs)
+        return (
+            (result, tuple(torch.empty(result, device="meta").stride()))
+            if len(result)
+            else (
+                flat,
+                (shape.outputs, 1),
+            )
+        )
+    area = shape.out[0] * shape.out[1]
+    within = (1,) if len(result) == 3 else (shape.out[1], 1)
+    return result, (area * shape.outputs, 1, *(w * shape.outputs for w in within))
+
+
+@dataclass(slots=True, eq=False)
+class Pending:
+    """A layer's output that waits: for its neuron, or for somebody who wants the values.
+
+    Attributes:
+        layer: the layer.
+        x: its input; lazy spikes stay bits.
+        shape: sizes of the call.
+    """
+
+    layer: PackedLayer
+    x: Tensor
+    shape: LayerShape
+
+    @property
+    def layout(self) -> Tensor:
+        """Shape and strides of the output; tokens of a linear layer count as one axis."""
+        if self.shape.geometry.kind == "linear":
+            return torch.empty(self.shape.tokens, self.shape.outputs, device="meta")
+        return torch.empty_strided(*_meta(self.shape, self.x.shape), device="meta")
+
+    def dense(self) -> Tensor:
+        """Run the layer alone."""
+        layout = self.layout
+        y = self.layer.run(self.x).reshape(layout.shape)
+        if y.stride() == layout.stride():
+            return y
+        return torch.empty_strided(layout.shape, layout.stride()).copy_(y)
+
+    def fused(self, steps: int, neuron: NeuronCall, *, batch_major: bool = False) -> SpikeBits:
+        """Run the layer and a neuron over ``steps`` time steps, which lead the batch."""
+        shape = replace(
+            self.shape, steps=steps, images=self.shape.images // steps, batch_major=batch_major
+        )
+        words = -(-shape.outputs // 64)
+        bits = torch.empty(shape.tokens, words, dtype=torch.int64)
+        if not self._in_kernel(shape, neuron, bits):
+            y = self.dense()
+            pixels = shape.images * shape.out[0] * shape.out[1]
+            rows = y.as_strided(
+                (steps, pixels, shape.outputs), (pixels * shape.outputs, shape.outputs, 1)
+            )
+            run_integrate(rows, neuron, None, bits)
+        layout = self.layout
+        return SpikeBits(bits, self.shape.images, shape.out, layout, shape.outputs)
+
+    def _in_kernel(self, shape: LayerShape, neuron: NeuronCall, bits: Tensor) -> bool:
+        layer = self.layer
+        if layer.choice in ("dense", "reference") or shape.geometry.groups > 1:
+            return False
+        source: Tensor | None
+        if layer.choice == "fma":
+            source = _rows(_plain(self.x), shape)
+        else:
+            source = layer._bits_of(self.x)
+            if source is None:
+                native = kernels()
+                assert native is not None
+                source = pack_spikes(_plain(self.x), self.shape, native)
+        if source is None:
+            return False
+        return layer._call(source, shape, out_bits=bits, neuron=neuron)
+
+
+def _rows(x: Tensor, shape: LayerShape) -> Tensor:
+    if shape.geometry.kind == "linear":
+        return x.contiguous()
+    return x.movedim(1, -1).contiguous()

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which layers stay dense unless a rule names them: those that see analog input, and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from spikenm_fx.trace.graph import SpikingGraph
+
+__all__ = ["Role", "default_roles"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """A layer's place in its model.
+
+    Attributes:
+        place: what keeps it dense by default.
+        reason: the same for people.
+    """
+
+    place: Literal["input", "head", "unused"]
+    reason: str
+
+
+def default_roles(layers: Mapping[str, nn.Module], graph: SpikingGraph | None) -> dict[str, Role]:
+    """Roles from the graph; from the order of the module tree where no graph saw a layer."""
+    if graph is None:
+        return _by_order(list(layers))
+    seen = {name: graph.layers[name] for name in layers if name in graph.layers}
+    if not any(record.calls for record in seen.values()):
+        return _by_order(list(layers))
+    ran = graph.route not in ("symbolic", "modules")
+    sources = set(graph.of_kind("input"))
+    roles: dict[str, Role] = {}
+    for name, record in seen.items():
+        signal = record.input_signal.kind if record.input_signal else "analog"
+        if not record.calls:
+            if ran:
+                roles[name] = Role("unused", "not used in the traced forward")
+        elif signal != "spike" and not sources.isdisjoint(record.pre):
+            image = " image" if signal == "analog" and record.kind == "conv2d" else ""
+            roles[name] = Role("input", f"input is {signal}{image}")
+        elif record.is_head:
+            what = "classifier head" if record.post else "feeds no neuron: readout"
+            roles[name] = Role("head", what)
+    return roles
+
+
+def _by_order(names: list[str]) -> dict[str, Role]:
+    if not names:
+        return {}
+    return {
+        names[-1]: Role("head", "classifier head: last in the module tree"),
+        names[0]: Role("input", "sees the analog input: first in the module tree"),
+    }

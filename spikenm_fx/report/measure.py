@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a model over batches and count: the verb ``report``.
+
+Hooks on the weight layers see every input as it is; nothing is estimated from rates.  The model is
+returned to the state it was in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from spikenm_fx.errors import ReportError
+from spikenm_fx.pattern import WeightLayer, is_weight_layer
+from spikenm_fx.plan.plan import Plan
+from spikenm_fx.report.describe import describe
+from spikenm_fx.report.energy import EnergyModel
+from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
+from spikenm_fx.report.latency import measure_latency
+from spikenm_fx.report.masks import PES
+from spikenm_fx.report.model import LayerReport, Report
+from spikenm_fx.report.neurons import NeuronWatch
+from spikenm_fx.report.preserve import preserved, reset_to_rest
+from spikenm_fx.report.synops import LayerCounter
+from spikenm_fx.trace.graph import SpikingGraph
+
+__all__ = ["report"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def report(
+    model: nn.Module,
+    batches: Any,
+    *,
+    forward: Forward | None = None,
+    reset: Callable[[nn.Module], Any] | None = None,
+    batch_dim: int = 0,
+    reference: nn.Module | Mapping[str, Tensor] | None = None,
+    plan: Plan | None = None,
+    graph: SpikingGraph | None = None,
+    energy: EnergyModel | None = None,
+    pes: int = PES,
+    latency: Mapping[str, nn.Module] | bool = False,
+    repeats: int = 5,
+) -> Report:
+    """Measure density, firing, exact operations, energy and bytes of each weight layer.
+
+    Works on dense, sparsified, folded and packed models alike.  The model runs in eval mode, from
+    rest for each batch, and is afterwards as it was: state, buffers, mode, hooks, generators.
+
+    Args:
+        model: any module.
+        batches: an iterable of batches, or one tensor.  Of a tuple ``(input, target, ...)`` the
+            first item is the input; a dict is passed as keyword arguments.
+        forward: how one batch runs; by default ``model(input)``.  A model that is called once per
+            time step takes ``lambda model, x: [model(x) for _ in range(T)]``.
+        reset: brings the model to rest between batches; by default each module's own reset.
+        batch_dim: dimension of the input that runs over samples: 1 for ``[T, B, ...]``.
+        reference: the dense model or its state dict, for the kept magnitude of folded weights.
+        plan: what was decided, for each layer's action and reason.
+        graph: a trace of the model, for the neurons that each layer drives; without it the next
+            neuron to run is taken.
+        energy: picojoule per operation; 0.9 per AC and 4.6 per MAC by default.
+        pes: processing elements behind the utilisation figure.
+        latency: True to time ``model``, or models by name (e.g. dense, folded, packed) that take
+            the same batch.
+        repeats: timed forwards per model, after one to warm up.
+
+    Raises:
+        ReportError: if there is no batch, no weight layer, or the model cannot run a batch.
+    """
+    name = type(model).__name__
+    original, kernels = model, {}
+    if is_engine(model):
+        kernels, model = kernels_of(model), visible_twin(model)
+    layers = _weight_layers(model)
+    constants = energy or EnergyModel()
+    decisions = {e.name: (e.action, e.reason) for e in plan.layers} if plan is not None else {}
+    chosen = forward or _default_forward
+
+    def run(model: nn.Module, batch: Any) -> Any:
+        return chosen(model, _copied(batch))
+
+    rest = reset or reset_to_rest
+    samples = count = 0
+    first: Any = None
+    with preserved(model):
+        counters = {
+            name: LayerCounter(layer, (layer.weight.detach() != 0).cpu())
+            for name, layer in layers.items()
+        }
+        neurons = NeuronWatch.of_model(model)
+        with _watching(layers, counters, neurons):
+            for batch in _batches(batches):
+                rest(model)
+                batch = _to_device(batch, model)
+                _run(run, model, batch, count)
+                samples += _samples(batch, batch_dim)
+                count += 1
+                first = batch if first is None else first
+        if not count:
+            raise ReportError("no batch was given; pass a tensor or an iterable of batches")
+        described = [
+            describe(
+                name,
+                layer,
+                counters[name],
+                rate_out=neurons.rate_after(name, _driven(graph, name)),
+                dense=_dense_weight(name, layer, reference),
+                decision=decisions.get(name),
+                energy=constants,
+                pes=pes,
+            )
+            for name, layer in layers.items()
+        ]
+    variants = {"model": original} if latency is True else dict(latency or {})
+    return Report(
+        model=name,
+        layers=tuple(
+            replace(layer, note=kernels[layer.name]) if layer.name in kernels else layer
+            for layer in described
+        ),
+        samples=samples,
+        batches=count,
+        energy=constants,
+        neurons=neurons.reports(),
+        latency=measure_latency(variants, first, run, rest, repeats) if variants else None,
+        pes=pes,
+        notes=_notes(described),
+    )
+
+
+def _weight_layers(model: nn.Module) -> dict[str, WeightLayer]:
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Module) and is_weight_layer(module)
+    }
+    if not layers:
+        raise ReportError(
+            f"{type(model).__name__} has no Linear or Conv layer; there is nothing to report"
+        )
+    return layers  # type: ignore[return-value]
+
+
+def _batches(batches: Any) -> Iterator[Any]:
+    if isinstance(batches, Tensor):
+        return iter([batches])
+    if isinstance(batches, Iterable) and not isinstance(batches, str | bytes | dict):
+        return iter(batches)
+    raise ReportError(
+        f"batches is a {type(batches).__name__}; pass a tensor or an iterable of batches"
+    )
+
+
+def _input_of(batch: Any) -> Any:
+    return batch[0] if isinstance(batch, list | tuple) and batch else batch
+
+
+def _default_forward(model: nn.Module, batch: Any) -> Any:
+    return model(**batch) if isinstance(batch, dict) else model(_input_of(batch))
+
+
+def _run(run: Forward, model: nn.Module, batch: Any, index: int) -> None:
+    try:
+        run(model, batch)
+    except Exception as error:
+        inputs = _input_of(batch)
+        shape = tuple(inputs.shape) if isinstance(inputs, Tensor) else type(inputs).__name__
+        raise ReportError(
+            f"batch {index} (input {shape}) does not run through {type(model).__name__}: "
+            f"{type(error).__name__}: {error}\n  a model that needs another call, or a loop over "
+            "time, takes forward=lambda model, batch: ..."
+        ) from error
+
+
+def _copied(batch: Any) -> Any:
+    """The same tensors in memory of their own: some models reshape their input in place."""
+    return tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, batch)
+
+
+def _to_device(batch: Any, model: nn.Module) -> Any:
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        return batch
+    device = parameter.device
+    return tree_map(lambda item: item.to(device) if isinstance(item, Tensor) else item, batch)
+
+
+def _samples(batch: Any, batch_dim: int) -> int:
+    if isinstance(batch, list | tuple) and len(batch) > 1:
+        target = batch[1]
+        if isinstance(target, Tensor) and target.dim() >= 1:
+            return target.shape[0]
+    inputs = next(iter(batch.values())) if isinstance(batch, dict) else _input_of(batch)
+    if isinstance(inputs, Tensor) and inputs.dim() > batch_dim:
+        return inputs.shape[batch_dim]
+    return 1
+
+
+def _driven(graph: SpikingGraph | None, name: str) -> tuple[str, ...] | None:
+    record = graph.layers.get(name) if graph is not None else None
+    return record.post if record is not None else None
+
+
+def _dense_weight(
+    name: str, layer: nn.Module, reference: nn.Module | Mapping[str, Tensor] | None
+) -> Tensor | None:
+    """The weight before masking: the layer's own while it is masked, else the reference's."""
+    own = getattr(layer, "weight_dense", None)
+    if isinstance(own, Tensor):
+        return own.detach()
+    if reference is None:
+        return None
+    state = reference.state_dict() if isinstance(reference, nn.Module) else reference
+    found = state.get(f"{name}.weight" if name else "weight")
+    return found.detach() if isinstance(found, Tensor) else None
+
+
+@contextlib.contextmanager
+def _watching(
+    layers: Mapping[str, WeightLayer],
+    counters: Mapping[str, LayerCounter],
+    neurons: NeuronWatch,
+) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = _layer_hook(name, counters[name], neurons)
+            stack.callback(layer.register_forward_hook(hook, with_kwargs=True).remove)
+        stack.enter_context(neurons.attached())
+        yield
+
+
+def _layer_hook(
+    name: str, counter: LayerCounter, neurons: NeuronWatch
+) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        inputs = args[0] if args else next(iter(kwargs.values()), None)
+        outputs = output[0] if isinstance(output, tuple) else output
+        if isinstance(inputs, Tensor) and isinstance(outputs, Tensor):
+            counter.add(inputs, outputs)
+        neurons.layer_ran(name)
+
+    return hook
+
+
+def _notes(layers: list[LayerReport]) -> tuple[str, ...]:
+    never = [layer.name for layer in layers if not layer.calls]
+    if not never:
+        return ()
+    return (
+        f"{len(never)} layers never ran as modules and count as no operations: "
+        + ", ".join(never[:5])
+        + (", ..." if len(never) > 5 else ""),
+    )

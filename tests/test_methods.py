@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method, by name, keeps the invariants of the default one."""
+
+import copy
+import io
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import ALL_LAYERS, batches, cases, most_nonzero, network
+
+import spikenm_fx
+from spikenm_fx.errors import CheckpointError, PatternError
+from spikenm_fx.masks.methods import METHODS
+
+SPARSE = sorted(set(METHODS) - {"dense"})
+
+
+def sparse(method, **options):
+    return spikenm_fx.sparsify(network(), "2:4", method=method, rules=ALL_LAYERS, **options)
+
+
+def train(model, optimizer, data):
+    for x in data:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def used(model) -> int:
+    """The largest count of non-zeros in a block of four."""
+    return max(most_nonzero(model[i].weight, spikenm_fx.NM(2, 4)) for i in (0, 2, 4))
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_training_and_folding(method):
+    """Trains with N:M weights throughout, folds bit-identically, and verifies."""
+    model = sparse(method, total_steps=6)
+    before = model[2].weight_dense.detach().clone()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for x in batches(8):
+        train(model, optimizer, [x])
+        assert used(model) == 2
+        assert used(model.eval()) == 2
+        model.train()
+    assert int(model[2].weight_nm[4]) == 8
+    assert not torch.equal(before, model[2].weight_dense)
+    x = batches(1)[0]
+    scores = model.eval()(x)
+    assert spikenm_fx.verify(model).valid
+    assert torch.equal(spikenm_fx.fold(model)(x), scores)
+    assert spikenm_fx.verify(model, dict.fromkeys("024", "2:4")).valid
+    network().load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("stop", [0, 3, 5])
+def test_resuming_is_bit_exact(method, stop):
+    """A run that was stopped and resumed from disk ends with the same bits."""
+    data = batches(6)
+    whole = sparse(method, total_steps=5)
+    train(whole, torch.optim.Adam(whole.parameters(), lr=0.01), data)
+    first = sparse(method, total_steps=5)
+    optimizer = torch.optim.Adam(first.parameters(), lr=0.01)
+    train(first, optimizer, data[:stop])
+    buffer = io.BytesIO()
+    torch.save((first.state_dict(), optimizer.state_dict()), buffer)
+    buffer.seek(0)
+    model_state, optimizer_state = torch.load(buffer, weights_only=True)
+    second = sparse(method, total_steps=5)
+    optimizer = torch.optim.Adam(second.parameters(), lr=0.01)
+    second.load_state_dict(model_state)
+    optimizer.load_state_dict(optimizer_state)
+    train(second, optimizer, data[stop:])
+    expected = whole.state_dict()
+    assert second.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
+
+
+@given(cases(most=8), st.sampled_from(SPARSE))
+def test_every_layer_kind(case, method):
+    """In every layer kind and dtype, padded or not, the weight is N:M in both modes."""
+    try:
+        model = spikenm_fx.sparsify(case.model(), case.nm, method=method, remainder="pad")
+    except PatternError:
+        assert method == "maskllm"
+        return
+    groups = getattr(model[0], "groups", 1)
+    for mode in (True, False):
+        weight = model.train(mode)[0].weight
+        most = most_nonzero(weight, case.nm, transposed=case.transposed, groups=groups)
+        assert most <= case.nm.keep
+    clone = copy.deepcopy(model)
+    assert torch.equal(clone[0].weight, model[0].weight)
+    dense = copy.deepcopy(case).model()
+    model.load_state_dict(dense.state_dict())
+    dense.load_state_dict(spikenm_fx.dense_state_dict(model))
+    assert torch.equal(dense[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("method", SPARSE)
+def test_checkpoints_of_other_methods_are_refused(method):
+    """Where the scores do not fit, loading is refused and the model untouched."""
+    model = sparse("maskllm" if method != "maskllm" else "spikenm")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(CheckpointError):
+        model.load_state_dict(sparse(method, seed=3).state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dense_is_dense():
+    """The dense baseline changes no weight and trains like the plain model."""
+    model, plain = sparse("dense"), network()
+    for m in (model, plain):
+        train(m, torch.optim.SGD(m.parameters(), lr=0.01), batches(3))
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not spikenm_fx.verify(model).layers[0].violations

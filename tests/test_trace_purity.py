@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace changes nothing, whatever happens in it, and says clearly what it cannot read."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections import namedtuple
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
+from spikenm_fx.bench.zoo import ZOO
+from spikenm_fx.errors import TraceError
+from spikenm_fx.trace import Limits, trace
+
+
+class Nasty(nn.Module):
+    """Mutates everything it can reach, and may raise at the end."""
+
+    def __init__(self, fails: bool) -> None:
+        super().__init__()
+        self.fc, self.bn, self.lif = nn.Linear(4, 4), nn.BatchNorm1d(4), SequenceLIF()
+        self.drop = nn.Dropout(0.5)
+        self.register_buffer("count", torch.zeros(()))
+        self.fails = fails
+        self.history: list[Tensor] = []
+        self.cache: dict[str, Any] = {"deep": [torch.zeros(2)]}
+        self.array = np.zeros(3)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.count += 1
+        self.history.append(x)
+        self.cache["deep"][0].add_(1)
+        self.cache["new"] = x
+        self.array += 1
+        self.fresh = torch.rand(3)
+        self.fc.weight.data.mul_(2)
+        random.random()
+        np.random.rand()
+        x += 1
+        y = self.lif(self.drop(self.fc(x)))
+        if self.fails:
+            raise KeyError("on purpose")
+        return self.bn(y.flatten(0, 1))
+
+
+def fingerprint(model: nn.Module) -> dict[str, Any]:
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    plain = {
+        f"{n}.{k}": copy.deepcopy(v)
+        for n, m in model.named_modules()
+        for k, v in vars(m).items()
+        if not k.startswith("_")
+    }
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    rng = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
+    return {"state": state, "plain": plain, "hooks": hooks, "grads": grads, "rng": rng}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor | np.ndarray):
+        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b) or callable(a) or (a is None and b is None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_everything_is_put_back(fails: bool) -> None:
+    """Parameters, buffers, containers, flags, hooks, grads and generators are as before."""
+    torch.manual_seed(0)
+    model = Nasty(fails).train()
+    model.lif.eval()
+    x, heard = torch.rand(3, 2, 4), []
+    model.fc.register_forward_hook(lambda *_: heard.append(1))
+    model.fc.weight.grad = torch.ones(4, 4)
+    before, given = fingerprint(model), x.clone()
+    weight, grad = model.fc.weight, model.fc.weight.grad
+    call, apply = nn.Module.__call__, torch.autograd.Function.apply.__func__.__code__
+    if fails:
+        with pytest.raises(TraceError, match="on purpose"):
+            trace(model, x)
+    else:
+        graph = trace(model, x)
+        assert any("hooks" in str(note) for note in graph.notes)
+    assert same(before, fingerprint(model))
+    assert model.fc.weight is weight
+    assert weight.grad is grad
+    assert torch.equal(x, given)
+    assert heard == []
+    assert nn.Module.__call__ is call
+    assert torch.autograd.Function.apply.__func__.__code__ is apply
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    "name", ["spikingjelly/sew_resnet18/s", "snntorch/sequential", "hand/stateful"]
+)
+def test_live_state_survives(name: str) -> None:
+    """Membranes left from before are ignored by the trace and still there after it."""
+    if not ZOO[name].available:
+        pytest.skip("framework not installed")
+    case = ZOO[name].build()
+    other = tuple(torch.cat([x, x], dim=0) for x in case.inputs)
+    out = case.model(*other)
+    before = list(states(case.model))
+    fresh = trace(case.model, case.inputs)
+    after = list(states(case.model))
+    assert before
+    assert all(a is b for a, b in zip(before, after, strict=True))
+    assert fresh.route == "fx"
+    for tensor in [out] if isinstance(out, Tensor) else out:
+        if tensor.requires_grad:
+            tensor.sum().backward(retain_graph=True)  # the user's graph is intact
+
+
+def states(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        holders = (vars(module), module._buffers, vars(module).get("_memories", {}))
+        for holder in holders:
+            yield from (v for k, v in holder.items() if k in ("v", "mem") and isinstance(v, Tensor))
+
+
+def test_traces_nest_and_run_in_threads() -> None:
+    """A forward that traces, and many threads at once, give what one trace gives."""
+
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.inner, self.lif = nn.Linear(4, 4), nn.Linear(4, 4), SequenceLIF()
+            self.found = ""
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.found = trace(nn.Sequential(self.inner, self.lif), torch.rand(2, 1, 4)).route
+            assert self.found == "fx"
+            return self.lif(self.fc(x))
+
+    assert trace(Nested(), torch.rand(2, 1, 4)).layers["fc"].post == ("lif",)
+
+    expected = trace(FunctionalNet(), torch.rand(4, 2, 16)).summary()
+    results: list[Any] = []
+
+    def work(build: type[nn.Module], x: Tensor, traces: bool) -> None:
+        model = build()
+        for _ in range(4):
+            if traces:
+                results.append(trace(model, x).summary())
+            else:
+                with torch.no_grad():
+                    assert type(model(x)[0]) is Tensor
+
+    jobs = [(FunctionalNet, torch.rand(4, 2, 16), True)] * 3
+    jobs += [(FunctionalNet, torch.rand(4, 2, 16), False)] * 3
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [expected] * 12
+
+
+def test_inputs_and_outputs_of_every_form() -> None:
+    """Several inputs, keywords, dicts, dataclass-like tuples, generators: all are followed."""
+    Pair = namedtuple("Pair", "first second")
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.lif = nn.Linear(4, 4), nn.Linear(4, 4), SequenceLIF()
+
+        def forward(self, x: Tensor, extra: dict[str, Tensor], *, scale: Tensor, form: str) -> Any:
+            y = self.b(self.lif(self.a(x) + extra["more"] * scale))
+            if form == "generator":
+                return (step for step in y)
+            return {"dict": {"out": y}, "tuple": Pair(y, None), "list": [y, 3]}[form]
+
+    x = torch.rand(3, 2, 4)
+    for form in ("dict", "tuple", "list", "generator"):
+        kwargs = {"scale": torch.ones(()), "form": form}
+        graph = trace(Net(), (x, {"more": x}), example_kwargs=kwargs)
+        assert graph.layers["b"].pre == ("lif",)
+        assert graph.layers["b"].is_readout
+        assert len(graph.of_kind("input")) == 3
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (torch.rand(3, 2, 5), r"forward raised RuntimeError.*\(3, 2, 5\)"),
+        ((), "TypeError"),
+        (torch.rand(3, 2, 4, device="meta"), "parameters are on cpu"),
+        ("text", "forward raised"),
+    ],
+)
+def test_wrong_examples_are_explained(inputs: Any, said: str) -> None:
+    """The error says what was given, what happened and where; nothing changed."""
+    model = nn.Sequential(nn.Linear(4, 4), SequenceLIF())
+    before = fingerprint(model)
+    if inputs == ():
+        assert trace(model, inputs).route == "symbolic"
+        return
+    with pytest.raises(TraceError, match=said):
+        trace(model, inputs)
+    assert same(before, fingerprint(model))
+
+
+def test_unreadable_models_are_refused() -> None:
+    """Scripted and lazy models, and things that are no modules, are named with a way out."""
+    with pytest.raises(TraceError, match="scripted"):
+        trace(torch.jit.script(nn.Linear(2, 2)), torch.rand(1, 2))
+    with pytest.raises(TraceError, match="uninitialised"):
+        trace(nn.Sequential(nn.LazyLinear(3)), torch.rand(1, 2))
+    with pytest.raises(TraceError, match=r"nn\.Module"):
+        trace(lambda x: x, torch.rand(1))  # type: ignore[arg-type]
+
+
+def test_meta_models() -> None:
+    """A model on the meta device is traced by shapes; nothing is claimed from its values."""
+    model = nn.Sequential(nn.Linear(4, 4), SequenceLIF(), nn.Linear(4, 2)).to("meta")
+    graph = trace(model, torch.rand(3, 2, 4, device="meta"))
+    assert graph.layers["2"].pre == ("1",)
+    assert graph.layers["2"].input_shape == (3, 2, 4)
+
+
+def test_limits_are_errors_that_say_so() -> None:
+    """Too many operations or too long: an error with the way out, and the model as before."""
+    model, x = StatefulNet(), torch.rand(4, 2, 16)
+    before = fingerprint(model)
+    for limits, said in ((Limits(nodes=5), "more than 5"), (Limits(seconds=0), "more than 0 s")):
+        with pytest.raises(TraceError, match=said):
+            trace(model, x, limits=limits)
+    assert same(before, fingerprint(model))
+
+
+def test_no_memory_is_kept() -> None:
+    """The example's values are not held by the graph."""
+    graph = trace(ModuleNet(), torch.rand(4, 2, 2, 8, 8))
+    held = [
+        value
+        for node in graph.graph["trace"].graph.nodes
+        for value in node.meta.values()
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.numel() > 99
+    ]
+    assert held == []

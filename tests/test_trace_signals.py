@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Signals held against measurement: on the frameworks' models and on random networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from snn_strategies import random_nets
+from torch import Tensor, nn
+
+from spikenm_fx.bench.trace import Row, _edges_by_measurement, _inputs_by_measurement
+from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.trace import coupled_groups, permute_channels, trace
+from spikenm_fx.trace.signal import ANALOG, SPIKE, Signal, join
+
+QUICK = [n for n in ZOO if "vgg" not in n and "50" not in n and not n.endswith("net18/s")]
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_spike_edges_carry_only_spikes(name: str) -> None:
+    """In real forwards on random inputs no edge marked spike carries anything but {0,1}."""
+    if not ZOO[name].available:
+        pytest.skip("framework not installed")
+    case = ZOO[name].build()
+    graph, row = trace(case.model, case.inputs), Row(name)
+    _edges_by_measurement(row, case, graph, seeds=2)
+    _inputs_by_measurement(row, case, graph, seeds=3)
+    assert (row.spike_wrong, row.input_wrong) == (0, 0)
+    assert row.spike_missed == 0
+    assert row.silent <= len(graph.layers) // 2
+
+
+@settings(max_examples=40, deadline=None)
+@given(random_nets())
+def test_random_networks(drawn: tuple[nn.Module, Tensor]) -> None:
+    """On random networks: all layers found, spikes are spikes, groups permute exactly."""
+    model, x = drawn
+    graph = trace(model, x)
+    assert graph.route == "fx"
+    assert all(record.calls for record in graph.layers.values())
+    row = Row("random")
+    case = Case(model, (x,), lambda m: None)
+    _edges_by_measurement(row, case, graph, seeds=2)
+    _inputs_by_measurement(row, case, graph, seeds=2)
+    assert (row.spike_wrong, row.input_wrong) == (0, 0)
+    with torch.no_grad():
+        before = model(x)
+        for group in coupled_groups(graph):
+            if not group.frozen:
+                permute_channels(model, group, torch.randperm(group.size))
+        after = model(x)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-8)
+
+
+def test_the_abstract_values() -> None:
+    """Sums of spikes are integers, (1 - a) * b is a spike, products with reals are analog."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+        def forward(self, x: Tensor) -> list[Tensor]:
+            a, b = (x > 0.5).float(), (x > 0.3).float()
+            values = [a, a + b, (1 - a) * b, a * 0.5, a @ b.mT, torch.cat([a, b])]
+            values += [torch.where(a > 0, b, a), (a + b).clamp(0, 1)]
+            return [layer(value) for layer, value in zip(self.layers, values, strict=True)]
+
+    graph = trace(Net(), torch.rand(4, 4))
+    kinds = [str(graph.layers[f"layers.{i}"].input_signal) for i in range(8)]
+    assert kinds == [
+        *("spike", "integer", "spike", "analog", "integer", "spike"),
+        *("spike", "spike"),
+    ]
+
+
+def test_joins_widen() -> None:
+    """The join of signals holds each of them."""
+    assert join([SPIKE, Signal(True, 0, 3)]).kind == "integer"
+    assert join([SPIKE, ANALOG]).kind == "analog"
+    assert join([SPIKE, SPIKE]).kind == "spike"
+
+
+@given(st.lists(st.tuples(st.booleans(), st.floats(-9, 9), st.floats(0, 9)), min_size=1))
+def test_join_is_an_upper_bound(drawn: list[tuple[bool, float, float]]) -> None:
+    """No part of a join lies outside it."""
+    signals = [Signal(integral, low, low + width) for integral, low, width in drawn]
+    both = join(signals)
+    assert all(both.low <= s.low and s.high <= both.high for s in signals)
+    assert both.integral == all(s.integral for s in signals)
