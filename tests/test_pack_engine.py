@@ -277,7 +277,10 @@ def test_report_and_forced_choices():
     assert all("dense" in row.milliseconds for row in report.layers)
     assert report.layers[0].rate == pytest.approx(float(x.mean()), abs=1e-6)
     for row in report.layers:
-        assert row.milliseconds[row.choice] <= row.milliseconds["dense"]
+        best = min(row.milliseconds, key=lambda choice: row.milliseconds[choice])
+        assert row.choice in (best, "dense")
+        if row.milliseconds[best] < 0.9 * row.milliseconds["dense"]:
+            assert row.choice == best
         assert row.gain is not None
         assert row.packed_bytes < row.dense_bytes
     assert "runs as" in str(report)

@@ -68,7 +68,8 @@ def plan(
     """Decide for every Linear and Conv of ``model`` whether it becomes N:M; changes nothing.
 
     Kept dense by default, and turned on by a rule that names them: the layer that sees the analog
-    input, depthwise convolutions, and the classifier head.  What a layer sees and feeds is read
+    input, and the classifier head.  Depthwise convolutions stay dense: their blocks would hold one
+    weight.  What a layer sees and feeds is read
     from the graph; where no layer can be followed, the first and the last of the module tree stand
     for input and head.
 
@@ -100,7 +101,7 @@ def plan(
     roles = default_roles(layers, graph)
     decisions = Decisions(model, layers, pattern, remainder, ordered, graph)
     entries = decisions.all(roles)
-    if not any(entry.nm for entry in entries):
+    if not ordered and not any(entry.nm for entry in entries):
         # a network with one hidden layer: better its input layer than nothing at all
         entries = decisions.all({n: role for n, role in roles.items() if role.place != "input"})
     result = Plan(type(model).__name__, entries)
@@ -125,12 +126,14 @@ def _nothing_to_do(result: Plan, nm: NM) -> str:
             f"{result.model} holds no Linear or Conv module, so nothing can become {nm}; "
             "pass the module that holds the weight layers"
         )
+    first = result.layers[0]
+    example = first.name or f"class:{first.kind}"
     seen = "\n  ".join(
         f"{layer.name or '(the model itself)'} {layer.kind} {layer.shape}: {layer.reason}"
         for layer in result.layers[:20]
     )
     return (
         f"none of the {len(result.layers)} weight layers of {result.model} would become {nm}:\n"
-        f"  {seen}\nturn one on by a rule, e.g. rules=[Rule({result.layers[0].name!r})], or choose "
+        f"  {seen}\nturn one on by a rule, e.g. rules=[Rule({example!r})], or choose "
         "another pattern or remainder='pad'"
     )

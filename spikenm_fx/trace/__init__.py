@@ -17,7 +17,7 @@ from spikenm_fx.trace.groups import CoupledGroup, Member, coupled_groups, permut
 from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
 from spikenm_fx.trace.pending import PendingGraph
 from spikenm_fx.trace.signal import Signal
-from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, simulate
+from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
 from spikenm_fx.trace.tracer import Limits
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "Synapse",
     "coupled_groups",
     "find_neurons",
+    "membranes",
     "neuron_spec",
     "permute_channels",
     "register_neuron",

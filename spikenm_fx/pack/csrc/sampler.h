@@ -282,63 +282,70 @@ struct Draws {
     }
   }
 
-  // One vector of blocks; the gradient replaces the logits in x.
+  // One vector of blocks; the gradient replaces the logits in x.  Step by step draws_backward of
+  // masks/sampler.py: ratios of successive draws instead of exponentials that could overflow.
   SNM_MEMBER void gradient(const Tile &t, int64_t c, float *x, const float *h, const float *weight,
                            const int8_t *present) const {
     const int64_t draws = call->keep;
-    const vf inverse_tau = splat(call->inverse_tau), gain = splat(call->gain);
-    vf y[kSize], yh[kSize], inverse[kSize], offset[kSize];
+    const vf inverse_tau = splat(call->inverse_tau), one = splat(1.0f);
+    vf z[kSize], dl_dm[kSize], z_at[kSize], h_at[kSize], ratio[kSize], inverse[kSize];
     vi rank[kSize];
-    perturb(t, c, x, present, y);
-    rank_planes<kM>(y, block(), draws, rank);
-    vf last = y[0];
-#pragma GCC unroll 16
-    for (int j = 1; j < block(); ++j)
-      last = rank[j] == splat_word(static_cast<int32_t>(draws - 1)) ? y[j] : last;
-    vf left = vf{}, free_yh = vf{};
+    perturb(t, c, x, present, z);
+    rank_planes<kM>(z, block(), draws, rank);
 #pragma GCC unroll 16
     for (int j = 0; j < block(); ++j) {
-      const vf above = (y[j] - last) * inverse_tau;
-      // beyond exp(80) the probability of what is left is zero in float32 anyway
-      y[j] = exp_up_to_88(above < splat(80.0f) ? above : splat(80.0f));
-      vf dl_dm = load(h + j * tiling.stride() + c);
-      if (weight) dl_dm *= load(weight + j * tiling.stride() + c);
-      yh[j] = y[j] * dl_dm;
-      const vi free = rank[j] >= splat_word(static_cast<int32_t>(draws));
-      left += free ? y[j] : vf{};
-      free_yh += free ? yh[j] : vf{};
+      dl_dm[j] = load(h + j * tiling.stride() + c);
+      if (weight) dl_dm[j] *= load(weight + j * tiling.stride() + c);
+    }
+    for (int64_t k = 0; k < draws; ++k) {
+      const vi draw = splat_word(static_cast<int32_t>(k));
+      vf z_taken = z[0], h_taken = dl_dm[0];
+#pragma GCC unroll 16
+      for (int j = 1; j < block(); ++j) {
+        z_taken = rank[j] == draw ? z[j] : z_taken;
+        h_taken = rank[j] == draw ? dl_dm[j] : h_taken;
+      }
+      z_at[k] = z_taken;
+      h_at[k] = h_taken;
+      if (k) ratio[k - 1] = exp_up_to_88((z_taken - z_at[k - 1]) * inverse_tau);
+    }
+    const vf last = z_at[draws - 1];
+    const vi drawn = splat_word(static_cast<int32_t>(draws));
+    vf left = vf{}, left_h = vf{};  // of draw k, in units of exp(z_k / tau)
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j) {
+      const vf y = exp_up_to_88((z[j] - last) * inverse_tau);
+      z[j] = rank[j] >= drawn ? y : vf{};  // the logit is no longer needed
+      left += z[j];
+      left_h = madd(z[j], dl_dm[j], left_h);
     }
     for (int64_t k = draws - 1; k >= 0; --k) {
-      const vi draw = splat_word(static_cast<int32_t>(k));
-      vf taken = vf{}, taken_yh = vf{};
-#pragma GCC unroll 16
-      for (int j = 0; j < block(); ++j) {
-        taken = rank[j] == draw ? y[j] : taken;
-        taken_yh = rank[j] == draw ? yh[j] : taken_yh;
+      inverse[k] = one / (one + left);
+      z_at[k] = (h_at[k] + left_h) * inverse[k];  // the mean of dL/dm that draw k expects
+      if (k == 0) break;
+      left = (one + left) * ratio[k - 1];
+      left_h *= ratio[k - 1];
+    }
+    vf slope = vf{}, offset = vf{};
+    for (int64_t k = 0; k < draws; ++k) {
+      if (k) {
+        slope *= ratio[k - 1];
+        offset *= ratio[k - 1];
       }
-      left += taken;
-      inverse[k] = splat(1.0f) / left;
-      offset[k] = (taken_yh + free_yh) * inverse[k] * inverse[k];
+      slope += inverse[k];
+      offset = madd(z_at[k], inverse[k], offset);
+      h_at[k] = h_at[k] * inverse[k] - offset;  // the gradient where draw k went
     }
-    vf slopes = inverse[0];
-    for (int64_t k = 1; k < draws; ++k) {
-      slopes += inverse[k];
-      offset[k] += offset[k - 1];
-    }
-    vf slope[kSize], fall[kSize];
 #pragma GCC unroll 16
-    for (int j = 0; j < block(); ++j) slope[j] = slopes, fall[j] = offset[draws - 1];
+    for (int j = 0; j < block(); ++j) z[j] *= dl_dm[j] * slope - offset;
     for (int64_t k = 0; k < draws; ++k) {
       const vi draw = splat_word(static_cast<int32_t>(k));
 #pragma GCC unroll 16
-      for (int j = 0; j < block(); ++j) {
-        slope[j] = rank[j] == draw ? inverse[k] : slope[j];
-        fall[j] = rank[j] == draw ? offset[k] : fall[j];
-      }
+      for (int j = 0; j < block(); ++j) z[j] = rank[j] == draw ? h_at[k] : z[j];
     }
+    const vf gain = splat(call->gain);
 #pragma GCC unroll 16
-    for (int j = 0; j < block(); ++j)
-      store(x + j * tiling.stride() + c, (yh[j] * slope[j] - y[j] * fall[j]) * gain);
+    for (int j = 0; j < block(); ++j) store(x + j * tiling.stride() + c, z[j] * gain);
   }
 };
 
