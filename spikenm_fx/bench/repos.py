@@ -225,7 +225,7 @@ def _gpt() -> tuple[nn.Module, tuple[Tensor, ...]]:
     module = _from("src.model")
     module.RUN_CUDA = _wkv
     config = module.GPTConfig(50, 16, model_type="RWKV", n_layer=2, n_embd=32)
-    return module.GPT(config), (torch.randint(0, 50, (2, 8)),)
+    return module.GPT(config), tuple(torch.randint(0, 50, (2, 2, 8)))
 
 
 def _wkv(
