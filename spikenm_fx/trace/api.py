@@ -8,7 +8,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
@@ -20,6 +19,7 @@ from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
+from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["trace"]
 
@@ -222,7 +222,7 @@ def _unwrap(model: nn.Module) -> tuple[nn.Module, str, list[Note]]:
 
 
 def _refuse_unreadable(model: nn.Module) -> None:
-    if isinstance(model, torch.jit.ScriptModule):
+    if is_scripted(model):
         raise TraceError(
             f"{type(model).__name__}: a scripted model hides its layers and their calls; "
             "trace the original module, and script afterwards"
@@ -278,7 +278,7 @@ def _quiet(model: nn.Module, notes: list[Note]) -> Iterator[None]:
     flags = [(m, m.training) for m in nn.Module.modules(model)]
     emptied: list[tuple[dict[Any, Any], list[tuple[Any, Any]]]] = []
     for module, _ in flags:
-        if not isinstance(module, torch.jit.ScriptModule):
+        if not is_scripted(module):
             module.__dict__["training"] = False
             for attribute in _HOOKS:
                 hooks = getattr(module, attribute)
@@ -293,7 +293,7 @@ def _quiet(model: nn.Module, notes: list[Note]) -> Iterator[None]:
         yield
     finally:
         for module, training in flags:
-            if not isinstance(module, torch.jit.ScriptModule):
+            if not is_scripted(module):
                 module.__dict__["training"] = training
         for hooks, items in emptied:
             hooks.clear()

@@ -20,6 +20,7 @@ from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.adapters import ADAPTERS
 from spikenm_fx.trace.adapters.adapter import scalar
 from spikenm_fx.trace.spec import NeuronSpec, Scalar
+from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["find_neurons", "neuron_spec", "register_neuron"]
 
@@ -85,7 +86,7 @@ def _outermost_first(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _looks_like_neuron(module: nn.Module) -> bool:
     """No weights inside, and either a surrogate in its code or a membrane that is reset."""
-    if type(module).__module__.startswith("torch.") or isinstance(module, torch.jit.ScriptModule):
+    if type(module).__module__.startswith("torch.") or is_scripted(module):
         return False
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or _has_weights(module):
         return False

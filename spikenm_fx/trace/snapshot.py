@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.trace.values import is_scripted
+
 __all__ = ["detach_state", "preserved"]
 
 _DEPTH = 4
@@ -90,7 +92,7 @@ class _Undo:
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._steps.append(lambda: _forget(value.set_state(state)))
-        elif isinstance(value, torch.jit.ScriptModule):
+        elif is_scripted(value):
             self._remember_all([*value.parameters(), *value.buffers()], depth)
         elif isinstance(value, nn.Module):
             self._remember_dict(vars(value), _DEPTH)

@@ -33,6 +33,7 @@ from spikenm_fx.trace.values import (
     Measured,
     SurrogateCall,
     describe,
+    is_scripted,
     measure_kind,
     user_line,
     worst_of,
@@ -102,7 +103,7 @@ class LeafRule:
         """Whether ``module`` is one node of the graph."""
         if module in self.neurons or is_weight_layer(module) or isinstance(module, NORMS + ATOMIC):
             return True
-        if isinstance(module, torch.jit.ScriptModule):
+        if is_scripted(module):
             return True
         package = type(module).__module__
         # containers, empty ones too, and torch's composites (TransformerEncoderLayer) are opened

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = [
     "InnerCall",
@@ -16,6 +16,7 @@ __all__ = [
     "SurrogateCall",
     "ValueInfo",
     "describe",
+    "is_scripted",
     "measure_kind",
     "user_line",
     "worst_of",
@@ -103,6 +104,11 @@ class SurrogateCall:
 def write_view(base: Tensor, update: Tensor) -> Tensor:
     """In a graph: ``base`` after ``update`` was written through a view of it."""
     return base
+
+
+def is_scripted(module: nn.Module) -> bool:
+    """Whether torch's script compiler runs ``module``; with ``PYTORCH_JIT=0`` none is."""
+    return isinstance(module, torch.jit.ScriptModule) and hasattr(module, "_c")
 
 
 def user_line(error: BaseException) -> str:
