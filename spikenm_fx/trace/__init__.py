@@ -16,7 +16,7 @@ from spikenm_fx.trace.graph import Chain, LayerRecord, NeuronRecord, Note, Spiki
 from spikenm_fx.trace.groups import CoupledGroup, Member, coupled_groups, permute_channels
 from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
 from spikenm_fx.trace.signal import Signal
-from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, simulate
+from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
 from spikenm_fx.trace.tracer import Limits
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Synapse",
     "coupled_groups",
     "find_neurons",
+    "membranes",
     "neuron_spec",
     "permute_channels",
     "register_neuron",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import networkx as nx
@@ -19,38 +19,18 @@ from spikenm_fx.trace.graph import (
     NeuronRecord,
     NodeKind,
     Note,
-    Route,
     SpikingGraph,
 )
+from spikenm_fx.trace.layouts import Reader
 from spikenm_fx.trace.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
+from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.signal import ANALOG, Signal, constant, join, of_kind, transfer
 from spikenm_fx.trace.spec import NeuronSpec
-from spikenm_fx.trace.values import InnerCall, SurrogateCall, ValueInfo
+from spikenm_fx.trace.values import SurrogateCall, ValueInfo
 
-__all__ = ["Trace", "build"]
+__all__ = ["build"]
 
 Names: TypeAlias = tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Trace:
-    """The raw material of a graph.
-
-    Attributes:
-        model: the model.
-        graph: recorded operations; None without a trace.
-        neurons: the neuron modules' specs by name.
-        route: how it was obtained.
-        notes: what to tell.
-        inner: layers called inside leaves.
-    """
-
-    model: nn.Module
-    graph: fx.Graph | None
-    neurons: Mapping[str, NeuronSpec]
-    route: Route
-    notes: list[Note] = field(default_factory=list)
-    inner: dict[str, InnerCall] = field(default_factory=dict)
 
 
 def build(trace: Trace) -> SpikingGraph:
@@ -72,6 +52,7 @@ class _Builder:
         self.functional: set[str] = set()
         self.notes = list(trace.notes)
         self.out = SpikingGraph()
+        self.reader: Reader | None = None
 
     # -- reading the operations -------------------------------------------------------------------
 
@@ -83,6 +64,9 @@ class _Builder:
         self._name_surrogates()
         for node in self.nodes:
             self.ident[node] = self._identity(node)
+        if self.trace.route != "symbolic":
+            self.reader = Reader(self.trace)
+            self.reader.read()
         self._connect()
 
     def _functional_weight(self, node: fx.Node) -> dict[fx.Node, str]:
@@ -308,8 +292,11 @@ class _Builder:
             signal=signal,
             measured=measured - {None},
             shape=info.shape if info else None,
-            time_axis=None,
+            time_axis=self._time_axis(source),
         )
+
+    def _time_axis(self, node: fx.Node) -> int | None:
+        return None if self.reader is None else self.reader.time_axis(node)
 
     def _attributes(self, node: fx.Node) -> dict[str, object]:
         info: ValueInfo | None = node.meta.get("value")
@@ -356,6 +343,7 @@ class _Builder:
             "route": self.trace.route,
             "notes": tuple(self.notes),
             "trace": self.trace,
+            "reader": self.reader,
         }
         return self.out
 
@@ -385,6 +373,7 @@ class _Builder:
             input_signal=join([self.signals[s] for s in sources]) if sources else None,
             input_shape=info.shape if info else None,
             output_shape=result.shape if result else None,
+            time_axis=self._time_axis(sources[0]) if sources else None,
             is_readout=not spiking and any(left for _, _, left in ahead),
         )
 

@@ -105,8 +105,11 @@ class LeafRule:
         if isinstance(module, torch.jit.ScriptModule):
             return True
         package = type(module).__module__
-        # torch's containers and composites (TransformerEncoderLayer) are looked into
-        return package.startswith("torch.nn.") and not any(True for _ in module.children())
+        # containers, empty ones too, and torch's composites (TransformerEncoderLayer) are opened
+        container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if container or not package.startswith("torch.nn."):
+            return False
+        return not any(True for _ in module.children())
 
 
 class Failure(Exception):

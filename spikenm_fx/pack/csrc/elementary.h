@@ -5,8 +5,6 @@
 
 namespace {
 
-constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;  // the sum is ln 2
-
 SNM_INLINE vi splat_word(int32_t x) { return x - vi{}; }
 SNM_INLINE vf as_floats(vi x) { return reinterpret_cast<vf>(x); }
 SNM_INLINE vi as_words(vf x) { return reinterpret_cast<vi>(x); }
@@ -19,26 +17,26 @@ SNM_INLINE vf polynomial(const float (&c)[kCount], vf x) {
   return y;
 }
 
-// Natural logarithm of positive normal numbers.  x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2);
-// log(1 + f) = f - f^2 R(f), R a minimax fit (2.4e-8) of our own.
-SNM_INLINE vf log_positive(vf x) {
-  static constexpr float R[] = {0.49999997f,  -0.33333313f, 0.25000751f,  -0.20002694f, 0.16628920f,
-                                -0.14173463f, 0.13072570f,  -0.12917821f, 0.08064555f};
-  const vi exponent = (as_words(x) - splat_word(0x3f3504f3)) >> 23;
-  const vf f = as_floats(as_words(x) - (exponent << 23)) - splat(1.0f);
-  const vf e = __builtin_convertvector(exponent, vf);
-  const vf low = madd(-(f * f), polynomial(R, f), e * splat(LN2_LOW));
-  return madd(e, splat(LN2_HIGH), low + f);
+// -log(x) of positive normal numbers.  x = 2^e (1 + f) with sqrt(1/2) <= 1 + f < sqrt(2);
+// log(1 + f) = f - f^2 R(f), R a minimax fit (1.6e-7, times f in the result) of our own.
+SNM_INLINE vf minus_log(vf x) {
+  static constexpr float R[] = {0.49999994f, -0.33333641f, 0.25002059f,  -0.19974458f,
+                                0.16562028f, -0.14775027f, 0.14352252f, -0.09226522f};
+  constexpr int32_t kRootHalf = 0x3f3504f3;
+  const vi shifted = as_words(x) - splat_word(kRootHalf);
+  const vf f = as_floats((shifted & splat_word(0x7fffff)) + splat_word(kRootHalf)) - splat(1.0f);
+  const vf e = __builtin_convertvector(shifted >> 23, vf);
+  return madd(e, splat(-0.693147181f), madd(f * f, polynomial(R, f), -f));
 }
 
-// exp(x) for x <= 88; 0 below -87.  exp(r) = 1 + r + r^2 E(r) with |r| <= ln(2) / 2, E a minimax
-// fit (6.3e-8).
+// exp(x) for x <= 88; 0 below -87.  x = n ln 2 + r with |r| <= ln(2) / 2, ln 2 in two parts;
+// exp(r) = 1 + r + r^2 E(r), E a minimax fit (6.3e-8) of our own.
 SNM_INLINE vf exp_up_to_88(vf x) {
   static constexpr float E[] = {0.5f, 0.16666577f, 0.041666374f, 0.0083631752f, 0.0013941110f};
   const vf to_integer = splat(12582912.0f);  // 1.5 * 2^23: the sum is rounded to an integer
   const vf shifted = madd(x, splat(1.44269504f), to_integer);
   const vf n = shifted - to_integer;
-  const vf r = madd(n, splat(-LN2_LOW), madd(n, splat(-LN2_HIGH), x));
+  const vf r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), x));
   const vf y = madd(r * r, polynomial(E, r), r) + splat(1.0f);
   const vf scaled = as_floats(as_words(y) + (as_words(shifted) << 23));
   return x >= splat(-87.0f) ? scaled : vf{};

@@ -30,10 +30,10 @@ SNM_INLINE vw splat_bits(uint32_t x) { return x - vw{}; }
 SNM_INLINE vf gumbel(vw mixed, vw key1) {
   mixed = ((mixed ^ (mixed >> 16)) * splat_bits(MIX1)) ^ key1;
   mixed = (mixed ^ (mixed >> 15)) * splat_bits(MIX2);
-  mixed ^= mixed >> 16;
-  const vi top = reinterpret_cast<vi>(mixed >> 9);
-  const vf u = (__builtin_convertvector(top, vf) + splat(0.5f)) * splat(0x1p-23f);
-  return -log_positive(-log_positive(u));
+  // Of mixed ^ (mixed >> 16) the upper 23 bits, as the fraction of a float in [1, 2); the
+  // subtraction of 1 - 2^-24 is exact.
+  const vw one_to_two = ((mixed >> 9) ^ (mixed >> 25)) | splat_bits(0x3f800000);
+  return minus_log(minus_log(reinterpret_cast<vf>(one_to_two) - splat(0x1.fffffep-1f)));
 }
 
 // Columns [0, leads * width) of a tile are the pairs (block row, inner position), planes their M.
@@ -64,6 +64,10 @@ struct Tiling {
 template <class T>
 SNM_INLINE void copy_row(const T *from, T *to, int64_t n, int64_t room) {
   constexpr int64_t piece = 16 / sizeof(T);
+  if (n == 1) {  // overlapping pieces would wait for each other
+    *to = *from;
+    return;
+  }
   for (int64_t i = 0; i < n; i += piece) {
     if (i + piece <= room) {
       memcpy(to + i, from + i, 16);
@@ -165,17 +169,18 @@ struct Draws {
   static constexpr int kSize = kM ? kM : MAX_M, kLayout = kTurn ? kM : 0;
   const snm_draws *call;
   Tiling tiling;
-  int m;
   uint32_t *steps;  // WEYL times the counter of each column, from the tile's first one
 
-  explicit Draws(const snm_draws *c)
-      : call(c), tiling(c), m(kM ? kM : static_cast<int>(c->m)), steps(nullptr) {}
+  explicit Draws(const snm_draws *c) : call(c), tiling(c), steps(nullptr) {}
+
+  // Known to the compiler where it is compiled in, so that loops unroll.
+  SNM_MEMBER int block() const { return kM ? kM : static_cast<int>(tiling.m); }
 
   int32_t start() {
     steps = static_cast<uint32_t *>(snm_scratch(0, sizeof(uint32_t) * tiling.capacity));
     const int64_t width = least(tiling.inner, tiling.capacity);
     for (int64_t c = 0; c < tiling.capacity; ++c)
-      steps[c] = WEYL * static_cast<uint32_t>(c / width * m * tiling.inner + c % width);
+      steps[c] = WEYL * static_cast<uint32_t>(c / width * block() * tiling.inner + c % width);
     snm_parallel(ceil_div(tiling.count(), TILES_PER_ITEM), call->threads, item, this);
     return 0;
   }
@@ -187,7 +192,7 @@ struct Draws {
   }
 
   void run(const Tile &t) const {
-    const int64_t planes = m * tiling.stride();
+    const int64_t planes = block() * tiling.stride();
     float *x = static_cast<float *>(snm_scratch(1, planes * (3 * sizeof(float) + 2)));
     float *h = x + planes, *weight = h + planes;
     int8_t *present = reinterpret_cast<int8_t *>(weight + planes), *mask = present + planes;
@@ -206,8 +211,8 @@ struct Draws {
 
   void gather_present(const Tile &t, int8_t *present) const {
     for (int64_t l = 0; l < t.leads; ++l)
-      for (int64_t j = 0; j < m; ++j)
-        memset(present + j * tiling.stride() + l * t.width, call->present[(t.lead + l) * m + j],
+      for (int64_t j = 0; j < block(); ++j)
+        memset(present + j * tiling.stride() + l * t.width, call->present[(t.lead + l) * block() + j],
                t.width);
   }
 
@@ -219,7 +224,7 @@ struct Draws {
     uint32_t start = WEYL * static_cast<uint32_t>(tiling.offset(t)) + call->key0;
     const bool noisy = call->noisy;
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
+    for (int j = 0; j < block(); ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
       vf v = load(x + j * tiling.stride() + c);
       if (noisy) v = madd(kappa, v, gumbel(step + splat_bits(start), key1));
       v = v > lowest ? v : lowest;
@@ -239,11 +244,11 @@ struct Draws {
       vf z[kSize];
       vi rank[kSize];
       perturb(t, c, x, present, z);
-      rank_planes<kM>(z, m, call->keep, rank);
+      rank_planes<kM>(z, block(), call->keep, rank);
       if constexpr (kTurn) {
         store_blocks(rank, keep, out + c * kM, t.leads - c);
       } else {
-        for (int j = 0; j < m; ++j) {
+        for (int j = 0; j < block(); ++j) {
           const int64_t at = j * tiling.stride() + c;
           vb kept = __builtin_convertvector((rank[j] < keep) & 1, vb);
           if (present) kept &= *reinterpret_cast<const vb_any *>(present + at);
@@ -277,63 +282,70 @@ struct Draws {
     }
   }
 
-  // One vector of blocks; the gradient replaces the logits in x.
+  // One vector of blocks; the gradient replaces the logits in x.  Step by step draws_backward of
+  // masks/sampler.py: ratios of successive draws instead of exponentials that could overflow.
   SNM_MEMBER void gradient(const Tile &t, int64_t c, float *x, const float *h, const float *weight,
                            const int8_t *present) const {
     const int64_t draws = call->keep;
-    const vf inverse_tau = splat(call->inverse_tau), gain = splat(call->gain);
-    vf y[kSize], yh[kSize], inverse[kSize], offset[kSize];
+    const vf inverse_tau = splat(call->inverse_tau), one = splat(1.0f);
+    vf z[kSize], dl_dm[kSize], z_at[kSize], h_at[kSize], ratio[kSize], inverse[kSize];
     vi rank[kSize];
-    perturb(t, c, x, present, y);
-    rank_planes<kM>(y, m, draws, rank);
-    vf last = y[0];
+    perturb(t, c, x, present, z);
+    rank_planes<kM>(z, block(), draws, rank);
 #pragma GCC unroll 16
-    for (int j = 1; j < m; ++j)
-      last = rank[j] == splat_word(static_cast<int32_t>(draws - 1)) ? y[j] : last;
-    vf left = vf{}, free_yh = vf{};
+    for (int j = 0; j < block(); ++j) {
+      dl_dm[j] = load(h + j * tiling.stride() + c);
+      if (weight) dl_dm[j] *= load(weight + j * tiling.stride() + c);
+    }
+    for (int64_t k = 0; k < draws; ++k) {
+      const vi draw = splat_word(static_cast<int32_t>(k));
+      vf z_taken = z[0], h_taken = dl_dm[0];
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j) {
-      const vf above = (y[j] - last) * inverse_tau;
-      // beyond exp(80) the probability of what is left is zero in float32 anyway
-      y[j] = exp_up_to_88(above < splat(80.0f) ? above : splat(80.0f));
-      vf dl_dm = load(h + j * tiling.stride() + c);
-      if (weight) dl_dm *= load(weight + j * tiling.stride() + c);
-      yh[j] = y[j] * dl_dm;
-      const vi free = rank[j] >= splat_word(static_cast<int32_t>(draws));
-      left += free ? y[j] : vf{};
-      free_yh += free ? yh[j] : vf{};
+      for (int j = 1; j < block(); ++j) {
+        z_taken = rank[j] == draw ? z[j] : z_taken;
+        h_taken = rank[j] == draw ? dl_dm[j] : h_taken;
+      }
+      z_at[k] = z_taken;
+      h_at[k] = h_taken;
+      if (k) ratio[k - 1] = exp_up_to_88((z_taken - z_at[k - 1]) * inverse_tau);
+    }
+    const vf last = z_at[draws - 1];
+    const vi drawn = splat_word(static_cast<int32_t>(draws));
+    vf left = vf{}, left_h = vf{};  // of draw k, in units of exp(z_k / tau)
+#pragma GCC unroll 16
+    for (int j = 0; j < block(); ++j) {
+      const vf y = exp_up_to_88((z[j] - last) * inverse_tau);
+      z[j] = rank[j] >= drawn ? y : vf{};  // the logit is no longer needed
+      left += z[j];
+      left_h = madd(z[j], dl_dm[j], left_h);
     }
     for (int64_t k = draws - 1; k >= 0; --k) {
-      const vi draw = splat_word(static_cast<int32_t>(k));
-      vf taken = vf{}, taken_yh = vf{};
-#pragma GCC unroll 16
-      for (int j = 0; j < m; ++j) {
-        taken = rank[j] == draw ? y[j] : taken;
-        taken_yh = rank[j] == draw ? yh[j] : taken_yh;
+      inverse[k] = one / (one + left);
+      z_at[k] = (h_at[k] + left_h) * inverse[k];  // the mean of dL/dm that draw k expects
+      if (k == 0) break;
+      left = (one + left) * ratio[k - 1];
+      left_h *= ratio[k - 1];
+    }
+    vf slope = vf{}, offset = vf{};
+    for (int64_t k = 0; k < draws; ++k) {
+      if (k) {
+        slope *= ratio[k - 1];
+        offset *= ratio[k - 1];
       }
-      left += taken;
-      inverse[k] = splat(1.0f) / left;
-      offset[k] = (taken_yh + free_yh) * inverse[k] * inverse[k];
+      slope += inverse[k];
+      offset = madd(z_at[k], inverse[k], offset);
+      h_at[k] = h_at[k] * inverse[k] - offset;  // the gradient where draw k went
     }
-    vf slopes = inverse[0];
-    for (int64_t k = 1; k < draws; ++k) {
-      slopes += inverse[k];
-      offset[k] += offset[k - 1];
-    }
-    vf slope[kSize], fall[kSize];
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j) slope[j] = slopes, fall[j] = offset[draws - 1];
+    for (int j = 0; j < block(); ++j) z[j] *= dl_dm[j] * slope - offset;
     for (int64_t k = 0; k < draws; ++k) {
       const vi draw = splat_word(static_cast<int32_t>(k));
 #pragma GCC unroll 16
-      for (int j = 0; j < m; ++j) {
-        slope[j] = rank[j] == draw ? inverse[k] : slope[j];
-        fall[j] = rank[j] == draw ? offset[k] : fall[j];
-      }
+      for (int j = 0; j < block(); ++j) z[j] = rank[j] == draw ? h_at[k] : z[j];
     }
+    const vf gain = splat(call->gain);
 #pragma GCC unroll 16
-    for (int j = 0; j < m; ++j)
-      store(x + j * tiling.stride() + c, (yh[j] * slope[j] - y[j] * fall[j]) * gain);
+    for (int j = 0; j < block(); ++j) store(x + j * tiling.stride() + c, z[j] * gain);
   }
 };
 
