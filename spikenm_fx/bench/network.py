@@ -7,6 +7,7 @@ import argparse
 import copy
 import importlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -71,6 +72,7 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         seconds = interleaved(
             {key: _call(network, model, x) for key, model in candidates.items()},
             repeats=options.repeats,
+            clock=time.thread_time if options.threads == 1 else time.perf_counter,
         )
     report = packing(engine)
     row = {
