@@ -277,10 +277,8 @@ def _rates(network: Network, x: Tensor) -> dict[str, Any]:
 
 
 def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
-    target = model if hasattr(model, "reset_target") else model
-
     def call() -> object:
-        network.reset(target)
+        network.reset(model)
         return model(x)
 
     return call
