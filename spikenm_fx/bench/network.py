@@ -277,8 +277,11 @@ def _rates(network: Network, x: Tensor) -> dict[str, Any]:
 
 
 def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
+    # A compiled module wraps the one that holds the state.
+    target = getattr(model, "_orig_mod", model)
+
     def call() -> object:
-        network.reset(model)
+        network.reset(target)
         return model(x)
 
     return call
