@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every chore of the project, as the continuous integration runs it: ``python -m nox -s NAME``."""
 
+import shutil
+from pathlib import Path
+
 import nox
 
 nox.options.sessions = ["tests", "lint", "types", "build"]
 nox.options.default_venv_backend = "virtualenv"  # pip finds a local torch wheel, uv does not
 nox.options.reuse_existing_virtualenvs = True
 
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -20,6 +24,13 @@ def install_package(session: nox.Session) -> None:
     session.install("-e", ".")
 
 
+def install_with_frameworks(session: nox.Session) -> None:
+    """Package, test tools and SNN frameworks; these without what would replace the pinned torch."""
+    session.install(*groups("tests", "framework-requirements"))
+    session.install("--no-deps", *groups("frameworks"))
+    install_package(session)
+
+
 @nox.session
 def demo(session: nox.Session) -> None:
     """Watch a spiking network learn digits dense, at 2:4 and at 1:8 (minutes)."""
@@ -31,15 +42,8 @@ def demo(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests, with SpikingJelly, snnTorch and Norse installed."""
-    session.install(*groups("tests"))
-    # without their dependencies, which would replace the pinned torch
-    session.install(*groups("framework-requirements"))
-    session.install("--no-deps", *groups("frameworks"))
-    install_package(session)
+    install_with_frameworks(session)
     session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
-
-
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
 
 
 @nox.session
@@ -61,29 +65,27 @@ def types(session: nox.Session) -> None:
 @nox.session
 def tutorials(session: nox.Session) -> None:
     """Run every tutorial from top to bottom."""
-    session.install(*groups("tests"))
-    session.install(*groups("framework-requirements"))
-    session.install("--no-deps", *groups("frameworks"))
-    install_package(session)
-    session.run("python", "-m", "spikenm_fx.bench", "tutorials", *session.posargs)
+    install_with_frameworks(session)
+    for tutorial in session.posargs or sorted(map(str, Path("tutorials").glob("*.py"))):
+        session.run("python", tutorial, env=ONE_THREAD)
 
 
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks: ``python -m nox -s bench -- sampler`` and the like; no argument lists them."""
-    session.install(*groups("tests"))
-    session.install(*groups("framework-requirements"))
-    session.install("--no-deps", *groups("frameworks"))
-    install_package(session)
+    install_with_frameworks(session)
     session.run("python", "-m", "spikenm_fx.bench", *(session.posargs or ["--help"]))
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source distribution and wheel, and an import of the wheel."""
-    session.install(*groups("build"), *groups("torch"))
-    out = session.create_tmp()
-    session.run("python", "-m", "build", "--outdir", out, ".")
-    session.chdir(out)
-    wheel = max(__import__("pathlib").Path(".").glob("*.whl"), key=lambda p: p.stat().st_mtime)
+    """Source distribution and wheel, and the command line of the installed wheel."""
+    session.install(*groups("build", "demo"))
+    out = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(out, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(out), ".")
+    (wheel,) = out.glob("*.whl")
     session.install("--force-reinstall", "--no-deps", str(wheel))
+    session.install(*groups("torch"), str(wheel))
+    session.chdir(out)  # away from the sources: what runs is what was installed
+    session.run("spikenm-fx", "--version")

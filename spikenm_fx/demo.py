@@ -147,7 +147,10 @@ def draw_masks(rows: list[DemoRow], path: Path) -> None:
             limit = float(matrix.abs().max()) or 1.0
             shown = matrix.masked_fill(matrix == 0, float("nan"))
             axis.set_facecolor("#20222b")
-            axis.imshow(shown, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto")
+            edges = (0, matrix.shape[1], matrix.shape[0], 0)
+            axis.imshow(
+                shown, cmap="coolwarm", vmin=-limit, vmax=limit, aspect="auto", extent=edges
+            )
             axis.set_title(f"{row.pattern}: {float((matrix != 0).float().mean()):.1%} kept")
             axis.set_xticks(range(0, matrix.shape[1] + 1, 8))
             axis.set_yticks([])

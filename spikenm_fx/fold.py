@@ -9,7 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.layer import DENSE, LOGITS, META, check_checkpoint, detach, masked_layers
+from spikenm_fx.masks.layer import (
+    DENSE,
+    EID_KEY,
+    LOGITS,
+    META,
+    check_checkpoint,
+    detach,
+    masked_layers,
+)
+from spikenm_fx.masks.watch import remove_hooks
 
 __all__ = ["dense_state_dict", "fold"]
 
@@ -40,6 +49,7 @@ def fold(model: ModelT) -> ModelT:
         layer.weight_dense.data.copy_(final[name])
     for layer in layers.values():
         detach(layer)
+    remove_hooks(model)
     for module in model.modules():
         hooks = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
@@ -60,6 +70,6 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     ours = tuple(
         f"{name}.{key}" if name else key
         for name, _ in masked_layers(model)
-        for key in (LOGITS, DENSE, META)
+        for key in (LOGITS, DENSE, META, EID_KEY)
     )
     return {key: value for key, value in model.state_dict().items() if key not in ours}

@@ -101,7 +101,7 @@ def test_defaults_and_their_reasons():
     result = plan(model)
     reasons = [layer.reason for layer in result.layers]
     for seen, wanted in zip(
-        reasons, ["analog input", "depthwise", "default", "classifier head"], strict=True
+        reasons, ["input is analog", "depthwise", "drives nothing", "readout"], strict=True
     ):
         assert wanted in seen
     assert [layer.name for layer in result.sparse] == ["2"]
@@ -280,20 +280,23 @@ def test_tied_layers_that_differ_stay_dense():
 
 
 def test_planning_a_training_model_with_random_weights_is_pure():
-    """Asking for computed weights would move buffers and random numbers: it is not done."""
+    """Computed weights draw random numbers and move buffers: planning puts both back."""
 
     class Noisy(nn.Module):
-        calls = 0
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
 
         def forward(self, weight):
-            Noisy.calls += 1
+            self.calls += 1
             return weight + torch.randn_like(weight)
 
     model = _with(nn.Linear(8, 8)).train()
     nn.utils.parametrize.register_parametrization(model[1], "weight", Noisy())
-    calls, rng = Noisy.calls, torch.random.get_rng_state()
+    noisy = model[1].parametrizations.weight[0]
+    calls, rng = noisy.calls.clone(), torch.random.get_rng_state()
     plan(model)
-    assert Noisy.calls == calls
+    assert noisy.calls == calls
     assert torch.equal(torch.random.get_rng_state(), rng)
 
 

@@ -354,6 +354,26 @@ def test_latency_is_measured_for_each_variant() -> None:
     assert "Latency" in result.to_html()
 
 
+def test_packed_engine_is_reported_like_its_folded_model() -> None:
+    """Counts of an engine are those of the model it was packed from; kernels are named."""
+    from spikenm_fx.pack import pack
+
+    torch.manual_seed(0)
+    net = spikingjelly_net()
+    spikenm_fx.fold(spikenm_fx.sparsify(net, "2:4"))
+    x = torch.randn(4, 2, 6, 6) * 2
+    net.eval()
+    folded = report(net, x)
+    result = report(pack(net, x, backend="reference"), x, latency=True, repeats=1)
+    assert [layer.operations for layer in result.layers] == [
+        layer.operations for layer in folded.layers
+    ]
+    assert [layer.pattern for layer in result.layers] == [layer.pattern for layer in folded.layers]
+    assert all("runs as" in layer.note for layer in result.layers)
+    assert "packed layers run as" in str(result)
+    assert result.latency is not None
+
+
 @st.composite
 def patterned(draw: st.DrawFn) -> tuple[nn.Module, Tensor, NM]:
     """A layer whose mask holds exactly ``keep`` ones in each block."""

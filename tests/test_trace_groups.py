@@ -14,7 +14,7 @@ from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import CoupledGroup, coupled_groups, permute_channels, trace
-from spikenm_fx.trace.groups import _permute
+from spikenm_fx.trace.groups import permute_members
 
 DOUBLE = [
     *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "ms_resnet18")),
@@ -63,9 +63,9 @@ def test_groups_permute_exactly(name: str) -> None:
         permute_channels(case.model, group, order)
         assert difference(before, outputs(case)) <= 1e-8
         permute_channels(case.model, group, torch.argsort(order))
-        _permute(case.model, group, group.producers, order)
+        permute_members(case.model, group, group.producers, order)
         noticed += difference(before, outputs(case)) > 1e-8
-        _permute(case.model, group, group.producers, torch.argsort(order))
+        permute_members(case.model, group, group.producers, torch.argsort(order))
     assert free >= EXPECTED.get(name, 1)
     assert noticed >= 0.5 * free  # quiet channels and equal ones can hide a wrong permutation
     assert difference(before, outputs(case)) == 0

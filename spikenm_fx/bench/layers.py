@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -89,7 +90,12 @@ def main(arguments: list[str]) -> None:
     for line, values in summary.items():
         print(f"{line:<28} median {values['median']:.2f}x  least {values['least']:.2f}x")
     name = f"layers{'-int8' if options.int8 else ''}-{options.threads}t"
-    about = {"kernels": status.levels, "repeats": options.repeats, "summary": summary}
+    about = {
+        "kernels": status.levels,
+        "clock": "CPU time of the thread" if options.threads == 1 else "wall",
+        "repeats": options.repeats,
+        "summary": summary,
+    }
     print(save(name, {**about, "rows": rows}))
 
 
@@ -104,7 +110,9 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
     for pattern in options.patterns:
         timed |= _packed(shape, weight, x, NM.parse(pattern), int8=options.int8)
     with torch.inference_mode():
-        seconds = interleaved(timed, repeats=options.repeats, warmup=2)
+        # One thread: CPU time, so that other work on the machine does not count.
+        clock = time.thread_time if options.threads == 1 else time.perf_counter
+        seconds = interleaved(timed, repeats=options.repeats, warmup=2, clock=clock)
     best = min(seconds[name] for name in dense)
     ratios = {name: best / s for name, s in seconds.items() if name not in dense}
     for pattern in options.patterns:

@@ -4,9 +4,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,12 +26,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_flatten
 
 import spikenm_fx
+from spikenm_fx.bench.repos import REPOS
+from spikenm_fx.bench.repos import build as build_checkout
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace import SpikingGraph, trace
+from spikenm_fx.trace import SpikingGraph, coupled_groups, permute_channels, trace
+from spikenm_fx.trace.groups import permute_members
 from spikenm_fx.trace.values import measure_kind
 
-__all__ = ["Row", "main", "measure"]
+__all__ = ["Row", "main", "measure", "train_sparse"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +56,8 @@ class Row:
         spike_missed: edges marked analog that only carried {0,1}.
         input_wrong: layers whose input was marked spike but was not, measured by plain hooks.
         silent: layers whose input was constant in all measured forwards: nothing is proven there.
-        groups: coupled groups found, by state.
+        groups: coupled groups: permuted exactly, wrongly, frozen; and how many of the exact ones a
+            permutation of their producers alone did not show (quiet channels).
         eager_ms: one eager forward, median.
         trace_ms: one trace, median.
         memory_ratio: peak bytes of a trace over those of a forward, parameters counted in both.
@@ -99,6 +108,7 @@ def measure(name: str, case: Case, *, seeds: int = 3, timed: bool = True) -> Row
     )
     _edges_by_measurement(row, case, graph, seeds)
     _inputs_by_measurement(row, case, graph, seeds)
+    _groups_by_permutation(row, case, graph)
     if timed:
         _times(row, case)
         row.memory_ratio = round(_memory(case), 2)
@@ -149,7 +159,7 @@ def _inputs_by_measurement(row: Row, case: Case, graph: SpikingGraph, seeds: int
         for inputs in _variants(case.inputs, seeds):
             case.reset(case.model)
             with torch.no_grad():
-                case.model(*inputs)
+                case.model(*(x.clone() for x in inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -159,6 +169,67 @@ def _inputs_by_measurement(row: Row, case: Case, graph: SpikingGraph, seeds: int
         row.silent += not seen
         if signal is not None and signal.kind == "spike":
             row.input_wrong += bool(seen - {"spike"})
+
+
+def _groups_by_permutation(row: Row, case: Case, graph: SpikingGraph) -> None:
+    """Permute every unfrozen group: outputs must stay; permuting producers alone must show.
+
+    In float64 to 1e-8; frameworks that know only float32 are held to 1e-4 of the output's range.
+    """
+    with _double(case) as (exactly, precise):
+        before = _outputs(exactly)
+        scale = max((float(t.abs().max()) for t in before), default=0.0) or 1.0
+        tolerance = 1e-8 if precise else 1e-4 * scale
+        counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0}
+        for group in coupled_groups(graph):
+            if group.frozen:
+                counts["frozen"] += 1
+                continue
+            order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
+            back = torch.argsort(order)
+            permute_channels(case.model, group, order)
+            exact = _difference(before, _outputs(exactly)) <= tolerance
+            permute_channels(case.model, group, back)
+            counts["exact" if exact else "wrong"] += 1
+            permute_members(case.model, group, group.producers, order)
+            counts["quiet"] += _difference(before, _outputs(exactly)) <= tolerance
+            permute_members(case.model, group, group.producers, back)
+    row.groups = counts
+
+
+@contextmanager
+def _double(case: Case) -> Iterator[tuple[Case, bool]]:
+    """The same case in float64, and whether that works."""
+    before = torch.get_default_dtype()
+    inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs)
+    double = Case(case.model, inputs, case.reset)
+    try:
+        torch.set_default_dtype(torch.float64)
+        case.model.double()
+        _outputs(double)
+    except RuntimeError:  # the framework makes float32 tensors of its own
+        torch.set_default_dtype(before)
+        case.model.float()
+        case.reset(case.model)
+        yield case, False
+        return
+    try:
+        yield double, True
+    finally:
+        torch.set_default_dtype(before)
+        case.model.float()
+
+
+def _outputs(case: Case) -> list[Tensor]:
+    case.reset(case.model)
+    with torch.no_grad():
+        outputs = [t for t in tree_flatten(case.run())[0] if isinstance(t, Tensor)]
+    case.reset(case.model)
+    return outputs
+
+
+def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
 def _times(row: Row, case: Case, repeats: int = 5) -> None:
@@ -173,7 +244,7 @@ def _times(row: Row, case: Case, repeats: int = 5) -> None:
 
 def _forward(case: Case) -> None:
     with torch.no_grad():
-        case.model(*case.inputs)
+        case.run()
     case.reset(case.model)
 
 
@@ -207,22 +278,26 @@ def _peak(call: Callable[[], object]) -> int:
     return peak
 
 
-def _train_sparse(build: Callable[[], Case]) -> str:
+def train_sparse(build: Callable[[], Case]) -> str:
     """Sparsify the model, train one step, fold, verify: what a user does next."""
     try:
         case = build()  # not a copy: some frameworks' deepcopy does not work
         model = case.model.train()
-        spikenm_fx.sparsify(model, "2:4", remainder="pad")
+        every = (spikenm_fx.Rule("re:.*", nm="2:4"),)  # head and input layer included
+        decided = spikenm_fx.plan(
+            model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad"
+        )
+        spikenm_fx.sparsify(model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad")
         optimizer = torch.optim.SGD(
             [p for p in nn.Module.parameters(model) if p.requires_grad], lr=1e-2
         )
-        outputs = [t for t in tree_flatten(model(*case.inputs))[0] if isinstance(t, Tensor)]
+        outputs = [t for t in tree_flatten(case.run())[0] if isinstance(t, Tensor)]
         losses = [t.float().square().mean() for t in outputs if t.requires_grad]
         torch.autograd.backward(torch.stack(losses).sum())
         optimizer.step()
         case.reset(model)
         spikenm_fx.fold(model)
-        return "ok" if spikenm_fx.verify(model) is not None else "not N:M"
+        return "ok" if spikenm_fx.verify(model, decided).valid else "not N:M"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
@@ -238,7 +313,7 @@ def _one(name: str, build: Callable[[], Case]) -> Row:
     try:
         with _quietly():
             row = measure(name, build())
-            row.sparsified = _train_sparse(build)
+            row.sparsified = train_sparse(build)
             return row
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else ""
@@ -266,7 +341,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _groups(row: Row) -> str:
-    return ", ".join(f"{count} {state}" for state, count in row.groups.items()) or "-"
+    return ", ".join(f"{count} {state}" for state, count in row.groups.items() if count) or "-"
 
 
 def main(arguments: list[str]) -> int:
@@ -274,23 +349,55 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m spikenm_fx.bench trace", description=__doc__)
     parser.add_argument("--only", default="", help="measure models whose name contains this")
     parser.add_argument("--output", type=Path, default=RESULTS / "trace.json")
+    parser.add_argument("--repos", type=Path, help="folder of checkouts of public repositories")
+    parser.add_argument("--sites", type=Path, help="folder of old SpikingJelly releases")
+    parser.add_argument("--one", help="measure this checkout, in this process")
     options = parser.parse_args(arguments)
-    rows = []
+    if options.one:
+        build = functools.partial(build_checkout, options.one, options.repos, options.sites)
+        write(options.output, [_one(f"repos/{options.one}", build)])
+        return 0
+    failed = False
+    for row in _rows(options):
+        print(table([row]).splitlines()[-1], flush=True)
+        write(options.output, [row])
+        failed |= bool(row.error)
+    return int(failed)
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
     for name, entry in ZOO.items():
-        if options.only not in name:
-            continue
-        if not entry.available:
-            rows.append(Row(name, error=f"{entry.framework} is not installed"))
-            continue
-        rows.append(_one(name, entry.build))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    write(options.output, rows)
-    return int(any(row.error for row in rows))
+        if options.only in name:
+            missing = Row(name, error=f"{entry.framework} is not installed")
+            yield _one(name, entry.build) if entry.available else missing
+    for name, checkout in REPOS.items() if options.repos else ():
+        if options.only in f"repos/{name}" and (options.repos / checkout.folder).is_dir():
+            yield _apart(name, options.repos, options.sites)
+
+
+def _apart(name: str, repos: Path, sites: Path | None) -> Row:
+    """Measure a checkout in a process of its own: their modules share names."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "row.json"
+        command = [sys.executable, "-m", "spikenm_fx.bench", "trace", "--one", name]
+        command += ["--repos", str(repos), "--output", str(output)]
+        command += ["--sites", str(sites)] if sites else []
+        # SpikeGPT's scripted modules hide their layers; torch runs them as written without JIT
+        environment = {**os.environ, "PYTORCH_JIT": "0"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if not output.exists():
+            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+            return Row(f"repos/{name}", error=last[0][:160])
+        return Row(**json.loads(output.read_text())["rows"][0])
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Keep ``rows`` as JSON, and as a table beside it."""
+    """Put ``rows`` in place of those of the same models in the JSON, and in the table beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {row["model"]: Row(**row) for row in known} | {row.model: row for row in rows}
+    order = [*ZOO, *(f"repos/{name}" for name in REPOS)]
+    kept = sorted(merged.values(), key=lambda row: order.index(row.model))
+    report = {"torch": torch.__version__, "rows": [asdict(row) for row in kept]}
     path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(rows) + "\n")
+    path.with_suffix(".md").write_text(table(kept) + "\n")

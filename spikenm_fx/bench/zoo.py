@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.nets import handwritten
 from spikenm_fx.bench.shims import stand_in
 
-__all__ = ["BRAINCOG_NEVER_USES", "ZOO", "Case", "Entry"]
+__all__ = ["BRAINCOG_NEVER_USES", "ZOO", "Case", "Entry", "liven"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,10 @@ class Case:
     model: nn.Module
     inputs: tuple[Tensor, ...]
     reset: Callable[[nn.Module], None]
+
+    def run(self) -> Any:
+        """One forward; on copies, as some models write into their input."""
+        return self.model(*(x.clone() for x in self.inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,7 @@ class Entry:
         return not self.framework or importlib.util.find_spec(self.framework) is not None
 
 
-def _liven(
+def liven(
     model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
 ) -> nn.Module:
     """Calibrate the norms on the input, so that spikes reach the last layers.
@@ -71,7 +75,7 @@ def _liven(
         norm.weight.data.fill_(2.0)
         norm.bias.data.copy_(torch.linspace(0.5, 1.5, norm.num_features))
     with torch.no_grad():
-        model.train()(*inputs)
+        model.train()(*(x.clone() for x in inputs))
     reset(model)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
@@ -106,7 +110,7 @@ def _jelly(
         for module in nn.Module.modules(model):
             if isinstance(module, nn.Linear):
                 module.weight.data *= 4.0  # no norm follows
-        return Case(_liven(model, (x,), _jelly_reset), (x,), _jelly_reset)
+        return Case(liven(model, (x,), _jelly_reset), (x,), _jelly_reset)
 
     return build
 
@@ -307,7 +311,7 @@ def _braincog(layer_by_layer: bool) -> Callable[[], Case]:
             if isinstance(module, node.BaseNode):
                 module.step = 2  # the network does not pass its own on
         x = torch.rand(2, 3, 32, 32) * 2
-        return Case(_liven(model, (x,), _no_reset), (x,), _no_reset)
+        return Case(liven(model, (x,), _no_reset), (x,), _no_reset)
 
     return build
 

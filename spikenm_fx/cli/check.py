@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.cli.packing import packed_output, packing_available
+from spikenm_fx.cli.packing import packed_output
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError, VerificationError
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.plan.plan import Plan
@@ -34,7 +34,8 @@ __all__ = ["STAGES", "CheckResult", "check_recipe"]
 STAGES = ("build", "plan", "sparsify", "train", "fold", "verify", "pack")
 
 _WAKING_STEPS = 3
-_PACK_TOLERANCE = 1e-4
+# Another order of summation may flip a spike that sits on its threshold, and what follows from it.
+_PACK_TOLERANCE = 0.02
 
 
 @dataclass(slots=True)
@@ -49,6 +50,7 @@ class CheckResult:
         layers: weight layers of the model.
         sparse: how many became N:M.
         firing: neuron layers that fired, of how many; None where none was seen.
+        packed_difference: of the packed model's output, relative to its norm; None untried.
         seconds: time taken.
         environment: versions that matter.
     """
@@ -60,6 +62,7 @@ class CheckResult:
     layers: int = 0
     sparse: int = 0
     firing: tuple[int, int] | None = None
+    packed_difference: float | None = None
     seconds: float = 0.0
     environment: str = ""
 
@@ -160,14 +163,14 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     spikenm_fx.verify(model, decided).raise_if_invalid()
     yield "verify", "ok"
 
-    if not packing_available():
-        raise _Absent("pack", "this version cannot pack models")
     rest(model)
     with torch.no_grad():
         packed = packed_output(model, example_input(recipe.inputs), run, rest)
-    worst = float((packed - after).abs().max())
-    if not worst <= _PACK_TOLERANCE * max(1.0, float(after.abs().max())):
-        raise VerificationError(f"the packed model's output differs by {worst:g}")
+    result.packed_difference = float((packed - after).norm() / after.norm().clamp_min(1e-12))
+    if not result.packed_difference <= _PACK_TOLERANCE:
+        raise VerificationError(
+            f"the packed model's output differs by {result.packed_difference:.2g} of its norm"
+        )
     yield "pack", "ok"
 
 

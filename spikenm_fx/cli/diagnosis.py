@@ -163,14 +163,10 @@ def _kernels(
         twin = copy.deepcopy(loaded.model)
         spikenm_fx.sparsify(twin, **loaded.recipe.sparsify_options())
         spikenm_fx.fold(twin)
-        found = kernel_choices(twin, loaded.batch())
+        return kernel_choices(twin, loaded.batch())
     except Exception as error:
         blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")
         return {}
-    if found is None:
-        blocked.append("kernels: this version cannot pack models")
-        return {}
-    return found
 
 
 def _layer(

@@ -3,30 +3,14 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from spikenm_fx.errors import PlanError
 from spikenm_fx.plan.plan import Plan
 
-__all__ = ["kernel_choices", "pack_model", "packed_output", "packing_available"]
-
-
-def packing_available() -> bool:
-    """Whether this version can turn a model into its packed inference copy."""
-    return _verb() is not None
-
-
-def _verb() -> Callable[..., nn.Module] | None:
-    import spikenm_fx
-
-    # Without the verb, the name is the package of the same name, which is not callable.
-    found = vars(spikenm_fx).get("pack")
-    return found if callable(found) else None
+__all__ = ["kernel_choices", "pack_model", "packed_output"]
 
 
 def packed_output(
@@ -35,27 +19,21 @@ def packed_output(
     run: Callable[[nn.Module], Tensor],
     rest: Callable[[nn.Module], None],
 ) -> Tensor:
-    """What the packed copy of ``model`` computes."""
-    pack = _verb()
-    if pack is None:
-        raise PlanError("this version of spikenm_fx cannot pack models")
-    engine = pack(model, batch)
+    """What the packed copy of ``model`` computes, on native kernels where this machine has them.
+
+    One kernel is forced on every layer: this is about agreement, not about speed.
+    """
+    from spikenm_fx.pack import native_status, pack
+
+    engine = pack(model, batch, backend="fma" if native_status().available else "reference")
     rest(engine)
     return run(engine)
 
 
-def kernel_choices(
-    model: nn.Module, batch: Tensor
-) -> dict[str, tuple[str, float | None, str]] | None:
-    """How each layer of a folded model will run here: choice, measured gain over dense, note.
+def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, tuple[str, float | None, str]]:
+    """How each layer of a folded model will run here: choice, measured gain over dense, note."""
+    from spikenm_fx.pack import pack, packing
 
-    None where this version cannot pack models.
-    """
-    pack = _verb()
-    if pack is None:
-        return None
-    # found by name: the report of packing is younger than this file's other imports
-    packing = getattr(importlib.import_module("spikenm_fx.pack.engine"), "packing")  # noqa: B009
     found = packing(pack(model, batch))
     return {layer.name: (layer.choice, layer.gain, layer.note) for layer in found.layers}
 
@@ -65,14 +43,8 @@ def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[in
 
     Returns:
         Dense and packed bytes of each packed weight, by layer.
-
-    Raises:
-        PlanError: if this version lacks the packed format.
     """
-    if importlib.util.find_spec("spikenm_fx.pack") is None:
-        raise PlanError("this version of spikenm_fx has no packed format yet")
-    from spikenm_fx.pack.files import save_packed
-    from spikenm_fx.pack.format import LayerGeometry, pack_weight
+    from spikenm_fx.pack import LayerGeometry, pack_weight, save_packed
 
     weights, sizes = {}, {}
     for entry in decided.sparse:

@@ -18,7 +18,7 @@ END = "<!-- end of results -->"
 
 _HEAD = (
     "| recipe | code | sparse / all layers | neurons firing | build, plan, sparsify, step, fold, "
-    "verify | pack | tried |"
+    "verify | pack (difference) | tried |"
 )
 _RULE = "|---|---|---|---|---|---|---|"
 
@@ -58,10 +58,17 @@ def _row(result: Mapping[str, Any]) -> str:
         f"{result['sparse']} / {result['layers']}",
         firing,
         "; ".join(failed) or "all ok",
-        _short(stages.get("pack", "-")),
+        _packed(result),
         f"{datetime.date.today().isoformat()}, {result['environment']}",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _packed(result: Mapping[str, Any]) -> str:
+    text, difference = result["stages"].get("pack", "-"), result.get("packed_difference")
+    if text != "ok" or difference is None:
+        return _short(text)
+    return "ok" if difference == 0 else f"ok ({difference:.0e})"
 
 
 def _short(text: str) -> str:

@@ -10,9 +10,10 @@ difference in that subclass, so no hook is ever installed.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,15 @@ from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
 
+if TYPE_CHECKING:
+    from spikenm_fx.masks.eid import Guide
+
 __all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
 
 LOGITS = "weight_logits"
 DENSE = "weight_dense"
 META = "weight_nm"
+EID_KEY = "weight_eid"
 _META_VERSION = 1
 
 
@@ -57,6 +62,7 @@ class MaskedWeight:
         self._cache: _Cached | None = None
         self._final: _Final | None = None
         self._held: Tensor | None = None
+        self.guide: Guide | None = None
 
     @property
     def dense(self) -> Tensor:
@@ -81,6 +87,8 @@ class MaskedWeight:
         fresh = self.fresh_scores()
         if self.scores is not None and fresh is not None:
             self.scores.data.copy_(fresh)
+        if self.guide is not None:
+            self.guide.load(None)
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
@@ -218,10 +226,21 @@ class _Final:
 class _Context:
     """What the backward pass needs; it holds no layer, so that no graph keeps a model alive."""
 
-    __slots__ = ("clock", "dense", "draw", "method", "scores", "training", "versions", "view")
+    __slots__ = (
+        "clock",
+        "dense",
+        "draw",
+        "method",
+        "owner",
+        "scores",
+        "training",
+        "versions",
+        "view",
+    )
 
     def __init__(self, owner: MaskedWeight, step: int | None) -> None:
         self.dense, self.scores = owner.dense, owner.scores
+        self.owner = weakref.ref(owner)
         self.view, self.method, self.clock = owner.view, owner.method, owner.clock
         self.draw = owner.draw(step or 0)
         self.training = step is not None
@@ -247,9 +266,17 @@ class _Context:
         if of_scores and self.training and self.scores is not None:
             grad_mask = self.view.to_blocks(grad * weight)
             grad_scores = self.method.score_grad(grad_mask, self.scores.detach(), self.draw)
-            grad_scores = None if grad_scores is None else grad_scores.to(self.scores.dtype)
+            if grad_scores is not None:
+                grad_scores = self._guided(grad_scores).to(self.scores.dtype)
         self.clock.note_backward(scores_too=grad_scores is not None)
         return self.method.weight_grad(grad, weight, mask) if of_weight else None, grad_scores
+
+    def _guided(self, grad_scores: Tensor) -> Tensor:
+        owner = self.owner()
+        if owner is None or owner.guide is None:
+            return grad_scores
+        owner.guide.refresh(owner, owner.clock.step)
+        return owner.guide.pull(owner, grad_scores, self.draw)
 
 
 class _MaskedFunction(torch.autograd.Function):
@@ -320,6 +347,8 @@ class MaskedLayer(nn.Module):
         destination[prefix + DENSE] = destination[prefix + "weight"]
         destination[prefix + "weight"] = final
         destination[prefix + META] = meta
+        if self._nm_mask.guide is not None:
+            destination[prefix + EID_KEY] = self._nm_mask.guide.stored(self._nm_mask)
 
     def _load_from_state_dict(
         self,
@@ -338,6 +367,12 @@ class MaskedLayer(nn.Module):
         mask.release()
         dense = state_dict.pop(prefix + DENSE, None)
         meta = state_dict.pop(prefix + META, None)
+        if mask.guide is not None:
+            average = state_dict.pop(prefix + EID_KEY, None)
+            if average is not None:
+                mask.guide.load(average)
+            elif strict and meta is not None:
+                missing_keys.append(prefix + EID_KEY)
         if dense is not None:
             state_dict[prefix + "weight"] = dense
         own_scores = meta is None and prefix + LOGITS not in state_dict and mask.scores is not None

@@ -69,10 +69,15 @@ class Schedule:
         """Temperature at ``step``."""
         return self.tau[1] if self.total_steps is None else self._linear(self.tau, step)
 
+    def progress(self, step: int) -> float:
+        """From 0 at the first step to 1 at the freeze; 0 throughout where the end is unknown."""
+        if self.total_steps is None:
+            return 0.0
+        return min(step / max(self._search_steps, 1.0), 1.0)
+
     @property
     def _search_steps(self) -> float:
         return (self.total_steps or 0) * (1 - self.freeze)
 
     def _linear(self, ends: tuple[float, float], step: int) -> float:
-        progress = min(step / max(self._search_steps, 1.0), 1.0)
-        return ends[0] + (ends[1] - ends[0]) * progress
+        return ends[0] + (ends[1] - ends[0]) * self.progress(step)

@@ -12,6 +12,7 @@ from torch import nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.clock import Clock
+from spikenm_fx.masks.eid import EID, Guide
 from spikenm_fx.masks.layer import (
     LOGITS,
     MaskedWeight,
@@ -21,8 +22,10 @@ from spikenm_fx.masks.layer import (
 )
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.masks.watch import Observed, RootHook, Watch
 from spikenm_fx.pattern import BlockView, PatternLike, Remainder
 from spikenm_fx.plan import Plan, Rule, plan
+from spikenm_fx.trace import SpikingGraph, trace
 
 __all__ = ["param_groups", "sparsify"]
 
@@ -56,7 +59,8 @@ def sparsify(
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance.
         nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
-        example_inputs: see :func:`spikenm_fx.plan`.
+        example_inputs: see :func:`spikenm_fx.plan`; they also show which neuron each layer drives,
+            which otherwise the first training forward does.
         method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
             ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
@@ -72,6 +76,7 @@ def sparsify(
         PatternError: for a malformed pattern.
         PlanError: if nothing would become sparse, a rule matches nothing, the model is sparse
             already, or a weight holds NaN or infinity.  The model is then as it was.
+        TraceError: if the model cannot run on ``example_inputs``.
     """
     refuse_if_sparse(model)
     if schedule is not None and total_steps is not None:
@@ -82,7 +87,13 @@ def sparsify(
     schedule = schedule or chosen.schedule(total_steps)
     decided = _decide(model, nm, example_inputs, tuple(rules), remainder)
     _refuse_non_finite(model, decided)
-    _apply(model, decided, chosen, Clock(seed), schedule)
+    clock = Clock(seed)
+    eid = getattr(chosen, "eid", None)
+    traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
+    graph = trace(model, example_inputs) if traced else None
+    _apply(model, decided, chosen, clock, schedule)
+    if isinstance(eid, EID):
+        _guide(model, eid, Watch(clock, schedule, eid), graph)
     return model
 
 
@@ -178,3 +189,18 @@ def _apply(
     for layers, mask, logits in ready:  # nothing that can fail comes after this line
         attach(layers, mask, logits)
     model.register_load_state_dict_pre_hook(check_checkpoint)
+
+
+def _guide(model: nn.Module, eid: EID, watch: Watch, graph: SpikingGraph | None) -> None:
+    """Give each mask its credits, and the hooks that measure them."""
+    holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
+    masks: dict[int, MaskedWeight] = {}
+    for name, layer in masked_layers(model):
+        holders[id(layer._nm_mask)].append((name, layer))
+        masks[id(layer._nm_mask)] = layer._nm_mask
+    for key, mask in masks.items():
+        mask.guide = Guide(eid, Observed(watch, holders[key]) if eid.needs_input else None)
+    if graph is not None:
+        watch.wire(model, graph)
+    elif eid.needs_neuron:
+        model.register_forward_pre_hook(RootHook(watch), with_kwargs=True)

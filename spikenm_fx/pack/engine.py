@@ -110,12 +110,22 @@ def _refuse(model: nn.Module) -> None:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval()
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
             "works on a copy.deepcopy of the model"
         ) from error
+    _register(model, copied)
+    return copied
+
+
+def _register(model: nn.Module, copied: nn.Module) -> None:
+    """Enter copies where their originals are listed: snnTorch resets the neurons of such a list."""
+    for original, twin in zip(model.modules(), copied.modules(), strict=True):
+        listed = getattr(type(original), "instances", None)
+        if isinstance(listed, list) and any(entry is original for entry in listed):
+            listed.append(twin)
 
 
 def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
@@ -366,7 +376,7 @@ def _measure(builder: _Builder) -> None:
         for name, layer in builder.layers.items()
     ]
     try:
-        with torch.inference_mode(), preserved(builder.engine):
+        with torch.no_grad(), preserved(builder.engine):
             builder.engine(*(builder.args or ()))
             for name, layer in builder.layers.items():
                 if name in inputs:
@@ -374,6 +384,16 @@ def _measure(builder: _Builder) -> None:
     finally:
         for hook in hooks:
             hook.remove()
+    # Only now: what is preserved above would take a choice back as well.
+    for layer in builder.layers.values():
+        layer.packed.choose(_fastest(layer.milliseconds))
+
+
+def _fastest(milliseconds: Mapping[str, float]) -> Any:
+    if not milliseconds:
+        return "dense"
+    best = min(milliseconds, key=lambda choice: milliseconds[choice])
+    return best if milliseconds[best] <= MARGIN * milliseconds["dense"] else "dense"
 
 
 def _measure_layer(layer: _Layer, x: Tensor) -> None:
@@ -392,12 +412,7 @@ def _measure_layer(layer: _Layer, x: Tensor) -> None:
     for _ in range(ROUNDS):
         for choice, prepared in copies.items():
             seconds[choice].append(_time(prepared, x))
-    median = {choice: statistics.median(s) for choice, s in seconds.items()}
-    best = min(median, key=lambda choice: median[choice])
-    if median[best] > MARGIN * median["dense"]:
-        best = "dense"
-    layer.milliseconds = {choice: s * 1e3 for choice, s in median.items()}
-    packed.choose(best)
+    layer.milliseconds = {c: statistics.median(s) * 1e3 for c, s in seconds.items()}
 
 
 def _prepared(packed: PackedLayer, choice: Choice) -> PackedLayer:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, TraceError
 from spikenm_fx.pattern import NM, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan.decide import Decisions, LayerPlan
 from spikenm_fx.plan.roles import default_roles
@@ -68,7 +68,8 @@ def plan(
     """Decide for every Linear and Conv of ``model`` whether it becomes N:M; changes nothing.
 
     Kept dense by default, and turned on by a rule that names them: the layer that sees the analog
-    input, depthwise convolutions, and the classifier head.  What a layer sees and feeds is read
+    input, and the classifier head.  Depthwise convolutions stay dense: their blocks would hold one
+    weight.  What a layer sees and feeds is read
     from the graph; where no layer can be followed, the first and the last of the module tree stand
     for input and head.
 
@@ -96,11 +97,11 @@ def plan(
         if not any(rule.matches(name, layer) for name, layer in layers.items()):
             raise unmatched(rule, layers)
     if graph is None and layers:
-        graph = trace(model, example_inputs)
-    roles = default_roles(layers, graph) if graph is not None else {}
+        graph = _read(model, example_inputs)
+    roles = default_roles(layers, graph)
     decisions = Decisions(model, layers, pattern, remainder, ordered, graph)
     entries = decisions.all(roles)
-    if not any(entry.nm for entry in entries):
+    if not ordered and not any(entry.nm for entry in entries):
         # a network with one hidden layer: better its input layer than nothing at all
         entries = decisions.all({n: role for n, role in roles.items() if role.place != "input"})
     result = Plan(type(model).__name__, entries)
@@ -109,18 +110,30 @@ def plan(
     return result
 
 
+def _read(model: nn.Module, example_inputs: Any) -> SpikingGraph | None:
+    """The graph; None where nothing was given to run and the code alone cannot be read."""
+    if example_inputs is not None:
+        return trace(model, example_inputs)
+    try:
+        return trace(model)
+    except TraceError:
+        return None
+
+
 def _nothing_to_do(result: Plan, nm: NM) -> str:
     if not result.layers:
         return (
             f"{result.model} holds no Linear or Conv module, so nothing can become {nm}; "
             "pass the module that holds the weight layers"
         )
+    first = result.layers[0]
+    example = first.name or f"class:{first.kind}"
     seen = "\n  ".join(
         f"{layer.name or '(the model itself)'} {layer.kind} {layer.shape}: {layer.reason}"
         for layer in result.layers[:20]
     )
     return (
         f"none of the {len(result.layers)} weight layers of {result.model} would become {nm}:\n"
-        f"  {seen}\nturn one on by a rule, e.g. rules=[Rule({result.layers[0].name!r})], or choose "
+        f"  {seen}\nturn one on by a rule, e.g. rules=[Rule({example!r})], or choose "
         "another pattern or remainder='pad'"
     )

@@ -27,8 +27,10 @@ class Role:
     reason: str
 
 
-def default_roles(layers: Mapping[str, nn.Module], graph: SpikingGraph) -> dict[str, Role]:
-    """Roles from the graph; from the order of the module tree where the graph saw no layer."""
+def default_roles(layers: Mapping[str, nn.Module], graph: SpikingGraph | None) -> dict[str, Role]:
+    """Roles from the graph; from the order of the module tree where no graph saw a layer."""
+    if graph is None:
+        return _by_order(list(layers))
     seen = {name: graph.layers[name] for name in layers if name in graph.layers}
     if not any(record.calls for record in seen.values()):
         return _by_order(list(layers))
@@ -41,7 +43,8 @@ def default_roles(layers: Mapping[str, nn.Module], graph: SpikingGraph) -> dict[
             if ran:
                 roles[name] = Role("unused", "not used in the traced forward")
         elif signal != "spike" and not sources.isdisjoint(record.pre):
-            roles[name] = Role("input", f"sees the {signal} input")
+            image = " image" if signal == "analog" and record.kind == "conv2d" else ""
+            roles[name] = Role("input", f"input is {signal}{image}")
         elif record.is_head:
             what = "classifier head" if record.post else "feeds no neuron: readout"
             roles[name] = Role("head", what)

@@ -189,7 +189,7 @@ def _table(report: Report) -> str:
         cells = _cells(layer, samples)
         measured = times.layers.get(layer.name, {}) if times is not None else {}
         cells += [f"{1000 * measured[v]:.3f}" if v in measured else "-" for v in variants]
-        rows.append(_row(cells, layer.reason))
+        rows.append(_row(cells, "; ".join(filter(None, (layer.reason, layer.note)))))
     total = report.operations
     sums = [
         "total", count_text(sum(layer.weights for layer in report.layers)), "",

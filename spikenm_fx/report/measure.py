@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.report.describe import describe
 from spikenm_fx.report.energy import EnergyModel
+from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
 from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
 from spikenm_fx.report.model import LayerReport, Report
@@ -49,8 +51,8 @@ def report(
 ) -> Report:
     """Measure density, firing, exact operations, energy and bytes of each weight layer.
 
-    Works on dense, sparsified and folded models alike.  The model runs in eval mode, from rest for
-    each batch, and is afterwards as it was: state, buffers, mode, hooks, random generators.
+    Works on dense, sparsified, folded and packed models alike.  The model runs in eval mode, from
+    rest for each batch, and is afterwards as it was: state, buffers, mode, hooks, generators.
 
     Args:
         model: any module.
@@ -73,6 +75,10 @@ def report(
     Raises:
         ReportError: if there is no batch, no weight layer, or the model cannot run a batch.
     """
+    name = type(model).__name__
+    original, kernels = model, {}
+    if is_engine(model):
+        kernels, model = kernels_of(model), visible_twin(model)
     layers = _weight_layers(model)
     constants = energy or EnergyModel()
     decisions = {e.name: (e.action, e.reason) for e in plan.layers} if plan is not None else {}
@@ -113,10 +119,13 @@ def report(
             )
             for name, layer in layers.items()
         ]
-    variants = {"model": model} if latency is True else dict(latency or {})
+    variants = {"model": original} if latency is True else dict(latency or {})
     return Report(
-        model=type(model).__name__,
-        layers=tuple(described),
+        model=name,
+        layers=tuple(
+            replace(layer, note=kernels[layer.name]) if layer.name in kernels else layer
+            for layer in described
+        ),
         samples=samples,
         batches=count,
         energy=constants,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 from spikenm_fx.report.model import LayerReport, Report
@@ -121,6 +122,9 @@ def _foot(report: Report) -> list[str]:
         f"bytes: {bytes_text(report.dense_bytes)} dense, "
         f"{bytes_text(report.packed_bytes)} packed; PE utilisation for {report.pes} PEs",
     ]
+    ways = Counter(la.note.removeprefix("runs as ") for la in report.layers if "runs as" in la.note)
+    if ways:
+        lines.append("packed layers run as: " + ", ".join(f"{n} {way}" for way, n in ways.items()))
     if report.latency is not None:
         times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in report.latency.total.items())
         lines.append(

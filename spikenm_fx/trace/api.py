@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from spikenm_fx.errors import TraceError
-from spikenm_fx.trace.build import Trace, build
+from spikenm_fx.trace.build import build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.neurons import find_neurons
+from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
@@ -83,7 +84,8 @@ def _attempts(
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
-    unknown = {model.get_submodule(n) for n, s in neurons.items() if s.framework == "unknown"}
+    # what a neuron emits is measured, under strong drive too, unless its whole rule is known
+    unknown = {model.get_submodule(n) for n, s in neurons.items() if not s.exact}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
     for attempt in range(_ATTEMPTS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 import networkx as nx
@@ -19,38 +19,18 @@ from spikenm_fx.trace.graph import (
     NeuronRecord,
     NodeKind,
     Note,
-    Route,
     SpikingGraph,
 )
+from spikenm_fx.trace.layouts import Reader
 from spikenm_fx.trace.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
+from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.signal import ANALOG, Signal, constant, join, of_kind, transfer
 from spikenm_fx.trace.spec import NeuronSpec
-from spikenm_fx.trace.values import InnerCall, SurrogateCall, ValueInfo
+from spikenm_fx.trace.values import SurrogateCall, ValueInfo
 
-__all__ = ["Trace", "build"]
+__all__ = ["build"]
 
 Names: TypeAlias = tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Trace:
-    """The raw material of a graph.
-
-    Attributes:
-        model: the model.
-        graph: recorded operations; None without a trace.
-        neurons: the neuron modules' specs by name.
-        route: how it was obtained.
-        notes: what to tell.
-        inner: layers called inside leaves.
-    """
-
-    model: nn.Module
-    graph: fx.Graph | None
-    neurons: Mapping[str, NeuronSpec]
-    route: Route
-    notes: list[Note] = field(default_factory=list)
-    inner: dict[str, InnerCall] = field(default_factory=dict)
 
 
 def build(trace: Trace) -> SpikingGraph:
@@ -72,6 +52,7 @@ class _Builder:
         self.functional: set[str] = set()
         self.notes = list(trace.notes)
         self.out = SpikingGraph()
+        self.reader: Reader | None = None
 
     # -- reading the operations -------------------------------------------------------------------
 
@@ -83,6 +64,9 @@ class _Builder:
         self._name_surrogates()
         for node in self.nodes:
             self.ident[node] = self._identity(node)
+        if self.trace.route != "symbolic":
+            self.reader = Reader(self.trace)
+            self.reader.read()
         self._connect()
 
     def _functional_weight(self, node: fx.Node) -> dict[fx.Node, str]:
@@ -308,8 +292,11 @@ class _Builder:
             signal=signal,
             measured=measured - {None},
             shape=info.shape if info else None,
-            time_axis=None,
+            time_axis=self._time_axis(source),
         )
+
+    def _time_axis(self, node: fx.Node) -> int | None:
+        return None if self.reader is None else self.reader.time_axis(node)
 
     def _attributes(self, node: fx.Node) -> dict[str, object]:
         info: ValueInfo | None = node.meta.get("value")
@@ -356,6 +343,7 @@ class _Builder:
             "route": self.trace.route,
             "notes": tuple(self.notes),
             "trace": self.trace,
+            "reader": self.reader,
         }
         return self.out
 
@@ -385,6 +373,7 @@ class _Builder:
             input_signal=join([self.signals[s] for s in sources]) if sources else None,
             input_shape=info.shape if info else None,
             output_shape=result.shape if result else None,
+            time_axis=self._time_axis(sources[0]) if sources else None,
             is_readout=not spiking and any(left for _, _, left in ahead),
         )
 
@@ -479,17 +468,21 @@ class _Builder:
             self._note(name, f"parameter {tuple(parameter.shape)} was not seen in use")
 
     def _with_heads(self, layers: dict[str, LayerRecord]) -> dict[str, LayerRecord]:
-        """Mark layers after which no other layer comes."""
-        marked = {}
-        for name, record in layers.items():
-            after = nx.descendants(self.out, name) - {name} if name in self.out else {""}
-            head = (
-                record.calls > 0
-                and record.inside is None
-                and not any(n in layers and layers[n].inside is None for n in after)
-            )
-            marked[name] = replace(record, is_head=head)
-        return marked
+        """Mark layers after which no other layer comes; loops over time are looked through."""
+        heads: set[str] = set()
+        loops = nx.condensation(self.out)
+        before_others: dict[int, bool] = {}
+        for loop in reversed(list(nx.topological_sort(loops))):
+            own = [
+                name
+                for name in loops.nodes[loop]["members"]
+                if name in layers and layers[name].inside is None
+            ]
+            later = any(before_others[after] for after in loops.successors(loop))
+            before_others[loop] = later or bool(own)
+            if len(own) == 1 and not later:
+                heads.add(own[0])
+        return {name: replace(record, is_head=name in heads) for name, record in layers.items()}
 
     # -- chains -----------------------------------------------------------------------------------
 

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import TraceError
-from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.trace.layouts import Attachment, Reader, Role
 
-__all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels"]
+__all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels", "permute_members"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +75,11 @@ def coupled_groups(graph: SpikingGraph) -> tuple[CoupledGroup, ...]:
     Raises:
         TraceError: if the graph holds no traced operations (traced without example inputs).
     """
-    trace: Trace | None = graph.graph.get("trace")
-    if trace is None or trace.graph is None or trace.route == "symbolic":
+    reader: Reader | None = graph.graph.get("reader")
+    if reader is None:
         raise TraceError(
             "coupled groups need a traced forward: call trace(model, example_inputs) first"
         )
-    reader = Reader(trace)
-    reader.read()
     return _collect(reader)
 
 
@@ -128,12 +125,13 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
         raise TraceError(f"this group is frozen: {group.frozen[0]}")
     if sorted(permutation.tolist()) != list(range(group.size)):
         raise TraceError(f"not a permutation of the group's {group.size} channels")
-    _permute(model, group, group.members, permutation)
+    permute_members(model, group, group.members, permutation)
 
 
-def _permute(
+def permute_members(
     model: nn.Module, group: CoupledGroup, members: tuple[Member, ...], permutation: Tensor
 ) -> None:
+    """Reorder the channels in some members only: half of a change, for controls and searches."""
     tensors = dict(nn.Module.named_parameters(model)) | dict(nn.Module.named_buffers(model))
     with torch.no_grad():
         for member in members:

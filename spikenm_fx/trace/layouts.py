@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.build import Trace
 from spikenm_fx.trace.ops import ELEMENTWISE, module_family, op_name
+from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.spaces import Atom, Dim, Layout, Spaces, plain, size_of
 
 __all__ = ["Attachment", "Reader", "Role"]
@@ -36,6 +36,10 @@ class NotUnderstood(Exception):
     """This operation mixes channels in a way no rule describes."""
 
 
+_SURPRISES = (IndexError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
+"""What an operation called in an unforeseen way makes a rule raise."""
+
+
 class Reader:
     """Walk the recorded operations once; afterwards ``attachments`` tells who holds what."""
 
@@ -46,6 +50,8 @@ class Reader:
         self.layouts: dict[fx.Node, Layout] = {}
         self._items: dict[fx.Node, dict[Any, Layout]] = {}
         self._neurons: dict[fx.Node, Layout] = {}
+        self._times: list[Dim] = []
+        self._time_spaces: frozenset[int] | None = None
         self._outputs: dict[str, Dim] = {}
         self._inputs: dict[str, Dim] = {}
         self._names = {
@@ -63,7 +69,7 @@ class Reader:
         for node in self.trace.graph.nodes:
             try:
                 self.layouts[node] = self._visit(node)
-            except (NotUnderstood, IndexError, ValueError, TypeError, KeyError) as error:
+            except (NotUnderstood, *_SURPRISES) as error:
                 label = str(node.target) if node.op == "call_module" else _name(node)
                 reason = f"{node.name}: {error if isinstance(error, NotUnderstood) else label}"
                 for source in node.all_input_nodes:
@@ -84,8 +90,10 @@ class Reader:
     # -- dispatch ----------------------------------------------------------------------------------
 
     def _visit(self, node: fx.Node) -> Layout:
-        if node.op in ("placeholder", "get_attr"):
-            return plain(_shape(node))
+        if node.op == "placeholder":
+            return self._input(_shape(node), "input of the model")
+        if node.op == "get_attr":
+            return self._parameter(node)
         if node.op == "output":
             for source in node.all_input_nodes:
                 self._freeze(source, "output of the model")
@@ -103,6 +111,41 @@ class Reader:
         if not node.all_input_nodes:
             return plain(_shape(node))  # a factory
         raise NotUnderstood(f"no rule for {name}")
+
+    def _input(self, shape: tuple[int, ...], reason: str) -> Layout:
+        """Axes that may be followed (is it time?) but never permuted."""
+        layout = []
+        for size in shape:
+            space = self.spaces.new(size) if size > 1 else None
+            if space is not None:
+                self.spaces.freeze_space(space, reason)
+            layout.append(((Atom(size, space),),))
+        return tuple(layout)
+
+    def time_axis(self, node: fx.Node) -> int | None:
+        """The axis of ``node``'s tensor along which time runs, alone or folded with the batch."""
+        if self._time_spaces is None:  # asked for each edge, once everything is read
+            labelled = self.spaces.labelled
+            self._time_spaces = frozenset(s for axis in self._times for s in labelled(axis))
+        if not self._time_spaces:
+            return None
+        for index, dim in enumerate(self.layouts.get(node, ())):
+            if not self._time_spaces.isdisjoint(self.spaces.labelled(dim)):
+                return index
+        return None
+
+    def _parameter(self, node: fx.Node) -> Layout:
+        """A tensor of the model used in its own code: it goes along with whatever it meets."""
+        tensor = node.meta.get("tensor")
+        if not isinstance(tensor, Tensor) or id(tensor) not in self._names:
+            return plain(_shape(node))
+        layout = []
+        for axis, size in enumerate(tensor.shape):
+            dim: Dim = ((Atom(size, self.spaces.new(size) if size > 1 else None),),)
+            if size > 1:
+                self._attach(tensor, axis, dim)
+            layout.append(dim)
+        return tuple(layout)
 
     def _freeze(self, node: fx.Node, reason: str) -> None:
         for layout in (self.layouts.get(node, ()), *self._items.get(node, {}).values()):
@@ -230,6 +273,8 @@ class Reader:
             if tensor.numel() > 1 and name not in spec.state:
                 self._attach_broadcast(tensor, layout, node.name)
         self._neurons[node] = layout
+        if spec.time_axis is not None and not spec.folded_time:
+            self._times.append(layout[spec.time_axis])
         shape = _shape(node)
         if not _is_container(node) and [size_of(d) for d in layout] != list(shape):
             return self._fitted(layout, shape, node.name)
@@ -275,21 +320,21 @@ class Reader:
         known = False
         for operand in sorted(operands, key=lambda n: not self._is_labelled(n)):
             if not known:
-                result, known = self._broadcast(operand, shape), True
+                result, known = self._broadcast(operand, len(shape)), True
             else:
                 result = self._unite_with(result, operand, node.name)
-        return result
+        return tuple(
+            dim if size_of(dim) == size else plain((size,))[0]
+            for dim, size in zip(result, shape, strict=True)
+        )
 
     def _is_labelled(self, node: fx.Node) -> bool:
         return any(self.spaces.labelled(dim) for dim in self.layouts[node])
 
-    def _broadcast(self, node: fx.Node, shape: tuple[int, ...]) -> Layout:
+    def _broadcast(self, node: fx.Node, rank: int) -> Layout:
+        """The operand with as many axes as the result; its axes of length 1 stay so for now."""
         layout = self.layouts[node]
-        full = (*plain(shape[: len(shape) - len(layout)]), *layout)
-        return tuple(
-            dim if size_of(dim) == size else plain((size,))[0]
-            for dim, size in zip(full, shape, strict=True)
-        )
+        return (*plain((1,) * (rank - len(layout))), *layout)
 
     def _unite_with(self, layout: Layout, other: fx.Node, where: str) -> Layout:
         """``layout`` after an element-wise operation with ``other``."""
@@ -302,22 +347,16 @@ class Reader:
             if size_of(out[place]) == 1:
                 out[place] = dim
             elif self.spaces.labelled(dim) or self.spaces.labelled(out[place]):
-                if not self.spaces.labelled(dim) and self._harmless(other, i, out[place]):
+                if not self.spaces.labelled(dim) and self._harmless(other, i):
                     continue
                 out[place] = self.spaces.unite(out[place], dim, where)
         return tuple(out)
 
-    def _harmless(self, node: fx.Node, axis: int, dim: Dim) -> bool:
-        """An operand that is the same for all channels, or a parameter that can go along."""
+    def _harmless(self, node: fx.Node, axis: int) -> bool:
+        """Whether an operand is the same for all channels."""
         tensor = node.meta.get("tensor")
-        if isinstance(tensor, Tensor):
-            same = bool((tensor == tensor.select(axis, 0).unsqueeze(axis)).all())
-            if same and not isinstance(tensor, nn.Parameter):
-                return True
-            if id(tensor) in self._names:
-                self._attach(tensor, axis, dim)
-                return True
-            return False
+        if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
+            return bool((tensor == tensor.select(axis, 0).unsqueeze(axis)).all())
         return node.op == "call_function" and _is_uniform(node)
 
     def _resized(self, node: fx.Node) -> Layout:
@@ -455,15 +494,26 @@ class Reader:
                 out.extend(layout[axis : axis + rest])
                 axis += rest
             elif isinstance(k, slice):
-                whole = shape[len(out)] == size_of(layout[axis]) and k.step in (None, 1)
-                if not whole:
-                    self.spaces.freeze(layout[axis], f"{where}: a part of the channels is taken")
-                out.append(layout[axis] if whole else plain((shape[len(out)],))[0])
+                out.append(self._sliced(layout[axis], k, shape[len(out)], where))
                 axis += 1
             else:
                 self.spaces.freeze(layout[axis], f"{where}: one channel is picked")
                 axis += 1
         return tuple(out)
+
+    def _sliced(self, dim: Dim, key: slice, length: int, where: str) -> Dim:
+        """A slice of an axis; one of several equal parts keeps its channels' order inside."""
+        size = size_of(dim)
+        if length == size and key.step in (None, 1):
+            return dim
+        start = key.indices(size)[0] if not isinstance(key.start, fx.Node) else 1
+        equal = length > 0 and size % length == 0 and start % length == 0
+        if equal and key.step in (None, 1) and len(dim) == 1 and self.spaces.labelled(dim):
+            outer, inner = self.spaces.reshape((dim,), (size // length, length), where)
+            self.spaces.freeze(outer, f"{where}: parts are told apart by their order")
+            return inner
+        self.spaces.freeze(dim, f"{where}: a part of the channels is taken")
+        return plain((length,))[0]
 
     def _setitem(self, node: fx.Node) -> Layout:
         target, key, value = node.args[:3]
@@ -475,19 +525,30 @@ class Reader:
             return layout
         if isinstance(key, fx.Node) and _shape(key) == _shape(target):
             return self._elementwise(node, [target, key, value])
+        shape = _shape(target)
+        index: Any = key
+        probe = torch.empty(shape, device="meta")[index]
+        part = self._indexed(layout, key, tuple(probe.shape), node.name)
+        united = self._unite_with(part, value, node.name) if self._carries(part) else None
+        if united is not None or not self._carries(self.layouts[value]):
+            return layout
         if not _starts_uniform(target):
-            raise NotUnderstood("written in parts")
-        written = self._indexed(layout, key, _shape(value), node.name)
+            raise NotUnderstood("written into a part of another tensor")
+        return self._adopt(layout, key, value, node.name)
+
+    def _carries(self, layout: Layout) -> bool:
+        return any(self.spaces.labelled(dim) for dim in layout)
+
+    def _adopt(self, layout: Layout, key: Any, value: fx.Node, where: str) -> Layout:
+        """A buffer of zeros takes over the channels that are written into it."""
         keys = key if isinstance(key, tuple) else (key,)
         if any(isinstance(k, slice) and k != slice(None) for k in keys) or ... in keys:
             raise NotUnderstood("written in parts")
         whole = [i for i in range(len(layout)) if i >= len(keys) or isinstance(keys[i], slice)]
         out = list(layout)
-        theirs = self.layouts[value]
-        for axis, dim, old in zip(whole, theirs, written, strict=True):
+        for axis, dim in zip(whole, self.layouts[value], strict=True):
             if size_of(dim) == size_of(out[axis]):
-                both = self.spaces.labelled(old) and self.spaces.labelled(dim)
-                out[axis] = self.spaces.unite(old, dim, node.name) if both else dim
+                out[axis] = dim
         return tuple(out)
 
     def _stack(self, node: fx.Node) -> Layout:
@@ -545,7 +606,8 @@ class Reader:
             if size_of(dim) not in (1, size):
                 self.spaces.freeze(dim, f"{node.name}: channels are repeated")
         return tuple(
-            d if size_of(d) == s else plain((s,))[0] for d, s in zip(full, shape, strict=True)
+            d if size_of(d) == s else self._input((s,), f"{node.name}: repeats")[0]
+            for d, s in zip(full, shape, strict=True)
         )
 
     def _made_like(self, node: fx.Node) -> Layout:
@@ -668,7 +730,9 @@ def _order(node: Any, rank: int) -> list[int]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each tensor, one for each module that holds it."""
     found: dict[int, list[str]] = {}
-    for name, tensor in nn.Module.named_parameters(model, remove_duplicate=False):
-        found.setdefault(id(tensor), []).append(name)
+    for prefix, module in nn.Module.named_modules(model):
+        for name, tensor in module._parameters.items():
+            found.setdefault(id(tensor), []).append(f"{prefix}.{name}".lstrip("."))
     return found

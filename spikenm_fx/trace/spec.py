@@ -27,7 +27,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["NeuronSpec", "Scalar", "State", "Surrogate", "Synapse", "simulate"]
+__all__ = ["NeuronSpec", "Scalar", "State", "Surrogate", "Synapse", "membranes", "simulate"]
 
 Scalar: TypeAlias = float | Tensor
 """One value for the whole layer, or one per channel (a detached tensor)."""
@@ -157,14 +157,7 @@ def simulate(spec: NeuronSpec, inputs: Tensor, state: State | None = None) -> tu
     Raises:
         ValueError: if the spec is not exact.
     """
-    if not spec.exact:
-        raise ValueError(
-            f"{spec.framework} {spec.class_name}: its spec does not tell the whole update rule "
-            "(exact=False); run the module itself"
-        )
-    if state is None:
-        zero = torch.zeros_like(inputs[0])
-        state = State(zero + spec.initial, zero)
+    state = state or _start(spec, inputs)
     outputs = []
     for x in inputs:
         out, state = _step(spec, x, state)
@@ -172,7 +165,45 @@ def simulate(spec: NeuronSpec, inputs: Tensor, state: State | None = None) -> tu
     return torch.stack(outputs), state
 
 
+def membranes(spec: NeuronSpec, inputs: Tensor, state: State | None = None) -> Tensor:
+    """The potential h of every step, before the spike and its reset, by the rule of ``spec``.
+
+    Args:
+        spec: a spec with ``exact=True``.
+        inputs: ``[T, N, *]``, time first.
+        state: as in :func:`simulate`.
+
+    Returns:
+        ``[T, N, *]``: what is compared with the threshold.
+
+    Raises:
+        ValueError: if the spec is not exact.
+    """
+    state = state or _start(spec, inputs)
+    potentials = []
+    for x in inputs:
+        h, i, late = _charge(spec, x, state)
+        potentials.append(h)
+        state = _discharge(spec, h, i, late)[1]
+    return torch.stack(potentials)
+
+
+def _start(spec: NeuronSpec, inputs: Tensor) -> State:
+    if not spec.exact:
+        raise ValueError(
+            f"{spec.framework} {spec.class_name}: its spec does not tell the whole update rule "
+            "(exact=False); run the module itself"
+        )
+    zero = torch.zeros_like(inputs[0])
+    return State(zero + spec.initial, zero)
+
+
 def _step(spec: NeuronSpec, x: Tensor, state: State) -> tuple[Tensor, State]:
+    return _discharge(spec, *_charge(spec, x, state))
+
+
+def _charge(spec: NeuronSpec, x: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The potential h, the synaptic current, and the spikes whose reset was still due."""
     drive, i = _drive(spec.synapse, x, state.i)
     late = None if spec.reset_timing == "now" else _fires(spec, state.v)
     v = state.v
@@ -181,6 +212,10 @@ def _step(spec: NeuronSpec, x: Tensor, state: State) -> tuple[Tensor, State]:
     h = spec.decay * (v - spec.rest) + spec.rest + spec.gain * drive + spec.bias
     if late is not None and spec.reset == "subtract":
         h = _reset(spec, h, late)
+    return h, i, late
+
+
+def _discharge(spec: NeuronSpec, h: Tensor, i: Tensor, late: Tensor | None) -> tuple[Tensor, State]:
     if spec.kind == "integrator":
         return h, State(h, i)
     spikes = _fires(spec, h)

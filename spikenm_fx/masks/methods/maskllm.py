@@ -101,8 +101,12 @@ def _perturbed(scores: Tensor, draw: Draw) -> Tensor:
 
 
 def _chosen(values: Tensor, draw: Draw) -> Tensor:
-    best = torch.nan_to_num(values.float(), nan=-math.inf).argmax(1)
-    masks = _candidates(draw.nm, values.device).bool()[best].movedim(-1, 1)
+    candidates = _candidates(draw.nm, values.device)
+    values = torch.nan_to_num(values.float(), nan=-math.inf)
+    if draw.present is not None:  # a candidate that keeps what is absent would keep fewer than N
+        kept = torch.einsum("lmi,cm->lci", draw.present.float(), candidates)
+        values = values.masked_fill(kept < kept.amax(1, keepdim=True), -math.inf)
+    masks = candidates.bool()[values.argmax(1)].movedim(-1, 1)
     return masks if draw.present is None else masks & draw.present
 
 

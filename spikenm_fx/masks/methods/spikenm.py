@@ -8,12 +8,13 @@ initialisation and every constant are our choices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods import Draw, masked_grad
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -36,6 +37,8 @@ class SpikeNM:
     learns: ClassVar[bool] = True
     std: float = 0.01
     prior: float = 3.0
+    decay: float | None = None
+    eid: EID | None = field(default_factory=EID)
 
     def pattern(self, nm: NM) -> NM:
         """As asked for."""
@@ -69,7 +72,9 @@ class SpikeNM:
 
     def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Only the drawn weights learn; the others wait for their turn."""
-        return masked_grad(grad, weight, mask)
+        if self.decay is None:
+            return masked_grad(grad, weight, mask)
+        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
 
     def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Straight-through gradient through every draw; None once frozen."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
 from spikenm_fx.pack.layouts import KERNELS, Kernel
 
 __all__ = [
@@ -143,6 +142,9 @@ class NativeStatus:
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, NativeStatus]:
+    # Here, so that ``python -m spikenm_fx.pack.build`` does not find itself imported already.
+    from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
+
     try:
         built = cached_library(sanitize=wants_sanitizers())
         library = ctypes.CDLL(str(built.path))

@@ -8,6 +8,9 @@ The caller carries the state.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -87,7 +90,14 @@ def _surrogate(parameters: Any) -> Surrogate | None:
     if method is None:
         return None
     alpha = getattr(parameters, "alpha", 0.0)
-    return Surrogate(str(method), {"alpha": float(alpha)})
+    return Surrogate(str(method), {"alpha": float(alpha)}, _function(str(method), alpha))
+
+
+def _function(method: str, alpha: Any) -> Callable[[Tensor], Tensor] | None:
+    """Norse's own threshold function with the method filled in."""
+    functions = sys.modules.get("norse.torch.functional.threshold")
+    threshold = getattr(functions, "threshold", None)
+    return None if threshold is None else partial(threshold, method=method, alpha=alpha)
 
 
 def _is_learned(module: Any, field: str) -> bool:

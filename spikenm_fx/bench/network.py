@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole spiking networks: packed engine against eager and compiled dense torch, T=4."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.bench.shims import stand_in
+from spikenm_fx.pack import native_status, pack, packing
+from spikenm_fx.pattern import NM, BlockView, is_weight_layer
+from spikenm_fx.trace import find_neurons
+
+__all__ = ["NETWORKS", "calibrate_rates", "main"]
+
+STEPS = 4
+
+
+def main(arguments: list[str]) -> None:
+    """Time every network, print a table, write ``results/network-....json``."""
+    parser = argparse.ArgumentParser(prog="spikenm_fx.bench network", description=__doc__)
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:8"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rate", type=float, default=0.12, help="firing rate to calibrate to")
+    parser.add_argument("--only", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--int8", action="store_true", help="int8 weights as well")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    print(f"kernels: {native_status().levels or native_status().reason}")
+    rows = [
+        _row(name, NM.parse(pattern), batch, options)
+        for name in options.only
+        for pattern in options.patterns
+        for batch in options.batches
+    ]
+    summary = {
+        key: _geometric([row[key] for row in rows if row.get(key)])
+        for key in ("over_eager", "over_compiled", "int8_over_eager")
+    }
+    print("  ".join(f"{key} {value:.2f}x" for key, value in summary.items() if value))
+    print(save(f"network-{options.threads}t", {"summary": summary, "rows": rows}))
+
+
+def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    _prune(network.model, nm)
+    x = network.inputs(batch)
+    rates = calibrate_rates(network, network.inputs(4), options.rate)
+    engine = pack(network.model, x)
+    candidates = {"eager": network.model, "packed": engine}
+    if options.int8:
+        candidates["packed int8"] = pack(network.model, x, dtype=torch.int8)
+    if not options.no_compile:
+        candidates["compiled"] = _compiled(network, x)
+    agreement = _agreement(network, engine, x)
+    with torch.no_grad():
+        seconds = interleaved(
+            {key: _call(network, model, x) for key, model in candidates.items()},
+            repeats=options.repeats,
+            clock=time.thread_time if options.threads == 1 else time.perf_counter,
+        )
+    report = packing(engine)
+    row = {
+        "network": name,
+        "pattern": str(nm),
+        "batch": batch,
+        "threads": options.threads,
+        "rates": rates,
+        "ms": {key: value * 1e3 for key, value in seconds.items()},
+        "over_eager": seconds["eager"] / seconds["packed"],
+        "largest_difference": agreement,
+        "choices": report.choices,
+        "layer_rates": {layer.name: layer.rate for layer in report.layers},
+        "fused": sum(bool(layer.neuron) for layer in report.layers),
+        "bytes": {
+            "dense": sum(layer.dense_bytes for layer in report.layers),
+            "packed": sum(layer.packed_bytes for layer in report.layers),
+            "resident": sum(layer.resident_bytes for layer in report.layers),
+        },
+    }
+    if "compiled" in seconds:
+        row["over_compiled"] = seconds["compiled"] / seconds["packed"]
+    if "packed int8" in seconds:
+        row["int8_over_eager"] = seconds["eager"] / seconds["packed int8"]
+    kinds = sorted(set(report.choices.values()))
+    counts = ", ".join(f"{list(report.choices.values()).count(k)} {k}" for k in kinds)
+    times = "  ".join(f"{key} {value * 1e3:.1f}" for key, value in seconds.items())
+    ratios = "  ".join(f"{k} {row[k]:.2f}x" for k in row if k.startswith("over") or "over_" in k)
+    print(
+        f"{name:<16} {nm!s:>4} batch {batch:<3} rate {rates['mean']:.0%}  ms: {times}  {ratios}  "
+        f"({counts}; {row['fused']} fused)",
+        flush=True,
+    )
+    return row
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A model, its inputs by batch size, and how it forgets its state."""
+
+    model: nn.Module
+    inputs: Callable[[int], Tensor]
+    reset: Callable[[nn.Module], None]
+
+
+def _jelly(name: str) -> Any:
+    return importlib.import_module(f"spikingjelly.activation_based.{name}")
+
+
+def _reset(model: nn.Module) -> None:
+    _jelly("functional").reset_net(model)
+
+
+def _images(*size: int) -> Callable[[int], Tensor]:
+    return lambda batch: torch.rand(1, batch, *size).repeat(STEPS, 1, *[1] * len(size))
+
+
+def _vgg11() -> Network:
+    stand_in("torchvision")
+    model = _jelly("model.spiking_vgg").spiking_vgg11_bn(
+        spiking_neuron=_jelly("neuron").LIFNode, num_classes=10
+    )
+    # The CIFAR shape of this network: 32 x 32 leaves one pixel before the classifier.
+    layer = _jelly("layer")
+    model.avgpool = layer.AdaptiveAvgPool2d((1, 1))
+    model.classifier = nn.Sequential(layer.Linear(512, 10))
+    return _multi_step(model, _images(3, 32, 32))
+
+
+def _sew_resnet18() -> Network:
+    stand_in("torchvision")
+    model = _jelly("model.sew_resnet").sew_resnet18(
+        spiking_neuron=_jelly("neuron").LIFNode, num_classes=10, cnf="ADD"
+    )
+    layer = _jelly("layer")
+    model.conv1 = layer.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return _multi_step(model, _images(3, 32, 32))
+
+
+def _vggsnn() -> Network:
+    """The plain VGG of temporal efficient training, two input channels of events at 48 x 48."""
+    layer, neuron = _jelly("layer"), _jelly("neuron")
+    blocks: list[nn.Module] = []
+    channels = 2
+    for width in (64, 128, "pool", 256, 256, "pool", 512, 512, "pool", 512, 512, "pool"):
+        if width == "pool":
+            blocks.append(layer.AvgPool2d(2))
+            continue
+        blocks += [
+            layer.Conv2d(channels, width, 3, padding=1),
+            layer.BatchNorm2d(width),
+            neuron.LIFNode(tau=2.0, decay_input=False),
+        ]
+        channels = int(width)
+    blocks += [layer.Flatten(), layer.Linear(512 * 9, 10)]
+    return _multi_step(nn.Sequential(*blocks), _events)
+
+
+def _events(batch: int) -> Tensor:
+    return (torch.rand(STEPS, batch, 2, 48, 48) < 0.1).float()
+
+
+def _spikformer() -> Network:
+    stand_in("torchvision")
+    model = _jelly("model.spikformer").Spikformer(
+        T=STEPS,
+        num_classes=10,
+        img_size_h=32,
+        img_size_w=32,
+        patch_size=4,
+        embed_dims=256,
+        num_heads=8,
+        depths=4,
+    )
+    return _multi_step(model, _images(3, 32, 32))
+
+
+def _multi_step(model: nn.Module, inputs: Callable[[int], Tensor]) -> Network:
+    _jelly("functional").set_step_mode(model, "m")
+    return Network(model.eval(), inputs, _reset)
+
+
+NETWORKS: dict[str, Callable[[], Network]] = {
+    "spiking_vgg11_bn": _vgg11,
+    "sew_resnet18": _sew_resnet18,
+    "spikformer-4-256": _spikformer,
+    "vggsnn": _vggsnn,
+}
+"""SpikingJelly's networks in CIFAR shape, and the VGG of TET."""
+
+
+def _prune(model: nn.Module, nm: NM) -> None:
+    """Magnitude masks on every layer but the first (analog input) and the last (classifier)."""
+    layers = [m for m in model.modules() if is_weight_layer(m)]
+    for module in layers[1:-1]:
+        weight: Any = module.weight
+        if weight.shape[1] % nm.of:
+            continue
+        view = BlockView.of_layer(module, nm)
+        blocks = view.to_blocks(weight.data)
+        mask = torch.zeros_like(blocks)
+        mask.scatter_(1, blocks.abs().topk(nm.keep, dim=1).indices, 1.0)
+        weight.data = view.from_blocks(blocks * mask)
+
+
+def calibrate_rates(network: Network, x: Tensor, rate: float) -> dict[str, Any]:
+    """Set norms, layer by layer from the input, so that every neuron fires near ``rate``.
+
+    Fresh deep networks are silent, trained ones are not.  Each batch norm takes the statistics of
+    what reaches it; then its shift is moved until the neuron behind it fires at the rate.
+
+    Returns:
+        The mean rate and the rate of each neuron.
+    """
+    for module in network.model.modules():
+        if isinstance(module, _BatchNorm):
+            _take_statistics(network, module, x)
+            module.weight.data.fill_(1.0)
+            module.bias.data.fill_(_quantile_shift(rate))
+    return _rates(network, x)
+
+
+def _quantile_shift(rate: float) -> float:
+    """Shift of a standard normal input that makes an LIF neuron (tau 2) fire at about ``rate``."""
+    return 0.55 + 0.4 * math.log(rate / (1 - rate)) / 2
+
+
+def _take_statistics(network: Network, norm: Any, x: Tensor) -> None:
+    seen: list[Tensor] = []
+    hook = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    network.reset(network.model)
+    with torch.no_grad():
+        network.model(x)
+    hook.remove()
+    network.reset(network.model)
+    if seen:
+        axis = seen[0].shape.index(norm.num_features, 1 if seen[0].dim() < 5 else 2)
+        flat = seen[0].movedim(axis, 0).flatten(1)
+        norm.running_mean.copy_(flat.mean(1))
+        norm.running_var.copy_(flat.var(1) + 1e-4)
+
+
+def _rates(network: Network, x: Tensor) -> dict[str, Any]:
+    rates: dict[str, float] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            rates[name] = float(out.mean())
+
+        return hook
+
+    neurons = find_neurons(network.model)
+    hooks = [network.model.get_submodule(n).register_forward_hook(keep(n)) for n in neurons]
+    network.reset(network.model)
+    with torch.no_grad():
+        network.model(x)
+    for hook in hooks:
+        hook.remove()
+    network.reset(network.model)
+    return {"mean": sum(rates.values()) / max(1, len(rates)), "neurons": rates}
+
+
+def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
+    # A compiled module wraps the one that holds the state.
+    target = getattr(model, "_orig_mod", model)
+
+    def call() -> object:
+        network.reset(target)
+        return model(x)
+
+    return call
+
+
+def _compiled(network: Network, x: Tensor) -> nn.Module:
+    module = copy.deepcopy(network.model)
+    network.reset(module)
+    compiled: Any = torch.compile(module, dynamic=False)
+    with torch.no_grad():
+        for _ in range(2):
+            network.reset(module)
+            compiled(x)
+    return compiled  # type: ignore[no-any-return]
+
+
+def _agreement(network: Network, engine: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        network.reset(network.model)
+        network.reset(engine)
+        expected, seen = network.model(x), engine(x)
+    network.reset(network.model)
+    network.reset(engine)
+    return float((seen - expected).abs().max())
+
+
+def _geometric(values: list[float]) -> float | None:
+    return math.exp(sum(map(math.log, values)) / len(values)) if values else None

@@ -1,0 +1,458 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hooks that see, on refresh steps only, what layers and the neurons behind them receive.
+
+Nothing is computed in a forward pass: inputs are kept by reference until the backward pass asks
+for the credits.  Which neuron follows which layer comes from :mod:`spikenm_fx.trace`, with the
+user's examples, or on the first training forward of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.utils._pytree import tree_leaves
+
+from spikenm_fx.errors import SpikeNMWarning, TraceError
+from spikenm_fx.masks.clock import Clock
+from spikenm_fx.masks.eid import EID
+from spikenm_fx.masks.eligibility import (
+    correlate,
+    filtered_slopes,
+    has_known_slope,
+    presynaptic_rate,
+)
+from spikenm_fx.masks.replay import Call, replayed_slopes, runs_through_time
+from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.trace import NeuronSpec, SpikingGraph, neuron_spec, trace
+
+__all__ = ["Observed", "Watch", "remove_hooks"]
+
+
+_PROBES = (0.3719, 0.6173, 0.8317)  # no fixed points of the usual transpositions
+
+
+@dataclass(slots=True)
+class _Use:
+    """One call of a layer."""
+
+    order: int
+    inputs: Tensor
+    shape: torch.Size
+    output: Tensor | None  # with its graph, only until the layer's place is known
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    """One watched layer and the neurons behind it."""
+
+    name: str
+    layer: nn.Module
+    posts: list[_Neuron] = field(default_factory=list)
+    uses: list[_Use] = field(default_factory=list)
+    same_order: bool | None = None  # do neuron inputs lie in memory as the layer's outputs do?
+    mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
+
+
+@dataclass(slots=True, eq=False)
+class _Neuron:
+    """One watched neuron."""
+
+    name: str
+    module: nn.Module
+    calls: list[Call] = field(default_factory=list)
+    slopes: list[Tensor] | None = None
+    failed: bool = False
+    through_time: bool | None = None
+
+    def spec(self) -> NeuronSpec:
+        """With the values its parameters have now."""
+        spec = neuron_spec(self.module)
+        assert spec is not None
+        return replace(spec, time_axis=0, step_mode="multi") if self.through_time else spec
+
+    def learn_time(self, call: Call) -> None:
+        """Find out whether a neuron that no adapter knows steps through time by itself."""
+        spec = self.spec()
+        if self.through_time is None and spec.framework == "unknown":
+            with contextlib.suppress(Exception):  # the user's code, called out of its context
+                self.through_time = runs_through_time(self.module, spec, call)
+
+
+class Watch:
+    """Everything watched in one model.
+
+    Args:
+        clock: of the model's masks.
+        schedule: after its freeze nothing is watched any more.
+        settings: of the distillation.
+    """
+
+    def __init__(self, clock: Clock, schedule: Schedule, settings: EID) -> None:
+        self.clock, self.schedule, self.every = clock, schedule, settings.every
+        self.needs_neuron = settings.needs_neuron
+        self.sources: list[_Source] = []
+        self.neurons: dict[str, _Neuron] = {}
+        self.notes: dict[str, str] = {}
+        self.connected = not settings.needs_neuron
+        self._step, self._order, self._closed = -1, 0, -1
+
+    def connect(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Find the neuron behind each layer and hook it.
+
+        Args:
+            model: the model that was made sparse.
+            args: arguments of a forward call.
+            kwargs: keyword arguments of it.
+        """
+        try:
+            graph = trace(model, args, example_kwargs=kwargs)
+        except TraceError as error:
+            self.connected = True
+            warnings.warn(
+                f"EID is off, masks learn from the task alone: {error}",
+                SpikeNMWarning,
+                stacklevel=2,
+            )
+            return
+        self.wire(model, graph)
+
+    def wire(self, model: nn.Module, graph: SpikingGraph) -> None:
+        """Hook the neurons that ``graph`` sees behind the watched layers."""
+        self.connected = True
+        for source in self.sources:
+            posts = graph.layers[source.name].post
+            modules = [n for n in posts if not graph.neurons[n].functional]
+            if not modules:
+                what = "no neuron" if not posts else "a neuron inside a forward function"
+                self.notes[source.name] = f"{what} behind it: no EID"
+            for name in modules:
+                if name not in self.neurons:
+                    neuron = _Neuron(name, model.get_submodule(name))
+                    self.neurons[name] = neuron
+                    hook = _NeuronHook(self, neuron)
+                    neuron.module.register_forward_pre_hook(hook, with_kwargs=True)
+                source.posts.append(self.neurons[name])
+
+    def recording(self, module: nn.Module) -> bool:
+        """Whether calls of ``module`` are to be kept now."""
+        step = self.clock.step
+        wanted = (
+            module.training
+            and step % self.every == 0
+            and self._closed != step
+            and torch.is_grad_enabled()
+            and torch._C._current_graph_task_id() == -1  # no recomputation inside backward
+            and not self.schedule.frozen(step)
+        )
+        if wanted and self._step != step:
+            self.forget()
+            self._step = step
+        return wanted
+
+    def close(self) -> None:
+        """The credits of this step are being asked for: nothing more is kept for it."""
+        self._closed = self.clock.step
+
+    def forget(self) -> None:
+        """Let go of everything that was kept."""
+        self._order = 0
+        for source in self.sources:
+            source.uses.clear()
+            source.mapped.clear()
+        for neuron in self.neurons.values():
+            neuron.calls.clear()
+            neuron.slopes = None
+
+    def order(self) -> int:
+        """A running number."""
+        self._order += 1
+        return self._order
+
+    def saw_layer(self, source: _Source, inputs: Tensor, output: Tensor) -> None:
+        """A layer was called."""
+        kept = output if self.needs_neuron and not source.same_order else None
+        source.uses.append(_Use(self.order(), inputs.detach(), output.shape, kept))
+
+    def saw_neuron(self, neuron: _Neuron, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A neuron is about to be called."""
+        if args:
+            current, rest = args[0], args[1:]
+        else:
+            name = next(iter(kwargs))
+            current, rest = kwargs[name], ()
+            kwargs = {k: v for k, v in kwargs.items() if k != name}
+        if not isinstance(current, Tensor):
+            return
+        call = Call(self.order(), current.detach(), rest, kwargs, starts=True)
+        neuron.learn_time(call)
+        spec = neuron.spec()
+        call.starts = not neuron.calls or _starts(neuron.module, spec, rest)
+        neuron.calls.append(call)
+        for source in self.sources:
+            if neuron in source.posts and source.uses:
+                self._locate(source, neuron, spec, current)
+
+    def _locate(self, source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Tensor) -> None:
+        if source.same_order is None:
+            source.same_order = _same_order(source, neuron, spec, current)
+        if source.same_order or spec.step_mode != "multi":
+            return
+        slopes = _slopes(neuron, spec, neuron.calls[-1:])
+        outputs = [use.output for use in source.uses if use.output is not None]
+        if slopes is None or not current.requires_grad:
+            return
+        back = torch.autograd.grad(
+            current, outputs, slopes[0].to(current.dtype), retain_graph=True, allow_unused=True
+        )
+        source.mapped = [
+            torch.zeros_like(y) if g is None else g for y, g in zip(outputs, back, strict=True)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.forget()
+        return dict(self.__dict__)
+
+
+class Observed:
+    """What is seen of one masked weight: a measure for :class:`~spikenm_fx.masks.eid.Guide`.
+
+    Args:
+        watch: of the model.
+        layers: the layers that hold the weight, by name.
+    """
+
+    def __init__(self, watch: Watch, layers: Iterable[tuple[str, nn.Module]]) -> None:
+        self.watch = watch
+        self.sources = [_Source(name, layer) for name, layer in layers]
+        watch.sources += self.sources
+        for source in self.sources:
+            source.layer.register_forward_hook(_LayerHook(watch, source))
+
+    def measure(self) -> Tensor | None:
+        """The credit that this step's forward passes left, without |W|; None where nothing did."""
+        self.watch.close()
+        one = self._eligibility if self.watch.needs_neuron else _root_rate
+        found = [credit for source in self.sources if (credit := one(source)) is not None]
+        for source in self.sources:
+            source.uses.clear()
+            source.mapped.clear()
+        return torch.stack(found).sum(0) if found else None
+
+    def _eligibility(self, source: _Source) -> Tensor | None:
+        slopes = _slopes_at(source) if source.uses and source.posts else None
+        if slopes is None:
+            return None
+        sequences = sum(_sequences(neuron) for neuron in source.posts[:1])
+        credit = sum(
+            correlate(source.layer, use.inputs, slope)
+            for use, slope in zip(source.uses, slopes, strict=True)
+        )
+        assert isinstance(credit, Tensor)
+        return credit / max(sequences, 1)
+
+
+def _root_rate(source: _Source) -> Tensor | None:
+    if not source.uses:
+        return None
+    rates = [presynaptic_rate(source.layer, use.inputs) for use in source.uses]
+    rate = torch.stack(rates).mean(0).sqrt()
+    weight = source.layer._parameters["weight"]
+    assert weight is not None
+    return rate.expand(weight.shape)
+
+
+def _slopes_at(source: _Source) -> list[Tensor] | None:
+    """Slopes at the outputs of each use of the layer; None where they cannot be brought there."""
+    if source.mapped:
+        return list(source.mapped) if len(source.mapped) == len(source.uses) else None
+    if source.same_order is False:
+        return None
+    sizes = [use.shape.numel() for use in source.uses]
+    found: list[list[tuple[int, Tensor]]] = []
+    for neuron in source.posts:
+        if neuron.slopes is None and neuron.calls:
+            neuron.slopes = _slopes(neuron, neuron.spec(), neuron.calls)
+        if neuron.slopes is None:
+            return None
+        flat = [_flat(slope, neuron.spec(), len(source.uses)) for slope in neuron.slopes]
+        found.append([(c.order, s) for c, s in zip(neuron.calls, flat, strict=True)])
+    counts = [sum(len(slope) for _, slope in one) for one in found]
+    if all(count == sum(sizes) for count in counts):  # one output drives them all
+        merged = torch.stack([torch.cat([slope for _, slope in one]) for one in found]).sum(0)
+    elif sum(counts) == sum(sizes):  # a layer used in turn before several neurons
+        in_turn = sorted((pair for one in found for pair in one), key=lambda pair: pair[0])
+        merged = torch.cat([slope for _, slope in in_turn])
+    else:
+        return None
+    parts = merged.split(sizes)
+    return [part.view(use.shape) for part, use in zip(parts, source.uses, strict=True)]
+
+
+def _flat(slopes: Tensor, spec: NeuronSpec, uses: int) -> Tensor:
+    """In the order of the layer's outputs: time first where the layer was called step by step."""
+    if uses > 1 and spec.time_axis:
+        slopes = slopes.movedim(spec.time_axis, 0)
+    return slopes.flatten()
+
+
+def _slopes(neuron: _Neuron, spec: NeuronSpec, calls: list[Call]) -> list[Tensor] | None:
+    if neuron.failed:
+        return None
+    if has_known_slope(spec) and not spec.folded_time:
+        try:
+            return _known_slopes(spec, calls)
+        except (TypeError, ValueError, RuntimeError):
+            pass  # e.g. a surrogate of another signature: the neuron itself knows it
+    try:
+        return replayed_slopes(neuron.module, spec, calls)
+    except Exception as error:  # the user's code, called out of its context
+        neuron.failed = True
+        warnings.warn(
+            f"{neuron.name} ({spec.class_name}) could not be run by itself "
+            f"({type(error).__name__}: {error}); layers before it learn without EID. "
+            "spikenm_fx.trace.register_neuron can tell its rule",
+            SpikeNMWarning,
+            stacklevel=2,
+        )
+        return None
+
+
+def _known_slopes(spec: NeuronSpec, calls: list[Call]) -> list[Tensor]:
+    if spec.time_axis is not None:
+        axis = spec.time_axis
+        return [
+            filtered_slopes(spec, call.current.movedim(axis, 0)).movedim(0, axis) for call in calls
+        ]
+    slopes: list[Tensor] = []
+    sequence: list[Tensor] = []
+    for call in calls:
+        if call.starts and sequence:
+            slopes += filtered_slopes(spec, torch.stack(sequence))
+            sequence = []
+        sequence.append(call.current)
+    return [*slopes, *filtered_slopes(spec, torch.stack(sequence))]
+
+
+def _sequences(neuron: _Neuron) -> int:
+    """Samples seen: batch sizes of all sequences, together."""
+    axis = neuron.spec().time_axis
+    total = 0
+    for call in neuron.calls:
+        if call.starts:
+            shape = list(call.current.shape)
+            if axis is not None:
+                del shape[axis]
+            total += shape[0] if len(shape) > 1 else 1
+    return total
+
+
+def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
+    """Whether the state is that of a new sequence: none, empty, or zero everywhere."""
+    if spec.step_mode == "multi":
+        return True
+    own = [getattr(module, name, None) for name in spec.state[:1]]
+    state = tree_leaves(rest) if rest else own
+    tensors = [value for value in state if isinstance(value, Tensor)]
+    return not any(bool(value.detach().any()) for value in tensors)
+
+
+def _same_order(source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
+    """Ask the graph where three of the neuron's inputs come from; None while it cannot tell."""
+    outputs = [use.output for use in source.uses if use.output is not None]
+    total = sum(use.shape.numel() for use in source.uses)
+    before = sum(call.current.numel() for call in neuron.calls[:-1])
+    if spec.step_mode == "multi" and before + current.numel() != total and len(source.posts) == 1:
+        return False  # pooled or cut on the way
+    if len(source.posts) > 1 or not current.requires_grad or before + current.numel() > total:
+        return None
+    index = _flat(torch.arange(current.numel()).view(current.shape), spec, len(source.uses))
+    places = index.tolist()
+    for place in {int(share * current.numel()) for share in _PROBES}:
+        try:
+            grads = torch.autograd.grad(
+                current.flatten()[place], outputs, retain_graph=True, allow_unused=True
+            )
+        except RuntimeError:  # a compiled graph, an output that was overwritten
+            return None
+        flat = [
+            torch.zeros(y.numel(), device=y.device) if g is None else g.flatten().float().abs()
+            for y, g in zip(outputs, grads, strict=True)
+        ]
+        strongest = torch.cat(flat)
+        if not bool(strongest.any()):
+            return None
+        if int(strongest.argmax()) != before + places.index(place):
+            return False
+    return True
+
+
+@dataclass(slots=True, eq=False)
+class _LayerHook:
+    watch: Watch
+    source: _Source
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        _after_layer(self, module, args, output)
+
+
+@dataclass(slots=True, eq=False)
+class _NeuronHook:
+    watch: Watch
+    neuron: _Neuron
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _before_neuron(self, module, args, kwargs)
+
+
+@dataclass(slots=True, eq=False)
+class RootHook:
+    """Connects the watch on the first training forward of the model."""
+
+    watch: Watch
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the forward of the model."""
+        _before_model(self, module, args, kwargs)
+
+
+@_disable_dynamo
+def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if args and isinstance(output, Tensor) and hook.watch.recording(module):
+        hook.watch.saw_layer(hook.source, args[0], output)
+
+
+@_disable_dynamo
+def _before_neuron(
+    hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if (args or kwargs) and hook.watch.recording(module):
+        hook.watch.saw_neuron(hook.neuron, args, kwargs)
+
+
+@_disable_dynamo
+def _before_model(
+    hook: RootHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if not hook.watch.connected and module.training and (args or kwargs):
+        hook.watch.connect(module, args, kwargs)
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Take away every hook of this file."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            ours = [
+                key
+                for key, hook in hooks.items()
+                if isinstance(hook, _LayerHook | _NeuronHook | RootHook)
+            ]
+            for key in ours:
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
