@@ -14,7 +14,8 @@
 # spikenm-fx recipe init  my_models.net:Net --root ~/my_code --input 4,3,32,32
 # ```
 #
-# Here the same in Python, with the Spikformer of SpikingJelly's model zoo, which needs no checkout.
+# Here the same in Python, with a small Spikformer of SpikingJelly's model zoo, which needs no
+# checkout.
 
 # %%
 from pathlib import Path
@@ -24,21 +25,20 @@ import torch.nn.functional as F
 
 import spikenm_fx
 from spikenm_fx.bench.data import digits
-from spikenm_fx.plan.recipe import load_recipe
+from spikenm_fx.plan.recipe import load_recipe, parse_recipe
 from spikenm_fx.plan.target import build_model, reset_function, root_of
 from spikenm_fx.report import report
 
-HERE = Path(__file__).resolve().parent.parent
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## Read, build, plan
 # Every mistake in a recipe is reported at once, with its line; here is what three look like.
 
 # %%
-recipe = load_recipe(HERE / "recipes" / "spikingjelly-spikformer-cifar10.yaml")
 wrong = OUT / "wrong.yaml"
 wrong.write_text(
     'version: 1\ntarget: {package: torch, build: "torch.nn:Linear"}\n'
@@ -49,6 +49,25 @@ try:
 except spikenm_fx.SpikeNMError as error:
     print(error, "\n")
 
+text = """
+version: 1
+name: "a small Spikformer out of SpikingJelly's zoo"
+target:
+  package: spikingjelly
+  build: "spikingjelly.activation_based.model.spikformer:Spikformer"
+  kwargs: {T: 2, img_size_h: 32, img_size_w: 32, patch_size: 4, num_classes: 10, embed_dims: 64,
+           num_heads: 4, depths: 1}
+  stand_ins: [torchvision]        # imported there, not needed here
+inputs: {shape: [2, 3, 32, 32], time: inside}
+reset: "spikingjelly.activation_based.functional:reset_net"
+nm: "2:4"                         # in quotes: YAML reads 2:4 as the number 124
+rules:
+  - {match: "re:patch_embed.stages.0.*", action: keep_dense, reason: "sees the image"}
+  - {match: "re:blocks.*attn.*", nm: "2:4", reason: "q, k, v and projection"}
+  - {match: "re:blocks.*mlp.*", nm: "1:4", reason: "most of the weights"}
+  - {match: "head", action: keep_dense, reason: "classifier"}
+"""
+recipe = parse_recipe(text)
 root = root_of(recipe)
 model = build_model(recipe, root)
 reset = reset_function(recipe, root)

@@ -28,7 +28,7 @@ torch.manual_seed(0)
 # %%
 STEPS, BATCH = 4, 4
 images = torch.rand(STEPS, BATCH, 3, 16, 16)
-dense = SpikingConvNet((64, 128, 128), size=16, inputs=3, hidden=256)
+dense = SpikingConvNet((32, 64, 64), size=16, inputs=3, hidden=128)
 for module in dense.modules():
     if isinstance(module, torch.nn.BatchNorm2d):
         module.momentum = 0.9
@@ -64,7 +64,7 @@ found = report(
     images,
     batch_dim=1,
     latency={"dense": dense, "folded": folded, "packed": engine},
-    repeats=7,
+    repeats=5,
 )
 print(found)
 (OUT / "05_packed.html").write_text(found.to_html())

@@ -27,7 +27,7 @@ from spikenm_fx.bench.networks import SpikingConvNet, direct_code
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)
 torch.set_num_threads(1)
-TOTAL, STEPS, BATCH = 24, 3, 32
+TOTAL, STEPS, BATCH = 16, 2, 32
 data = digits()
 
 
