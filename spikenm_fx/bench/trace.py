@@ -37,6 +37,8 @@ from spikenm_fx.trace.values import measure_kind
 __all__ = ["Row", "main", "measure", "train_sparse"]
 
 RESULTS = Path(__file__).parent / "results"
+PATIENCE = 20.0
+"""Seconds for the permutations of one model; what is left then is counted as not measured."""
 
 
 @dataclass(slots=True)
@@ -58,8 +60,8 @@ class Row:
         silent: layers whose input was constant in all measured forwards: nothing is proven there.
         groups: coupled groups: permuted exactly, wrongly, frozen; and how many of the exact ones a
             permutation of their producers alone did not show (quiet channels).
-        eager_ms: one eager forward, median.
-        trace_ms: one trace, median.
+        eager_ms: processor time of one eager forward on one thread, median.
+        trace_ms: processor time of one trace on one thread, median.
         memory_ratio: peak bytes of a trace over those of a forward, parameters counted in both.
         sparsified: outcome of sparsify, one training step, fold and verify.
         notes: the graph's notes.
@@ -180,10 +182,14 @@ def _groups_by_permutation(row: Row, case: Case, graph: SpikingGraph) -> None:
         before = _outputs(exactly)
         scale = max((float(t.abs().max()) for t in before), default=0.0) or 1.0
         tolerance = 1e-8 if precise else 1e-4 * scale
-        counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0}
+        counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0, "not measured": 0}
+        deadline = time.monotonic() + PATIENCE
         for group in coupled_groups(graph):
             if group.frozen:
                 counts["frozen"] += 1
+                continue
+            if time.monotonic() > deadline:
+                counts["not measured"] += 1
                 continue
             order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
             back = torch.argsort(order)
@@ -232,12 +238,15 @@ def _difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(a, b, strict=True))
 
 
-def _times(row: Row, case: Case, repeats: int = 5) -> None:
+def _times(row: Row, case: Case, repeats: int = 3) -> None:
     """Interleaved, medians: both see the same disturbances."""
     eager, traced = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(repeats):
         eager.append(_milliseconds(lambda: _forward(case)))
         traced.append(_milliseconds(lambda: trace(case.model, case.inputs)))
+    torch.set_num_threads(threads)
     row.eager_ms = round(statistics.median(eager), 1)
     row.trace_ms = round(statistics.median(traced), 1)
 
@@ -249,9 +258,9 @@ def _forward(case: Case) -> None:
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other load on the machine is left out
     call()
-    return (time.perf_counter() - start) * 1e3
+    return (time.process_time() - start) * 1e3
 
 
 def _memory(case: Case) -> float:
@@ -324,7 +333,7 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table, one line per model."""
     head = (
         "| model | route | layers seen | neurons | paired | spike edges, wrong, missed "
-        "| forward ms | trace ms | memory | groups | sparse training |"
+        "| forward CPU ms | trace CPU ms | memory | groups | sparse training |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
