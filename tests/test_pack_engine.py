@@ -303,6 +303,35 @@ def test_without_example_inputs():
         assert torch.equal(_outputs(engine, (x,))[0], expected[0])
 
 
+def test_outputs_are_ordinary_tensors():
+    """What the engine returns can be pickled, saved and handed to numpy, also after deepcopy."""
+    model, x = _jelly_net()
+    for engine in (pack(model, x), copy.deepcopy(pack(model, x))):
+        with torch.no_grad():
+            y = engine(x)
+        assert type(y) is Tensor
+        assert y.numpy().shape == (4, 3, 72)
+
+
+@pytest.mark.slow
+@native
+def test_whole_engine_compiles_and_exports():
+    """torch.compile finds no graph break in an engine, and export keeps its operators."""
+    model, x = _jelly_net()
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    engine = pack(model, x, backend="event")
+    with torch.no_grad():
+        expected = engine(x)
+        functional.reset_net(engine)
+        assert torch._dynamo.explain(engine)(x).graph_break_count == 0
+        functional.reset_net(engine)
+        compiled = torch.compile(engine, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        functional.reset_net(engine)
+        exported = torch.export.export(engine, (x,))
+    assert sum("sparse_layer" in str(node.target) for node in exported.graph.nodes) == 3
+
+
 def test_other_shapes_than_the_example():
     """Another batch and another number of steps work after a reset; without one, an error says."""
     model, x = _jelly_net()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 import warnings
@@ -93,6 +94,7 @@ def main(arguments: list[str]) -> None:
     about = {
         "kernels": status.levels,
         "clock": "CPU time of the thread" if options.threads == 1 else "wall",
+        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has"),
         "repeats": options.repeats,
         "summary": summary,
     }
