@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
+from spikenm_fx.bench.trace import train_sparse
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace import SpikingGraph, trace
+from spikenm_fx.trace import PendingGraph, SpikingGraph, trace
 
 
 def traced(name: str) -> tuple[Case, SpikingGraph]:
@@ -209,3 +210,45 @@ def test_without_examples() -> None:
     assert set(tree.layers) == {"conv1", "conv2", "fc"}
     assert set(tree.neurons) == {"lif1", "lif2"}
     assert "example_inputs" in str(tree.notes[0])
+
+
+def test_the_first_forward_completes_the_graph() -> None:
+    """Without examples the first real call supplies them; the hook removes itself."""
+    case = ZOO["hand/module"].build()
+    expected = case.run()
+    pending = PendingGraph(case.model)
+    assert not pending.complete
+    torch.testing.assert_close(case.run(), expected)
+    assert pending.complete
+    assert pending.graph.layers["conv2"].pre == ("lif1",)
+    assert not case.model._forward_pre_hooks
+
+
+def test_a_first_forward_that_fails_is_the_users_own_error() -> None:
+    """The model's own exception reaches the caller, and the reason is kept."""
+    model = nn.Sequential(nn.Linear(4, 8), SequenceLIF(), nn.Linear(8, 2))
+    pending = PendingGraph(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        model(torch.rand(3, 2, 5))
+    assert pending.error is not None
+    assert pending.graph.route == "symbolic"
+    assert not model._forward_pre_hooks
+
+
+def test_time_axis_is_named() -> None:
+    """Edges tell which axis is time: the first in multi-step, none in single-step models."""
+    _, multi = traced("spikingjelly/sew_resnet18/m")
+    assert {r.time_axis for r in multi.layers.values()} == {0}
+    _, single = traced("spikingjelly/cifar10dvs/s")
+    assert {r.time_axis for r in single.layers.values()} == {None}
+
+
+SMALL = [n for n in ZOO if "resnet" not in n and "vgg" not in n]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "spikingjelly/sew_resnet18/m"])
+def test_sparse_training_on_every_model(name: str) -> None:
+    """Each model of the list can be sparsified, trained a step, folded, and is then N:M."""
+    if not ZOO[name].available or name in ("rockpool/lif", "hand/raw"):
+        pytest.skip("not installed, or weights of its own that are no Linear or Conv modules")
+    assert train_sparse(ZOO[name].build) == "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF, Step
 from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import BRAINCOG_NEVER_USES
-from spikenm_fx.trace import NeuronSpec, find_neurons, neuron_spec, register_neuron, simulate
+from spikenm_fx.trace import NeuronSpec, find_neurons, neuron_spec, register_neuron, simulate, trace
 
 T, N, C = 12, 3, 5
 
@@ -156,6 +157,54 @@ def test_rockpool() -> None:
     with torch.no_grad():
         out, _, _ = lif(x.transpose(0, 1))
     check(neuron_spec(lif), x, out.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "output"),
+    [
+        ("PSN", {"T": T}, "spike"),
+        ("SlidingPSN", {"k": 2, "step_mode": "m"}, "spike"),
+        ("GatedLIFNode", {"T": T, "step_mode": "m"}, "spike"),
+        ("QIFNode", {"step_mode": "m"}, "spike"),
+        ("ILIFNode", {"step_mode": "m"}, "integer"),
+        ("TernaryIFNode", {"step_mode": "m"}, "integer"),
+    ],
+)
+def test_unusual_spikingjelly_neurons(name: str, arguments: dict, output: str) -> None:
+    """Neurons that are no plain LIF are leaves all the same, never exact, measured in a trace."""
+    model = nn.Sequential(nn.Linear(C, C), jelly(name, **arguments), nn.Linear(C, 2))
+    spec = neuron_spec(model[1])
+    assert spec is not None
+    assert not spec.exact
+    graph = trace(model, drive())
+    assert graph.layers["2"].pre == ("1",)
+    assert str(graph.layers["2"].input_signal) == output
+
+
+def test_lava_is_read_where_it_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """lava-dl's decays are 12-bit; its neurons take time last and are never called exact."""
+    base = types.ModuleType("lava.lib.dl.slayer.neuron.base")
+
+    class Neuron(nn.Module):
+        pass
+
+    class CubaLif(Neuron):
+        def __init__(self) -> None:
+            super().__init__()
+            self.threshold, self.p_scale, self.tau_grad = 1.25, 1 << 12, 0.1
+            self.register_buffer("current_decay", torch.tensor([1024.0]))
+            self.register_buffer("voltage_decay", torch.tensor([512.0]))
+
+    base.Neuron = Neuron  # type: ignore[attr-defined]
+    assert neuron_spec(CubaLif()) is None
+    monkeypatch.setitem(sys.modules, base.__name__, base)
+    spec = neuron_spec(CubaLif())
+    assert spec is not None
+    assert (spec.framework, spec.threshold, spec.time_axis) == ("lava-dl", 1.25, -1)
+    assert spec.decay == 0.875
+    assert spec.synapse is not None
+    assert spec.synapse.decay == 0.75
+    assert not spec.exact
 
 
 def test_simulate_refuses_what_is_not_exact() -> None:

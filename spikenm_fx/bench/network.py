@@ -277,7 +277,8 @@ def _rates(network: Network, x: Tensor) -> dict[str, Any]:
 
 
 def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
-    target = model if hasattr(model, "reset_target") else model
+    # A compiled module wraps the one that holds the state.
+    target = getattr(model, "_orig_mod", model)
 
     def call() -> object:
         network.reset(target)

@@ -27,7 +27,6 @@ __all__ = ["REPOS", "Checkout", "build"]
 _UNUSED = (
     "torchvision",
     "torchinfo",
-    "cupy",
     "tensorboard",
     "deepspeed",
     "cv2",

@@ -34,7 +34,7 @@ from spikenm_fx.trace import SpikingGraph, coupled_groups, permute_channels, tra
 from spikenm_fx.trace.groups import permute_members
 from spikenm_fx.trace.values import measure_kind
 
-__all__ = ["Row", "main", "measure"]
+__all__ = ["Row", "main", "measure", "train_sparse"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -278,12 +278,16 @@ def _peak(call: Callable[[], object]) -> int:
     return peak
 
 
-def _train_sparse(build: Callable[[], Case]) -> str:
+def train_sparse(build: Callable[[], Case]) -> str:
     """Sparsify the model, train one step, fold, verify: what a user does next."""
     try:
         case = build()  # not a copy: some frameworks' deepcopy does not work
         model = case.model.train()
-        spikenm_fx.sparsify(model, "2:4", remainder="pad")
+        every = (spikenm_fx.Rule("re:.*", nm="2:4"),)  # head and input layer included
+        decided = spikenm_fx.plan(
+            model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad"
+        )
+        spikenm_fx.sparsify(model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad")
         optimizer = torch.optim.SGD(
             [p for p in nn.Module.parameters(model) if p.requires_grad], lr=1e-2
         )
@@ -293,7 +297,7 @@ def _train_sparse(build: Callable[[], Case]) -> str:
         optimizer.step()
         case.reset(model)
         spikenm_fx.fold(model)
-        return "ok" if spikenm_fx.verify(model) is not None else "not N:M"
+        return "ok" if spikenm_fx.verify(model, decided).valid else "not N:M"
     except Exception as error:
         return f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
 
@@ -309,7 +313,7 @@ def _one(name: str, build: Callable[[], Case]) -> Row:
     try:
         with _quietly():
             row = measure(name, build())
-            row.sparsified = _train_sparse(build)
+            row.sparsified = train_sparse(build)
             return row
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else ""
@@ -353,18 +357,22 @@ def main(arguments: list[str]) -> int:
         build = functools.partial(build_checkout, options.one, options.repos, options.sites)
         write(options.output, [_one(f"repos/{options.one}", build)])
         return 0
-    rows = []
+    failed = False
+    for row in _rows(options):
+        print(table([row]).splitlines()[-1], flush=True)
+        write(options.output, [row])
+        failed |= bool(row.error)
+    return int(failed)
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Row]:
     for name, entry in ZOO.items():
         if options.only in name:
             missing = Row(name, error=f"{entry.framework} is not installed")
-            rows.append(_one(name, entry.build) if entry.available else missing)
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+            yield _one(name, entry.build) if entry.available else missing
     for name, checkout in REPOS.items() if options.repos else ():
         if options.only in f"repos/{name}" and (options.repos / checkout.folder).is_dir():
-            rows.append(_apart(name, options.repos, options.sites))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-    write(options.output, rows)
-    return int(any(row.error for row in rows))
+            yield _apart(name, options.repos, options.sites)
 
 
 def _apart(name: str, repos: Path, sites: Path | None) -> Row:
@@ -384,8 +392,12 @@ def _apart(name: str, repos: Path, sites: Path | None) -> Row:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Keep ``rows`` as JSON, and as a table beside it."""
+    """Put ``rows`` in place of those of the same models in the JSON, and in the table beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
+    known = json.loads(path.read_text())["rows"] if path.exists() else []
+    merged = {row["model"]: Row(**row) for row in known} | {row.model: row for row in rows}
+    order = [*ZOO, *(f"repos/{name}" for name in REPOS)]
+    kept = sorted(merged.values(), key=lambda row: order.index(row.model))
+    report = {"torch": torch.__version__, "rows": [asdict(row) for row in kept]}
     path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(rows) + "\n")
+    path.with_suffix(".md").write_text(table(kept) + "\n")

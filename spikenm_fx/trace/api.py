@@ -84,7 +84,8 @@ def _attempts(
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
-    unknown = {model.get_submodule(n) for n, s in neurons.items() if s.framework == "unknown"}
+    # what a neuron emits is measured, under strong drive too, unless its whole rule is known
+    unknown = {model.get_submodule(n) for n, s in neurons.items() if not s.exact}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
     for attempt in range(_ATTEMPTS):

@@ -468,17 +468,21 @@ class _Builder:
             self._note(name, f"parameter {tuple(parameter.shape)} was not seen in use")
 
     def _with_heads(self, layers: dict[str, LayerRecord]) -> dict[str, LayerRecord]:
-        """Mark layers after which no other layer comes."""
-        marked = {}
-        for name, record in layers.items():
-            after = nx.descendants(self.out, name) - {name} if name in self.out else {""}
-            head = (
-                record.calls > 0
-                and record.inside is None
-                and not any(n in layers and layers[n].inside is None for n in after)
-            )
-            marked[name] = replace(record, is_head=head)
-        return marked
+        """Mark layers after which no other layer comes; loops over time are looked through."""
+        heads: set[str] = set()
+        loops = nx.condensation(self.out)
+        before_others: dict[int, bool] = {}
+        for loop in reversed(list(nx.topological_sort(loops))):
+            own = [
+                name
+                for name in loops.nodes[loop]["members"]
+                if name in layers and layers[name].inside is None
+            ]
+            later = any(before_others[after] for after in loops.successors(loop))
+            before_others[loop] = later or bool(own)
+            if len(own) == 1 and not later:
+                heads.add(own[0])
+        return {name: replace(record, is_head=name in heads) for name, record in layers.items()}
 
     # -- chains -----------------------------------------------------------------------------------
 

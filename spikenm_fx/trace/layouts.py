@@ -51,6 +51,7 @@ class Reader:
         self._items: dict[fx.Node, dict[Any, Layout]] = {}
         self._neurons: dict[fx.Node, Layout] = {}
         self._times: list[Dim] = []
+        self._time_spaces: frozenset[int] | None = None
         self._outputs: dict[str, Dim] = {}
         self._inputs: dict[str, Dim] = {}
         self._names = {
@@ -123,9 +124,13 @@ class Reader:
 
     def time_axis(self, node: fx.Node) -> int | None:
         """The axis of ``node``'s tensor along which time runs, alone or folded with the batch."""
-        times = {self.spaces.find(s) for axis in self._times for s in self.spaces.labelled(axis)}
+        if self._time_spaces is None:  # asked for each edge, once everything is read
+            labelled = self.spaces.labelled
+            self._time_spaces = frozenset(s for axis in self._times for s in labelled(axis))
+        if not self._time_spaces:
+            return None
         for index, dim in enumerate(self.layouts.get(node, ())):
-            if times & set(self.spaces.labelled(dim)):
+            if not self._time_spaces.isdisjoint(self.spaces.labelled(dim)):
                 return index
         return None
 

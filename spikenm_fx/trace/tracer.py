@@ -87,7 +87,7 @@ class LeafRule:
     Args:
         neurons: modules that are neurons.
         opaque: classes that failed under the tracer; they run under the recorder instead.
-        unknown: those of ``neurons`` that no framework vouches for: what they emit is measured.
+        unknown: those of ``neurons`` whose rule is not known in full: what they emit is measured.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class ValueTracer(fx.Tracer):
         self._scope: list[nn.Module] = []
         self._failed_in: nn.Module | None = None
         self._count = 0
+        self._probing = False
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -399,7 +400,8 @@ class ValueTracer(fx.Tracer):
     def _run_inner(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module inside a leaf runs for real; weight layers (recurrent ones) are counted."""
         out = forward(*args, **kwargs)
-        if is_weight_layer(m) and self._scope and self._scope[-1] is not m:
+        inside = self._scope and self._scope[-1] is not m and not self._probing
+        if inside and is_weight_layer(m):
             seen = self.inner.setdefault(self.name_of(m), InnerCall(self.name_of(self._scope[-1])))
             seen.calls += 1
             seen.input_shape = seen.input_shape or tuple(args[0].shape)
@@ -426,6 +428,7 @@ class ValueTracer(fx.Tracer):
             return None
         if module is not None and module in self._probed:
             return self._probed[module]
+        self._probing = True
         try:
             with preserved(module) if module is not None else contextlib.nullcontext():
                 wide = torch.linspace(-20.0, 60.0, args[0].numel(), device=args[0].device)
@@ -435,6 +438,8 @@ class ValueTracer(fx.Tracer):
                 found = measure_kind(first)[0] if first is not None else None
         except Exception:
             return None
+        finally:
+            self._probing = False
         if module is not None:
             self._probed[module] = found
         return found

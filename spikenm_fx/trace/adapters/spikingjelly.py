@@ -26,13 +26,23 @@ __all__ = ["ADAPTER"]
 IF = ("IFNode", "SimpleIFNode", "MultiStepIFNode")
 LIF = ("LIFNode", "SimpleLIFNode", "MultiStepLIFNode")
 PLIF = ("ParametricLIFNode", "MultiStepParametricLIFNode")
+OTHERS = (
+    *("psn:PSN", "psn:MaskedPSN", "psn:SlidingPSN", "lif_variants:GatedLIFNode"),
+    *("dsr:DSRIFNode", "dsr:DSRLIFNode", "few_spike:FewSpikeNode", "spikezip:STBIFNode"),
+    *("inter_layer_connection:ILCBaseNode", "noisy:NoisyBaseNode", "flexsn:FlexSN"),
+    "integrate_and_fire:ActivationAwareIFNode",
+)
 
 
 def read(module: nn.Module) -> NeuronSpec:
     """Read a SpikingJelly neuron."""
     name = type(module).__name__
     legacy = type(module).__module__.startswith("spikingjelly.clock_driven")
-    multi = name.startswith("MultiStep") or getattr(module, "step_mode", "s") == "m"
+    multi = (
+        name.startswith("MultiStep")
+        or getattr(module, "step_mode", "s") == "m"
+        or name in ("PSN", "ILCIFNode", "ILCLIFNode", "ILCCUBALIFNode")
+    )
     v_reset = getattr(module, "v_reset", None)
     surrogate = getattr(module, "surrogate_function", None)
     kind, leak = _leak(module)
@@ -101,6 +111,8 @@ ADAPTER = Adapter(
         "spikingjelly.activation_based.neuron.base_node:SimpleBaseNode",
         "spikingjelly.activation_based.neuron.base_node:NonSpikingBaseNode",
         "spikingjelly.activation_based.neuron:BaseNode",
+        # neurons of their own kind, each in its file
+        *(f"spikingjelly.activation_based.neuron.{name}" for name in OTHERS),
         "spikingjelly.clock_driven.neuron:BaseNode",
     ),
     read=read,
