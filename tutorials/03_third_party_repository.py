@@ -87,11 +87,14 @@ def images(index):
     return F.interpolate(data.train_images[index].expand(-1, 3, -1, -1), size=32)
 
 
-spikenm_fx.sparsify(model, **{**recipe.sparsify_options(), "total_steps": 3})
+spikenm_fx.sparsify(model, **{**recipe.sparsify_options(), "total_steps": 12})
 optimizer = torch.optim.AdamW(spikenm_fx.param_groups(model, lr=1e-3))
 model.train()
-for step in range(3):
-    batch = torch.arange(4) + 4 * step
+for module in model.modules():
+    if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        module.momentum = 0.5  # with so few steps, the running statistics must follow quickly
+for step in range(12):
+    batch = torch.arange(16) + 16 * step
     scores = model(images(batch)).mean(0)  # [T, B, classes]
     loss = F.cross_entropy(scores, data.train_labels[batch])
     optimizer.zero_grad()
@@ -108,7 +111,7 @@ for step in range(3):
 # %%
 spikenm_fx.fold(model.eval())
 spikenm_fx.verify(model, decided).raise_if_invalid()
-found = report(model, images(torch.arange(2)), plan=decided, reset=reset)
+found = report(model, images(torch.arange(4)), plan=decided, reset=reset)
 print(found)
 (OUT / "03_spikformer.html").write_text(found.to_html())
 print(f"page: {OUT / '03_spikformer.html'}")

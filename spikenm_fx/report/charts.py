@@ -52,7 +52,7 @@ def waterfall(report: Report) -> str:
 def layers_chart(report: Report) -> str:
     """Density, firing rate and remaining work of each layer, side by side."""
     rows = report.layers
-    names = min(max((len(layer.name) for layer in rows), default=4), 34)
+    names = min(max((len(layer.name) for layer in rows), default=4), 30)
     left = 18 + 7.4 * names
     gap, step, top = 46.0, 24, 46
     panel = (_WIDTH - left - 2 * gap - 66) / 3
@@ -65,12 +65,12 @@ def layers_chart(report: Report) -> str:
         *bands,
         *_axis(x_density, panel, top, bottom, "weight density", 1.0),
         *_axis(x_rate, panel, top, bottom, "firing rate: in (bar), out (ring)", peak),
-        _text(x_work, 16, "work: dense, weight-sparse, dual-sparse", "strong"),
+        _text(x_work, 16, "work left of the dense work", "strong"),
         _text(x_work, 34, f"full width = {count_text(most / max(report.samples, 1))}", "tick"),
     ]
     for index, layer in enumerate(rows):
         y = top + step * index
-        parts.append(_text(left - 12, y + 16, _shorten(layer.name or "(root)", 34), "end name"))
+        parts.append(_text(left - 12, y + 16, _shorten(layer.name or "(root)", 30), "end name"))
         parts += _density_bar(layer, x_density, y, panel)
         parts += _rate_bar(layer, x_rate, y, panel, peak)
         parts += _work_bar(layer, x_work, y, panel + 20, most, max(report.samples, 1))
