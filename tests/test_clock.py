@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import spikenm_fx
 from spikenm_fx.errors import SpikeNMWarning
+from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 
 def sparse(**options) -> nn.Module:
