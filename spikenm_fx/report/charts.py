@@ -154,19 +154,16 @@ def _density_bar(layer: LayerReport, x: float, y: float, panel: float) -> list[s
 
 
 def _rate_bar(layer: LayerReport, x: float, y: float, panel: float, peak: float) -> list[str]:
-    if layer.rate_in is None:
-        parts = [_text(x + 4, y + 16, layer.signal or "never ran", "soft")]
-    else:
-        width = panel * min(layer.rate_in / peak, 1.0)
-        parts = [
-            _box(x, y + 5, max(width, 1), 14, "spike", f"in: {percent(layer.rate_in)}"),
-            _text(x + width + 12, y + 16, percent(layer.rate_in), "tick"),
-        ]
+    ends = [panel * min(rate / peak, 1.0) for rate in _rates(layer)]
+    label = percent(layer.rate_in) if layer.rate_in is not None else layer.signal or "never ran"
+    parts = []
+    if layer.rate_in is not None:
+        parts.append(_box(x, y + 5, max(ends[0], 1), 14, "spike", f"in: {label}"))
     if layer.rate_out is not None:
-        cx = x + panel * min(layer.rate_out / peak, 1.0)
         title = f"<title>out: {percent(layer.rate_out)}</title>"
-        parts.append(f'<circle class="ring" cx="{cx:.1f}" cy="{y + 12}" r="4.5">{title}</circle>')
-    return parts
+        cx, cy = x + ends[-1], y + 12
+        parts.append(f'<circle class="ring" cx="{cx:.1f}" cy="{cy:.1f}" r="4.5">{title}</circle>')
+    return [*parts, _text(x + max([*ends, -2]) + 12, y + 16, label, "tick")]
 
 
 def _work_bar(
