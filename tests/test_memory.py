@@ -13,7 +13,8 @@ from spikenm_fx import Rule
 def alive() -> dict[int, int]:
     """Bytes of every storage that a tensor known to the garbage collector holds."""
     gc.collect()
-    tensors = [thing for thing in gc.get_objects() if isinstance(thing, torch.Tensor)]
+    kinds = (torch.Tensor, nn.Parameter)  # and no fake tensors, which have no memory
+    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 

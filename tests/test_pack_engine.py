@@ -421,3 +421,56 @@ def test_without_kernels(monkeypatch):
         assert torch.equal(_outputs(engine, (x,))[0], expected[0])
     finally:
         module.kernels.cache_clear()
+
+
+class InPlace(nn.Module):
+    """Residual additions in place, before and after the neuron, as ResNets write them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+
+        self.where = where
+        self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.lif, self.last = (
+            neuron.LIFNode(tau=2.0, v_threshold=0.3, step_mode="m") for _ in range(2)
+        )
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, C, H, W]`` spikes in and out."""
+        steps = x.shape[:2]
+        out = self.first(x.flatten(0, 1))
+        if self.where == "before":
+            out += x.flatten(0, 1)
+        spikes = self.lif(out.view(*steps, *out.shape[1:])).flatten(0, 1)
+        if self.where == "after":
+            spikes += x.flatten(0, 1)
+        elif self.where == "slice":
+            spikes[:, :8] = 0
+        elif self.where == "view":
+            half = spikes.view(2, 4, *spikes.shape[1:])[0]
+            half.mul_(0)
+        out = self.second(self.pool(spikes))
+        return self.last(out.view(*steps, *out.shape[1:]))
+
+
+@native
+@pytest.mark.parametrize("kernel", ["event", "lut", "fma"])
+@pytest.mark.parametrize("where", ["before", "after", "slice", "view", "nowhere"])
+def test_writing_in_place_is_seen_by_everyone(where, kernel):
+    """What is written to waiting values or to spikes reaches neurons, pools and layers alike."""
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    torch.manual_seed(0)
+    model = InPlace(where).eval()
+    for layer in (model.first, model.second):
+        layer.weight.data = prune(layer.weight.data * 6, NM(2, 4))
+    x = (torch.rand(4, 2, 16, 8, 8) < 0.3).float()
+    with torch.no_grad():
+        expected = model(x)
+        assert 0.01 < expected.mean() < 0.99
+        functional.reset_net(model)
+        engine = pack(model, x, backend=kernel)
+        assert isinstance(engine.lif, FusedNeuron)
+        found = engine(x)
+    assert (expected != found).float().mean() < 1e-3

@@ -211,7 +211,7 @@ class PackedLayer(nn.Module):
         """The rows of bits of a lazy input, if this layer can read them as they lie."""
         if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits):
             return None
-        if not x.only_leading or self.geometry.groups > 1:
+        if not x.fusable or not x.only_leading or self.geometry.groups > 1:
             return None
         linear_on_pixels = self.geometry.kind == "linear" and x.source.layout.dim() != 2
         return None if linear_on_pixels else x.source.bits
@@ -300,6 +300,7 @@ class Pending:
     layer: PackedLayer
     x: Tensor
     shape: LayerShape
+    exposed: Tensor | None = None
 
     @property
     def layout(self) -> Tensor:
