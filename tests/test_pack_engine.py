@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten
 from spikenm_fx import sparsify
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import PackError
+from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import PackedLayer, load_packed, native_status, pack, packing, save_packed
-from spikenm_fx.pack.backends.native import available_kernels
 from spikenm_fx.pack.fused import FusedNeuron, fuse_neuron, why_not_fused
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM

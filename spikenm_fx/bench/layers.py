@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import LayerGeometry, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
-from spikenm_fx.pack.backends.native import available_kernels
 from spikenm_fx.pack.backends.reference import dense_layer
 from spikenm_fx.pack.layouts import layout_for, supports
 from spikenm_fx.pattern import NM, BlockView

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.pack.backends.native import kernels
+from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.layer import Pending
 from spikenm_fx.pack.lazy import LazyTensor
 from spikenm_fx.pack.neuron import NeuronCall, NeuronRule, why_not_native

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
+from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
 from spikenm_fx.pack.backends.cpu import (
     LayerShape,
     pack_spikes,
@@ -17,10 +18,9 @@ from spikenm_fx.pack.backends.cpu import (
     run_layer,
     run_spikes,
 )
-from spikenm_fx.pack.backends.native import available_kernels, kernels
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
-from spikenm_fx.pack.layouts import KERNELS, Kernel, Layout, layout_for, supports
+from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pack.neuron import NeuronCall
 from spikenm_fx.pack.ops import geometry_list, sparse_layer

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from spikenm_fx.pack.backends.native import kernels
+from spikenm_fx.native.library import kernels
 
 __all__ = ["LazyTensor", "Source", "SpikeBits"]
 

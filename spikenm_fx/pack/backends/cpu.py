@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.pack.backends.native import Call, Geometry, Kernels, Neuron, kernels
+from spikenm_fx.native.library import Call, Geometry, Kernels, Neuron, kernels
 from spikenm_fx.pack.format import LayerGeometry
 from spikenm_fx.pack.layouts import Layout
 
