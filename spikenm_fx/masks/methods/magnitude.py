@@ -48,6 +48,6 @@ class Magnitude:
         """Only what is kept learns."""
         return masked_grad(grad, weight, mask)
 
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """No scores are learnt."""
         return None

@@ -55,6 +55,6 @@ class SRSTE:
         """The dense gradient, and decay where the mask is zero."""
         return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
 
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """No scores are learnt."""
         return None
