@@ -47,6 +47,22 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def sanitize(session: nox.Session) -> None:
+    """The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    install_with_frameworks(session)
+    checked = ONE_THREAD | {"SPIKENM_FX_SANITIZE": "1"}
+    session.run("python", "-m", "spikenm_fx.native.build", "--sanitize", env=checked)
+    runtime = session.run("python", "-m", "spikenm_fx.native.build", "--preload", silent=True)
+    checked |= {
+        "LD_PRELOAD": str(runtime).strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter itself never frees everything
+        "UBSAN_OPTIONS": "halt_on_error=1",
+    }
+    kernels = ["tests/test_pack_kernels.py", "tests/test_native_sampler.py"]
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or kernels), env=checked)
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff, as checker and as formatter."""
     session.install(*groups("lint"))

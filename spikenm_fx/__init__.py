@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learnable N:M sparsity for spiking neural networks.
 
-``sparsify`` a model, train it with your own loop, ``fold`` it, ``verify`` it.  ``n:m`` always means
-*keep at most n of m* consecutive input channels.
+``sparsify`` a model, train it with your own loop, ``fold`` it, ``verify`` it, ``pack`` it.  ``n:m``
+always means *keep at most n of m* consecutive input channels.
 """
 
 from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.fold import dense_state_dict, fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
+from spikenm_fx.pack.engine import pack
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.plan import Plan, plan
+from spikenm_fx.plan.recipe import load_recipe
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.report.measure import report
 from spikenm_fx.report.model import Report
@@ -27,6 +29,8 @@ __all__ = [
     "Verification",
     "dense_state_dict",
     "fold",
+    "load_recipe",
+    "pack",
     "param_groups",
     "plan",
     "report",

@@ -283,7 +283,7 @@ def test_init_writes_a_recipe_that_checks(run, project: Path) -> None:
     assert run(*words).code == 0
     assert run(*words).code == 3
     text = out.read_text()
-    assert "classifier" in text
+    assert "action: keep_dense" in text
     assert yaml.safe_load(text)["expected"] == {"layers": 3, "sparse": 1}
     ran = run("recipe", "check", out, "--root", project, "--in-process", "--json")
     stages = json.loads(ran.out)[0]["stages"]

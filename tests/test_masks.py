@@ -17,6 +17,7 @@ from torch import nn
 
 import spikenm_fx
 from spikenm_fx.masks import MaskedLayer
+from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 
 def holds(layer: nn.Module, case: Case) -> bool:
@@ -338,7 +339,8 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = torch.distributed.TCPStore("127.0.0.1", port, 2, is_master=rank == 0)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = spikenm_fx.sparsify(network(seed=3), total_steps=6)
+    # exactly the single process's gradients: EID weighs by each rank's own gradient and credits
+    model = spikenm_fx.sparsify(network(seed=3), total_steps=6, method=SpikeNM(eid=None))
     parallel = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
     masks, logits = [], []
@@ -349,7 +351,17 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
         logits.append(model.state_dict()["2.weight_logits"].clone())
         optimizer.step()
     state = model.state_dict()
-    torch.save({"masks": masks, "logits": logits, "state": state}, f"{folder}/{rank}.pt")
+    guided = spikenm_fx.sparsify(network(seed=3), total_steps=6)
+    parallel = nn.parallel.DistributedDataParallel(guided)
+    optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
+    for x in batches(4):
+        optimizer.zero_grad()
+        parallel(x[rank::2]).square().mean().backward()
+        optimizer.step()
+    guided = guided.state_dict()["2.weight_logits"]
+    torch.save(
+        {"masks": masks, "logits": logits, "state": state, "guided": guided}, f"{folder}/{rank}.pt"
+    )
     torch.distributed.destroy_process_group()
 
 
@@ -361,8 +373,9 @@ def test_data_parallel_ranks_agree(tmp_path):
     torch.multiprocessing.spawn(_ddp_rank, (port, str(tmp_path)), nprocs=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(map(torch.equal, a["masks"], b["masks"]))
+    assert torch.equal(a["guided"], b["guided"]), "with EID the ranks stay together as well"
     assert all(torch.equal(a["state"][key], b["state"][key]) for key in a["state"])
-    model = spikenm_fx.sparsify(network(seed=3), total_steps=6)
+    model = spikenm_fx.sparsify(network(seed=3), total_steps=6, method=SpikeNM(eid=None))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for x, mask in zip(batches(9), a["masks"], strict=True):
         optimizer.zero_grad()

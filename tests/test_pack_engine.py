@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_flatten
 from spikenm_fx import sparsify
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import PackError
+from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import PackedLayer, load_packed, native_status, pack, packing, save_packed
-from spikenm_fx.pack.backends.native import available_kernels
 from spikenm_fx.pack.fused import FusedNeuron, fuse_neuron, why_not_fused
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
@@ -303,6 +303,35 @@ def test_without_example_inputs():
         assert torch.equal(_outputs(engine, (x,))[0], expected[0])
 
 
+def test_outputs_are_ordinary_tensors():
+    """What the engine returns can be pickled, saved and handed to numpy, also after deepcopy."""
+    model, x = _jelly_net()
+    for engine in (pack(model, x), copy.deepcopy(pack(model, x))):
+        with torch.no_grad():
+            y = engine(x)
+        assert type(y) is Tensor
+        assert y.numpy().shape == (4, 3, 72)
+
+
+@pytest.mark.slow
+@native
+def test_whole_engine_compiles_and_exports():
+    """torch.compile finds no graph break in an engine, and export keeps its operators."""
+    model, x = _jelly_net()
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    engine = pack(model, x, backend="event")
+    with torch.no_grad():
+        expected = engine(x)
+        functional.reset_net(engine)
+        assert torch._dynamo.explain(engine)(x).graph_break_count == 0
+        functional.reset_net(engine)
+        compiled = torch.compile(engine, backend="aot_eager")
+        assert torch.equal(compiled(x), expected)
+        functional.reset_net(engine)
+        exported = torch.export.export(engine, (x,))
+    assert sum("sparse_layer" in str(node.target) for node in exported.graph.nodes) == 3
+
+
 def test_other_shapes_than_the_example():
     """Another batch and another number of steps work after a reset; without one, an error says."""
     model, x = _jelly_net()
@@ -392,3 +421,56 @@ def test_without_kernels(monkeypatch):
         assert torch.equal(_outputs(engine, (x,))[0], expected[0])
     finally:
         module.kernels.cache_clear()
+
+
+class InPlace(nn.Module):
+    """Residual additions in place, before and after the neuron, as ResNets write them."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        from spikingjelly.activation_based import neuron
+
+        self.where = where
+        self.first, self.second = (nn.Conv2d(16, 16, 3, padding=1, bias=False) for _ in range(2))
+        self.lif, self.last = (
+            neuron.LIFNode(tau=2.0, v_threshold=0.3, step_mode="m") for _ in range(2)
+        )
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, C, H, W]`` spikes in and out."""
+        steps = x.shape[:2]
+        out = self.first(x.flatten(0, 1))
+        if self.where == "before":
+            out += x.flatten(0, 1)
+        spikes = self.lif(out.view(*steps, *out.shape[1:])).flatten(0, 1)
+        if self.where == "after":
+            spikes += x.flatten(0, 1)
+        elif self.where == "slice":
+            spikes[:, :8] = 0
+        elif self.where == "view":
+            half = spikes.view(2, 4, *spikes.shape[1:])[0]
+            half.mul_(0)
+        out = self.second(self.pool(spikes))
+        return self.last(out.view(*steps, *out.shape[1:]))
+
+
+@native
+@pytest.mark.parametrize("kernel", ["event", "lut", "fma"])
+@pytest.mark.parametrize("where", ["before", "after", "slice", "view", "nowhere"])
+def test_writing_in_place_is_seen_by_everyone(where, kernel):
+    """What is written to waiting values or to spikes reaches neurons, pools and layers alike."""
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    torch.manual_seed(0)
+    model = InPlace(where).eval()
+    for layer in (model.first, model.second):
+        layer.weight.data = prune(layer.weight.data * 6, NM(2, 4))
+    x = (torch.rand(4, 2, 16, 8, 8) < 0.3).float()
+    with torch.no_grad():
+        expected = model(x)
+        assert 0.01 < expected.mean() < 0.99
+        functional.reset_net(model)
+        engine = pack(model, x, backend=kernel)
+        assert isinstance(engine.lif, FusedNeuron)
+        found = engine(x)
+    assert (expected != found).float().mean() < 1e-3

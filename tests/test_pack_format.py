@@ -16,7 +16,7 @@ from spikenm_fx.errors import PackedFileError, PackError
 from spikenm_fx.pack import files
 from spikenm_fx.pack.backends.reference import packed_layer
 from spikenm_fx.pack.files import load_packed, save_packed
-from spikenm_fx.pack.format import LayerGeometry, pack_weight, unpack_weight
+from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pattern import NM
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
@@ -219,7 +219,7 @@ def test_invalid_content_with_a_right_checksum_is_refused(packed_file, monkeypat
     """A well-formed file whose indices are impossible is refused by validation, not by a crash."""
     weights, _ = load_packed(packed_file)
     weights["head"].indices.fill_(0)
-    monkeypatch.setattr("spikenm_fx.pack.format.PackedWeight.check", lambda *_: None)
+    monkeypatch.setattr(PackedWeight, "check", lambda *_: None)
     save_packed(packed_file, weights)
     monkeypatch.undo()
     with pytest.raises(PackedFileError, match="ascend"):

@@ -6,9 +6,8 @@ import torch
 from pack_strategies import prune
 from torch import nn
 
+from spikenm_fx.native.library import KERNELS, available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedLayer, native_status, pack_weight
-from spikenm_fx.pack.backends.native import available_kernels
-from spikenm_fx.pack.layouts import KERNELS
 from spikenm_fx.pack.neuron import NeuronRule
 from spikenm_fx.pack.ops import geometry_list, integrate, sparse_layer
 from spikenm_fx.pattern import NM

@@ -273,7 +273,7 @@ def test_tied_layers_that_differ_stay_dense():
     result = plan(model)  # the head is dense by default
     assert not entry(result, "1").nm
     assert "shares its weight with 2" in entry(result, "1").reason
-    result = plan(model, rules=[Rule("1", "1:4"), Rule("2", "2:4")])
+    result = plan(model, rules=[Rule("0"), Rule("1", "1:4"), Rule("2", "2:4")])
     assert [entry(result, name).nm for name in "12"] == [None, None]
     result = plan(model, rules=[Rule("1", "1:4"), Rule("2", "1:4")])
     assert [entry(result, name).nm for name in "12"] == [NM(1, 4), NM(1, 4)]

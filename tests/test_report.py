@@ -263,6 +263,14 @@ def test_layer_that_never_ran_is_said_to() -> None:
     assert "never ran" in str(result)
 
 
+def test_silent_network_is_said_to_be() -> None:
+    """Neurons that never fire are named: SynOps of zero are no merit then."""
+    net = spikingjelly_net()
+    net.lif1.v_threshold = 1e9
+    result = report(net, torch.rand(2, 2, 6, 6))
+    assert any("never fired" in note and "lif1" in note for note in result.notes)
+
+
 def test_energy_constants_are_the_callers() -> None:
     """Energy is constants times counts, with the caller's constants."""
     torch.manual_seed(0)

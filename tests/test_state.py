@@ -90,6 +90,7 @@ def test_our_checkpoint_in_a_plain_model_is_masked():
     assert not result.missing_keys
     assert {key.rpartition(".")[2] for key in result.unexpected_keys} == {
         "weight_dense",
+        "weight_eid",
         "weight_logits",
         "weight_nm",
     }

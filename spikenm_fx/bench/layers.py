@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import LayerGeometry, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
-from spikenm_fx.pack.backends.native import available_kernels
 from spikenm_fx.pack.backends.reference import dense_layer
 from spikenm_fx.pack.layouts import layout_for, supports
 from spikenm_fx.pattern import NM, BlockView
@@ -89,7 +91,13 @@ def main(arguments: list[str]) -> None:
     for line, values in summary.items():
         print(f"{line:<28} median {values['median']:.2f}x  least {values['least']:.2f}x")
     name = f"layers{'-int8' if options.int8 else ''}-{options.threads}t"
-    about = {"kernels": status.levels, "repeats": options.repeats, "summary": summary}
+    about = {
+        "kernels": status.levels,
+        "clock": "CPU time of the thread" if options.threads == 1 else "wall",
+        "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has"),
+        "repeats": options.repeats,
+        "summary": summary,
+    }
     print(save(name, {**about, "rows": rows}))
 
 
@@ -104,7 +112,9 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
     for pattern in options.patterns:
         timed |= _packed(shape, weight, x, NM.parse(pattern), int8=options.int8)
     with torch.inference_mode():
-        seconds = interleaved(timed, repeats=options.repeats, warmup=2)
+        # One thread: CPU time, so that other work on the machine does not count.
+        clock = time.thread_time if options.threads == 1 else time.perf_counter
+        seconds = interleaved(timed, repeats=options.repeats, warmup=2, clock=clock)
     best = min(seconds[name] for name in dense)
     ratios = {name: best / s for name, s in seconds.items() if name not in dense}
     for pattern in options.patterns:

@@ -7,6 +7,7 @@ import argparse
 import copy
 import importlib
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,18 +41,27 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"kernels: {native_status().levels or native_status().reason}")
-    rows = [
-        _row(name, NM.parse(pattern), batch, options)
-        for name in options.only
-        for pattern in options.patterns
-        for batch in options.batches
-    ]
-    summary = {
+    rows: list[dict[str, Any]] = []
+    for name in options.only:
+        for pattern in options.patterns:
+            for batch in options.batches:
+                rows.append(_row(name, NM.parse(pattern), batch, options))
+                path = _save(rows, options)  # a run that is cut short keeps what it has
+    print("  ".join(f"{key} {value:.2f}x" for key, value in _summary(rows).items() if value))
+    print(path)
+
+
+def _save(rows: list[dict[str, Any]], options: Any) -> Any:
+    clock = "CPU time of the thread" if options.threads == 1 else "wall"
+    about = {"clock": clock, "repeats": options.repeats, "summary": _summary(rows)}
+    return save(f"network-{options.threads}t", {**about, "rows": rows})
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    return {
         key: _geometric([row[key] for row in rows if row.get(key)])
         for key in ("over_eager", "over_compiled", "int8_over_eager")
     }
-    print("  ".join(f"{key} {value:.2f}x" for key, value in summary.items() if value))
-    print(save(f"network-{options.threads}t", {"summary": summary, "rows": rows}))
 
 
 def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
@@ -71,6 +81,7 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         seconds = interleaved(
             {key: _call(network, model, x) for key, model in candidates.items()},
             repeats=options.repeats,
+            clock=time.thread_time if options.threads == 1 else time.perf_counter,
         )
     report = packing(engine)
     row = {
@@ -275,7 +286,8 @@ def _rates(network: Network, x: Tensor) -> dict[str, Any]:
 
 
 def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
-    target = model if hasattr(model, "reset_target") else model
+    # A compiled module wraps the one that holds the state.
+    target = getattr(model, "_orig_mod", model)
 
     def call() -> object:
         network.reset(target)

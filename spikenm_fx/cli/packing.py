@@ -18,14 +18,12 @@ def packed_output(
     batch: Tensor,
     run: Callable[[nn.Module], Tensor],
     rest: Callable[[nn.Module], None],
+    backend: str,
 ) -> Tensor:
-    """What the packed copy of ``model`` computes, on native kernels where this machine has them.
+    """What the packed copy of ``model`` computes with one backend for every layer."""
+    from spikenm_fx.pack import pack
 
-    One kernel is forced on every layer: this is about agreement, not about speed.
-    """
-    from spikenm_fx.pack import native_status, pack
-
-    engine = pack(model, batch, backend="fma" if native_status().available else "reference")
+    engine = pack(model, batch, backend=backend)
     rest(engine)
     return run(engine)
 

@@ -249,10 +249,7 @@ class _Context:
     def gradients(
         self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and scores from that of the masked weight.
-
-        dL/dm = dL/d(w m) * w for the scores.
-        """
+        """Gradients of weight and scores from that of the masked weight."""
         if (
             version_of(self.dense) != self.versions[0]
             or version_of(self.scores) != self.versions[1]
@@ -264,8 +261,8 @@ class _Context:
         weight = self.dense.detach()
         grad_scores = None
         if of_scores and self.training and self.scores is not None:
-            grad_mask = self.view.to_blocks(grad * weight)
-            grad_scores = self.method.score_grad(grad_mask, self.scores.detach(), self.draw)
+            blocks = self.view.to_blocks(grad), self.view.to_blocks(weight)
+            grad_scores = self.method.score_grad(*blocks, self.scores.detach(), self.draw)
             if grad_scores is not None:
                 grad_scores = self._guided(grad_scores).to(self.scores.dtype)
         self.clock.note_backward(scores_too=grad_scores is not None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.masks.noise import Key
+from spikenm_fx.native.library import Draws, kernels
 
 __all__ = ["gradient", "kernel_for", "mask"]
 
@@ -42,9 +43,6 @@ def kernel_for(
         return None
     if any(other.shape != scores.shape for other in others):
         return None
-    # late: most of this package's users never pack, and the import may compile the library
-    from spikenm_fx.pack.backends.native import kernels
-
     found = kernels(level)
     return None if found is None else found.draws
 
@@ -91,8 +89,6 @@ def gradient(
 
 def _call(scores: Tensor, keep: int, key: Key | None, present: Tensor | None) -> tuple[Any, Any]:
     """The C structure, and the tensors that must outlive its use."""
-    from spikenm_fx.pack.backends.native import Draws
-
     scores = scores.contiguous()
     lead, m, inner = scores.shape
     call = Draws(lead=lead, m=m, inner=inner, keep=keep, threads=torch.get_num_threads())

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deploy: packed N:M weights, and the kernels and the engine that run them."""
 
-from spikenm_fx.pack.backends.native import NativeStatus, native_status
+from spikenm_fx.native.library import NativeStatus, native_status
 from spikenm_fx.pack.engine import pack, packing
 from spikenm_fx.pack.files import load_packed, save_packed
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight

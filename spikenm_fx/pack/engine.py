@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
 from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.masks.layer import masked_layers
@@ -81,6 +82,7 @@ def pack(
         builder.fuse()
     _choose(builder, backend)
     engine.__dict__["_spikenm_packing"] = builder.report()
+    engine.register_forward_hook(_plain_outputs)
     return engine
 
 
@@ -106,6 +108,13 @@ def _refuse(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
+
+
+def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:
+    """What leaves the engine is ordinary tensors."""
+    if torch.compiler.is_compiling():
+        return output
+    return tree_map(lambda x: x.materialize() if isinstance(x, LazyTensor) else x, output)
 
 
 def _copy(model: nn.Module) -> nn.Module:

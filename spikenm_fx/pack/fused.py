@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.pack.backends.native import kernels
+from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.layer import Pending
 from spikenm_fx.pack.lazy import LazyTensor
 from spikenm_fx.pack.neuron import NeuronCall, NeuronRule, why_not_native
@@ -97,7 +97,7 @@ class FusedNeuron(nn.Module):
             return super().forward(x, *args, **kwargs)
         if not getattr(self, "store_v_seq", False) and not (fusion.forgets and (args or kwargs)):
             spikes = None
-            if isinstance(x, LazyTensor) and isinstance(x.source, Pending):
+            if isinstance(x, LazyTensor) and isinstance(x.source, Pending) and x.fusable:
                 spikes = _fused(self, x, args, kwargs)
             elif not args and not kwargs and not fusion.spec.returns_state:
                 spikes = _alone(self, x)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
+from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
 from spikenm_fx.pack.backends.cpu import (
     LayerShape,
     pack_spikes,
@@ -17,10 +18,9 @@ from spikenm_fx.pack.backends.cpu import (
     run_layer,
     run_spikes,
 )
-from spikenm_fx.pack.backends.native import available_kernels, kernels
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
-from spikenm_fx.pack.layouts import KERNELS, Kernel, Layout, layout_for, supports
+from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pack.neuron import NeuronCall
 from spikenm_fx.pack.ops import geometry_list, sparse_layer
@@ -211,7 +211,7 @@ class PackedLayer(nn.Module):
         """The rows of bits of a lazy input, if this layer can read them as they lie."""
         if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits):
             return None
-        if not x.only_leading or self.geometry.groups > 1:
+        if not x.fusable or not x.only_leading or self.geometry.groups > 1:
             return None
         linear_on_pixels = self.geometry.kind == "linear" and x.source.layout.dim() != 2
         return None if linear_on_pixels else x.source.bits
@@ -300,6 +300,7 @@ class Pending:
     layer: PackedLayer
     x: Tensor
     shape: LayerShape
+    exposed: Tensor | None = None
 
     @property
     def layout(self) -> Tensor:

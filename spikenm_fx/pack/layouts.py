@@ -8,19 +8,17 @@ kernel that reads it addresses it (``csrc/*.h``).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikenm_fx.native.library import Kernel
 from spikenm_fx.pack.format import PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pattern import NM
 
-__all__ = ["KERNELS", "Kernel", "Layout", "layout_for", "supports"]
+__all__ = ["Layout", "layout_for", "supports"]
 
-Kernel = Literal["fma", "lut", "event", "event8", "amx", "amx8"]
-KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 
 TILE = 64  # bytes of one index plane: one per token of a tile
 FMA_MAX_BLOCK = 256

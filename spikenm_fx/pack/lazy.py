@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from spikenm_fx.pack.backends.native import kernels
+from spikenm_fx.native.library import kernels
 
 __all__ = ["LazyTensor", "Source", "SpikeBits"]
 
@@ -40,7 +40,13 @@ VIEWS = frozenset(
 
 
 class Source(Protocol):
-    """What a lazy tensor stands for."""
+    """What a lazy tensor stands for.
+
+    Attributes:
+        exposed: the values, once somebody may write to their memory; they alone count then.
+    """
+
+    exposed: Tensor | None
 
     @property
     def layout(self) -> Tensor:
@@ -67,6 +73,7 @@ class SpikeBits:
     size: tuple[int, int]
     layout: Tensor
     channels: int
+    exposed: Tensor | None = field(default=None, repr=False)
     _dense: Tensor | None = field(default=None, repr=False)
 
     def dense(self) -> Tensor:
@@ -144,10 +151,24 @@ class LazyTensor(torch.Tensor):
 
     def materialize(self) -> Tensor:
         """The values."""
-        value = self.source.dense()
+        value = self.source.dense() if self.source.exposed is None else self.source.exposed
         for view in self.views:
             value = view(value)
         return value
+
+    def expose(self) -> None:
+        """Give the values a memory of their own, which an in-place operation or a view may hold.
+
+        All lazy tensors of this source see what is written there, and none of them uses the bits
+        or the waiting layer any more.
+        """
+        if self.source.exposed is None:
+            self.source.exposed = self.source.dense()
+
+    @property
+    def fusable(self) -> bool:
+        """Whether the source itself, rather than its values, may still be used."""
+        return self.source.exposed is None
 
     @property
     def only_leading(self) -> bool:
@@ -185,8 +206,15 @@ class LazyTensor(torch.Tensor):
             if pooled is not None:
                 # No caller can ask for the indices: that path differentiates, which we refuse.
                 return pooled, torch.empty(pooled.shape, dtype=torch.int64, device="meta")
+        if any(argument.alias_info is not None for argument in func._schema.arguments):
+            tree_map(_expose, (args, kwargs))  # it writes, or its result is a view of the memory
         args, kwargs = tree_map(_values, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def _expose(x: Any) -> None:
+    if isinstance(x, LazyTensor):
+        x.expose()
 
 
 def _values(x: Any) -> Any:
@@ -212,7 +240,9 @@ def _max_pool(
     ceil_mode: bool = False,
 ) -> LazyTensor | None:
     source = x.source
-    if not isinstance(source, SpikeBits) or ceil_mode or x.dim() != 4 or not x.only_leading:
+    if not isinstance(source, SpikeBits) or not x.fusable or not x.only_leading:
+        return None
+    if ceil_mode or x.dim() != 4:
         return None
     if any(d != 1 for d in dilation or [1]):
         return None

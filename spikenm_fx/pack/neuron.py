@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spikenm_fx.pack.backends.native import Neuron
+from spikenm_fx.native.library import Neuron
 from spikenm_fx.trace import NeuronSpec
 
 __all__ = ["NeuronCall", "NeuronRule", "why_not_native"]

@@ -52,7 +52,7 @@ def waterfall(report: Report) -> str:
 def layers_chart(report: Report) -> str:
     """Density, firing rate and remaining work of each layer, side by side."""
     rows = report.layers
-    names = min(max((len(layer.name) for layer in rows), default=4), 34)
+    names = min(max((len(layer.name) for layer in rows), default=4), 30)
     left = 18 + 7.4 * names
     gap, step, top = 46.0, 24, 46
     panel = (_WIDTH - left - 2 * gap - 66) / 3
@@ -65,12 +65,12 @@ def layers_chart(report: Report) -> str:
         *bands,
         *_axis(x_density, panel, top, bottom, "weight density", 1.0),
         *_axis(x_rate, panel, top, bottom, "firing rate: in (bar), out (ring)", peak),
-        _text(x_work, 16, "work: dense, weight-sparse, dual-sparse", "strong"),
+        _text(x_work, 16, "work left of the dense work", "strong"),
         _text(x_work, 34, f"full width = {count_text(most / max(report.samples, 1))}", "tick"),
     ]
     for index, layer in enumerate(rows):
         y = top + step * index
-        parts.append(_text(left - 12, y + 16, _shorten(layer.name or "(root)", 34), "end name"))
+        parts.append(_text(left - 12, y + 16, _shorten(layer.name or "(root)", 30), "end name"))
         parts += _density_bar(layer, x_density, y, panel)
         parts += _rate_bar(layer, x_rate, y, panel, peak)
         parts += _work_bar(layer, x_work, y, panel + 20, most, max(report.samples, 1))
@@ -154,19 +154,16 @@ def _density_bar(layer: LayerReport, x: float, y: float, panel: float) -> list[s
 
 
 def _rate_bar(layer: LayerReport, x: float, y: float, panel: float, peak: float) -> list[str]:
-    if layer.rate_in is None:
-        parts = [_text(x + 4, y + 16, layer.signal or "never ran", "soft")]
-    else:
-        width = panel * min(layer.rate_in / peak, 1.0)
-        parts = [
-            _box(x, y + 5, max(width, 1), 14, "spike", f"in: {percent(layer.rate_in)}"),
-            _text(x + width + 12, y + 16, percent(layer.rate_in), "tick"),
-        ]
+    ends = [panel * min(rate / peak, 1.0) for rate in _rates(layer)]
+    label = percent(layer.rate_in) if layer.rate_in is not None else layer.signal or "never ran"
+    parts = []
+    if layer.rate_in is not None:
+        parts.append(_box(x, y + 5, max(ends[0], 1), 14, "spike", f"in: {label}"))
     if layer.rate_out is not None:
-        cx = x + panel * min(layer.rate_out / peak, 1.0)
         title = f"<title>out: {percent(layer.rate_out)}</title>"
-        parts.append(f'<circle class="ring" cx="{cx:.1f}" cy="{y + 12}" r="4.5">{title}</circle>')
-    return parts
+        cx, cy = x + ends[-1], y + 12
+        parts.append(f'<circle class="ring" cx="{cx:.1f}" cy="{cy:.1f}" r="4.5">{title}</circle>')
+    return [*parts, _text(x + max([*ends, -2]) + 12, y + 16, label, "tick")]
 
 
 def _work_bar(

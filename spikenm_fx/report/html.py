@@ -31,7 +31,7 @@ font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-seri
 .snm .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(158px,1fr));gap:12px;
 margin:20px 0 4px}
 .snm .tile{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:12px 14px}
-.snm .tile b{display:block;font-size:24px;letter-spacing:-.02em;font-weight:650}
+.snm .tile b{display:block;font-size:23px;white-space:nowrap;letter-spacing:-.02em;font-weight:650}
 .snm .tile span{display:block;color:var(--soft);font-size:12.5px}
 .snm .tile em{font-style:normal;font-size:13px}
 .snm svg{width:100%;height:auto;display:block;font-family:inherit}

@@ -23,7 +23,7 @@ from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
 from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
-from spikenm_fx.report.model import LayerReport, Report
+from spikenm_fx.report.model import LayerReport, NeuronReport, Report
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.preserve import preserved, reset_to_rest
 from spikenm_fx.report.synops import LayerCounter
@@ -132,7 +132,7 @@ def report(
         neurons=neurons.reports(),
         latency=measure_latency(variants, first, run, rest, repeats) if variants else None,
         pes=pes,
-        notes=_notes(described),
+        notes=_notes(described, neurons.reports()),
     )
 
 
@@ -250,12 +250,21 @@ def _layer_hook(
     return hook
 
 
-def _notes(layers: list[LayerReport]) -> tuple[str, ...]:
+def _notes(layers: list[LayerReport], neurons: tuple[NeuronReport, ...]) -> tuple[str, ...]:
     never = [layer.name for layer in layers if not layer.calls]
-    if not never:
-        return ()
-    return (
-        f"{len(never)} layers never ran as modules and count as no operations: "
-        + ", ".join(never[:5])
-        + (", ..." if len(never) > 5 else ""),
-    )
+    silent = [neuron.name for neuron in neurons if not neuron.rate]
+    notes = []
+    if never:
+        notes.append(
+            f"{len(never)} layers never ran as modules and count as no operations: {_few(never)}"
+        )
+    if silent:
+        notes.append(
+            f"{len(silent)} of {len(neurons)} neuron layers never fired ({_few(silent)}): what "
+            "follows them counts no SynOps. An untrained network, or batch norms that saw no data?"
+        )
+    return tuple(notes)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -41,7 +41,11 @@ def bytes_text(count: float) -> str:
     """Bytes in KiB or MiB."""
     for size, unit in ((2**20, "MiB"), (2**10, "KiB")):
         if count >= size:
-            return f"{count / size:.2f} {unit}"
+            return (
+                f"{count / size:.3g} {unit}"
+                if count < 1000 * size
+                else f"{count / size:.0f} {unit}"
+            )
     return f"{count:.0f} B"
 
 

@@ -77,8 +77,11 @@ class Method(Protocol):
     def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """Gradient of the dense weight from that of the masked one; tensors not blocked."""
 
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
-        """Gradient of the scores from dL/dmask, or None where the scores rest."""
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+        """Gradient of the scores, or None where they rest.
+
+        ``grad`` is that of the masked weight, so that dL/dmask = grad * weight; all in blocks.
+        """
 
 
 def masked_grad(grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

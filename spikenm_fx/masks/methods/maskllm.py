@@ -85,13 +85,13 @@ class MaskLLM:
         """Only what is kept learns."""
         return masked_grad(grad, weight, mask)
 
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Through the softmax over candidates (eq. 6 and 7)."""
         if draw.frozen:
             return None
         soft = torch.softmax(_perturbed(scores, draw) / draw.tau, 1)
         candidates = _candidates(draw.nm, scores.device)
-        grad_soft = torch.einsum("lmi,cm->lci", grad_mask.float(), candidates)
+        grad_soft = torch.einsum("lmi,cm->lci", grad.float() * weight.float(), candidates)
         mean = (soft * grad_soft).sum(1, keepdim=True)
         return soft * (grad_soft - mean) * (draw.kappa / draw.tau)
 

@@ -76,14 +76,15 @@ class SpikeNM:
             return masked_grad(grad, weight, mask)
         return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
 
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Straight-through gradient through every draw; None once frozen."""
         if draw.frozen:
             return None
         return straight_through(
-            grad_mask,
+            grad,
             scores,
             draw.nm.keep,
+            weight=weight,
             kappa=draw.kappa,
             tau=draw.tau,
             key=draw.key,

@@ -9,15 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.methods.fixed import FixedRule
 from spikenm_fx.masks.sampler import top_mask
-from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.pattern import NM
 
 __all__ = ["SRSTE"]
 
 
 @dataclass(frozen=True, slots=True)
-class SRSTE:
+class SRSTE(FixedRule):
     """The N largest weights of each block now; pruned weights learn on and decay.
 
     Backward (eq. 6 there): grad_w = grad + decay * (1 - m) * w, a dense straight-through gradient
@@ -28,24 +27,7 @@ class SRSTE:
     """
 
     name: ClassVar[str] = "srste"
-    learns: ClassVar[bool] = False
     decay: float = 2e-4
-
-    def pattern(self, nm: NM) -> NM:
-        """As asked for."""
-        return nm
-
-    def schedule(self, total_steps: int | None) -> Schedule:
-        """No temperatures; nothing to freeze."""
-        return Schedule(total_steps)
-
-    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
-        """None are needed."""
-        return None
-
-    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """The same in training and evaluation."""
-        return self.final_mask(weight, scores, draw)
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest magnitudes of the present weight."""
@@ -54,7 +36,3 @@ class SRSTE:
     def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
         """The dense gradient, and decay where the mask is zero."""
         return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
-
-    def score_grad(self, grad_mask: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
-        """No scores are learnt."""
-        return None

@@ -6,13 +6,14 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.pack.backends.native import Call, Geometry, Kernels, Neuron, kernels
+from spikenm_fx.native.library import Call, Geometry, Kernels, Neuron, kernels
 from spikenm_fx.pack.format import LayerGeometry
 from spikenm_fx.pack.layouts import Layout
 
@@ -67,6 +68,14 @@ class LayerShape:
         Raises:
             PackError: if they do not fit each other.
         """
+        if all(type(n) is int for n in shape):  # symbolic sizes of a compiler have no hash
+            return _shape_of_call(tuple(shape), weight, geometry)
+        return cls._of_call(tuple(shape), weight, geometry)
+
+    @classmethod
+    def _of_call(
+        cls, shape: tuple[int, ...], weight: tuple[int, ...], geometry: LayerGeometry
+    ) -> LayerShape:
         channels = weight[1] * geometry.groups
         if geometry.kind == "linear":
             if not shape or shape[-1] != channels:
@@ -117,7 +126,10 @@ class LayerShape:
         return groups * -(-self.channels // groups // 64)
 
     def structure(self) -> Geometry:
-        """The C structure."""
+        """The C structure; kernels only read it, so calls of one shape share it."""
+        return _structure(self)
+
+    def _new_structure(self) -> Geometry:
         g = self.geometry
         one, none = (1,) * g.spatial, (0,) * g.spatial
         stride, dilation = g.stride or one, g.dilation or one
@@ -135,6 +147,18 @@ class LayerShape:
             self.outputs // g.groups,
             *((1, self.steps) if self.batch_major else (self.images, 1)),
         )
+
+
+@lru_cache(maxsize=1024)
+def _shape_of_call(
+    shape: tuple[int, ...], weight: tuple[int, ...], geometry: LayerGeometry
+) -> LayerShape:
+    return LayerShape._of_call(shape, weight, geometry)
+
+
+@lru_cache(maxsize=1024)
+def _structure(shape: LayerShape) -> Geometry:
+    return shape._new_structure()
 
 
 def _two(values: tuple[int, ...] | torch.Size, fill: int = 1) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compile the kernels: by pip when a wheel is built, else once per user, else not at all.
 
-``python -m spikenm_fx.pack.build`` compiles into the per-user cache and prints where; with
+``python -m spikenm_fx.native.build`` compiles into the per-user cache and prints where; with
 ``--sanitize`` it makes the AddressSanitizer/UBSan library.  This file needs neither torch nor the
 rest of the package: the packaging backend loads it by its path.
 
@@ -200,7 +200,7 @@ def _run(command: list[str]) -> None:
 
 def main() -> None:
     """Command line: compile into the cache and say where."""
-    parser = argparse.ArgumentParser(prog="python -m spikenm_fx.pack.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m spikenm_fx.native.build", description=__doc__)
     parser.add_argument("--sanitize", action="store_true", help="AddressSanitizer and UBSan")
     parser.add_argument("--preload", action="store_true", help="print what LD_PRELOAD must hold")
     parser.add_argument("--into", type=Path, help="folder, instead of the per-user cache")

@@ -12,13 +12,14 @@ import ctypes
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-
-from spikenm_fx.pack.layouts import KERNELS, Kernel
+from typing import Literal
 
 __all__ = [
+    "KERNELS",
     "Call",
     "Draws",
     "Geometry",
+    "Kernel",
     "Kernels",
     "NativeStatus",
     "Neuron",
@@ -26,6 +27,10 @@ __all__ = [
     "kernels",
     "native_status",
 ]
+
+Kernel = Literal["fma", "lut", "event", "event8", "amx", "amx8"]
+KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
+"""Kernels of packed layers, in the order of their table."""
 
 LEVELS = ("baseline", "v3", "v4", "amx")
 ABI_VERSION = 4
@@ -142,8 +147,8 @@ class NativeStatus:
 
 @cache
 def _library() -> tuple[ctypes.CDLL | None, NativeStatus]:
-    # Here, so that ``python -m spikenm_fx.pack.build`` does not find itself imported already.
-    from spikenm_fx.pack.build import BuildError, cached_library, wants_sanitizers
+    # Here, so that ``python -m spikenm_fx.native.build`` does not find itself imported already.
+    from spikenm_fx.native.build import BuildError, cached_library, wants_sanitizers
 
     try:
         built = cached_library(sanitize=wants_sanitizers())

@@ -50,7 +50,7 @@ def build_wheel(
     """Compile the kernels into the package if possible, then let setuptools build the wheel."""
     builder = _builder()
     # setuptools packs whatever an earlier build left in its folder: no stale kernels.
-    for stale in Path("build").glob("lib*/spikenm_fx/pack/_native"):
+    for stale in Path("build").glob("lib*/spikenm_fx/native/_native"):
         shutil.rmtree(stale)
     try:
         _bundle(builder)

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method on the same network, data, budget, optimizer and seeds; resumable."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spikenm_fx.bench.data import Split, cifar10, digits
+from spikenm_fx.bench.measure import RESULTS, save
+from spikenm_fx.bench.nets.cifar import NETWORKS
+from spikenm_fx.bench.training import Run, train
+from spikenm_fx.masks import native
+from spikenm_fx.pattern import NM
+
+__all__ = ["main", "plot", "summary"]
+
+METHODS = ("dense", "random", "magnitude", "srste", "maskllm", "spikenm-no-eid", "spikenm")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train what is missing, print mean and standard deviation, write JSON and a plot."""
+    options = _options(arguments)
+    torch.set_num_threads(options.threads)
+    data, described = _data(options)
+    out: Path = options.out or Path("bench-runs") / options.name
+    base = Run(
+        "dense",
+        "dense",
+        0,
+        network=options.network,
+        epochs=options.epochs,
+        batch=options.batch,
+        steps=options.steps,
+        lr=options.lr,
+        optimizer=options.optimizer,
+        augment=options.augment,
+        data=described,
+        device=options.device,
+    )
+    rows = []
+    runs = _runs(base, options.methods, options.patterns, options.seeds)
+    for number, run in enumerate(runs, 1):
+        where = f"{number}/{len(runs)} {run.name}"
+        row = train(run, data, out, partial(_progress, where, run.epochs))
+        rows.append(row)
+        print(f"\r{where}: {row['accuracy']:.2%}" + " " * 30)
+    table = summary(rows)
+    print(_text(table))
+    result = {"settings": _shared(rows), "sampler": _sampler(), "rows": table}
+    print(save(f"accuracy-{options.name}", result, options.results))
+    plot(table, options.results / f"accuracy-{options.name}.png", f"{options.network}, {described}")
+
+
+def _progress(where: str, epochs: int, epoch: int, loss: float) -> None:
+    print(f"\r{where}  epoch {epoch}/{epochs}  loss {loss:.3f}   ", end="", flush=True)
+
+
+def _sampler() -> str:
+    blocks = torch.zeros(1, 4, 1)
+    return "torch" if native.kernel_for(blocks, 2) is None else "native"
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="spikenm_fx.bench accuracy", description=__doc__)
+    parser.add_argument("--data", default="digits", help="digits, or the folder of CIFAR-10")
+    parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4, help="simulation time steps T")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd"))
+    parser.add_argument("--augment", action="store_true", help="shifts and flips")
+    parser.add_argument("--train-images", type=int, help="a subset, the same for all")
+    parser.add_argument("--test-images", type=int)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--name", help="of the results; by default that of the data")
+    parser.add_argument("--out", type=Path, help="folder of runs and checkpoints")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    options.patterns = [str(NM.parse(pattern)) for pattern in options.patterns]
+    options.name = options.name or Path(options.data).name
+    return options
+
+
+def _data(options: argparse.Namespace) -> tuple[Split, dict[str, Any]]:
+    if options.data == "digits":
+        data, source = digits(), "scikit-learn digits"
+    else:
+        data = cifar10(Path(options.data), options.train_images, options.test_images)
+        source = "CIFAR-10, JPEG copy"
+    counts = {"train": len(data.train_labels), "test": len(data.test_labels)}
+    return data, {"source": source, **counts}
+
+
+def _runs(
+    base: Run, methods: Sequence[str], patterns: Sequence[str], seeds: Sequence[int]
+) -> list[Run]:
+    """Seed by seed, so that an interrupted bench has whole rows."""
+    return [
+        replace(base, method=method, pattern=pattern, seed=seed)
+        for seed in seeds
+        for method in methods
+        for pattern in (["dense"] if method == "dense" else patterns)
+    ]
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per method and pattern: accuracies of the seeds, mean and standard deviation."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["run"]["method"], row["run"]["pattern"]].append(row)
+    table = []
+    for (method, pattern), members in groups.items():
+        values = [member["accuracy"] for member in members]
+        last = [member["history"][-1]["masks"] for member in members if member["history"]]
+        table.append(
+            {
+                "method": method,
+                "pattern": pattern,
+                "accuracies": values,
+                "mean": statistics.mean(values),
+                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "density": members[0]["density"],
+                "seconds": statistics.median(member["seconds"] for member in members),
+                "masks_at_the_end": last[0] if last else [],
+            }
+        )
+    return table
+
+
+def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    own = ("method", "pattern", "seed")
+    return {key: value for key, value in rows[0]["run"].items() if key not in own}
+
+
+def _text(table: Sequence[Mapping[str, Any]]) -> str:
+    patterns = list(dict.fromkeys(row["pattern"] for row in table))
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    cells = {
+        (row["method"], row["pattern"]): f"{row['mean']:.2%} ± {row['sd']:.2%}" for row in table
+    }
+    lines = ["".join([f"{'':<16}", *(f"{pattern:>18}" for pattern in patterns)])]
+    for method in methods:
+        found = (cells.get((method, pattern), "") for pattern in patterns)
+        lines.append("".join([f"{method:<16}", *(f"{cell:>18}" for cell in found)]))
+    return "\n".join(lines)
+
+
+def plot(table: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Accuracy over density, one line per method, bars of one standard deviation."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    for method in dict.fromkeys(row["method"] for row in table):
+        rows = sorted((r for r in table if r["method"] == method), key=lambda r: r["density"])
+        axis.errorbar(
+            [r["density"] for r in rows],
+            [100 * r["mean"] for r in rows],
+            yerr=[100 * r["sd"] for r in rows],
+            marker="o",
+            capsize=3,
+            label=method,
+        )
+    axis.set(xlabel="density of all weights", ylabel="test accuracy, %", title=title)
+    axis.title.set_fontsize(8)
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training run that can be killed at any time and goes on from its last epoch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spikenm_fx
+from spikenm_fx.bench.data import Split
+from spikenm_fx.bench.nets.cifar import build
+from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.masks.diagnostics import diagnose
+from spikenm_fx.masks.methods import Method
+from spikenm_fx.masks.methods.spikenm import SpikeNM
+
+__all__ = ["Run", "accuracy", "method_of", "train"]
+
+_PRUNE_AT = 0.5  # of the budget: ASP prunes a trained dense network once, then repeats the recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What distinguishes one run; all but method, pattern and seed are the same for all methods.
+
+    Attributes:
+        method: ``"spikenm"``, ``"spikenm-no-eid"`` or a name of ``sparsify(method=...)``.
+        pattern: ``"2:4"`` and so on, ``"dense"`` for the dense network.
+        seed: of weights, batches and masks.
+        network: of :data:`spikenm_fx.bench.nets.cifar.NETWORKS`.
+        epochs: passes over the training images.
+        batch: images a step.
+        steps: simulation time steps T.
+        lr: peak learning rate, cosine to zero.
+        optimizer: ``"adam"`` or ``"sgd"`` (momentum 0.9).
+        augment: random shifts and flips.
+        data: what the images are, for the record.
+        device: where to train.
+    """
+
+    method: str
+    pattern: str
+    seed: int
+    network: str = "vgg-small"
+    epochs: int = 12
+    batch: int = 64
+    steps: int = 4
+    lr: float = 2e-3
+    optimizer: str = "adam"
+    augment: bool = False
+    data: dict[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return f"{self.network}-{self.method}-{self.pattern.replace(':', 'of')}-seed{self.seed}"
+
+
+def method_of(name: str) -> str | Method:
+    """What ``sparsify`` is given for a method of the bench."""
+    return SpikeNM(eid=None) if name == "spikenm-no-eid" else name
+
+
+def train(
+    run: Run, data: Split, folder: Path, on_epoch: Callable[[int, float], None]
+) -> dict[str, Any]:
+    """Train, fold, verify and test; or go on, or return what was finished before.
+
+    Args:
+        run: the settings.
+        data: images and labels.
+        folder: keeps ``NAME.json`` of a finished run, ``NAME.pt`` of an unfinished one.
+        on_epoch: called with the number of finished epochs and the mean training loss.
+
+    Raises:
+        ValueError: if ``folder`` holds a run of this name with other settings.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    finished = folder / f"{run.name}.json"
+    if finished.exists():
+        found: dict[str, Any] = json.loads(finished.read_text())
+        if found["run"] != asdict(run):
+            raise ValueError(
+                f"{finished} is of a run with other settings: {found['run']} there, "
+                f"{asdict(run)} here; choose another --out"
+            )
+        return found
+    state = _State(run, data)
+    checkpoint = folder / f"{run.name}.pt"
+    if checkpoint.exists():
+        state.load(torch.load(checkpoint, weights_only=True))
+    while state.epoch < run.epochs:
+        loss = state.run_epoch()
+        _replace(checkpoint, lambda path: torch.save(state.save(), path))
+        on_epoch(state.epoch, loss)
+    result = state.result()
+    _replace(finished, lambda path: path.write_text(json.dumps(result, indent=1) + "\n"))
+    checkpoint.unlink(missing_ok=True)
+    return result
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Whole or not at all: the process may be killed at any time."""
+    partial = path.with_suffix(path.suffix + ".part")
+    write(partial)
+    os.replace(partial, path)
+
+
+class _State:
+    """Everything that a checkpoint must hold."""
+
+    def __init__(self, run: Run, data: Split) -> None:
+        self.run = run
+        self.data = Split(*(part.to(run.device) for part in data))
+        self.per_epoch = -(-len(data.train_images) // run.batch)
+        self.total = run.epochs * self.per_epoch
+        self.network = build(run.network, data.train_images, run.seed).to(run.device)
+        self.pruned = run.pattern == "dense"
+        if run.method != "magnitude":
+            self._prune()
+        parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.Adam(parameters, run.lr)
+            if run.optimizer == "adam"
+            else torch.optim.SGD(parameters, run.lr, momentum=0.9)
+        )
+        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.total)
+        self.batches = torch.Generator().manual_seed(run.seed)
+        self.epoch, self.seconds = 0, 0.0
+        self.history: list[dict[str, Any]] = []
+
+    def _prune(self) -> None:
+        if not self.pruned:
+            run = self.run
+            method = method_of(run.method)
+            spikenm_fx.sparsify(
+                self.network, run.pattern, method=method, total_steps=self.total, seed=run.seed
+            )
+            self.pruned = True
+
+    def run_epoch(self) -> float:
+        """One pass; returns the mean loss."""
+        if self.epoch >= self.run.epochs * _PRUNE_AT:
+            self._prune()
+        start = time.perf_counter()
+        self.network.train()
+        losses = []
+        order = torch.randperm(len(self.data.train_images), generator=self.batches)
+        for index in order.split(self.run.batch):
+            images = self.data.train_images[index]
+            if self.run.augment:
+                images = _augmented(images, self.batches)
+            scores = self.network(direct_code(images, self.run.steps))
+            loss = F.cross_entropy(scores, self.data.train_labels[index])
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            self.decay.step()
+            losses.append(loss.detach())
+        mean = float(torch.stack(losses).mean())
+        self.epoch += 1
+        self.seconds += time.perf_counter() - start
+        masks = [layer.to_dict() for layer in diagnose(self.network)]
+        self.history.append({"loss": mean, "masks": masks})
+        return mean
+
+    def save(self) -> dict[str, Any]:
+        return {
+            "settings": asdict(self.run),
+            "epoch": self.epoch,
+            "seconds": self.seconds,
+            "history": self.history,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "decay": self.decay.state_dict(),
+            "batches": self.batches.get_state(),
+        }
+
+    def load(self, saved: dict[str, Any]) -> None:
+        if saved["settings"] != asdict(self.run):
+            raise ValueError(f"the checkpoint is of other settings: {saved['settings']}")
+        self.epoch, self.seconds = saved["epoch"], saved["seconds"]
+        self.history = saved["history"]
+        if self.epoch > self.run.epochs * _PRUNE_AT:  # the first half is dense for magnitude
+            self._prune()
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.decay.load_state_dict(saved["decay"])
+        self.batches.set_state(saved["batches"])
+
+    def result(self) -> dict[str, Any]:
+        self.network.eval()
+        if self.run.pattern != "dense":
+            self._prune()
+            spikenm_fx.fold(self.network)
+            spikenm_fx.verify(self.network, self.run.pattern).raise_if_invalid()
+        return {
+            "run": asdict(self.run),
+            "accuracy": accuracy(self.network, self.data, self.run.steps),
+            "density": _density(self.network),
+            "seconds": self.seconds,
+            "history": self.history,
+        }
+
+
+def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Shift by up to 4 pixels, all of a batch alike, and flip half of the images."""
+    dy, dx = torch.randint(-4, 5, (2,), generator=generator).tolist()
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (4, 4, 4, 4))
+    shifted = padded[..., 4 + dy : 4 + dy + height, 4 + dx : 4 + dx + width]
+    flips = torch.rand(len(images), generator=generator) < 0.5
+    chosen = flips.to(images.device).view(-1, 1, 1, 1)
+    return torch.where(chosen, shifted.flip(-1), shifted)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: Split, steps: int, batch: int = 256) -> float:
+    """Share of the test images that ``network``, in evaluation mode, classifies correctly."""
+    right = 0
+    pairs = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
+    for images, labels in pairs:
+        right += int((network(direct_code(images, steps)).argmax(1) == labels).sum())
+    return right / len(data.test_labels)
+
+
+def _density(network: nn.Module) -> float:
+    weights = [p for p in network.parameters() if p.dim() > 1]
+    return sum(int((w != 0).sum()) for w in weights) / sum(w.numel() for w in weights)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What methods without learnt scores have in common: everything but the choice of the mask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Tensor
+
+from spikenm_fx.masks.methods import Draw, masked_grad
+from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.pattern import NM
+
+__all__ = ["FixedRule"]
+
+
+class FixedRule(ABC):
+    """A mask by a fixed rule, the same in training and evaluation; only kept weights learn."""
+
+    __slots__ = ()
+
+    learns: ClassVar[bool] = False
+
+    def pattern(self, nm: NM) -> NM:
+        """As asked for."""
+        return nm
+
+    def schedule(self, total_steps: int | None) -> Schedule:
+        """No temperatures; nothing to freeze."""
+        return Schedule(total_steps)
+
+    def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
+        """None are needed."""
+        return None
+
+    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+        """The same in training and evaluation."""
+        return self.final_mask(weight, scores, draw)
+
+    @abstractmethod
+    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+        """The rule."""
+
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+        """Only what is kept learns."""
+        return masked_grad(grad, weight, mask)
+
+    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+        """No scores are learnt."""
+        return None

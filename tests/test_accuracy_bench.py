@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The accuracy bench: killed runs go on, budgets are equal, networks are what they say."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import spikenm_fx
+from spikenm_fx.bench import accuracy, training
+from spikenm_fx.bench.data import Split, cifar10
+from spikenm_fx.bench.nets.cifar import NETWORKS
+from spikenm_fx.bench.training import Run, train
+from spikenm_fx.masks.diagnostics import diagnose, flip_rate, logit_noise
+from spikenm_fx.trace import trace
+
+
+@pytest.fixture
+def tiny() -> Split:
+    """Two easy classes."""
+    images = torch.rand(40, 1, 8, 8) * 0.2
+    images[::2, :, :4] += 0.8
+    labels = torch.arange(40) % 2
+    return Split(images[:32], labels[:32], images[32:], labels[32:])
+
+
+def run_of(method: str, **options) -> Run:
+    return Run(method, "2:4", 0, epochs=4, batch=16, steps=2, **options)
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_killed_run_goes_on(method: str, at: int, tiny: Split, tmp_path) -> None:
+    """A run killed after any epoch ends exactly as one that was not."""
+
+    def kill(epoch: int, loss: float) -> None:
+        if epoch == at:
+            raise KilledError
+
+    whole = train(run_of(method), tiny, tmp_path / "whole", lambda *_: None)
+    with pytest.raises(KilledError):
+        train(run_of(method), tiny, tmp_path / "killed", kill)
+    assert list((tmp_path / "killed").glob("*.pt"))
+    resumed = train(run_of(method), tiny, tmp_path / "killed", lambda *_: None)
+    assert not list((tmp_path / "killed").glob("*.pt"))
+    for key in ("accuracy", "density", "history"):
+        assert resumed[key] == whole[key], key
+    assert len(whole["history"]) == 4
+
+
+def test_a_finished_run_is_not_repeated(tiny: Split, tmp_path) -> None:
+    """Its file is read; other settings under the same name are an error."""
+    first = train(run_of("random"), tiny, tmp_path, lambda *_: None)
+
+    def never(epoch: int, loss: float) -> None:
+        raise AssertionError
+
+    assert train(run_of("random"), tiny, tmp_path, never) == json.loads(json.dumps(first))
+    with pytest.raises(ValueError, match="other settings"):
+        train(run_of("random", lr=1.0), tiny, tmp_path, never)
+
+
+def test_magnitude_is_dense_for_the_first_half(tiny: Split, tmp_path, monkeypatch) -> None:
+    """ASP's recipe within the same budget: train dense, prune once, fine-tune."""
+    calls = []
+    real = spikenm_fx.sparsify
+
+    def spy(network, *args, **options):
+        calls.append(len(states[0].history))
+        return real(network, *args, **options)
+
+    states: list[training._State] = []
+    real_state = training._State
+
+    def keep(run, data):
+        states.append(real_state(run, data))
+        return states[-1]
+
+    monkeypatch.setattr(training, "_State", keep)
+    monkeypatch.setattr(spikenm_fx, "sparsify", spy)
+    result = train(run_of("magnitude"), tiny, tmp_path, lambda *_: None)
+    assert calls == [2]
+    assert [bool(epoch["masks"]) for epoch in result["history"]] == [False, False, True, True]
+
+
+def test_the_command(tiny: Split, tmp_path, capsys, monkeypatch) -> None:
+    """A small bench prints a table and writes JSON and a plot."""
+    monkeypatch.setattr(accuracy, "digits", lambda: tiny)
+    small = ["--epochs", "1", "--batch", "16", "--steps", "2", "--seeds", "0", "1"]
+    where = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--name", "t"]
+    methods = ["--methods", "dense", "srste", "spikenm", "--patterns", "1:8", "--threads", "1"]
+    accuracy.main([*small, *where, *methods])
+    said = capsys.readouterr().out
+    assert "1:8" in said
+    assert "±" in said
+    result = json.loads((tmp_path / "accuracy-t.json").read_text())
+    assert {(r["method"], r["pattern"]) for r in result["rows"]} == {
+        ("dense", "dense"),
+        ("srste", "1:8"),
+        ("spikenm", "1:8"),
+    }
+    assert all(len(row["accuracies"]) == 2 for row in result["rows"])
+    assert result["settings"]["data"]["train"] == 32
+    assert (tmp_path / "accuracy-t.png").stat().st_size > 1000
+
+
+def test_cifar_from_jpeg_bytes(tmp_path) -> None:
+    """JPEG bytes become normalised images; the subset is the same each time."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for name, count in (("train", 6), ("test", 3)):
+        parts = []
+        for _ in range(count):
+            buffer = io.BytesIO()
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+            parts.append(np.frombuffer(buffer.getvalue(), np.uint8))
+        offset = np.cumsum([0, *map(len, parts)])
+        labels = np.arange(count, dtype=np.uint8)
+        np.savez(tmp_path / f"{name}.npz", jpeg=np.concatenate(parts), offset=offset, label=labels)
+    data = cifar10(tmp_path, train=4)
+    assert data.train_images.shape == (4, 3, 32, 32)
+    assert data.test_images.shape == (3, 3, 32, 32)
+    torch.testing.assert_close(data.train_images.mean((0, 2, 3)), torch.zeros(3), atol=1e-4, rtol=0)
+    again = cifar10(tmp_path, train=4)
+    assert torch.equal(data.train_labels, again.train_labels)
+    with pytest.raises(FileNotFoundError):
+        cifar10(tmp_path / "nowhere")
+
+
+SHAPES = {
+    "vgg-small": (1, 3, 32, 32),
+    "vggsnn": (1, 2, 16, 16),
+    "resnet19": (1, 3, 8, 8),
+    "spikformer-4-256": (1, 3, 16, 16),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name: str) -> None:
+    """Each network runs, and every layer but the readout drives a neuron."""
+    torch.manual_seed(0)
+    x = torch.rand(2, *SHAPES[name]) * 2
+    network = NETWORKS[name](*x.shape[2:4]).eval()
+    assert network(x).shape == (1, 10)
+    graph = trace(network, x)
+    assert [r.name for r in graph.layers.values() if not r.post] == ["readout"]
+
+
+def test_sizes_are_those_of_the_literature() -> None:
+    """ResNet-19 has 12.6 million weights, VGGSNN 9.2 without readout, Spikformer-4-256 4.2."""
+    counts = {}
+    for name, (channels, size) in {
+        "resnet19": (3, 32),
+        "vggsnn": (2, 48),
+        "spikformer-4-256": (3, 32),
+    }.items():
+        network = NETWORKS[name](channels, size)
+        counts[name] = sum(p.numel() for p in network.parameters()) / 1e6
+    assert counts["resnet19"] == pytest.approx(12.63, abs=0.1)
+    assert counts["vggsnn"] == pytest.approx(9.27, abs=0.1)
+    assert counts["spikformer-4-256"] == pytest.approx(4.15, abs=0.15)
+
+
+# -- diagnostics ----------------------------------------------------------------------------------
+
+
+def trained(tiny: Split, **options):
+    torch.manual_seed(0)
+    network = NETWORKS["vgg-small"](1, 8)
+    spikenm_fx.sparsify(network, "2:4", **options)
+    optimizer = torch.optim.Adam(network.parameters(), 2e-3)
+
+    def backward() -> None:
+        scores = network(tiny.train_images.expand(2, *tiny.train_images.shape))
+        torch.nn.functional.cross_entropy(scores, tiny.train_labels).backward()
+
+    backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return network, backward
+
+
+def test_diagnose(tiny: Split) -> None:
+    """Flips, entropy and agreement are shares; deterministic methods do not flip."""
+    network, _ = trained(tiny)
+    found = diagnose(network)
+    assert [d.layer for d in found] == ["features.2.module.0", "features.5.module.0", "hidden"]
+    for layer in found:
+        assert 0 < layer.flips < 1
+        assert layer.entropy is not None
+        assert 0 < layer.entropy < 1
+        assert 0.5 < layer.agrees_with_magnitude <= 1
+        assert layer.agrees_with_eid is not None
+        assert 0 < layer.agrees_with_eid <= 1
+    fixed = diagnose(trained(tiny, method="srste")[0])
+    assert all(d.flips == 0 and d.agrees_with_magnitude == 1 for d in fixed)
+    assert all(d.entropy is None and d.agrees_with_eid is None for d in fixed)
+    mask = torch.tensor([True, True, False, False])
+    assert flip_rate(mask, ~mask) == 1
+    assert flip_rate(mask, mask) == 0
+
+
+def test_logit_noise_changes_nothing(tiny: Split) -> None:
+    """The variance of the logits' gradient is measured with and without EID, tracelessly."""
+    network, backward = trained(tiny)
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    noise = logit_noise(network, backward, draws=3)
+    assert set(noise) == {"features.2.module.0", "features.5.module.0", "hidden"}
+    for layer in noise.values():
+        assert 0 < layer["with_eid"] < float("inf")
+        assert 0 < layer["without_eid"] < float("inf")
+    after = network.state_dict()
+    for key, value in before.items():
+        assert torch.equal(value, after[key]), key

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The recipes in recipes/: all valid, with reasons; those of installed packages really applied."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from spikenm_fx.cli import main
+from spikenm_fx.cli.results import BEGIN, END, renew_table
+from spikenm_fx.errors import RecipeError
+from spikenm_fx.plan.recipe import Recipe, load_recipe
+from spikenm_fx.plan.stand_in import standing_in
+from spikenm_fx.plan.target import build_model
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+FILES = sorted(FOLDER.glob("*.yaml"))
+each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+# Small enough for every run of the tests; `spikenm-fx recipe check recipes/` applies all of them.
+APPLIED = (
+    "norse-convnet4",
+    "snntorch-tutorial5-fc",
+    "snntorch-tutorial6-cnn",
+    "spikingjelly-cifar10dvsnet",
+    "spikingjelly-sew-resnet18",
+)
+
+
+@each
+def test_recipe_is_valid_and_gives_its_reasons(file: Path) -> None:
+    """Every shipped recipe loads, expects a plan, and says why for each of its rules."""
+    recipe = load_recipe(file)
+    assert recipe.name
+    assert recipe.expected is not None
+    assert recipe.rules
+    assert all(rule.reason for rule in recipe.rules)
+    assert recipe.target.repo is None or len(recipe.target.commit or "") == 40
+
+
+def test_the_promised_models_have_recipes() -> None:
+    """Each model family that users were promised is there, with its repository or package."""
+    recipes = [load_recipe(file) for file in FILES]
+    repos = {recipe.target.repo for recipe in recipes}
+    assert {
+        "ZK-Zhou/spikformer",
+        "zhouchenlin2096/Spikingformer",
+        "BICLab/Spike-Driven-Transformer",
+        "BICLab/Spike-Driven-Transformer-V2",
+        "zhouchenlin2096/QKFormer",
+        "xyshi2000/SpikingResformer",
+        "fangwei123456/Spike-Element-Wise-ResNet",
+        "Gus-Lab/temporal_efficient_training",
+    } <= repos
+    packages = {recipe.target.package for recipe in recipes}
+    assert {"spikingjelly", "snntorch", "norse", "braincog"} <= packages
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_recipe_of_an_installed_package_applies(
+    name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Plan, sparsify, a step, fold, verify and pack succeed on the real model of the package."""
+    file = FOLDER / f"{name}.yaml"
+    package = load_recipe(file).target.package or ""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    with pytest.raises(SystemExit) as left:
+        main(["recipe", "check", str(file), "--in-process", "--json"])
+    (result,) = json.loads(capfd.readouterr().out)
+    assert left.value.code == 0, result["stages"]
+    assert list(result["stages"]) == [
+        "build", "plan", "sparsify", "train", "fold", "verify", "pack",
+    ]  # fmt: skip
+    assert result["sparse"] > 0
+
+
+def row(name: str, **changes: object) -> dict[str, object]:
+    return {
+        "recipe": name, "title": name, "origin": "o/n@abc", "layers": 5, "sparse": 3,
+        "stages": {"build": "ok", "pack": "ok"}, "firing": [2, 2], "packed_difference": 0.0,
+        "seconds": 1.0, "environment": "torch", "ok": True, "skipped": False, **changes,
+    }  # fmt: skip
+
+
+def test_table_is_renewed_row_by_row(tmp_path: Path) -> None:
+    """A new result replaces its row; other rows and the text around the table stay."""
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{BEGIN}\n{END}\nafter\n")
+    renew_table(path, [row("b"), row("a"), row("gone", skipped=True)])
+    renew_table(path, [row("a", stages={"build": "failed: no | such\nthing"})])
+    text = path.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    lines = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [line.split("|")[1].strip() for line in lines] == ["`a`", "`b`"]
+    assert "build failed: no \\| such" in lines[0]
+    assert "gone" not in text
+    path.write_text("no marks")
+    with pytest.raises(RecipeError, match="lacks the marks"):
+        renew_table(path, [row("a")])
+
+
+def test_stand_ins_are_inert_and_gone_afterwards() -> None:
+    """A missing package imports as an inert one inside, and not at all outside; real ones stay."""
+    import numpy
+
+    with standing_in(["a_missing_logger", "numpy"], {}):
+        import a_missing_logger
+        from a_missing_logger.deep import Mode, register
+
+        assert a_missing_logger.init(project="x") is not None
+        assert Mode.NEAREST is not None
+        assert issubclass(type("Own", (Mode,), {}), Mode)
+
+        @register
+        def build() -> int:
+            return 3
+
+        assert build() == 3
+        assert __import__("numpy") is numpy
+    assert importlib.util.find_spec("a_missing_logger") is None
+
+
+def test_alias_leads_to_the_present_path() -> None:
+    """An old module path that is gone leads to the named one, inside only."""
+    with standing_in([], {"torch.old_home.parts": "torch.nn"}):
+        from torch.old_home.parts import Linear
+
+        assert Linear is nn.Linear
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("torch.old_home.parts")
+
+
+def test_attributes_are_set_where_modules_have_them() -> None:
+    """An attribute reaches every module that has it; one that none has is an error."""
+    from spikenm_fx.plan.entry_point import Root
+
+    def recipe(attributes: dict[str, object]) -> Recipe:
+        return Recipe.model_validate(
+            {
+                "version": 1,
+                "target": {
+                    "package": "torch",
+                    "build": "torch.nn:Dropout",
+                    "attributes": attributes,
+                },
+                "inputs": {"shape": [1], "time": "none"},
+            }
+        )
+
+    assert build_model(recipe({"p": 0.25}), Root()).p == 0.25
+    with pytest.raises(RecipeError, match="no module of Dropout has 'pp'"):
+        build_model(recipe({"pp": 1}), Root())
