@@ -52,7 +52,7 @@ class EID:
     credit: Credit = "weight*eligibility"
     every: int = 10
     ema: float = 0.9
-    weight: tuple[float, float] = (1.0, 1.0)
+    weight: tuple[float, float] = (0.1, 0.1)
     temperature: float = 1.0
     normalise: Literal["mean", "zscore"] = "mean"
     automatic: bool = True

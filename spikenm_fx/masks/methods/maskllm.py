@@ -56,7 +56,7 @@ class MaskLLM:
 
     def schedule(self, total_steps: int | None) -> Schedule:
         """Scale 1e2 -> 5e2 and temperature 4 -> 0.05, linearly (Table 7), then the freeze."""
-        return Schedule(total_steps, tau=(4.0, 0.05))
+        return Schedule(total_steps, kappa=(100.0, 500.0), tau=(4.0, 0.05))
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
         """N(0, std), raised by the overlap with the magnitude mask (eq. 9 and 10)."""

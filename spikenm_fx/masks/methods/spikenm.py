@@ -28,16 +28,22 @@ class SpikeNM:
     """Probabilistic N:M masks with logits pi.
 
     Attributes:
-        std: standard deviation of the initial logits (MaskLLM, arXiv 2409.17481: 0.01).
+        std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
+            weights that rest; here they move, and the logits must follow them at the same learning
+            rate, so they and their noise are smaller against it (kappa is larger by as much).
         prior: how far, in units of ``std``, the N largest initial weights of a block start above
             the others (MaskLLM eq. 10 with magnitude as the prior mask); 0 for no prior.
+        decay: with a number, weights that were not drawn learn on from the straight-through
+            gradient and decay by this much (SR-STE, arXiv 2102.04010, eq. 6); None lets only drawn
+            weights learn, which starves the others at high sparsity.
+        eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
     """
 
     name: ClassVar[str] = "spikenm"
     learns: ClassVar[bool] = True
-    std: float = 0.01
+    std: float = 0.003
     prior: float = 3.0
-    decay: float | None = None
+    decay: float | None = 2e-4
     eid: EID | None = field(default_factory=EID)
 
     def pattern(self, nm: NM) -> NM:
@@ -71,7 +77,7 @@ class SpikeNM:
         return top_mask(scores, draw.nm.keep, draw.present)
 
     def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        """Only the drawn weights learn; the others wait for their turn."""
+        """The dense gradient with decay of what was not drawn, or what was drawn alone."""
         if self.decay is None:
             return masked_grad(grad, weight, mask)
         return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
