@@ -408,7 +408,7 @@ def test_engine_weights_go_to_a_file_and_back(tmp_path):
 
 def test_without_kernels(monkeypatch):
     """Where nothing is compiled, the engine runs torch's dense layers and says so."""
-    from spikenm_fx.pack.backends import native as module
+    from spikenm_fx.native import library as module
 
     monkeypatch.setattr(module, "_library", lambda: (None, module.NativeStatus(False, "none")))
     module.kernels.cache_clear()
