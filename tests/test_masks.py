@@ -52,7 +52,7 @@ OPTIMIZERS = [
 def test_training_keeps_the_pattern(case, optimizer, total_steps):
     """In train and eval mode, before, between and after optimizer steps, the weight is N:M."""
     assume(runs(case))
-    model = sparse(case, total_steps=total_steps)
+    model = sparse(case, total_steps=total_steps, method=SpikeNM(decay=None))
     layer, optimizer = model[0], optimizer(model.parameters())
     assert isinstance(layer, case.layer().__class__)
     for _ in range(3):
@@ -194,7 +194,9 @@ def test_tied_layers_share_one_mask():
     """Two layers that share a Parameter use one masked tensor; its gradient is that of both."""
     first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     second.weight = first.weight
-    model = spikenm_fx.sparsify(nn.Sequential(first, nn.Tanh(), second), rules=ALL_LAYERS)
+    model = spikenm_fx.sparsify(
+        nn.Sequential(first, nn.Tanh(), second), rules=ALL_LAYERS, method=only_drawn
+    )
     assert model[0].weight is model[2].weight
     assert model[0].weight_logits is model[2].weight_logits
     assert len(list(model.parameters())) == 2

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import ALL_LAYERS, batches, cases, most_nonzero, network
+from torch import nn
 
 import spikenm_fx
 from spikenm_fx.errors import CheckpointError, PatternError
@@ -117,3 +118,18 @@ def test_dense_is_dense():
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.equal(a, b)
     assert not spikenm_fx.verify(model).layers[0].violations
+
+
+@pytest.mark.parametrize("method", ["srste", "spikenm"])
+def test_decay_is_added_once_per_step(method):
+    """However many backward passes accumulate, what was not kept decays once per step."""
+    x = torch.randn(6, 8)
+
+    def gradient(passes: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = spikenm_fx.sparsify(nn.Sequential(nn.Linear(8, 4)), method=method)
+        for part in x.split(6 // passes):
+            model(part).sum().backward()
+        return model[0].weight_dense.grad
+
+    torch.testing.assert_close(gradient(3), gradient(1))

@@ -62,6 +62,7 @@ class MaskedWeight:
         self._cache: _Cached | None = None
         self._final: _Final | None = None
         self._held: Tensor | None = None
+        self.last_backward: int | None = None  # step of it
         self.guide: Guide | None = None
 
     @property
@@ -266,7 +267,19 @@ class _Context:
             if grad_scores is not None:
                 grad_scores = self._guided(grad_scores).to(self.scores.dtype)
         self.clock.note_backward(scores_too=grad_scores is not None)
-        return self.method.weight_grad(grad, weight, mask) if of_weight else None, grad_scores
+        grad_weight = None
+        if of_weight:
+            grad_weight = self.method.weight_grad(grad, weight, mask, self._first())
+        return grad_weight, grad_scores
+
+    def _first(self) -> bool:
+        """Whether this is the first backward pass of the step."""
+        owner = self.owner()
+        if owner is None:
+            return True
+        first = owner.last_backward != owner.clock.step
+        owner.last_backward = owner.clock.step
+        return first
 
     def _guided(self, grad_scores: Tensor) -> Tensor:
         owner = self.owner()

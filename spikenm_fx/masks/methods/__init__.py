@@ -22,7 +22,7 @@ from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
-__all__ = ["METHODS", "Draw", "Method", "kept", "masked_grad", "method_named"]
+__all__ = ["METHODS", "Draw", "Method", "kept", "method_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,19 +74,18 @@ class Method(Protocol):
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The deterministic bool mask that evaluation and ``fold`` use."""
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-        """Gradient of the dense weight from that of the masked one; tensors not blocked."""
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
+        """Gradient of the dense weight from that of the masked one; tensors not blocked.
+
+        ``first`` is True in the first backward pass of an optimizer step: what a step adds once,
+        such as decay, is added there, however many passes accumulate.
+        """
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Gradient of the scores, or None where they rest.
 
         ``grad`` is that of the masked weight, so that dL/dmask = grad * weight; all in blocks.
         """
-
-
-def masked_grad(grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
-    """Only what is kept learns: grad * m."""
-    return kept(grad, mask)
 
 
 def kept(tensor: Tensor, mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spikenm_fx.masks.methods import Draw, masked_grad
+from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
@@ -42,9 +42,9 @@ class FixedRule(ABC):
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The rule."""
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
         """Only what is kept learns."""
-        return masked_grad(grad, weight, mask)
+        return kept(grad, mask)
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """No scores are learnt."""

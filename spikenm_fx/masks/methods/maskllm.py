@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PatternError
-from spikenm_fx.masks.methods import Draw, masked_grad
+from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.noise import gumbel
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -81,9 +81,9 @@ class MaskLLM:
         assert scores is not None
         return _chosen(scores, draw)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
         """Only what is kept learns."""
-        return masked_grad(grad, weight, mask)
+        return kept(grad, mask)
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Through the softmax over candidates (eq. 6 and 7)."""
@@ -104,8 +104,8 @@ def _chosen(values: Tensor, draw: Draw) -> Tensor:
     candidates = _candidates(draw.nm, values.device)
     values = torch.nan_to_num(values.float(), nan=-math.inf)
     if draw.present is not None:  # a candidate that keeps what is absent would keep fewer than N
-        kept = torch.einsum("lmi,cm->lci", draw.present.float(), candidates)
-        values = values.masked_fill(kept < kept.amax(1, keepdim=True), -math.inf)
+        left = torch.einsum("lmi,cm->lci", draw.present.float(), candidates)
+        values = values.masked_fill(left < left.amax(1, keepdim=True), -math.inf)
     masks = candidates.bool()[values.argmax(1)].movedim(-1, 1)
     return masks if draw.present is None else masks & draw.present
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.masks.eid import EID
-from spikenm_fx.masks.methods import Draw, masked_grad
+from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
@@ -76,11 +76,11 @@ class SpikeNM:
         assert scores is not None
         return top_mask(scores, draw.nm.keep, draw.present)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
         """The dense gradient with decay of what was not drawn, or what was drawn alone."""
         if self.decay is None:
-            return masked_grad(grad, weight, mask)
-        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
+            return kept(grad, mask)
+        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay) if first else grad
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Straight-through gradient through every draw; None once frozen."""

@@ -33,6 +33,6 @@ class SRSTE(FixedRule):
         """The N largest magnitudes of the present weight."""
         return top_mask(weight.abs(), draw.nm.keep, draw.present)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
         """The dense gradient, and decay where the mask is zero."""
-        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay)
+        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay) if first else grad
