@@ -195,7 +195,7 @@ def test_tied_layers_share_one_mask():
     first, second = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
     second.weight = first.weight
     model = spikenm_fx.sparsify(
-        nn.Sequential(first, nn.Tanh(), second), rules=ALL_LAYERS, method=only_drawn
+        nn.Sequential(first, nn.Tanh(), second), rules=ALL_LAYERS, method=SpikeNM(decay=None)
     )
     assert model[0].weight is model[2].weight
     assert model[0].weight_logits is model[2].weight_logits
