@@ -21,7 +21,9 @@ def main(arguments: list[str]) -> None:
     """Time both, print the ratio, write ``results/sampler.json``."""
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench sampler", description=__doc__)
     parser.add_argument("--weights", type=int, default=12_600_000)
-    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8", "1:16"])
+    parser.add_argument(
+        "--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8", "1:16", "4:8"]
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args(arguments)
