@@ -83,7 +83,8 @@ def test_reference_runs_the_dense_layer(case: Case):
         assert LayerGeometry.of_layer(layer) == geometry
         x = torch.randn(2, channels, *[7] * geometry.spatial)
         expected = layer(x)
-    assert torch.equal(packed_layer(x, packed), expected)
+    # Not to the bit: torch's convolutions may round differently with the alignment of their memory.
+    torch.testing.assert_close(packed_layer(x, packed), expected, rtol=1e-5, atol=1e-6)
 
 
 @given(case=cases(dtype=torch.float32), data=st.data())
