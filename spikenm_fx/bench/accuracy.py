@@ -17,7 +17,7 @@ import torch
 from spikenm_fx.bench.data import Split, cifar10, digits
 from spikenm_fx.bench.measure import RESULTS, save
 from spikenm_fx.bench.nets.cifar import NETWORKS
-from spikenm_fx.bench.training import Run, train
+from spikenm_fx.bench.training import VARIANTS, Run, train
 from spikenm_fx.masks import native
 from spikenm_fx.pattern import NM
 
@@ -70,10 +70,11 @@ def _sampler() -> str:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    known = sorted({*METHODS, *VARIANTS})
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench accuracy", description=__doc__)
     parser.add_argument("--data", default="digits", help="digits, or the folder of CIFAR-10")
     parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=known)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=12)

@@ -6,9 +6,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ import spikenm_fx
 from spikenm_fx.bench.data import Split
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.masks import EID
 from spikenm_fx.masks.diagnostics import diagnose
 from spikenm_fx.masks.methods import Method
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
-__all__ = ["Run", "accuracy", "method_of", "train"]
+__all__ = ["VARIANTS", "Run", "accuracy", "method_of", "train"]
 
 _PRUNE_AT = 0.5  # of the budget: ASP prunes a trained dense network once, then repeats the recipe
 
@@ -33,7 +35,7 @@ class Run:
     """What distinguishes one run; all but method, pattern and seed are the same for all methods.
 
     Attributes:
-        method: ``"spikenm"``, ``"spikenm-no-eid"`` or a name of ``sparsify(method=...)``.
+        method: a name of ``sparsify(method=...)`` or of :data:`VARIANTS`.
         pattern: ``"2:4"`` and so on, ``"dense"`` for the dense network.
         seed: of weights, batches and masks.
         network: of :data:`spikenm_fx.bench.nets.cifar.NETWORKS`.
@@ -66,9 +68,21 @@ class Run:
         return f"{self.network}-{self.method}-{self.pattern.replace(':', 'of')}-seed{self.seed}"
 
 
+VARIANTS: Mapping[str, Method] = MappingProxyType(
+    {
+        "spikenm-no-eid": SpikeNM(eid=None),
+        "spikenm-eligibility": SpikeNM(eid=EID("eligibility")),
+        "spikenm-weight": SpikeNM(eid=EID("weight")),
+        "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
+        "spikenm-drawn": SpikeNM(decay=None),
+    }
+)
+"""The method without EID, with other credits, and with gradients for drawn weights alone."""
+
+
 def method_of(name: str) -> str | Method:
     """What ``sparsify`` is given for a method of the bench."""
-    return SpikeNM(eid=None) if name == "spikenm-no-eid" else name
+    return VARIANTS.get(name, name)
 
 
 def train(
