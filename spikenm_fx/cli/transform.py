@@ -41,7 +41,7 @@ def sparsify(
     _refuse_existing(out, force)
     with screen.working("choosing weights"):
         loaded = Loaded.named(target, root=root, nm=nm, checkpoint=checkpoint)
-        options = {**loaded.recipe.sparsify_options(), "method": _one_shot(method)}
+        options = {**loaded.recipe.sparsify_options(), "method": method}
         decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
         spikenm_fx.sparsify(loaded.model, **options)
         spikenm_fx.fold(loaded.model)
@@ -54,13 +54,6 @@ def sparsify(
         {"out": str(out), "plan": decided.to_dict(), "verification": found.to_dict()},
         f"{decided}\nwritten and verified: {out}",
     )
-
-
-def _one_shot(method: str) -> str:
-    """``magnitude`` by whatever name it goes: untrained logits rank weights by magnitude."""
-    from spikenm_fx.masks.methods import METHODS
-
-    return "spikenm" if method == "magnitude" and method not in METHODS else method
 
 
 def pack(
