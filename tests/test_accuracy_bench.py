@@ -12,7 +12,7 @@ import torch
 
 import spikenm_fx
 from spikenm_fx.bench import accuracy, training
-from spikenm_fx.bench.data import Split, cifar10
+from spikenm_fx.bench.data import Split, cifar10, shrunk
 from spikenm_fx.bench.nets.cifar import NETWORKS
 from spikenm_fx.bench.training import Run, train
 from spikenm_fx.masks.diagnostics import diagnose, flip_rate, logit_noise
@@ -134,9 +134,18 @@ def test_cifar_from_jpeg_bytes(tmp_path) -> None:
     assert torch.equal(data.train_labels, again.train_labels)
     with pytest.raises(FileNotFoundError):
         cifar10(tmp_path / "nowhere")
+    halved = shrunk(data, 16)
+    torch.testing.assert_close(
+        halved.test_images[..., 3, 5], data.test_images[..., 6:8, 10:12].mean((-1, -2))
+    )
+    assert torch.equal(halved.train_labels, data.train_labels)
+    assert shrunk(data, 32) is data
+    with pytest.raises(ValueError, match="20 x 20"):
+        shrunk(data, 20)
 
 
 SHAPES = {
+    "vgg-tiny": (1, 3, 16, 16),
     "vgg-small": (1, 3, 32, 32),
     "vggsnn": (1, 2, 16, 16),
     "resnet19": (1, 3, 8, 8),

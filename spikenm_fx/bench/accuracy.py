@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from spikenm_fx.bench.data import Split, cifar10, digits
+from spikenm_fx.bench.data import Split, cifar10, digits, shrunk
 from spikenm_fx.bench.measure import RESULTS, save
 from spikenm_fx.bench.nets.cifar import NETWORKS
 from spikenm_fx.bench.training import VARIANTS, Run, train
@@ -85,6 +85,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--augment", action="store_true", help="shifts and flips")
     parser.add_argument("--train-images", type=int, help="a subset, the same for all")
     parser.add_argument("--test-images", type=int)
+    parser.add_argument("--size", type=int, default=32, help="of CIFAR-10 images; 16 or 8 averages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", help="of the results; by default that of the data")
@@ -101,9 +102,9 @@ def _data(options: argparse.Namespace) -> tuple[Split, dict[str, Any]]:
         data, source = digits(), "scikit-learn digits"
     else:
         data = cifar10(Path(options.data), options.train_images, options.test_images)
-        source = "CIFAR-10, JPEG copy"
+        data, source = shrunk(data, options.size), "CIFAR-10, JPEG copy"
     counts = {"train": len(data.train_labels), "test": len(data.test_labels)}
-    return data, {"source": source, **counts}
+    return data, {"source": source, "size": data.train_images.shape[-1], **counts}
 
 
 def _runs(

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
-__all__ = ["Split", "cifar10", "digits"]
+__all__ = ["Split", "cifar10", "digits", "shrunk"]
 
 
 class Split(NamedTuple):
@@ -51,6 +52,21 @@ def cifar10(folder: Path, train: int | None = None, test: int | None = None) -> 
     test_images, test_labels = _jpegs(folder / "test.npz", test)
     mean, std = images.mean((0, 2, 3), keepdim=True), images.std((0, 2, 3), keepdim=True)
     return Split((images - mean) / std, labels, (test_images - mean) / std, test_labels)
+
+
+def shrunk(data: Split, size: int) -> Split:
+    """The same images at ``size`` x ``size``, by averaging squares of pixels.
+
+    Raises:
+        ValueError: if the images' size is not a multiple of ``size``.
+    """
+    full = data.train_images.shape[-1]
+    if size < 1 or full % size:
+        raise ValueError(f"images of {full} x {full} cannot be averaged to {size} x {size}")
+    if size == full:
+        return data
+    train, test = (avg_pool2d(x, full // size) for x in (data.train_images, data.test_images))
+    return data._replace(train_images=train, test_images=test)
 
 
 def _jpegs(path: Path, count: int | None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from spikenm_fx.masks import EID
 from spikenm_fx.masks.diagnostics import diagnose
 from spikenm_fx.masks.methods import Method
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.methods.srste import SRSTE
 
 __all__ = ["VARIANTS", "Run", "accuracy", "method_of", "train"]
 
@@ -75,9 +76,12 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-weight": SpikeNM(eid=EID("weight")),
         "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
         "spikenm-drawn": SpikeNM(decay=None),
+        "spikenm-unscaled": SpikeNM(rescale=False),
+        "spikenm-fade": SpikeNM(fade=1.0),
+        "srste-rescaled": SRSTE(rescale=True),
     }
 )
-"""The method without EID, with other credits, and with gradients for drawn weights alone."""
+"""One thing changed each: no EID, other credits, only drawn weights learn, the start, the fade."""
 
 
 def method_of(name: str) -> str | Method:

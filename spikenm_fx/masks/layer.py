@@ -91,6 +91,18 @@ class MaskedWeight:
         if self.guide is not None:
             self.guide.load(None)
 
+    @torch.no_grad()
+    def keep_norm(self) -> None:
+        """Scale the weight so that what the first masks keep is as large as all of it was."""
+        if self.dense.is_meta or self.dense.is_inference():
+            return  # nothing to measure, or nothing that may be written to
+        whole, part = (
+            torch.linalg.vector_norm(w.float()) for w in (self.dense, self.final_weight())
+        )
+        factor = whole / part
+        if torch.isfinite(factor) and torch.isfinite(self.dense * factor).all():
+            self.dense.mul_(factor.to(self.dense.dtype))
+
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
         return version_of(self.dense), version_of(self.scores)
@@ -109,6 +121,7 @@ class MaskedWeight:
             tau=self.schedule.tau_at(step),
             frozen=self.schedule.frozen(step),
             present=self.view.present(self.dense.device),
+            undrawn=self.schedule.undrawn_at(step),
         )
 
     def hold(self) -> None:
@@ -144,7 +157,10 @@ class MaskedWeight:
         return kept(self.dense.detach(), self.mask())
 
     def masked(self, training: bool) -> Tensor:
-        """The weight that the layer uses now: at most N non-zeros in each block of M."""
+        """The weight that the layer uses now: at most N non-zeros in each block of M.
+
+        Only where a training schedule fades the undrawn weights out there are more.
+        """
         if not training:
             return self._of_evaluation()
         self._final = None
@@ -299,7 +315,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return kept(weight, mask)
+        return kept(weight, mask, context.draw.undrawn if context.training else 0.0)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -20,6 +20,11 @@ class Schedule:
     ``freeze`` of the steps the masks stay at the top N of the logits, so that weights and
     normalisation statistics adapt to the masks that ``fold`` will bake in.
 
+    With ``fade`` the mask comes gradually: what was not drawn is multiplied by a factor that falls
+    linearly from 1 to 0 over that share of the steps before the freeze, so that training starts
+    with the dense weights.  Until it is 0 the weights of training mode are not N:M; those of
+    evaluation mode, of checkpoints and of ``fold`` always are.
+
     Without ``total_steps`` kappa grows by its first value every ``open_steps`` steps and never
     stops: the sampling noise fades by itself as 1/step, and no horizon needs to be known.
 
@@ -28,6 +33,8 @@ class Schedule:
         kappa: first and last logit scale.
         tau: first and last temperature of the straight-through draws.
         freeze: share of ``total_steps``, at the end, with frozen masks.
+        fade: share of the steps before the freeze over which undrawn weights fade out; with 0 (the
+            default) every step is N:M.  Needs ``total_steps``.
         open_steps: steps in which the open-ended schedule adds one ``kappa[0]``.
     """
 
@@ -35,6 +42,7 @@ class Schedule:
     kappa: tuple[float, float] = (300.0, 1500.0)
     tau: tuple[float, float] = (1.0, 1.0)
     freeze: float = 0.15
+    fade: float = 0.0
     open_steps: int = 200
 
     def __post_init__(self) -> None:
@@ -49,6 +57,11 @@ class Schedule:
             )
         if not 0 <= self.freeze < 1:
             raise PlanError(f"freeze={self.freeze}: the frozen share must be in [0, 1)")
+        if not 0 <= self.fade <= 1 or (self.fade and self.total_steps is None):
+            raise PlanError(
+                f"fade={self.fade} with total_steps={self.total_steps}: it is a share of the steps "
+                "before the freeze, in [0, 1], and needs the number of steps of the whole run"
+            )
         if not all(0 < value < math.inf for value in (*self.kappa, *self.tau, self.open_steps)):
             raise PlanError(
                 f"kappa={self.kappa}, tau={self.tau}, open_steps={self.open_steps}: "
@@ -74,6 +87,12 @@ class Schedule:
         if self.total_steps is None:
             return 0.0
         return min(step / max(self._search_steps, 1.0), 1.0)
+
+    def undrawn_at(self, step: int) -> float:
+        """What the weights that were not drawn are multiplied with at ``step``; mostly 0."""
+        if not self.fade or self.frozen(step):
+            return 0.0
+        return max(1.0 - self.progress(step) / self.fade, 0.0)
 
     @property
     def _search_steps(self) -> float:

@@ -188,6 +188,8 @@ def _apply(
         ready.append(([layer for _, layer, _ in holders], mask, logits))
     for layers, mask, logits in ready:  # nothing that can fail comes after this line
         attach(layers, mask, logits)
+        if getattr(method, "rescale", False):
+            mask.keep_norm()
     model.register_load_state_dict_pre_hook(check_checkpoint)
 
 

@@ -158,6 +158,10 @@ class Spikformer(nn.Module):
         return self.readout(tokens.mean(2)).mean(0)  # type: ignore[no-any-return]
 
 
+def _tiny(channels: int, size: int) -> nn.Module:
+    return SpikingConvNet((16, 32, 32, 64), (0, 1, 2), inputs=channels, size=size, hidden=128)
+
+
 def _small(channels: int, size: int) -> nn.Module:
     if size <= 8:
         return SpikingConvNet(inputs=channels, size=size)
@@ -166,6 +170,7 @@ def _small(channels: int, size: int) -> nn.Module:
 
 NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = MappingProxyType(
     {
+        "vgg-tiny": _tiny,
         "vgg-small": _small,
         "vggsnn": lambda channels, size: VGGSNN(channels, size=size),
         "resnet19": lambda channels, size: ResNet19(channels),

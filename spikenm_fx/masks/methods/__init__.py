@@ -15,6 +15,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
@@ -36,6 +37,7 @@ class Draw:
         kappa: logit scale.
         tau: temperature of the straight-through draws.
         frozen: True once the schedule has frozen the masks.
+        undrawn: what the weights outside the mask are multiplied with; 0 but in a fade.
         present: bool ``(lead, M, 1)`` where the last block is padded, else None.
     """
 
@@ -46,6 +48,7 @@ class Draw:
     tau: float
     frozen: bool
     present: Tensor | None
+    undrawn: float = 0.0
 
 
 class Method(Protocol):
@@ -88,8 +91,13 @@ class Method(Protocol):
         """
 
 
-def kept(tensor: Tensor, mask: Tensor) -> Tensor:
-    """Zeros where the mask is False, in the same memory format, which masked_fill would drop."""
+def kept(tensor: Tensor, mask: Tensor, undrawn: float = 0.0) -> Tensor:
+    """Zeros where the mask is False, in the same memory format, which masked_fill would drop.
+
+    With ``undrawn`` the values there are multiplied with it instead.
+    """
+    if undrawn:
+        return torch.where(mask, tensor, tensor * undrawn)
     return tensor.clone().masked_fill_(~mask, 0)
 
 

@@ -36,6 +36,11 @@ class SpikeNM:
         decay: with a number, weights that were not drawn learn on from the straight-through
             gradient and decay by this much (SR-STE, arXiv 2102.04010, eq. 6); None lets only drawn
             weights learn, which starves the others at high sparsity.
+        rescale: multiply each layer's weights, once, by ||W|| / ||m * W|| with the first masks m:
+            without it the layers that no norm follows start with inputs too small to spike, the
+            more so the sparser they are.
+        fade: of the schedule where ``total_steps`` is known, see
+            :class:`~spikenm_fx.masks.schedule.Schedule`; with 0 every training step is N:M.
         eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
     """
 
@@ -44,6 +49,8 @@ class SpikeNM:
     std: float = 0.003
     prior: float = 3.0
     decay: float | None = 2e-4
+    rescale: bool = True
+    fade: float = 0.0
     eid: EID | None = field(default_factory=EID)
 
     def pattern(self, nm: NM) -> NM:
@@ -51,8 +58,8 @@ class SpikeNM:
         return nm
 
     def schedule(self, total_steps: int | None) -> Schedule:
-        """The default: rising scale, then the freeze."""
-        return Schedule(total_steps)
+        """Rising scale, then the freeze; the fade where the length of the run is known."""
+        return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
         """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""

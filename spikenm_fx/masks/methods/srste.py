@@ -24,10 +24,12 @@ class SRSTE(FixedRule):
 
     Attributes:
         decay: lambda_w, 2e-4 in the paper.
+        rescale: as of :class:`~spikenm_fx.masks.methods.spikenm.SpikeNM`; not in the paper.
     """
 
     name: ClassVar[str] = "srste"
     decay: float = 2e-4
+    rescale: bool = False
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest magnitudes of the present weight."""
