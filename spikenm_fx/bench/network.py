@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=0.12, help="firing rate to calibrate to")
+    parser.add_argument("--rate", type=float, default=0.1, help="firing rate to calibrate to")
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--int8", action="store_true", help="int8 weights as well")
@@ -229,40 +229,60 @@ def _prune(model: nn.Module, nm: NM) -> None:
 
 
 def calibrate_rates(network: Network, x: Tensor, rate: float) -> dict[str, Any]:
-    """Set norms, layer by layer from the input, so that every neuron fires near ``rate``.
+    """Set norms, layer by layer from the input, so that every neuron behind one fires at ``rate``.
 
-    Fresh deep networks are silent, trained ones are not.  Each batch norm takes the statistics of
-    what reaches it; then its shift is moved until the neuron behind it fires at the rate.
+    Fresh deep networks are silent, trained ones are not.  In one forward, each batch norm takes
+    the statistics of what reaches it, and its shift the value at which the next neuron, tried
+    alone, has the rate.
 
     Returns:
         The mean rate and the rate of each neuron.
     """
-    for module in network.model.modules():
-        if isinstance(module, _BatchNorm):
-            _take_statistics(network, module, x)
-            module.weight.data.fill_(1.0)
-            module.bias.data.fill_(_quantile_shift(rate))
-    return _rates(network, x)
+    waiting: list[Any] = []
 
+    def statistics_of(norm: Any, args: Any) -> None:
+        axis = args[0].shape.index(norm.num_features, 1 if args[0].dim() < 5 else 2)
+        flat = args[0].movedim(axis, 0).flatten(1)
+        norm.running_mean.copy_(flat.mean(1))
+        norm.running_var.copy_(flat.var(1) + 1e-4)
+        norm.weight.data.fill_(1.0)
+        norm.bias.data.zero_()
+        waiting.append(norm)
 
-def _quantile_shift(rate: float) -> float:
-    """Shift of a standard normal input that makes an LIF neuron (tau 2) fire at about ``rate``."""
-    return 0.55 + 0.4 * math.log(rate / (1 - rate)) / 2
+    def shift_for(neuron: Any, args: Any) -> Any:
+        if not waiting:
+            return None
+        norm = waiting.pop()
+        shift = _shift_at(network, neuron, args[0], rate)
+        norm.bias.data.fill_(shift)
+        return (args[0] + shift, *args[1:])
 
-
-def _take_statistics(network: Network, norm: Any, x: Tensor) -> None:
-    seen: list[Tensor] = []
-    hook = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    neurons = [network.model.get_submodule(name) for name in find_neurons(network.model)]
+    norms = [m for m in network.model.modules() if isinstance(m, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(statistics_of) for norm in norms]
+    hooks += [neuron.register_forward_pre_hook(shift_for) for neuron in neurons]
     network.reset(network.model)
     with torch.no_grad():
         network.model(x)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     network.reset(network.model)
-    if seen:
-        axis = seen[0].shape.index(norm.num_features, 1 if seen[0].dim() < 5 else 2)
-        flat = seen[0].movedim(axis, 0).flatten(1)
-        norm.running_mean.copy_(flat.mean(1))
-        norm.running_var.copy_(flat.var(1) + 1e-4)
+    return _rates(network, x)
+
+
+def _shift_at(network: Network, neuron: nn.Module, x: Tensor, rate: float) -> float:
+    """What to add to ``x`` for the neuron to fire at ``rate``, by bisection."""
+    alone = copy.deepcopy(neuron)
+    alone._forward_pre_hooks.clear()
+    low, high = -8.0, 8.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        network.reset(alone)
+        if float(alone(x + middle).mean()) < rate:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
 
 
 def _rates(network: Network, x: Tensor) -> dict[str, Any]:
