@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack.layer import Choice, PackedLayer
 from spikenm_fx.pack.lazy import LazyTensor
-from spikenm_fx.pack.spikes import SpikeBits
+from spikenm_fx.pack.meter import Meter
 from spikenm_fx.trace.snapshot import preserved
 
 __all__ = ["LayerDraft", "choose"]
 
-ROUNDS = 5
+ROUNDS = 4
 MARGIN = 0.97  # a kernel must beat dense by three per cent, more than timing noise
 
 
@@ -70,7 +69,35 @@ def choose(
 
 
 def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, LayerDraft]) -> None:
-    """Time each layer's candidates on the inputs that the examples bring to it."""
+    """Time each layer's candidates where they will run: inside the engine, on the examples.
+
+    Neurons that are fused, conversions of the input and what lies in the caches all count.
+    """
+    with torch.no_grad(), preserved(engine):
+        _look_at_inputs(engine, args, layers)
+        prepared = {name: _candidates(layer) for name, layer in layers.items()}
+        every = {choice: None for ways in prepared.values() for choice in ways}
+        for counted in [False] + [True] * ROUNDS:
+            for choice in every:
+                timed = {n: Meter() for n, ways in prepared.items() if choice in ways}
+                for name, layer in layers.items():
+                    layer.packed.adopt(prepared[name].get(choice, prepared[name]["dense"]))
+                    layer.packed.meter = timed.get(name)
+                engine(*args)
+                for name, meter in timed.items():
+                    if counted and meter.seconds:
+                        best = layers[name].milliseconds.get(choice, float("inf"))
+                        layers[name].milliseconds[choice] = min(best, meter.seconds * 1e3)
+    # Only now: what is preserved above would take a choice back as well.
+    for name, layer in layers.items():
+        layer.packed.meter = None
+        layer.packed.adopt(prepared[name][_fastest(layer.milliseconds)])
+
+
+def _look_at_inputs(
+    engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, LayerDraft]
+) -> None:
+    """Note the rate and the digits of what reaches each layer last."""
     inputs: dict[str, Tensor] = {}
     hooks = [
         layer.packed.register_forward_pre_hook(
@@ -79,17 +106,28 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
         for name, layer in layers.items()
     ]
     try:
-        with torch.no_grad(), preserved(engine):
-            engine(*args)
-            for name, layer in layers.items():
-                if name in inputs:
-                    _measure_layer(layer, inputs[name])
+        engine(*args)
     finally:
         for hook in hooks:
             hook.remove()
-    # Only now: what is preserved above would take a choice back as well.
-    for layer in layers.values():
-        layer.packed.choose(_fastest(layer.milliseconds))
+    for name, x in inputs.items():
+        packed = layers[name].packed
+        if packed.geometry.spatial and x.dim() == packed.geometry.spatial + 3:
+            x = x.flatten(0, 1)
+        bits = packed.bits_of(x)
+        layers[name].planes = 1 if bits is None else bits.planes
+        layers[name].rate = _rate(x, counts=bits is not None)
+
+
+def _candidates(layer: LayerDraft) -> dict[Choice, PackedLayer]:
+    packed = layer.packed
+    choices = packed.candidates()
+    if layer.rate is None:
+        choices = [choice for choice in choices if choice in ("dense", "fma")]
+    return {
+        choice: PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
+        for choice in choices
+    }
 
 
 def _fastest(milliseconds: Mapping[str, float]) -> Any:
@@ -97,41 +135,6 @@ def _fastest(milliseconds: Mapping[str, float]) -> Any:
         return "dense"
     best = min(milliseconds, key=lambda choice: milliseconds[choice])
     return best if milliseconds[best] <= MARGIN * milliseconds["dense"] else "dense"
-
-
-def _measure_layer(layer: LayerDraft, x: Tensor) -> None:
-    packed = layer.packed
-    spatial = packed.geometry.spatial
-    if spatial and x.dim() == spatial + 3:
-        x = x.flatten(0, 1)
-    bits = packed.bits_of(x)
-    layer.planes = 1 if bits is None else bits.planes
-    layer.rate = _rate(x, counts=bits is not None)
-    if not x.numel() or (spatial and x.dim() != spatial + 2):
-        return
-    candidates = packed.candidates()
-    if layer.rate is None:
-        candidates = [c for c in candidates if c in ("dense", "fma")]
-    seconds: dict[Choice, list[float]] = {choice: [] for choice in candidates}
-    copies = {choice: _prepared(packed, choice) for choice in candidates}
-    for _ in range(ROUNDS):
-        for choice, prepared in copies.items():
-            seconds[choice].append(_time(prepared, x))
-    layer.milliseconds = {c: min(s) * 1e3 for c, s in seconds.items()}  # others only slow down
-
-
-def _prepared(packed: PackedLayer, choice: Choice) -> PackedLayer:
-    return PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
-
-
-def _time(layer: PackedLayer, x: Tensor) -> float:
-    layer.run(x)  # its weights come into the cache
-    if isinstance(x, LazyTensor) and isinstance(x.source, SpikeBits):
-        x.source.forget()  # values, where the layer wants them, are part of its price
-    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-    start = clock()
-    layer.run(x)
-    return clock() - start
 
 
 def _rate(x: Tensor, *, counts: bool) -> float | None:

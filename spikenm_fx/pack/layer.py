@@ -17,11 +17,14 @@ from spikenm_fx.pack.counts import weight_for_counts
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
 from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.lazy import LazyTensor
+from spikenm_fx.pack.meter import Meter, metered
 from spikenm_fx.pack.ops import geometry_list, sparse_layer
 from spikenm_fx.pack.pending import Pending, rows_layout
 from spikenm_fx.pack.spikes import WORD, SpikeBits
 
 __all__ = ["Choice", "PackedLayer"]
+
+PARTS = ("_weights", "_codes", "_blocks", "_row_scale", "_dense")
 
 Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
 """How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
@@ -59,12 +62,13 @@ class PackedLayer(nn.Module):
         self.weight_shape = packed.shape
         self.geometry = packed.geometry
         self.waits = False  # for a neuron that is fused with it
+        self.meter: Meter | None = None  # while choices are measured
         self.register_buffer("values", packed.values)
         self.register_buffer("indices", packed.indices)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        for part in ("weights", "codes", "blocks", "row_scale", "dense"):
-            self.register_buffer(f"_{part}", None, persistent=False)
+        for part in PARTS:
+            self.register_buffer(part, None, persistent=False)
         self._kind = 0
         self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
         self.choice: Choice = "dense"
@@ -123,6 +127,13 @@ class PackedLayer(nn.Module):
             self._weights, self._codes = layout.weights, layout.codes
             self._blocks, self._row_scale = layout.blocks, layout.scale
             self._kind = layout.kind
+
+    def adopt(self, prepared: PackedLayer) -> None:
+        """Run as another layer of the same weight does; shares what that one has prepared."""
+        self.choice, self._kind = prepared.choice, prepared._kind
+        for part in PARTS:
+            self._buffers[part] = prepared._buffers[part]
+        self._counting = prepared._counting
 
     def layout(self, code: tuple[int, float] = (1, 1.0)) -> Layout:
         """The execution layout of the chosen kernel, for spikes or for counts of them.
@@ -189,10 +200,9 @@ class PackedLayer(nn.Module):
             )
         return y.reshape(*lead, *y.shape[1:]) if spatial else y
 
-    def run(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+    @metered
+    def run(self, x: Tensor) -> Tensor:
         """The layer's output for a batch; spikes that are bits already are read as such."""
-        if choice is not None and choice != self.choice:
-            raise PackError(f"{self.name} was prepared to run as {self.choice}")
         if self.choice in ("dense", "reference"):
             return self._torch(_plain(x))
         bits = self.bits_of(x)

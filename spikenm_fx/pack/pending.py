@@ -14,6 +14,7 @@ from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.backends.cpu import LayerShape, pack_spikes
 from spikenm_fx.pack.backends.integrate import Pooling, run_integrate
 from spikenm_fx.pack.lazy import LazyTensor
+from spikenm_fx.pack.meter import Meter, metered
 from spikenm_fx.pack.neuron import NeuronCall
 from spikenm_fx.pack.spikes import SpikeBits
 
@@ -44,6 +45,11 @@ class Pending:
         return self.shape.outputs
 
     @property
+    def meter(self) -> Meter | None:
+        """Of the layer."""
+        return self.layer.meter
+
+    @property
     def layout(self) -> Tensor:
         """Shape and strides of the output; tokens of a linear layer count as one axis."""
         if self.shape.geometry.kind == "linear":
@@ -67,6 +73,7 @@ class Pending:
         window, step, border = ((a, b) for a, b in (kernel, stride, padding))
         return PooledSums(self, Pooling(window, step, border, self.shape.out))
 
+    @metered
     def fused(self, steps: int, neuron: NeuronCall) -> SpikeBits:
         """Run the layer and a neuron over ``steps`` time steps, which lead the batch."""
         shape = replace(self.shape, steps=steps, images=self.shape.images // steps)
@@ -135,6 +142,11 @@ class PooledSums:
         return self.pending.channels
 
     @property
+    def meter(self) -> Meter | None:
+        """Of the layer."""
+        return self.pending.layer.meter
+
+    @property
     def layout(self) -> Tensor:
         """Shape and strides after pooling."""
         shape = (self.shape.images, self.channels, *self.pooling.out)
@@ -150,6 +162,7 @@ class PooledSums:
         """Two pools in a row get the values."""
         return
 
+    @metered
     def fused(self, steps: int, neuron: NeuronCall) -> SpikeBits:
         """Run the layer, pool and integrate over ``steps`` time steps, which lead the batch."""
         words = -(-self.channels // 64)
