@@ -32,12 +32,20 @@ class Pending:
         layer: the layer.
         x: its input; lazy spikes stay bits.
         shape: sizes of the call.
+        layout: shape and strides of the output; tokens of a linear layer count as one axis.
     """
 
     layer: PackedLayer
     x: Tensor
     shape: LayerShape
     exposed: Tensor | None = None
+    layout: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        shape, strides = rows_layout(self.shape, self.x.shape)
+        if self.shape.geometry.kind == "linear":
+            shape, strides = (self.shape.tokens, self.channels), (self.channels, 1)
+        self.layout = torch.empty_strided(shape, strides, device="meta")
 
     @property
     def channels(self) -> int:
@@ -48,13 +56,6 @@ class Pending:
     def meter(self) -> Meter | None:
         """Of the layer."""
         return self.layer.meter
-
-    @property
-    def layout(self) -> Tensor:
-        """Shape and strides of the output; tokens of a linear layer count as one axis."""
-        if self.shape.geometry.kind == "linear":
-            return torch.empty(self.shape.tokens, self.shape.outputs, device="meta")
-        return torch.empty_strided(*rows_layout(self.shape, self.x.shape), device="meta")
 
     def dense(self) -> Tensor:
         """Run the layer alone."""
