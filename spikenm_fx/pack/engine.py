@@ -65,7 +65,7 @@ def pack(
 
     Raises:
         PackError: for weights that are not finite or not ``nm``, masks that are not folded, a
-            model on another device, or a backend that does not exist.
+            model on another device or packed already, or a backend that does not exist.
     """
     _refuse(model)
     engine = _copy(model)
@@ -99,6 +99,9 @@ def _refuse(model: nn.Module) -> None:
             f"{masked[0]} and {len(masked) - 1} more layers still carry their masks; "
             "call spikenm_fx.fold(model) first"
         )
+    packed = next((n for n, m in model.named_modules() if isinstance(m, PackedLayer)), None)
+    if packed is not None:
+        raise PackError(f"{packed} is packed already; pack the model that this engine was made of")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
@@ -113,7 +116,7 @@ def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        copied = copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "

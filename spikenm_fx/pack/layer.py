@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
+        self.register_load_state_dict_post_hook(_prepare_again)
         self._kind = 0
         self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
         self.choice: Choice = "dense"
@@ -282,6 +283,12 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.geometry.kind} {self.weight_shape} at {self.nm}, runs as {self.choice}"
+
+
+def _prepare_again(layer: PackedLayer, _incompatible: Any) -> None:
+    """Execution layouts follow the weight that was loaded, if it is a valid one."""
+    layer.packed.check(layer.name)
+    layer.choose(layer.choice)
 
 
 def _kernel(choice: Choice) -> Kernel:
