@@ -69,7 +69,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
-        self.register_load_state_dict_post_hook(_prepare_again)
+        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
         self._kind = 0
         self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
         self.choice: Choice = "dense"
