@@ -253,6 +253,25 @@ def test_report_counts_digits():
     assert "x4" in str(packing(pack(model, x)))
 
 
+def test_one_layout_for_counts_or_for_spikes():
+    """A layer that reads counts keeps no second layout for spikes, and still reads spikes."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Conv2d(64, 32, 3, padding=1)
+    packed = pack_weight(plain.weight, "1:1", geometry=LayerGeometry.of_layer(plain))
+    layer = PackedLayer(packed, plain.bias, choice="event")
+    spikes = _bits(_spikes(generator, (2, 64, 6, 6)))
+    before = layer.resident_bytes
+    layer.expect_counts()
+    assert layer.resident_bytes == before
+    counts = layer(spikes + spikes)
+    both = layer.resident_bytes
+    layer.expect_counts()
+    assert layer.resident_bytes < both
+    assert torch.equal(layer(spikes + spikes), counts)
+    for x in (spikes, spikes.materialize()):
+        assert float((layer(x) - plain(spikes.materialize())).abs().max()) < 1e-5
+
+
 def test_nan_survives_the_pool():
     """A NaN that reaches the pool before the neuron keeps it from firing, as in torch."""
     from spikingjelly.activation_based import functional
