@@ -207,6 +207,77 @@ def test_threads_do_not_matter(backend):
         assert torch.equal(found[0], found[1])
 
 
+class Viewing(nn.Module):
+    """Code that relies on contiguous memory, and code that writes to what a layer has read."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.lif = neuron.LIFNode(v_threshold=0.3, step_mode="m")
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.last = neuron.LIFNode(v_threshold=0.3, step_mode="m")
+        self.head = nn.Linear(8 * 36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, 3, 6, 6]`` to ``[T, B, 5]``."""
+        steps, batch = x.shape[:2]
+        y = self.conv(x.flatten(0, 1))
+        if self.how == "layer":
+            return self.head(y.view(steps, batch, -1))
+        if self.how == "input":
+            x.view(-1)[0] += 5
+        spikes = self.lif(y.view(steps, batch, *y.shape[1:]))
+        if self.how == "spikes":
+            return self.head(spikes.view(steps, batch, -1))
+        if self.how == "step":
+            return torch.stack([self.head(spikes[t].view(batch, -1)) for t in range(steps)])
+        if self.how == "scaled":
+            return self.head((spikes * 0.5).view(steps, batch, -1))
+        z = self.second(spikes.flatten(0, 1))
+        if self.how == "written":
+            spikes.add_(1)
+        return self.head(self.last(z.view(steps, batch, *z.shape[1:])).view(steps, batch, -1))
+
+
+@backends
+@pytest.mark.parametrize("how", ["layer", "spikes", "step", "scaled", "written", "deep"])
+def test_views_and_writes_as_in_the_model(how, backend):
+    """What works on the memory of torch's layers works on that of packed ones."""
+    torch.manual_seed(0)
+    model = Viewing(how).eval()
+    x = (torch.rand(4, 2, 3, 6, 6) < 0.5).float()
+    with torch.no_grad():
+        expected = model(x)
+        functional.reset_net(model)
+        assert _close(pack(model, x, backend=backend)(x), expected)
+
+
+@backends
+@pytest.mark.parametrize("how", ["layer", "spikes"])
+def test_views_under_the_compiler(how, backend):
+    """The compiler sees contiguous outputs as well."""
+    torch.manual_seed(0)
+    model = Viewing(how).eval()
+    x = (torch.rand(4, 2, 3, 6, 6) < 0.5).float()
+    engine = pack(model, x, backend=backend)
+    with torch.no_grad():
+        expected = model(x)
+        found = torch.compile(engine, backend="eager", fullgraph=True)(x)
+    assert _close(found, expected)
+
+
+@pytest.mark.skipif(not native_status().available, reason="nothing waits without kernels")
+def test_an_input_that_is_overwritten():
+    """A layer that waits for its neuron says so when its input has changed meanwhile."""
+    model = Viewing("deep").eval()
+    x = (torch.rand(4, 2, 3, 6, 6) < 0.5).float()
+    engine = pack(model, x)
+    engine.how = "input"
+    with pytest.raises(PackError, match="conv: its input was written to"):
+        engine(x)
+
+
 def test_packing_an_engine():
     """An engine is no model to pack, and the error says what is."""
     model, x = _net()

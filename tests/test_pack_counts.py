@@ -256,7 +256,7 @@ def test_report_counts_digits():
 def test_one_layout_for_counts_or_for_spikes():
     """A layer that reads counts keeps no second layout for spikes, and still reads spikes."""
     generator = torch.Generator().manual_seed(0)
-    plain = nn.Conv2d(64, 32, 3, padding=1)
+    plain = nn.Conv2d(64, 32, 3, padding=1).requires_grad_(False)
     packed = pack_weight(plain.weight, "1:1", geometry=LayerGeometry.of_layer(plain))
     layer = PackedLayer(packed, plain.bias, choice="event")
     spikes = _bits(_spikes(generator, (2, 64, 6, 6)))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
-from spikenm_fx.pack.backends.cpu import LayerShape, run_layer, run_spikes
+from spikenm_fx.pack.backends.cpu import LayerShape, is_channels_last, run_layer, run_spikes
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
 from spikenm_fx.pack.counts import weight_for_counts
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
@@ -19,7 +19,7 @@ from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.lazy import LazyTensor
 from spikenm_fx.pack.meter import Meter, metered
 from spikenm_fx.pack.ops import geometry_list, sparse_layer
-from spikenm_fx.pack.pending import Pending, rows_layout
+from spikenm_fx.pack.pending import Pending, plain, rows_layout
 from spikenm_fx.pack.spikes import WORD, SpikeBits
 
 __all__ = ["Choice", "PackedLayer"]
@@ -197,6 +197,7 @@ class PackedLayer(nn.Module):
         if self._weights is None:
             weight = self.weight if self._dense is None else self._dense
             y = dense_layer(x, weight, self.bias, self.geometry)
+            y = y if is_channels_last(x) else y.contiguous()
         else:
             y = sparse_layer(
                 x,
@@ -217,18 +218,29 @@ class PackedLayer(nn.Module):
         return y.reshape(*lead, *y.shape[1:]) if spatial else y
 
     @metered
-    def run(self, x: Tensor) -> Tensor:
-        """The layer's output for a batch; spikes that are bits already are read as such."""
-        if self.choice in ("dense", "reference"):
-            return self._torch(_plain(x))
-        bits = self.bits_of(x)
-        if bits is None or self.choice == "fma":
-            y = run_layer(_plain(x), self.layout(), self.weight_shape, self.geometry, self.bias)
-            return self._torch(_plain(x)) if y is None else y
-        shape = self.shape_of(x.shape)
-        out = torch.empty_strided(*rows_layout(shape, x.shape))
-        self.call(bits, shape, out=out)
-        return out
+    def run(self, x: Tensor, *, rows: bool = False) -> Tensor:
+        """The layer's output for a batch; spikes that are bits already are read as such.
+
+        Args:
+            x: the batch.
+            rows: any memory format will do.  Else that of ``x``, as in the layer that this one
+                replaces; lazy values count as contiguous.
+        """
+        rows = rows or self.geometry.kind == "linear"
+        bits = None if self.choice in ("dense", "reference", "fma") else self.bits_of(x)
+        if bits is not None:
+            shape = self.shape_of(x.shape)
+            layout = rows_layout(shape, x.shape)
+            out = torch.empty_strided(*layout) if rows else torch.empty(layout[0])
+            self.call(bits, shape, out=out, channels_first=not rows)
+            return out
+        y = None
+        if self.choice not in ("dense", "reference"):
+            y = run_layer(plain(x), self.layout(), self.weight_shape, self.geometry, self.bias)
+        if y is None:
+            y = self._torch(plain(x))
+        as_given = not isinstance(x, LazyTensor) and is_channels_last(x)
+        return y if rows or as_given else y.contiguous()
 
     def _torch(self, x: Tensor) -> Tensor:
         if self._dense is not None:
@@ -310,7 +322,3 @@ def _kernel(choice: Choice) -> Kernel:
     assert choice != "dense"
     assert choice != "reference"
     return choice
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.materialize() if isinstance(x, LazyTensor) else x

@@ -53,7 +53,10 @@ class Source(Protocol):
         """A meta tensor with the shape and strides that :meth:`dense` will have."""
 
     def dense(self) -> Tensor:
-        """The values, fp32."""
+        """The values, fp32, laid out as ``layout``: pixel by pixel."""
+
+    def values(self) -> Tensor:
+        """The values, contiguous."""
 
     def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> Source | None:
         """What stands for the pooled values, or None."""
@@ -72,6 +75,9 @@ class _Values:
     def dense(self) -> Tensor:
         return self.exposed
 
+    def values(self) -> Tensor:
+        return self.exposed
+
     def max_pool(self, *_: Any) -> None:
         return None
 
@@ -83,13 +89,11 @@ class LazyTensor(torch.Tensor):
         source: what it stands for.
         meta_tensor: its own shape and strides.
         views: view operations between the source and this tensor.
-        compact: an operation was asked for contiguous memory: views must not fail for strides.
     """
 
     source: Source
     meta_tensor: Tensor
     views: tuple[Callable[[Tensor], Tensor], ...]
-    compact: bool
 
     @staticmethod
     def __new__(
@@ -104,13 +108,33 @@ class LazyTensor(torch.Tensor):
             cls, meta.shape, strides=meta.stride(), dtype=torch.float32, device=torch.device("cpu")
         )
         self.source, self.meta_tensor, self.views = source, meta, views
-        self.compact = False
         lazy: LazyTensor = self
         return lazy
 
     def materialize(self) -> Tensor:
-        """The values."""
-        value = self.source.dense() if self.source.exposed is None else self.source.exposed
+        """The values, in the memory format that the model's own layers would leave."""
+        base = self.source.exposed
+        if base is not None:
+            try:
+                return self._seen(base)
+            except RuntimeError:  # views of rows that contiguous memory does not allow
+                return self._seen(torch.empty_like(self.source.layout, device="cpu").copy_(base))
+        try:
+            return self._seen(self.source.values())
+        except RuntimeError:
+            return self._seen(self.source.dense()).contiguous()
+
+    def in_rows(self) -> Tensor:
+        """The values, pixel by pixel in memory where that is possible."""
+        return self._seen(self.source.dense()) if self.fusable else self.materialize()
+
+    def snapshot(self) -> LazyTensor:
+        """The same bits; what is written to this tensor later does not reach it."""
+        if not self.fusable or not isinstance(self.source, SpikeBits):
+            return self
+        return LazyTensor(self.source.copy(), self.meta_tensor, self.views)
+
+    def _seen(self, value: Tensor) -> Tensor:
         for view in self.views:
             value = view(value)
         return value
@@ -121,8 +145,14 @@ class LazyTensor(torch.Tensor):
         All lazy tensors of this source see what is written there, and none of them uses the bits
         or the waiting layer any more.
         """
-        if self.source.exposed is None:
-            self.source.exposed = self.source.dense()
+        if self.source.exposed is not None:
+            return
+        values = self.source.values()
+        try:
+            self._seen(values)
+        except RuntimeError:
+            values = self.source.dense()
+        self.source.exposed = values
 
     @property
     def fusable(self) -> bool:
@@ -175,25 +205,19 @@ def _view(func: Any, args: Any, kwargs: Any) -> Any:
 
     try:
         meta = view(x.meta_tensor)
-    except RuntimeError:
-        if not x.compact:
-            raise
+    except RuntimeError:  # rows do not allow it; the values of the model's own layers may
         value = x.materialize().contiguous()
         x.source, x.meta_tensor, x.views = _Values(value), value.to("meta"), ()
         return view(value)
-    result = LazyTensor(x.source, meta, (*x.views, view))
-    result.compact = x.compact
-    return result
+    return LazyTensor(x.source, meta, (*x.views, view))
 
 
-def _clone(x: Any, memory_format: Any = None) -> LazyTensor | None:
+def _clone(x: Any, **_: Any) -> LazyTensor | None:
     """Bits need no copy of their values; the clone merely forgets who writes to the original."""
     bits = _bits(x)
     if bits is None:
         return None
-    clone = LazyTensor(bits.copy(), x.meta_tensor, x.views)
-    clone.compact = memory_format == torch.contiguous_format
-    return clone
+    return LazyTensor(bits.copy(), x.meta_tensor, x.views)
 
 
 def _add(x: Any, y: Any, *, alpha: float = 1) -> LazyTensor | None:

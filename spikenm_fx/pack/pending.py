@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.backends.cpu import LayerShape, pack_spikes
 from spikenm_fx.pack.backends.integrate import Pooling, run_integrate
@@ -21,7 +22,7 @@ from spikenm_fx.pack.spikes import SpikeBits
 if TYPE_CHECKING:
     from spikenm_fx.pack.layer import PackedLayer
 
-__all__ = ["Pending", "PooledSums", "rows_layout"]
+__all__ = ["Pending", "PooledSums", "plain", "rows_layout"]
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,7 @@ class Pending:
         x: its input; lazy spikes stay bits.
         shape: sizes of the call.
         layout: shape and strides of the output; tokens of a linear layer count as one axis.
+        version: of a plain input, which must not be written to before it is used.
     """
 
     layer: PackedLayer
@@ -40,8 +42,13 @@ class Pending:
     shape: LayerShape
     exposed: Tensor | None = None
     layout: Tensor = field(init=False)
+    version: int | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.x, LazyTensor) and isinstance(self.x.source, SpikeBits):
+            self.x = self.x.snapshot()
+        plain = not isinstance(self.x, LazyTensor) and not self.x.is_inference()
+        self.version = self.x._version if plain else None
         shape, strides = rows_layout(self.shape, self.x.shape)
         if self.shape.geometry.kind == "linear":
             shape, strides = (self.shape.tokens, self.channels), (self.channels, 1)
@@ -61,9 +68,15 @@ class Pending:
         """Run the layer alone."""
         return self._dense(self.x)
 
+    def values(self) -> Tensor:
+        """Run the layer alone, as the layer that it replaces would."""
+        self._check()
+        return self.layer.run(self.x).reshape(self.layout.shape)
+
     def _dense(self, x: Tensor) -> Tensor:
+        self._check()
         layout = self.layout
-        y = self.layer.run(x)
+        y = self.layer.run(x, rows=True)
         y = y.reshape(-1, *layout.shape[1:])
         if y.stride() == layout.stride():
             return y
@@ -87,12 +100,19 @@ class Pending:
         self, steps: int, neuron: NeuronCall, bits: Tensor, pooling: Pooling | None = None
     ) -> None:
         """The layer first, the neuron on its output afterwards; all steps at once if alike."""
-        repeats = self.exposed is None and self._repeats(steps)
+        repeats = self._repeats(steps)
         x = self.x[: self.x.shape[0] // steps] if repeats else self.x
-        y = self._dense(x) if self.exposed is None else self.exposed
+        y = self._dense(x)
         rows = y.as_strided((y.numel() // self.channels, self.channels), (self.channels, 1))
         rows = rows.view(1 if repeats else steps, -1, self.channels)
         run_integrate(rows, neuron, None, bits, steps=steps if repeats else None, pooling=pooling)
+
+    def _check(self) -> None:
+        if self.version is not None and self.x._version != self.version:
+            raise PackError(
+                f"{self.layer.name}: its input was written to in place before the layer's neuron "
+                "ran, and an engine runs both together; write to a copy of the input instead"
+            )
 
     def _repeats(self, steps: int) -> bool:
         """Whether every step has the same input: a constant image, say, repeated over time."""
@@ -103,18 +123,19 @@ class Pending:
         return all(torch.equal(by_step[0], by_step[t]) for t in range(1, steps))
 
     def _in_kernel(self, shape: LayerShape, neuron: NeuronCall, bits: Tensor) -> bool:
+        self._check()
         layer = self.layer
         if layer.choice in ("dense", "reference") or shape.geometry.groups > 1:
             return False
         source: SpikeBits | Tensor | None
         if layer.choice == "fma":
-            source = _rows(_plain(self.x), shape)
+            source = _rows(plain(self.x), shape)
         else:
             source = layer.bits_of(self.x)
             if source is None:
                 native = kernels()
                 assert native is not None
-                source = pack_spikes(_plain(self.x), self.shape, native)
+                source = pack_spikes(plain(self.x), self.shape, native)
         if source is None:
             return False
         return layer.call(source, shape, out_bits=bits, neuron=neuron)
@@ -159,6 +180,11 @@ class PooledSums:
         pooled = F.max_pool2d(y, p.kernel, p.stride, p.padding)
         return torch.empty_strided(pooled.shape, self.layout.stride()).copy_(pooled)
 
+    def values(self) -> Tensor:
+        """Run the layer, and pool, channel by channel."""
+        p = self.pooling
+        return F.max_pool2d(self.pending.values(), p.kernel, p.stride, p.padding)
+
     def max_pool(self, *_: list[int]) -> None:
         """Two pools in a row get the values."""
         return
@@ -184,8 +210,9 @@ def rows_layout(
     return result, (area * shape.outputs, 1, *(w * shape.outputs for w in within))
 
 
-def _plain(x: Tensor) -> Tensor:
-    return x.materialize() if isinstance(x, LazyTensor) else x
+def plain(x: Tensor) -> Tensor:
+    """The values of an input, in whatever order costs least."""
+    return x.in_rows() if isinstance(x, LazyTensor) else x
 
 
 def _rows(x: Tensor, shape: LayerShape) -> Tensor:

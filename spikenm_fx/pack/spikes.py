@@ -9,6 +9,7 @@ binary digits, plane by plane, it still runs on the kernels that read bits: a la
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ __all__ = ["WORD", "SpikeBits", "in_row_order"]
 
 WORD = 64  # channels of one word
 MAX_PLANES = 4
+FRESH: dict[str, Any] = {"exposed": None, "_dense": None, "_values": None}
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,7 @@ class SpikeBits:
     scale: float = 1.0
     exposed: Tensor | None = field(default=None, repr=False)
     _dense: Tensor | None = field(default=None, repr=False)
+    _values: Tensor | None = field(default=None, repr=False)
 
     @property
     def words(self) -> int:
@@ -70,39 +73,44 @@ class SpikeBits:
     def dense(self) -> Tensor:
         """fp32 values, pixel by pixel in memory."""
         if self._dense is None:
-            out = torch.empty_strided(self.layout.shape, self.layout.stride())
             rows = self.bits.shape[0]
-            if self.binary:
-                self._unpack(out)
-            else:
-                digits = torch.empty(rows, self.planes, self.channels)
-                self._unpack(digits)
-                values = out.as_strided((rows, self.channels), (self.channels, 1))
-                torch.mul(digits[:, 0], self.scale, out=values)
-                for digit in range(1, self.planes):
-                    values.add_(digits[:, digit], alpha=self.scale * 2**digit)
+            out = torch.empty_strided(self.layout.shape, self.layout.stride())
+            flat = out.as_strided((rows, self.channels), (self.channels, 1))
+            self._decode(flat, (rows, self.planes, self.channels), 1)
             self._dense = out
         return self._dense
 
-    def forget(self) -> None:
-        """Drop values that were computed from the bits."""
-        self._dense = None
+    def values(self) -> Tensor:
+        """fp32 values, contiguous: channel by channel for images."""
+        if self.layout.is_contiguous():
+            return self.dense()
+        if self._values is None:
+            self._values = torch.empty(self.layout.shape)
+            pixels = self.size[0] * self.size[1]
+            flat = self._values.view(self.images, self.channels, pixels)
+            self._decode(flat, (self.images, self.planes, self.channels, pixels), pixels)
+        return self._values
 
-    def _unpack(self, out: Tensor) -> None:
+    def _decode(self, out: Tensor, digits: tuple[int, ...], pixels: int) -> None:
+        """Unpack, ``pixels`` of a channel side by side, and add up the digits (axis 1)."""
         native = kernels()
         assert native is not None  # bits come from the kernels
-        native.unpack_rows(
-            self.bits.data_ptr(),
-            self.bits.shape[0],
-            self.planes,
-            self.channels,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
+        unpacked = out if self.binary else torch.empty(digits)
+        pointers = (self.bits.data_ptr(), digits[0], self.planes, self.channels)
+        threads = torch.get_num_threads()
+        if pixels == 1:
+            native.unpack_rows(*pointers, unpacked.data_ptr(), threads)
+        else:
+            native.unpack_planes(*pointers, pixels, unpacked.data_ptr(), threads)
+        if self.binary:
+            return
+        torch.mul(unpacked[:, 0], self.scale, out=out)
+        for digit in range(1, self.planes):
+            out.add_(unpacked[:, digit], alpha=self.scale * 2**digit)
 
     def copy(self) -> SpikeBits:
         """The same bits, so that writing to the values of one leaves the other alone."""
-        return replace(self, exposed=None)
+        return replace(self, **FRESH)
 
     def plus(self, other: SpikeBits) -> SpikeBits | None:
         """The sum, channel by channel; None where it has no such form."""
@@ -111,13 +119,13 @@ class SpikeBits:
             return None
         digits = _add(self._digits(self.bits), other._digits(other.bits), highest)
         bits = torch.cat(digits, dim=1)
-        return replace(self, bits=bits, highest=highest, exposed=None, _dense=None)
+        return replace(self, bits=bits, highest=highest, **FRESH)
 
     def times(self, other: SpikeBits) -> SpikeBits | None:
         """The product of spikes, channel by channel; None for counts."""
         if not (self.binary and other.binary):
             return None
-        return replace(self, bits=self.bits & other.bits, exposed=None, _dense=None)
+        return replace(self, bits=self.bits & other.bits, **FRESH)
 
     def complement(self) -> SpikeBits | None:
         """1 - x for spikes; None for counts."""
@@ -125,7 +133,7 @@ class SpikeBits:
             return None
         full, rest = divmod(self.channels, WORD)
         mask = torch.tensor([-1] * full + [(1 << rest) - 1] * bool(rest))
-        return replace(self, bits=self.bits ^ mask, exposed=None, _dense=None)
+        return replace(self, bits=self.bits ^ mask, **FRESH)
 
     def max_pool(
         self, kernel: list[int], stride: list[int], padding: list[int]
