@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pending", "PooledSums", "plain", "rows_layout"]
 
+ANALOG = ("dense", "reference", "fma")  # how layers run that see an image
+
 
 @dataclass(slots=True, eq=False)
 class Pending:
@@ -118,6 +120,8 @@ class Pending:
         """Whether every step has the same input: a constant image, say, repeated over time."""
         x = self.x
         if isinstance(x, LazyTensor) or steps == 1 or x.shape[0] % steps:
+            return False
+        if self.layer.choice not in ANALOG:
             return False
         by_step = x.unflatten(0, (steps, -1))
         return all(torch.equal(by_step[0], by_step[t]) for t in range(1, steps))

@@ -110,7 +110,10 @@ class SpikeBits:
 
     def copy(self) -> SpikeBits:
         """The same bits, so that writing to the values of one leaves the other alone."""
-        return replace(self, **FRESH)
+        return SpikeBits(
+            *(self.bits, self.images, self.size, self.layout, self.channels),
+            *(self.highest, self.scale),
+        )
 
     def plus(self, other: SpikeBits) -> SpikeBits | None:
         """The sum, channel by channel; None where it has no such form."""
