@@ -24,8 +24,9 @@ def interleaved(
     repeats: int = 7,
     warmup: int = 1,
     clock: Callable[[], float] = time.perf_counter,
+    statistic: Callable[[list[float]], float] = statistics.median,
 ) -> dict[str, float]:
-    """Median seconds of each candidate, run in turn so that drifts of the machine hit all alike.
+    """Seconds of each candidate, run in turn so that drifts of the machine hit all alike.
 
     Args:
         candidates: what to time, by name.
@@ -33,6 +34,7 @@ def interleaved(
         warmup: runs of each before that.
         clock: ``time.thread_time`` counts this thread's CPU time alone: for one thread on a
             machine that is shared with other work.
+        statistic: of the counted runs; ``min`` where other work disturbs the clock.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for run in range(warmup + repeats):
@@ -41,7 +43,7 @@ def interleaved(
             candidate()
             if run >= warmup:
                 seconds[name].append(clock() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistic(values) for name, values in seconds.items()}
 
 
 def machine() -> dict[str, Any]:
