@@ -94,8 +94,8 @@ class MaskedWeight:
     @torch.no_grad()
     def keep_norm(self) -> None:
         """Scale the weight so that what the first masks keep is as large as all of it was."""
-        if self.dense.is_meta or self.dense.is_inference():
-            return  # nothing to measure, or nothing that may be written to
+        if self.dense.is_inference():
+            return  # it may not be written to
         whole, part = (
             torch.linalg.vector_norm(w.float()) for w in (self.dense, self.final_weight())
         )

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How sparse training starts: with the norm of the dense weights, and, if wanted, with a fade."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Case, cases, most_nonzero, network
+from torch import nn
+
+import spikenm_fx
+from spikenm_fx import Rule, SpikeNMError
+from spikenm_fx.masks import MaskedLayer, Schedule
+from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.methods.srste import SRSTE
+
+FADING = SpikeNM(fade=0.5, eid=None)
+
+
+def sparse(method, steps: int | None = 20, **options) -> nn.Module:
+    return spikenm_fx.sparsify(network(seed=3), method=method, total_steps=steps, **options)
+
+
+def layers(model: nn.Module) -> list[MaskedLayer]:
+    return [module for module in model.modules() if isinstance(module, MaskedLayer)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, start: int = 0) -> None:
+    model.train()
+    for step in range(start, start + steps):
+        x = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+def shape_of(model: nn.Module) -> tuple[int, ...]:
+    first = next(m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+    return (first.in_channels, 8, 8) if isinstance(first, nn.Conv2d) else (first.in_features,)
+
+
+SHAPE = shape_of(network(seed=3))
+
+
+@given(cases(dtypes=(torch.float32, torch.float64)), st.sampled_from(["2:4", "1:4", "1:8"]))
+def test_first_masks_keep_the_norm(case: Case, pattern: str) -> None:
+    """The masked weight starts as large as the dense one was, and points the same way."""
+    model = case.model()
+    before = model[0].weight.detach().clone()
+    spikenm_fx.sparsify(model, pattern, remainder="pad", rules=[Rule("0", nm=pattern)])
+    model.eval()
+    used, dense = model[0].weight.detach(), model[0].weight_dense.detach()
+    if not before.any() or not torch.isfinite(before.norm()) or before.norm() < 1e-30:
+        return
+    kept = used != 0
+    factor = dense.double().norm() / before.double().norm()
+    torch.testing.assert_close(dense.double(), before.double() * factor, rtol=1e-4, atol=1e-30)
+    if factor != 1:
+        torch.testing.assert_close(used.double().norm(), before.double().norm(), rtol=1e-3, atol=0)
+        assert torch.equal(used[kept], dense[kept])
+
+
+def test_norm_without_the_means_to_keep_it() -> None:
+    """Zero and overflowing weights stay as they are; baselines change nothing."""
+    zero = network(seed=3)
+    with torch.no_grad():
+        for parameter in zero.parameters():
+            parameter.zero_()
+    spikenm_fx.sparsify(zero)
+    assert not any(layer.weight_dense.any() for layer in layers(zero))
+
+    huge = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).half()
+    with torch.no_grad():
+        huge[1].weight.fill_(60_000.0)
+    spikenm_fx.sparsify(huge, "1:8", rules=[Rule("1", nm="1:8")])
+    assert torch.isfinite(huge[1].weight_dense).all()
+
+    for method in ("magnitude", "srste", "random", "maskllm", SpikeNM(rescale=False)):
+        plain, model = network(seed=3), sparse(method)
+        for name, module in plain.named_modules():
+            other = model.get_submodule(name)
+            if isinstance(other, MaskedLayer):
+                assert torch.equal(module.weight, other.weight_dense)
+    rescaled = layers(sparse(SRSTE(rescale=True)))[0]
+    assert not torch.equal(rescaled.weight_dense, layers(sparse("srste"))[0].weight_dense)
+
+
+def test_a_loaded_checkpoint_is_taken_as_it_is() -> None:
+    """Dense weights that are loaded after sparsify are not scaled: what is loaded is there."""
+    other = network(seed=9)
+    model = sparse("spikenm")
+    model.load_state_dict(other.state_dict())
+    for name, module in other.named_modules():
+        layer = model.get_submodule(name)
+        if isinstance(layer, MaskedLayer):
+            assert torch.equal(layer.weight_dense, module.weight)
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.sampled_from(["2:4", "1:4", "1:8"]), st.integers(0, 20), st.sampled_from([0.3, 1.0]))
+def test_fade(pattern: str, step: int, fade: float) -> None:
+    """Undrawn weights are scaled by a factor from 1 to 0; from its end on every step is N:M."""
+    model = spikenm_fx.sparsify(
+        network(seed=3), pattern, method=SpikeNM(fade=fade, eid=None), total_steps=20
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    train(model, optimizer, step)
+    search = 20 * 0.85
+    expected = max(1 - min(step / search, 1) / fade, 0.0)
+    keep = int(pattern[0])
+    for layer in layers(model):
+        mask = layer._nm_mask.mask(step)
+        model.train()
+        used, dense = layer.weight.detach(), layer.weight_dense.detach()
+        assert torch.equal(used[mask], dense[mask])
+        torch.testing.assert_close(used[~mask], dense[~mask] * expected)
+        if not expected:
+            assert most_nonzero(used, layer._nm_mask.view.nm) <= keep
+        model.eval()
+        assert most_nonzero(layer.weight.detach(), layer._nm_mask.view.nm) <= keep
+    twin = copy.deepcopy(model).eval()
+    x = torch.rand(2, *SHAPE)
+    before = twin(x)
+    assert torch.equal(spikenm_fx.fold(twin)(x), before)
+    spikenm_fx.verify(twin, pattern).raise_if_invalid()
+
+
+def test_fade_begins_dense_and_learns_everywhere() -> None:
+    """The first step is that of the dense network, and undrawn weights get their gradient."""
+    model = sparse(FADING)
+    dense = network(seed=3)
+    with torch.no_grad():
+        for name, module in dense.named_modules():
+            layer = model.get_submodule(name)
+            if isinstance(layer, MaskedLayer):
+                module.weight.copy_(layer.weight_dense)
+    x = torch.rand(2, *SHAPE)
+    model.train()
+    dense.train()
+    assert torch.equal(model(x), dense(x))
+    model(x).square().mean().backward()
+    for layer in layers(model):
+        undrawn = ~layer._nm_mask.mask(0)
+        assert layer.weight_dense.grad[undrawn].any()
+        assert layer.weight_logits.grad.any()
+
+
+def test_resuming_within_the_fade_is_bit_exact() -> None:
+    """A run that stops in the fade goes on as if it had not stopped."""
+    whole, first, second = (sparse(FADING) for _ in range(3))
+    make = lambda model: torch.optim.Adam(model.parameters(), 0.01)  # noqa: E731
+    train(whole, make(whole), 12)
+    optimizer = make(first)
+    train(first, optimizer, 5)
+    resumed = make(second)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(second, resumed, 7, start=5)
+    for a, b in zip(whole.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("fade", [-0.1, 1.1, float("nan")])
+def test_bad_fades(fade: float) -> None:
+    """Outside of [0, 1], or without a known end."""
+    with pytest.raises(SpikeNMError, match="fade"):
+        Schedule(10, fade=fade)
+    with pytest.raises(SpikeNMError, match="fade"):
+        Schedule(None, fade=0.5)
+
+
+def test_open_runs_do_not_fade() -> None:
+    """Without total_steps nobody knows when the fade would end: every step is N:M."""
+    model = sparse(FADING, None)
+    model.train()
+    for layer in layers(model):
+        assert most_nonzero(layer.weight.detach(), layer._nm_mask.view.nm) <= 2
