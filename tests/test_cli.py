@@ -143,6 +143,28 @@ def test_plan_lists_every_layer(run, project: Path) -> None:
     assert "1:4" in text
 
 
+def test_what_a_model_prints_stays_out_of_the_json(run, project: Path) -> None:
+    """Research code prints while it is imported and built; standard output stays one document."""
+    file = project / "toy_net_for_cli.py"
+    file.write_text(file.read_text() + "\nprint('loading...')\n")
+    for words in (["plan"], ["doctor", "-i", "2,3,8,8"], ["report", "-i", "2,3,8,8"]):
+        ran = run(words[0], TARGET, "--root", project, *words[1:], "--json")
+        assert ran.code == 0
+        assert ran.data["layers"]
+        sys.modules.pop("toy_net_for_cli")
+
+
+def test_plan_and_sparsify_see_the_same_trace(run, project: Path, weights: Path) -> None:
+    """With an input shape, every command decides by the traced signals."""
+    out = project / "sparse.safetensors"
+    words = ("--root", project, "-i", "2,3,8,8", "--json")
+    planned = run("plan", TARGET, *words).data["layers"]
+    assert planned[0]["reason"] == "input is analog image"
+    made = run("sparsify", TARGET, "-c", weights, "-o", out, *words).data["plan"]["layers"]
+    assert made == planned
+    assert run("plan", TARGET, "--root", project, "-i", "2,4,8,8").code == 3
+
+
 def test_code_outside_the_root_is_code_3(run, project: Path) -> None:
     """A target outside the root is refused with a message instead of a traceback."""
     ran = run("plan", "os:getcwd", "--root", project)

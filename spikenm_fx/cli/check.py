@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.cli.packing import packed_output
+from spikenm_fx.cli.waking import rouse, wake
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError, VerificationError
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.plan.plan import Plan
@@ -28,6 +29,7 @@ from spikenm_fx.plan.target import (
     reset_function,
     root_of,
 )
+from spikenm_fx.report.model import NeuronReport
 
 __all__ = ["STAGES", "CheckResult", "check_recipe"]
 
@@ -36,7 +38,6 @@ STAGES = ("build", "plan", "sparsify", "train", "fold", "verify", "pack")
 Run = Callable[[nn.Module], Tensor]
 Rest = Callable[[nn.Module], None]
 
-_WAKING_STEPS = 3
 # Batch norm folded into weights rounds once more.
 _PACK_TOLERANCE = 1e-3
 
@@ -141,6 +142,13 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     _check_plan(model, decided, recipe)
     yield "plan", "ok"
 
+    wake(model, run, rest)
+    rouse(
+        model,
+        example_input(recipe.inputs),
+        lambda: {neuron.name: neuron.rate for neuron in _neurons(model, recipe, run, rest)},
+    )
+
     spikenm_fx.sparsify(model, **recipe.sparsify_options())
     spikenm_fx.verify(model, decided).raise_if_invalid()
     yield "sparsify", "ok"
@@ -151,7 +159,8 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
 
     rest(model)
     model.eval()
-    result.firing = _firing(model, recipe, run, rest)
+    rates = [neuron.rate for neuron in _neurons(model, recipe, run, rest)]
+    result.firing = (sum(rate > 0 for rate in rates), len(rates)) if rates else None
     with torch.no_grad():
         rest(model)
         before = run(model).clone()
@@ -234,22 +243,6 @@ def _check_plan(model: nn.Module, decided: Plan, recipe: Recipe) -> None:
         )
 
 
-def wake(model: nn.Module, run: Run, rest: Rest) -> None:
-    """Let batch norms see data, so that a freshly initialised network fires also in eval mode."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    model.train()
-    for norm in norms:
-        norm.momentum = 0.9
-    with torch.no_grad():
-        for _ in range(_WAKING_STEPS):
-            rest(model)
-            run(model)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    rest(model)
-
-
 def _train_one_step(model: nn.Module, run: Run, rest: Rest, decided: Plan) -> None:
     """An ordinary step; weights must move, and stay N:M."""
     import spikenm_fx
@@ -275,11 +268,8 @@ def _has_gradient(layer: nn.Module) -> bool:
     )
 
 
-def _firing(model: nn.Module, recipe: Recipe, run: Run, rest: Rest) -> tuple[int, int] | None:
+def _neurons(model: nn.Module, recipe: Recipe, run: Run, rest: Rest) -> tuple[NeuronReport, ...]:
     from spikenm_fx.report.measure import report
 
     batch = example_input(recipe.inputs)
-    found = report(model, [batch], forward=lambda m, _: run(m), reset=rest)
-    if not found.neurons:
-        return None
-    return sum(neuron.rate > 0 for neuron in found.neurons), len(found.neurons)
+    return report(model, [batch], forward=lambda m, _: run(m), reset=rest).neurons

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spikenm_fx.plan.entry_point import Root
+    from spikenm_fx.plan.plan import Plan
     from spikenm_fx.plan.recipe import Recipe
+    from spikenm_fx.trace import SpikingGraph
 
 __all__ = ["Checkpoint", "Exit", "Input", "Json", "Loaded", "Pattern", "RootOption", "Screen"]
 
@@ -82,8 +85,12 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self, words: str) -> Iterator[None]:
-        """A spinner on a terminal, as long as the body runs."""
-        with self.err.status(words) if self.err.is_terminal else contextlib.nullcontext():
+        """A spinner on a terminal, as long as the body runs.
+
+        What somebody's model prints meanwhile goes to standard error: standard output is ours.
+        """
+        spinner = self.err.status(words) if self.err.is_terminal else contextlib.nullcontext()
+        with spinner, contextlib.redirect_stdout(sys.stderr):
             yield
 
 
@@ -132,6 +139,45 @@ class Loaded:
             load_into(model, load_state(checkpoint), source=str(checkpoint))
         return cls(model, recipe, found)
 
+    @property
+    def knows_its_input(self) -> bool:
+        """Whether a shape was given, by the recipe or by --input."""
+        return self.recipe.inputs.shape != [1]
+
+    def graph(self) -> SpikingGraph | None:
+        """A trace on random input; None where no shape is known.
+
+        Raises:
+            TraceError: if the model cannot run it.
+        """
+        from spikenm_fx.trace import trace
+
+        return trace(self.model, self.batch()) if self.knows_its_input else None
+
+    def plan(self) -> Plan:
+        """What becomes of each layer, by the recipe's rules and by what the trace tells.
+
+        Raises:
+            PlanError: if nothing becomes sparse, or a rule matches nothing.
+            TraceError: if the model cannot run the input that was given.
+        """
+        import spikenm_fx
+
+        return spikenm_fx.plan(self.model, graph=self.graph(), **self.recipe.plan_options())
+
+    def sparsify(self, decided: Plan, method: str | None = None) -> None:
+        """Apply ``decided``, by the recipe's method unless another is named."""
+        import spikenm_fx
+
+        own = self.recipe.method
+        spikenm_fx.sparsify(
+            self.model,
+            decided,
+            method=method or own.name,
+            total_steps=own.total_steps,
+            seed=own.seed,
+        )
+
     def batch(self, seed: int = 0) -> Tensor:
         """Random input of the recipe's shape.
 
@@ -140,7 +186,7 @@ class Loaded:
         """
         from spikenm_fx.plan.target import example_input
 
-        if self.recipe.inputs.shape == [1]:
+        if not self.knows_its_input:
             raise RecipeError("the input's shape is not known: give it, e.g. --input 4,3,32,32")
         return example_input(self.recipe.inputs, seed=seed)
 

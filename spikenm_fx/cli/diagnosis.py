@@ -121,10 +121,9 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         PlanError: if nothing could become sparse.
         RecipeError: if the input does not run.
     """
-    model = loaded.model
-    decided = spikenm_fx.plan(model, **loaded.recipe.plan_options())
     blocked: list[str] = []
     graph = _traced(loaded, blocked)
+    decided = spikenm_fx.plan(loaded.model, graph=graph, **loaded.recipe.plan_options())
     kernels = _kernels(loaded, decided, blocked)
     layers = tuple(_layer(entry, graph, kernels) for entry in decided.layers)
     neurons: dict[str, int] = {}
@@ -143,11 +142,10 @@ def diagnose(loaded: Loaded) -> Diagnosis:
 
 
 def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
-    known = loaded.recipe.inputs.shape != [1]
-    if not known:
+    if not loaded.knows_its_input:
         blocked.append("no input shape is known: give --input, e.g. --input 4,3,32,32, for signals")
     try:
-        return trace(loaded.model, loaded.batch() if known else None)
+        return loaded.graph() or trace(loaded.model)
     except SpikeNMError as error:
         blocked.append(f"the trace failed, masks still work: {error}")
         return None
@@ -157,12 +155,11 @@ def _kernels(
     loaded: Loaded, decided: Plan, blocked: list[str]
 ) -> dict[str, tuple[str, float | None, str]]:
     """Choice, measured gain and note by layer, from a copy that is pruned in one shot."""
-    if loaded.recipe.inputs.shape == [1]:
+    if not loaded.knows_its_input:
         return {}
     try:
         twin = copy.deepcopy(loaded.model)
-        spikenm_fx.sparsify(twin, **loaded.recipe.sparsify_options())
-        spikenm_fx.fold(twin)
+        spikenm_fx.fold(spikenm_fx.sparsify(twin, decided, method="magnitude"))
         return kernel_choices(twin, loaded.batch())
     except Exception as error:
         blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")

@@ -31,15 +31,13 @@ def plan(
     target: Target,
     nm: Pattern = None,
     root: RootOption = None,
+    shape: Input = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers become N:M, which do not, and why."""
-    import spikenm_fx
-
     screen = Screen(as_json)
     with screen.working("building the model"):
-        loaded = Loaded.named(target, root=root, nm=nm)
-        decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
+        decided = Loaded.named(target, root=root, nm=nm, shape=shape).plan()
     screen.result(decided.to_dict(), str(decided))
 
 
@@ -77,14 +75,13 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Measure density, firing rates, exact SynOps, energy and bytes."""
-    import spikenm_fx
     from spikenm_fx.checkpoint import write_atomically
 
     screen = Screen(as_json)
     with screen.working("running the model"):
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
         if sparse:
-            spikenm_fx.sparsify(loaded.model, **loaded.recipe.sparsify_options())
+            loaded.sparsify(loaded.plan())
         found = measure(loaded, data)
     if html is not None:
         write_atomically(html, lambda part: part.write_text(found.to_html(), encoding="utf-8"))

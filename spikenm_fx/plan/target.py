@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -53,9 +55,13 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         RecipeError: if the recipe needs a checkout and none is there.
     """
     target = recipe.target
-    stand_ins, aliases = frozenset(target.stand_ins), tuple(target.aliases.items())
+    imports = Root(
+        stand_ins=frozenset(target.stand_ins),
+        aliases=tuple(target.aliases.items()),
+        without=frozenset(target.without),
+    )
     if target.repo is None:
-        return Root(stand_ins=stand_ins, aliases=aliases)
+        return imports
     if folder is None:
         raise RecipeError(
             f"{target.repo} is code that you bring: clone it (tried at commit {target.commit}) and "
@@ -80,7 +86,7 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         raise RecipeError(f"target.path {target.path!r} leads outside the checkout {checkout}")
     if not inner.is_dir():
         raise RecipeError(f"target.path {target.path!r} is not a folder of {checkout}")
-    return Root(inner, stand_ins=stand_ins, aliases=aliases)
+    return dataclasses.replace(imports, folder=inner)
 
 
 def missing_requirements(requires: Sequence[str]) -> list[str]:
@@ -108,6 +114,8 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
     target = recipe.target
     try:
         factory = root.resolve(target.build)
+        for old, new in target.replacements.items():
+            root.replace(old, new)
         args = [_objects(value, root) for value in target.args]
         kwargs = {key: _objects(value, root) for key, value in target.kwargs.items()}
     except RecipeError as error:
@@ -182,7 +190,7 @@ def forward(model: nn.Module, batch: Tensor, inputs: Inputs) -> Tensor:
         RecipeError: if the model cannot run the input, or returns no floating-point tensor.
     """
     steps = inputs.steps or 1
-    outputs = [_first_tensor(_call(model, batch)) for _ in range(steps)]
+    outputs = [_first_tensor(_call(model, batch, inputs.output)) for _ in range(steps)]
     return outputs[0] if steps == 1 else torch.stack(outputs).mean(0)
 
 
@@ -191,10 +199,18 @@ def to_entry(target: Callable[..., Any]) -> str:
     return f"{target.__module__}:{target.__qualname__}"
 
 
-def _call(model: nn.Module, batch: Tensor) -> Any:
+def _call(model: nn.Module, batch: Tensor, output: str | None) -> Any:
+    kept: list[Any] = []
     try:
-        # Some models reshape their input in place.
-        return model(batch.clone())
+        with contextlib.ExitStack() as stack:
+            if output is not None:
+                module = model.get_submodule(output)
+                stack.callback(
+                    module.register_forward_hook(lambda *found: kept.append(found[2])).remove
+                )
+            # Some models reshape their input in place.
+            returned = model(batch.clone())
+        return kept[-1] if output is not None else returned
     except Exception as error:
         raise RecipeError(
             f"{type(model).__name__} cannot run an input of shape {tuple(batch.shape)}: "
