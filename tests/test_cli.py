@@ -325,6 +325,37 @@ def test_check_fails_for_a_recipe_of_another_version(run, project: Path) -> None
     assert "plan failed" in table.read_text()
 
 
+@pytest.mark.parametrize("wrong_batches", [1, 4])
+def test_packing_is_wrong_only_where_no_batch_agrees(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch, wrong_batches: int
+) -> None:
+    """A spike that flips on its threshold spoils some batches, a wrong engine all of them."""
+    left = {"dense": wrong_batches, "fma": 0}
+
+    class Engine(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, backend: str) -> None:
+            super().__init__()
+            self.model, self.backend = model, backend
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left[self.backend] -= 1
+            return self.model(x) * (1.02 if left[self.backend] >= 0 else 1.0)
+
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    monkeypatch.setattr(
+        sys.modules["spikenm_fx.pack"], "pack", lambda model, _, backend: Engine(model, backend)
+    )
+    ran = run("recipe", "check", out, "--root", project, "--in-process", "--json")
+    (result,) = json.loads(ran.out)
+    assert result["flipped"] == pytest.approx([0.02] * wrong_batches, rel=1e-3)
+    if wrong_batches == 1:
+        assert ran.code == 0
+    else:
+        assert ran.code == 1
+        assert "each of 4 batches" in result["stages"]["pack"]
+
+
 def test_check_skips_what_is_not_here(run, project: Path) -> None:
     """A recipe without its checkout is skipped, which is no failure."""
     out = project / "net.yaml"

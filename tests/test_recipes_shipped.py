@@ -16,8 +16,8 @@ from torch import nn
 from spikenm_fx.cli import main
 from spikenm_fx.cli.results import BEGIN, END, renew_table
 from spikenm_fx.errors import RecipeError
-from spikenm_fx.plan.recipe import Recipe, load_recipe
 from spikenm_fx.plan.kernels import wkv
+from spikenm_fx.plan.recipe import Recipe, load_recipe
 from spikenm_fx.plan.stand_in import standing_in, switched_off
 from spikenm_fx.plan.target import build_model
 
@@ -220,7 +220,7 @@ def test_wkv_does_not_overflow() -> None:
 
 
 def test_a_silent_network_is_roused() -> None:
-    """Neurons that never fire do after their drivers were enlarged; a firing one stays as it was."""
+    """Neurons that never fire do once their drivers are enlarged; a firing one stays as it was."""
     from spikenm_fx.bench.networks import LIF
     from spikenm_fx.cli.waking import rouse
     from spikenm_fx.report.measure import report

@@ -240,7 +240,9 @@ class Branches(nn.Module):
 def test_rate_out_follows_the_trace_and_not_the_order() -> None:
     """Each branch has the rate of its own neuron, although another one runs first."""
     torch.manual_seed(0)
-    found = {layer.name: layer for layer in report(Branches(), torch.rand(3, 4, 8), batch_dim=1).layers}
+    found = {
+        layer.name: layer for layer in report(Branches(), torch.rand(3, 4, 8), batch_dim=1).layers
+    }
     assert found["left"].rate_out > 0
     assert found["right"].rate_out == 0
     assert found["head"].rate_out is None

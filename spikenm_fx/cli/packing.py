@@ -3,29 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from spikenm_fx.plan.plan import Plan
 
-__all__ = ["kernel_choices", "pack_model", "packed_output"]
-
-
-def packed_output(
-    model: nn.Module,
-    batch: Tensor,
-    run: Callable[[nn.Module], Tensor],
-    rest: Callable[[nn.Module], None],
-    backend: str,
-) -> Tensor:
-    """What the packed copy of ``model`` computes with one backend for every layer."""
-    from spikenm_fx.pack import pack
-
-    engine = pack(model, batch, backend=backend)
-    rest(engine)
-    return run(engine)
+__all__ = ["kernel_choices", "pack_model"]
 
 
 def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, tuple[str, float | None, str]]:
