@@ -337,6 +337,9 @@ def test_packing_is_wrong_only_where_no_batch_agrees(
             super().__init__()
             self.model, self.backend = model, backend
 
+        def reset(self) -> None:
+            self.model.reset()
+
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             left[self.backend] -= 1
             return self.model(x) * (1.02 if left[self.backend] >= 0 else 1.0)
