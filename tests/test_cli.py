@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 import yaml
 
 import spikenm_fx
-from spikenm_fx.checkpoint import load_state, save_state
+from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
 from spikenm_fx.errors import SpikeNMError
 
@@ -65,6 +70,39 @@ class Net(nn.Module):
         for _ in range(3):
             out = out + self.head(self.lif2(self.body(self.lif1(self.stem(x)))).mean((2, 3)))
         return out
+"""
+
+
+TIMED = """
+import torch
+from torch import nn
+from spikenm_fx.bench.networks import LIF, OverTime
+
+
+class Leading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.lif = OverTime(nn.Conv2d(3, 8, 3)), LIF()
+        self.b, self.head = OverTime(nn.Conv2d(8, 8, 3)), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.lif(self.b(self.lif(self.a(x)))).mean((0, 3, 4)))
+
+
+class StepByStep(Leading):
+    def forward(self, x):
+        first = torch.stack([self.a.module(step) for step in x])
+        return self.head(self.lif(self.b(self.lif(first))).mean((0, 3, 4)))
+
+
+class Second(StepByStep):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1))
+
+
+class Inside(Leading):
+    def forward(self, x):
+        return super().forward(x.expand(4, *x.shape))
 """
 
 
@@ -222,6 +260,180 @@ def test_verify_tells_valid_from_invalid(run, project: Path, weights: Path) -> N
     assert ran.code == 1
     assert ran.data["valid"] is False
     assert run("verify", out, "--nm", "4:2").code == 3
+
+
+def test_verify_reads_packed_files(run, project: Path, weights: Path) -> None:
+    """A packed file is unpacked and counted, without a model; a damaged one is code 3."""
+    sparse, packed = project / "sparse.safetensors", project / "packed.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, "--root", project)
+    assert run("pack", TARGET, "-c", sparse, "-o", packed, "--root", project).code == 0
+    ran = run("verify", packed, "--json")
+    assert ran.code == 0
+    required = {layer["name"]: layer["required"] for layer in ran.data["layers"]}
+    assert required["body"] == "2:4"
+    assert run("verify", packed, "--nm", "1:4", "--except", "head").code == 1
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    assert "checksum" in run("verify", packed).err
+
+
+def test_a_dense_file_is_told_why_it_is_not_valid(run, weights: Path) -> None:
+    """Without a pattern the verdict says that no weight is N:M, with one how many break it."""
+    assert "none of them is N:M" in run("verify", weights).out
+    text = run("verify", weights, "--nm", "2:4").out
+    assert "2 of them violate" in text
+    assert "--except body --except head" in text
+
+
+def test_verify_holds_every_weight_to_the_pattern(run, project: Path, weights: Path) -> None:
+    """The order of keys (by name, in safetensors) decides nothing; exceptions are named."""
+    out = project / "sparse.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", out, "--root", project)
+    promised = {
+        layer["name"]: layer["required"] for layer in run("verify", out, "--json").data["layers"]
+    }
+    assert promised == {"body": "2:4", "head": None, "stem": None}
+    assert run("verify", out, "--nm", "2:4").code == 1
+    assert run("verify", out, "--nm", "2:4", "--except", "head").code == 0
+    assert "did you mean 'head'" in run("verify", out, "--nm", "2:4", "--except", "heda").err
+    assert run("verify", out, "--nm", "2:512").code == 3
+    state = load_state(out)
+    state["body.weight"][3, :4, 0, 0] = 1.0
+    save_state(out, state, metadata=load_metadata(out))
+    assert run("verify", out).code == 1
+    save_state(out, state, metadata={"spikenm_fx.layers": "[1"})
+    assert "damaged" in run("verify", out).err
+
+
+@contextlib.contextmanager
+def quiet(null: IO[str]) -> Iterator[None]:
+    """Nothing reaches the capture's files, which the limit would hit too."""
+    with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+        yield
+
+
+WRITES = {
+    "sparsify": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.safetensors"),
+    "sparsify as .pt": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.pt"),
+    "pack": ("pack", TARGET, "-c", "sparse.safetensors", "-o", "{out}.safetensors"),
+    "report": ("report", TARGET, "-i", "2,3,8,8", "--html", "{out}.html"),
+    "init": ("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "{out}.yaml"),
+    "table": ("recipe", "check", "net.yaml", "--root", ".", "--in-process", "--table", "{out}.md"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_full_disk_leaves_nothing_behind(
+    run, project: Path, weights: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command that writes, on a disk that takes 100 bytes: code 3, no file, no part of one."""
+    monkeypatch.chdir(project)
+    run("sparsify", TARGET, "-c", weights, "-o", "sparse.safetensors")
+    run("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "net.yaml")
+    before = sorted(project.iterdir())
+    words = [word.format(out="out") for word in WRITES[name]]
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with open(os.devnull, "w") as null, pytest.raises(SystemExit) as left, quiet(null):
+            main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert left.value.code == 3
+    assert sorted(project.iterdir()) == before
+    assert run(*words).code == 0
+
+
+@pytest.mark.parametrize("content", ["sparse", "truncated", "empty", "folder", "missing"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unreadable_checkpoints_are_code_3(
+    run, project: Path, weights: Path, content: str, suffix: str
+) -> None:
+    """Every command that reads weights names the file that it cannot read, and writes nothing."""
+    file, out = project / f"bad{suffix}", project / "out.safetensors"
+    save_state(file, load_state(weights))
+    whole = file.read_bytes()
+    if content == "truncated":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif content == "empty":
+        file.write_bytes(b"")
+    elif content in ("folder", "missing"):
+        file.unlink()
+        if content == "folder":
+            file.mkdir()
+    for words in (
+        ("verify", file),
+        ("sparsify", TARGET, "-c", file, "-o", out, "--root", project),
+        ("pack", TARGET, "-c", file, "-o", out, "--root", project),
+        ("report", TARGET, "-c", file, "-i", "2,3,8,8", "--root", project),
+    ):
+        if content == "sparse":  # the file is sound: the test can fail
+            assert words[0] == "pack" or run(*words).code in (0, 1)
+            continue
+        ran = run(*words)
+        assert ran.code == 3
+        assert file.name in ran.err
+        assert "Traceback" not in ran.err
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\n" * 2_000_000, "larger than"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
+        ("version: 1\n\ttarget: x\n", "tab"),
+        ("version: 1\nversion: 1\n", "given twice"),
+        (
+            "version: 1\ntarget: {package: torch, build: 'os:getcwd'}\n"
+            "inputs: {shape: [1], time: none}\n",
+            "outside the allowed root",
+        ),
+        (
+            "version: 1\ntarget: {package: bindsnet, build: 'bindsnet.network:Network'}\n"
+            "inputs: {shape: [1], time: none}\n",
+            "no module 'bindsnet'",
+        ),
+    ],
+    ids=["10 MB", "anchors", "tabs", "duplicate", "outside", "missing framework"],
+)
+def test_bad_recipes_are_code_3_in_every_command(
+    run, project: Path, weights: Path, text: str, says: str
+) -> None:
+    """Whatever a recipe is given to, its mistake is told at once, without a traceback."""
+    file, out = project / "bad.yaml", project / "out.safetensors"
+    file.write_text(text)
+    for words in (
+        ("plan", file),
+        ("doctor", file),
+        ("report", file),
+        ("sparsify", file, "-c", weights, "-o", out),
+    ):
+        ran = run(*words, "--root", project)
+        assert ran.code == 3
+        assert says in ran.err
+        assert "Traceback" not in ran.err
+    assert not out.exists()
+
+
+def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[T, B, ...] whole or step by step, [B, T, ...], and images: the draft says which it is."""
+    (tmp_path / "timed_nets_for_cli.py").write_text(TIMED)
+    monkeypatch.chdir(tmp_path)
+    for name, shape, wanted in (
+        ("Leading", "4,2,3,8,8", "leading"),
+        ("StepByStep", "4,2,3,8,8", "leading"),
+        ("Second", "2,4,3,8,8", "second"),
+        ("Inside", "2,3,8,8", "inside"),
+    ):
+        ran = run("recipe", "init", f"timed_nets_for_cli:{name}", "-i", shape, "--json")
+        assert ran.code == 0
+        assert yaml.safe_load(ran.data["recipe"])["inputs"]["time"] == wanted
+    ran = run("report", "timed_nets_for_cli:Leading", "-i", "4,2,3,8,8", "--json")
+    assert ran.data["samples"] == 2 * 2
+    sys.modules.pop("timed_nets_for_cli")
 
 
 def test_existing_file_is_not_replaced(run, project: Path, weights: Path) -> None:

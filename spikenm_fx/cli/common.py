@@ -107,6 +107,7 @@ class Loaded:
     model: nn.Module
     recipe: Recipe
     root: Root
+    _graph: SpikingGraph | None = None
 
     @classmethod
     def named(
@@ -137,7 +138,23 @@ class Loaded:
         model = build_model(recipe, found)
         if checkpoint is not None:
             load_into(model, load_state(checkpoint), source=str(checkpoint))
-        return cls(model, recipe, found)
+        loaded = cls(model, recipe, found)
+        if not _is_file(target):
+            loaded.learn_time()
+        return loaded
+
+    def learn_time(self) -> None:
+        """Find out where time is in the input of a model without a recipe."""
+        from spikenm_fx.cli.time_axis import time_of
+        from spikenm_fx.errors import TraceError
+
+        inputs = self.recipe.inputs
+        try:
+            time = time_of(self.graph(), inputs.shape)
+        except TraceError:
+            return  # whoever runs the model will say why it does not
+        inputs = inputs.model_copy(update={"time": time})
+        self.recipe = self.recipe.model_copy(update={"inputs": inputs})
 
     @property
     def knows_its_input(self) -> bool:
@@ -152,7 +169,9 @@ class Loaded:
         """
         from spikenm_fx.trace import trace
 
-        return trace(self.model, self.batch()) if self.knows_its_input else None
+        if self._graph is None and self.knows_its_input:
+            self._graph = trace(self.model, self.batch())
+        return self._graph
 
     def plan(self) -> Plan:
         """What becomes of each layer, by the recipe's rules and by what the trace tells.

@@ -42,18 +42,28 @@ def plan(
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or .pt; no model needed.")],
-    nm: Pattern = None,
+    file: Annotated[
+        Path, typer.Argument(help="Weights: .safetensors, .pt or packed; no model needed.")
+    ],
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", help="Required of all weights whose channels it divides."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--except", help="A layer that may be dense, e.g. the head; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a checkpoint's weights block by block; exit code 1 where they are not N:M."""
-    import spikenm_fx
-    from spikenm_fx.checkpoint import load_state
+    """Check a file's weights block by block; exit code 1 where they are not N:M."""
+    from spikenm_fx.cli.blocks import verify_file
 
     screen = Screen(as_json)
     with screen.working(f"counting the blocks of {file.name}"):
-        found = spikenm_fx.verify(load_state(file), nm)
-    screen.result(found.to_dict(), str(found))
+        found = verify_file(file, nm, without or ())
+    dense = [layer.name for layer in found.layers if layer.violations and layer.density == 1.0]
+    hint = "\nmeant to be dense? " + " ".join(f"--except {name}" for name in dense[:3])
+    screen.result(found.to_dict(), f"{found}{hint if dense and not found.valid else ''}")
     if not found.valid:
         raise typer.Exit(Exit.NO)
 

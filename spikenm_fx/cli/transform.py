@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from spikenm_fx.cli.blocks import sparse_metadata
 from spikenm_fx.cli.common import Input, Json, Loaded, Pattern, RootOption, Screen
 from spikenm_fx.errors import RecipeError
 
@@ -50,9 +51,7 @@ def sparsify(
         spikenm_fx.fold(loaded.model)
         found = spikenm_fx.verify(loaded.model, decided)
         found.raise_if_invalid()
-        patterns = sorted({str(layer.nm) for layer in decided.sparse})
-        meta = {"spikenm_fx": ", ".join(patterns), "axis": "input channels", "n": "kept"}
-        save_state(out, loaded.model.state_dict(), metadata=meta)
+        save_state(out, loaded.model.state_dict(), metadata=sparse_metadata(decided))
     screen.result(
         {"out": str(out), "plan": decided.to_dict(), "verification": found.to_dict()},
         f"{decided}\nwritten and verified: {out}",
