@@ -73,6 +73,29 @@ class Net(nn.Module):
 """
 
 
+SCRIPTED = """
+
+class Mix(torch.jit.ScriptModule):
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(16, 16)
+
+    @torch.jit.script_method
+    def forward(self, x):
+        return self.key(x)
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.mix, self.b, self.head = (
+            nn.Linear(16, 16), Mix(), nn.Linear(16, 16), nn.Linear(16, 2)
+        )
+
+    def forward(self, x):
+        return self.head(self.b(self.mix(self.a(x))))
+"""
+
 TIMED = """
 import torch
 from torch import nn
@@ -491,6 +514,22 @@ def test_doctor_tells_signals_and_neurons(run, project: Path) -> None:
     assert layers["body"]["feeds"] == ["lif2"]
     text = run("doctor", TARGET, "--root", project).out
     assert "--input" in text
+    assert run("recipe", "schema", "--json").code == 0
+
+
+def test_doctor_says_how_layers_run_and_what_to_do(run, project: Path) -> None:
+    """Kernels with measured gains are summed up; dense-by-default and hidden layers have advice."""
+    file = project / "toy_net_for_cli.py"
+    file.write_text(file.read_text() + SCRIPTED)
+    text = run("doctor", TARGET, "--root", project, "-i", "2,3,8,8").out
+    assert "kernels  " in text
+    assert "N:M layers over dense: median" in text
+    assert "{match: NAME, nm: '2:4'} [head]" in text
+    ran = run("doctor", "toy_net_for_cli:Scripted", "--root", project, "-i", "2,16", "--json")
+    assert ran.code == 0
+    hidden = [layer for layer in ran.data["layers"] if layer["name"] == "mix.key"]
+    assert hidden[0]["pattern"] is None
+    assert "PYTORCH_JIT=0" in hidden[0]["advice"]
 
 
 def test_pack_writes_what_unpacks_to_the_same(run, project: Path, weights: Path) -> None:
@@ -594,3 +633,18 @@ def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:
 def test_schema_is_printed(run) -> None:
     """The JSON Schema comes out as JSON."""
     assert run("recipe", "schema").data["title"] == "spikenm_fx recipe"
+
+
+def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None:
+    """Without a name all are listed; with --json what a benchmark printed and saved comes back."""
+    assert set(run("bench", "--json").data["benches"]) >= {"sampler", "layers", "tutorials"}
+    assert run("bench").out.startswith("accuracy")
+    (project / "01_fine.py").write_text("print('hello')")
+    ran = run("bench", "tutorials", "--json", "--", "--folder", project)
+    assert ran.code == 0
+    assert ran.data["output"][0].split()[:2] == ["ok", "01_fine.py"]
+    (project / "02_broken.py").write_text("1 / 0")
+    assert run("bench", "tutorials", "--", "--folder", project).code == 1
+    wrong = run("bench", "samplr", "--json")
+    assert wrong.code == 2
+    assert "did you mean 'sampler'" in wrong.data["error"]["message"]

@@ -9,9 +9,10 @@ from typing import Annotated
 
 import typer
 
+from spikenm_fx.cli.bench import bench
 from spikenm_fx.cli.common import Exit, Screen
 from spikenm_fx.cli.demo import demo
-from spikenm_fx.cli.inspect import bench, doctor, plan, report, verify
+from spikenm_fx.cli.inspect import doctor, plan, report, verify
 from spikenm_fx.cli.recipes import recipes
 from spikenm_fx.cli.transform import pack, sparsify
 from spikenm_fx.errors import SpikeNMError

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import platform
+import statistics
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -85,6 +87,7 @@ class Diagnosis:
             f"trace    route {self.route}: {_ROUTES.get(self.route, 'not traced')}",
             f"neurons  {_counted(self.neurons) or 'none found'}",
             f"spikes   {_signals(self.layers)}",
+            *([f"kernels  {_speed(self.layers)}"] if any(la.gain for la in self.layers) else []),
             "",
         ]
         rows = [_HEAD, *(_row(layer) for layer in self.layers)]
@@ -125,10 +128,17 @@ def diagnose(loaded: Loaded) -> Diagnosis:
     graph = _traced(loaded, blocked)
     decided = spikenm_fx.plan(loaded.model, graph=graph, **loaded.recipe.plan_options())
     kernels = _kernels(loaded, decided, blocked)
-    layers = tuple(_layer(entry, graph, kernels) for entry in decided.layers)
+    rules = loaded.recipe.plan_options()["rules"]
+    ruled = {
+        entry.name
+        for entry in decided.layers
+        if any(rule.matches(entry.name, loaded.model.get_submodule(entry.name)) for rule in rules)
+    }
+    layers = tuple(_layer(entry, graph, kernels, entry.name in ruled) for entry in decided.layers)
     neurons: dict[str, int] = {}
     for record in graph.neurons.values() if graph is not None else ():
-        name = f"{record.spec.framework} {record.spec.class_name}"
+        known = record.spec.framework != "unknown"
+        name = f"{record.spec.framework} " * known + record.spec.class_name
         neurons[name] = neurons.get(name, 0) + 1
     return Diagnosis(
         model=decided.model,
@@ -170,6 +180,7 @@ def _layer(
     entry: LayerPlan,
     graph: SpikingGraph | None,
     kernels: dict[str, tuple[str, float | None, str]],
+    ruled: bool,
 ) -> LayerDiagnosis:
     record = graph.layers.get(entry.name) if graph is not None else None
     signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
@@ -184,20 +195,25 @@ def _layer(
         feeds=record.post if record is not None else (),
         kernel=kernel,
         gain=gain,
-        advice=_advice(entry, signal, used, note),
+        advice=_advice(entry, signal, used, ruled, note),
     )
 
 
+_USUAL = 4  # channels of a block of 2:4
 _UNRUN = ("symbolic", "modules")
 
 
-def _advice(entry: LayerPlan, signal: str, used: bool, note: str) -> str:
+def _advice(entry: LayerPlan, signal: str, used: bool, ruled: bool, note: str) -> str:
+    if "TorchScript" in entry.reason:
+        return "hidden in TorchScript: build the model with PYTORCH_JIT=0"
     if not used:
         return "never called in the forward: check the input, or keep it dense by a rule"
     if entry.nm is None and "not a multiple" in entry.reason:
         return "the pattern does not divide its channels: remainder='pad', or a pattern that does"
     if entry.nm is not None and signal == "analog":
         return "sparse but its input is analog: it saves multiplications, not spikes' additions"
+    if entry.nm is None and not ruled and entry.shape and entry.shape[1] % _USUAL == 0:
+        return "dense by default; a recipe's rule turns it on: {match: NAME, nm: '2:4'}"
     return note if entry.nm is not None else ""
 
 
@@ -227,6 +243,19 @@ def _signals(layers: tuple[LayerDiagnosis, ...]) -> str:
     for layer in layers:
         kinds[layer.signal] = kinds.get(layer.signal, 0) + 1
     return ", ".join(f"{count} layers see {kind} input" for kind, count in kinds.items())
+
+
+def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
+    """Which kernels run how many layers, and what the N:M ones gain."""
+    ways = Counter(layer.kernel for layer in layers)
+    gains = [layer.gain for layer in layers if layer.pattern and layer.gain is not None]
+    text = ", ".join(f"{count} layers run as {kernel}" for kernel, count in ways.most_common())
+    if not gains:
+        return text
+    return (
+        f"{text}; N:M layers over dense: median {statistics.median(gains):.2f}x, least "
+        f"{min(gains):.2f}x, most {max(gains):.2f}x (measured here, on random input)"
+    )
 
 
 def _counted(counts: dict[str, int]) -> str:

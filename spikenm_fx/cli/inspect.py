@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that look and change nothing: plan, doctor, verify, report, bench."""
+"""Commands that look and change nothing: plan, doctor, verify, report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spikenm_fx.cli.common import (
 if TYPE_CHECKING:
     from spikenm_fx.report.model import Report
 
-__all__ = ["bench", "doctor", "plan", "report", "verify"]
+__all__ = ["doctor", "plan", "report", "verify"]
 
 Target = Annotated[str, typer.Argument(help="A recipe file, or module:Class.")]
 
@@ -155,18 +155,3 @@ def doctor(
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
         found = diagnose(loaded)
     screen.result(found.to_dict(), str(found))
-
-
-def bench(
-    name: Annotated[str, typer.Argument(help="Which one; none lists them.")] = "",
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Run one of the project's benchmarks."""
-    import subprocess
-    import sys
-
-    words = [*([name] if name else ["--help"]), *(arguments or [])]
-    extra = ["--json"] if as_json else []
-    done = subprocess.run([sys.executable, "-m", "spikenm_fx.bench", *words, *extra], check=False)
-    raise typer.Exit(done.returncode)

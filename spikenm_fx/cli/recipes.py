@@ -40,11 +40,11 @@ def show(
 
 
 @recipes.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of recipes, for editors; it is JSON either way."""
     from spikenm_fx.plan.recipe import recipe_json_schema
 
-    Screen(True).json(recipe_json_schema())
+    Screen(as_json).json(recipe_json_schema())
 
 
 @recipes.command()
