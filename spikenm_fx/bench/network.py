@@ -6,19 +6,23 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import itertools
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.bench.measure import RESULTS, interleaved, machine, save
+from spikenm_fx.bench.profile import where_time_goes
 from spikenm_fx.bench.shims import stand_in
-from spikenm_fx.pack import native_status, pack, packing
+from spikenm_fx.pack import PackReport, native_status, pack, packing
 from spikenm_fx.pattern import NM, BlockView, is_weight_layer
 from spikenm_fx.trace import find_neurons
 
@@ -28,40 +32,69 @@ STEPS = 4
 
 
 def main(arguments: list[str]) -> None:
-    """Time every network, print a table, write ``results/network-....json``."""
+    """Time every network and write ``results/network-Nt.json``, row by row."""
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench network", description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rate", type=float, default=0.12, help="firing rate to calibrate to")
+    parser.add_argument("--rate", type=float, default=0.1, help="firing rate to calibrate to")
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--int8", action="store_true", help="int8 weights as well")
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"kernels: {native_status().levels or native_status().reason}")
-    rows: list[dict[str, Any]] = []
-    for name in options.only:
-        for pattern in options.patterns:
-            for batch in options.batches:
-                rows.append(_row(name, NM.parse(pattern), batch, options))
-                path = _save(rows, options)  # a run that is cut short keeps what it has
-    print("  ".join(f"{key} {value:.2f}x" for key, value in _summary(rows).items() if value))
-    print(path)
+    rows = _earlier(options)
+    started = time.perf_counter()
+    wanted = itertools.product(options.only, options.patterns, options.batches)
+    for name, pattern, batch in wanted:
+        key = (name, str(NM.parse(pattern)), batch, options.rate)
+        if key in rows and not options.again:
+            continue
+        if time.perf_counter() - started > options.seconds:
+            print(f"not measured in time: {name} {pattern} batch {batch}; run again to go on")
+            break
+        rows[key] = _row(name, NM.parse(pattern), batch, options)
+        _save(list(rows.values()), options)  # a run that is cut short keeps what it has
+    summary = _summary(list(rows.values()))
+    print("  ".join(f"{key} {value:.2f}x" for key, value in summary.items() if value))
 
 
-def _save(rows: list[dict[str, Any]], options: Any) -> Any:
+Key = tuple[str, str, int, float]
+
+
+def _earlier(options: Any) -> dict[Key, dict[str, Any]]:
+    """Rows of an earlier run on this machine."""
+    path = options.out / f"network-{options.threads}t.json"
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if found["machine"] != machine():
+        return {}
+    rows = [row for row in found["rows"] if "rate" in row]
+    return {(r["network"], r["pattern"], r["batch"], r["rate"]): r for r in rows}
+
+
+def _save(rows: list[dict[str, Any]], options: Any) -> None:
     clock = "CPU time of the thread" if options.threads == 1 else "wall"
     about = {"clock": clock, "repeats": options.repeats, "summary": _summary(rows)}
-    return save(f"network-{options.threads}t", {**about, "rows": rows})
+    save(f"network-{options.threads}t", {**about, "rows": rows}, options.out)
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
-    return {
-        key: _geometric([row[key] for row in rows if row.get(key)])
-        for key in ("over_eager", "over_compiled", "int8_over_eager")
-    }
+    """Geometric means, over all rows and over those of each pattern and batch."""
+    ratios = ("over_eager", "over_compiled", "int8_over_eager", "int8_over_compiled")
+    summary = {key: _geometric([r[key] for r in rows if r.get(key)]) for key in ratios}
+    for pattern, batch in sorted({(row["pattern"], row["batch"]) for row in rows}):
+        some = [r for r in rows if (r["pattern"], r["batch"]) == (pattern, batch)]
+        for key in ratios:
+            name = f"{key} {pattern} batch {batch}"
+            summary[name] = _geometric([r[key] for r in some if r.get(key)])
+    return summary
 
 
 def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
@@ -76,46 +109,62 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         candidates["packed int8"] = pack(network.model, x, dtype=torch.int8)
     if not options.no_compile:
         candidates["compiled"] = _compiled(network, x)
-    agreement = _agreement(network, engine, x)
-    with torch.no_grad():
-        seconds = interleaved(
-            {key: _call(network, model, x) for key, model in candidates.items()},
-            repeats=options.repeats,
-            clock=time.thread_time if options.threads == 1 else time.perf_counter,
-        )
-    report = packing(engine)
     row = {
         "network": name,
         "pattern": str(nm),
         "batch": batch,
+        "rate": options.rate,
         "threads": options.threads,
         "rates": rates,
-        "ms": {key: value * 1e3 for key, value in seconds.items()},
-        "over_eager": seconds["eager"] / seconds["packed"],
-        "largest_difference": agreement,
+        **_agreement(network, engine, x),
+    }
+    with torch.no_grad():
+        calls = {key: _call(network, model, x) for key, model in candidates.items()}
+        seconds = interleaved(
+            calls,
+            repeats=options.repeats,
+            clock=time.thread_time if options.threads == 1 else time.perf_counter,
+        )
+        row["profile"] = where_time_goes(calls["packed"])
+    row["ms"] = {key: value * 1e3 for key, value in seconds.items()}
+    for key, prefix in (("packed", ""), ("packed int8", "int8_")):
+        for baseline in ("eager", "compiled"):
+            if key in seconds and baseline in seconds:
+                row[f"{prefix}over_{baseline}"] = seconds[baseline] / seconds[key]
+    row |= _about(packing(engine))
+    _print(row)
+    return row
+
+
+def _about(report: PackReport) -> dict[str, Any]:
+    layers = report.layers
+    return {
         "choices": report.choices,
-        "layer_rates": {layer.name: layer.rate for layer in report.layers},
-        "fused": sum(bool(layer.neuron) for layer in report.layers),
+        "layer_rates": {layer.name: layer.rate for layer in layers},
+        "layer_gains": {layer.name: layer.gain for layer in layers},
+        "planes": {layer.name: layer.planes for layer in layers},
+        "fused": sum(bool(layer.neuron) for layer in layers),
         "bytes": {
-            "dense": sum(layer.dense_bytes for layer in report.layers),
-            "packed": sum(layer.packed_bytes for layer in report.layers),
-            "resident": sum(layer.resident_bytes for layer in report.layers),
+            "dense": sum(layer.dense_bytes for layer in layers),
+            "packed": sum(layer.packed_bytes for layer in layers),
+            "resident": sum(layer.resident_bytes for layer in layers),
         },
     }
-    if "compiled" in seconds:
-        row["over_compiled"] = seconds["compiled"] / seconds["packed"]
-    if "packed int8" in seconds:
-        row["int8_over_eager"] = seconds["eager"] / seconds["packed int8"]
-    kinds = sorted(set(report.choices.values()))
-    counts = ", ".join(f"{list(report.choices.values()).count(k)} {k}" for k in kinds)
-    times = "  ".join(f"{key} {value * 1e3:.1f}" for key, value in seconds.items())
-    ratios = "  ".join(f"{k} {row[k]:.2f}x" for k in row if k.startswith("over") or "over_" in k)
+
+
+def _print(row: dict[str, Any]) -> None:
+    kinds = list(row["choices"].values())
+    counts = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+    times = "  ".join(f"{key} {value:.1f}" for key, value in row["ms"].items())
+    ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if "over_" in key)
     print(
-        f"{name:<16} {nm!s:>4} batch {batch:<3} rate {rates['mean']:.0%}  ms: {times}  {ratios}  "
-        f"({counts}; {row['fused']} fused)",
+        f"{row['network']:<16} {row['pattern']:>4} batch {row['batch']:<3} "
+        f"rate {row['rates']['mean']:.0%}  ms: {times}  {ratios}  ({counts}; {row['fused']} fused) "
+        f"other spikes {row['spike_mismatch']:.1e}, {row['first_mismatch']:.1e} at first; "
+        f"to float64 {row['spike_mismatch_to_float64']:.1e}, eager "
+        f"{row['eager_mismatch_to_float64']:.1e}; same answers {row['same_predictions']:.0%}",
         flush=True,
     )
-    return row
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,60 +278,89 @@ def _prune(model: nn.Module, nm: NM) -> None:
 
 
 def calibrate_rates(network: Network, x: Tensor, rate: float) -> dict[str, Any]:
-    """Set norms, layer by layer from the input, so that every neuron fires near ``rate``.
+    """Set norms, layer by layer from the input, so that every neuron behind one fires at ``rate``.
 
-    Fresh deep networks are silent, trained ones are not.  Each batch norm takes the statistics of
-    what reaches it; then its shift is moved until the neuron behind it fires at the rate.
+    Fresh deep networks are silent, trained ones are not.  In one forward, each batch norm takes
+    the statistics of what reaches it, and its shift the value at which the next neuron, tried
+    alone, has the rate.
 
     Returns:
         The mean rate and the rate of each neuron.
     """
-    for module in network.model.modules():
-        if isinstance(module, _BatchNorm):
-            _take_statistics(network, module, x)
-            module.weight.data.fill_(1.0)
-            module.bias.data.fill_(_quantile_shift(rate))
-    return _rates(network, x)
+    waiting: list[Any] = []
 
-
-def _quantile_shift(rate: float) -> float:
-    """Shift of a standard normal input that makes an LIF neuron (tau 2) fire at about ``rate``."""
-    return 0.55 + 0.4 * math.log(rate / (1 - rate)) / 2
-
-
-def _take_statistics(network: Network, norm: Any, x: Tensor) -> None:
-    seen: list[Tensor] = []
-    hook = norm.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
-    network.reset(network.model)
-    with torch.no_grad():
-        network.model(x)
-    hook.remove()
-    network.reset(network.model)
-    if seen:
-        axis = seen[0].shape.index(norm.num_features, 1 if seen[0].dim() < 5 else 2)
-        flat = seen[0].movedim(axis, 0).flatten(1)
+    def statistics_of(norm: Any, args: Any) -> None:
+        axis = args[0].shape.index(norm.num_features, 1 if args[0].dim() < 5 else 2)
+        flat = args[0].movedim(axis, 0).flatten(1)
         norm.running_mean.copy_(flat.mean(1))
         norm.running_var.copy_(flat.var(1) + 1e-4)
+        norm.weight.data.fill_(1.0)
+        norm.bias.data.zero_()
+        waiting.append(norm)
 
+    def shift_for(neuron: Any, args: Any) -> Any:
+        if not waiting:
+            return None
+        norm = waiting.pop()
+        shift = _shift_at(network, neuron, args[0], rate)
+        norm.bias.data.fill_(shift)
+        return (args[0] + shift, *args[1:])
 
-def _rates(network: Network, x: Tensor) -> dict[str, Any]:
-    rates: dict[str, float] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            rates[name] = float(out.mean())
-
-        return hook
-
-    neurons = find_neurons(network.model)
-    hooks = [network.model.get_submodule(n).register_forward_hook(keep(n)) for n in neurons]
+    neurons = [network.model.get_submodule(name) for name in find_neurons(network.model)]
+    norms = [m for m in network.model.modules() if isinstance(m, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(statistics_of) for norm in norms]
+    hooks += [neuron.register_forward_pre_hook(shift_for) for neuron in neurons]
     network.reset(network.model)
     with torch.no_grad():
         network.model(x)
     for hook in hooks:
         hook.remove()
     network.reset(network.model)
+    return _rates(network, x)
+
+
+def _shift_at(network: Network, neuron: nn.Module, x: Tensor, rate: float) -> float:
+    """What to add to ``x`` for the neuron to fire at ``rate``, by bisection."""
+    alone = copy.deepcopy(neuron)
+    alone._forward_pre_hooks.clear()
+    low, high = -8.0, 8.0
+    for _ in range(14):
+        middle = (low + high) / 2
+        network.reset(alone)
+        if float(alone(x + middle).mean()) < rate:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def _rates(network: Network, x: Tensor) -> dict[str, Any]:
+    _, spikes = _run(network, network.model, x)
+    rates = {name: float(value.mean()) for name, value in spikes.items()}
     return {"mean": sum(rates.values()) / max(1, len(rates)), "neurons": rates}
+
+
+def _run(network: Network, model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The output from rest, and the spikes of every neuron."""
+    spikes: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            spikes[name] = out + 0.0
+
+        return hook
+
+    hooks = [
+        model.get_submodule(name).register_forward_hook(keep(name))
+        for name in find_neurons(network.model)
+    ]
+    network.reset(model)
+    with torch.no_grad():
+        output = model(x)
+    for hook in hooks:
+        hook.remove()
+    network.reset(model)
+    return output, spikes
 
 
 def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -307,14 +385,39 @@ def _compiled(network: Network, x: Tensor) -> nn.Module:
     return compiled  # type: ignore[no-any-return]
 
 
-def _agreement(network: Network, engine: nn.Module, x: Tensor) -> float:
-    with torch.no_grad():
-        network.reset(network.model)
-        network.reset(engine)
-        expected, seen = network.model(x), engine(x)
-    network.reset(network.model)
-    network.reset(engine)
-    return float((seen - expected).abs().max())
+def _agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float]:
+    """Share of other spikes than the eager model's, and of equal predictions.
+
+    A membrane that lies on its threshold but for rounding fires or not by the order of a sum, and
+    networks amplify that.  Two figures tell it from an error: ``first_mismatch``, the share in the
+    first neuron that differs, whose inputs were still the same; and how far eager fp32 itself is
+    from float64.
+    """
+    expected, wanted = _run(network, network.model, x)
+    output, spikes = _run(network, engine, x)
+    _, exact = _run(network, copy.deepcopy(network.model).double(), x.double())
+    return {
+        "spike_mismatch": _mismatch(spikes, wanted),
+        "first_mismatch": _first_mismatch(spikes, wanted),
+        "spike_mismatch_to_float64": _mismatch(spikes, exact),
+        "eager_mismatch_to_float64": _mismatch(wanted, exact),
+        "same_predictions": float((_classes(output) == _classes(expected)).float().mean()),
+        "largest_difference": float((output - expected).abs().max()),
+    }
+
+
+def _mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    wrong = sum(int((spikes[name] != others[name]).sum()) for name in others)
+    return wrong / sum(value.numel() for value in others.values())
+
+
+def _first_mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
+    shares = (_mismatch({name: spikes[name]}, {name: others[name]}) for name in others)
+    return next((share for share in shares if share), 0.0)
+
+
+def _classes(output: Tensor) -> Tensor:
+    return (output.mean(0) if output.dim() > 2 else output).argmax(-1)
 
 
 def _geometric(values: list[float]) -> float | None:

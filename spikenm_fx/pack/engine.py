@@ -4,28 +4,25 @@
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.masks.layer import masked_layers
+from spikenm_fx.pack.choose import LayerDraft, choose
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pack.fused import fuse_neuron, why_not_fused
-from spikenm_fx.pack.layer import Choice, PackedLayer
+from spikenm_fx.pack.layer import PackedLayer
 from spikenm_fx.pack.lazy import LazyTensor
+from spikenm_fx.pack.norms import affine_of, neurons_behind_pools, norms_behind_layers
 from spikenm_fx.pack.report import LayerReport, PackReport
 from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer
 from spikenm_fx.trace import SpikingGraph, trace
-from spikenm_fx.trace.snapshot import preserved
 
 __all__ = ["pack", "packing"]
 
@@ -34,9 +31,6 @@ PATTERNS = tuple(
     NM.parse(p) for p in ("1:16", "1:8", "2:16", "1:4", "2:8", "4:16", "1:2", "2:4", "4:8")
 )
 DENSE = NM(1, 1)
-
-ROUNDS = 5
-MARGIN = 0.97  # a kernel must beat dense by three per cent, more than timing noise
 
 
 def pack(
@@ -71,7 +65,7 @@ def pack(
 
     Raises:
         PackError: for weights that are not finite or not ``nm``, masks that are not folded, a
-            model on another device, or a backend that does not exist.
+            model on another device or packed already, or a backend that does not exist.
     """
     _refuse(model)
     engine = _copy(model)
@@ -80,7 +74,7 @@ def pack(
     builder.replace_layers()
     if args is not None:
         builder.fuse()
-    _choose(builder, backend)
+    choose(engine, args, builder.layers, backend)
     engine.__dict__["_spikenm_packing"] = builder.report()
     engine.register_forward_hook(_plain_outputs)
     return engine
@@ -105,6 +99,9 @@ def _refuse(model: nn.Module) -> None:
             f"{masked[0]} and {len(masked) - 1} more layers still carry their masks; "
             "call spikenm_fx.fold(model) first"
         )
+    packed = next((n for n, m in model.named_modules() if isinstance(m, PackedLayer)), None)
+    if packed is not None:
+        raise PackError(f"{packed} is packed already; pack the model that this engine was made of")
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
@@ -119,7 +116,7 @@ def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        copied = copy.deepcopy(model).eval()
+        copied = copy.deepcopy(model).eval().requires_grad_(False)
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
@@ -143,18 +140,6 @@ def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
 
 
-@dataclass(slots=True, eq=False)
-class _Layer:
-    """A packed layer under construction."""
-
-    packed: PackedLayer
-    dense_bytes: int
-    neuron: str = ""
-    note: str = ""
-    rate: float | None = None
-    milliseconds: dict[str, float] = field(default_factory=dict)
-
-
 class _Builder:
     def __init__(
         self,
@@ -164,7 +149,7 @@ class _Builder:
         nm: NM | None,
     ) -> None:
         self.engine, self.args, self.dtype, self.nm = engine, args, dtype, nm
-        self.layers: dict[str, _Layer] = {}
+        self.layers: dict[str, LayerDraft] = {}
         self.skipped: dict[str, tuple[tuple[int, ...], str]] = {}
         self.graph: SpikingGraph | None = None
         if args is not None:
@@ -185,7 +170,7 @@ class _Builder:
                 continue
             packed = self._pack(layer, name, folded.get(name))
             weight: Any = layer.weight
-            self.layers[name] = _Layer(packed, weight.numel() * 4)
+            self.layers[name] = LayerDraft(packed, weight.numel() * 4)
             _replace(self.engine, name, layer, packed)
 
     def _why_kept(self, layer: nn.Module, name: str) -> str:
@@ -223,18 +208,17 @@ class _Builder:
         return pack_weight(weight, pattern, geometry=geometry, dtype=self.dtype, name=name)
 
     def _foldable(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Norms of one-to-one chains, as factor and shift per output channel; they are removed."""
+        """Norms right behind a layer, as factor and shift per output channel; they are removed."""
         found = {}
-        for chain in self.graph.chains if self.graph is not None else ():
-            if chain.norm is None:
+        pairs = norms_behind_layers(self.graph) if self.graph is not None else {}
+        for layer_name, norm_name in pairs.items():
+            norm, layer = self._module(norm_name), self._module(layer_name)
+            if norm is None or layer is None or self._why_kept(layer, layer_name):
                 continue
-            norm, layer = self._module(chain.norm), self._module(chain.layer)
-            if norm is None or layer is None or self._why_kept(layer, chain.layer):
-                continue
-            affine = _affine(norm, layer)
+            affine = affine_of(norm, layer)
             if affine is not None:
-                found[chain.layer] = affine
-                _replace(self.engine, chain.norm, norm, nn.Identity().eval())
+                found[layer_name] = affine
+                _replace(self.engine, norm_name, norm, nn.Identity().eval())
         return found
 
     def _module(self, name: str) -> nn.Module | None:
@@ -244,15 +228,17 @@ class _Builder:
             return None
 
     def fuse(self) -> None:
-        """Let neurons run natively, and layers of one-to-one chains wait for theirs."""
+        """Let neurons run natively, and layers that drive one neuron alone wait for it."""
         assert self.graph is not None
         chains = {chain.neuron: chain for chain in self.graph.chains}
+        drivers = {neuron: chain.layer for neuron, chain in chains.items()}
+        drivers |= {n: layer for layer, n in neurons_behind_pools(self.graph).items()}
         for name, record in self.graph.neurons.items():
             module, chain, spec = self._module(name), chains.get(name), record.spec
             if record.functional or module is None:
                 continue
             reason = why_not_fused(module, spec, state_read=chain is None or chain.state_read)
-            layer = self.layers.get(chain.layer) if chain is not None else None
+            layer = self.layers.get(drivers.get(name, ""))
             if not reason:
                 fuse_neuron(module, spec)
                 if layer is not None:
@@ -275,6 +261,7 @@ class _Builder:
                 layer.dense_bytes,
                 layer.packed.packed.nbytes,
                 layer.packed.resident_bytes,
+                layer.planes,
             )
             for name, layer in self.layers.items()
         ]
@@ -313,131 +300,9 @@ def _rows_at_once(weight: Tensor) -> int:
     return max(1, 2**22 // max(1, weight[0].numel()))
 
 
-def _affine(norm: nn.Module, layer: Any) -> tuple[Tensor, Tensor] | None:
-    """Factor and shift per channel of a batch norm in eval mode; None where it is not that."""
-    channels = int(layer.weight.shape[0])
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
-        return None
-    if norm.num_features != channels or norm.running_var.dtype != torch.float32:
-        return None
-    factor = torch.rsqrt(norm.running_var.double() + norm.eps)
-    if norm.weight is not None:
-        factor = factor * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * factor
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    affine = factor.float(), shift.float()
-    return affine if _does_just_that(norm, affine, channels) else None
-
-
-def _does_just_that(norm: nn.Module, affine: tuple[Tensor, Tensor], channels: int) -> bool:
-    """Whether the norm's own forward agrees: a subclass may do more than its base."""
-    spatial = {"1d": 1, "2d": 2}.get(type(norm).__name__[-2:], 2)
-    probe = torch.randn(3, channels, *[2] * spatial, generator=torch.Generator().manual_seed(0))
-    multi = getattr(norm, "step_mode", "s") == "m"
-    with torch.no_grad():
-        try:
-            seen = norm(probe[None])[0] if multi else norm(probe)
-        except Exception:  # whatever a foreign forward dislikes, it is not folded
-            return False
-    per_channel = [p.view(-1, *[1] * spatial) for p in affine]
-    return torch.allclose(seen, probe * per_channel[0] + per_channel[1], rtol=1e-4, atol=1e-5)
-
-
 def _replace(root: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` stands: a module may be registered under several names."""
     for parent in root.modules():
         for key, child in parent._modules.items():
             if child is old:
                 parent._modules[key] = new
-
-
-def _choose(builder: _Builder, backend: str | Mapping[str, str]) -> None:
-    if isinstance(backend, Mapping):
-        unknown = sorted(set(backend) - set(builder.layers))
-        if unknown:
-            raise PackError(
-                f"backend= names {unknown[0]!r}, which is no packed layer; there are "
-                f"{', '.join(list(builder.layers)[:5])} ..."
-            )
-        for name, choice in backend.items():
-            builder.layers[name].packed.choose(choice)  # type: ignore[arg-type]
-        return
-    if backend == "auto":
-        if builder.args is not None:
-            _measure(builder)
-        return
-    for layer in builder.layers.values():
-        possible = [*layer.packed.candidates(), "reference"]
-        wanted: Any = backend if backend in possible else "dense"
-        if backend not in get_args(Choice):
-            layer.packed.choose(backend)  # type: ignore[arg-type]  # raises, naming the known ones
-        layer.packed.choose(wanted)
-
-
-def _measure(builder: _Builder) -> None:
-    """Time each layer's candidates on the inputs that the examples bring to it."""
-    inputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.packed.register_forward_pre_hook(
-            lambda _module, args, name=name: inputs.__setitem__(name, args[0])
-        )
-        for name, layer in builder.layers.items()
-    ]
-    try:
-        with torch.no_grad(), preserved(builder.engine):
-            builder.engine(*(builder.args or ()))
-            for name, layer in builder.layers.items():
-                if name in inputs:
-                    _measure_layer(layer, inputs[name])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    # Only now: what is preserved above would take a choice back as well.
-    for layer in builder.layers.values():
-        layer.packed.choose(_fastest(layer.milliseconds))
-
-
-def _fastest(milliseconds: Mapping[str, float]) -> Any:
-    if not milliseconds:
-        return "dense"
-    best = min(milliseconds, key=lambda choice: milliseconds[choice])
-    return best if milliseconds[best] <= MARGIN * milliseconds["dense"] else "dense"
-
-
-def _measure_layer(layer: _Layer, x: Tensor) -> None:
-    packed = layer.packed
-    spatial = packed.geometry.spatial
-    if spatial and x.dim() == spatial + 3:
-        x = x.flatten(0, 1)
-    layer.rate = _rate(x)
-    if not x.numel() or (spatial and x.dim() != spatial + 2):
-        return
-    candidates = packed.candidates()
-    if layer.rate is None:
-        candidates = [c for c in candidates if c in ("dense", "fma")]
-    seconds: dict[Choice, list[float]] = {choice: [] for choice in candidates}
-    copies = {choice: _prepared(packed, choice) for choice in candidates}
-    for _ in range(ROUNDS):
-        for choice, prepared in copies.items():
-            seconds[choice].append(_time(prepared, x))
-    layer.milliseconds = {c: statistics.median(s) * 1e3 for c, s in seconds.items()}
-
-
-def _prepared(packed: PackedLayer, choice: Choice) -> PackedLayer:
-    return PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
-
-
-def _time(layer: PackedLayer, x: Tensor) -> float:
-    layer.run(x)  # its weights come into the cache
-    start = time.perf_counter()
-    layer.run(x)
-    return time.perf_counter() - start
-
-
-def _rate(x: Tensor) -> float | None:
-    """Share of ones, or None if there is anything but zeros and ones."""
-    plain = x.materialize() if isinstance(x, LazyTensor) else x
-    if not plain.numel() or not bool(((plain == 0) | (plain == 1)).all()):
-        return None
-    return float(plain.mean())

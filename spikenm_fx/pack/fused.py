@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import kernels
-from spikenm_fx.pack.layer import Pending
 from spikenm_fx.pack.lazy import LazyTensor
 from spikenm_fx.pack.neuron import NeuronCall, NeuronRule, why_not_native
 from spikenm_fx.pack.ops import integrate
+from spikenm_fx.pack.pending import Pending, PooledSums
+from spikenm_fx.pack.spikes import in_row_order
 from spikenm_fx.trace import NeuronSpec
 
 __all__ = ["fuse_neuron", "why_not_fused"]
 
+WAITING = (Pending, PooledSums)
 LANES = 64  # channels of a row when a neuron with scalar parameters runs on any shape
 
 
@@ -97,7 +99,11 @@ class FusedNeuron(nn.Module):
             return super().forward(x, *args, **kwargs)
         if not getattr(self, "store_v_seq", False) and not (fusion.forgets and (args or kwargs)):
             spikes = None
-            if isinstance(x, LazyTensor) and isinstance(x.source, Pending) and x.fusable:
+            if (
+                isinstance(x, LazyTensor)
+                and isinstance(x.source, Pending | PooledSums)
+                and x.fusable
+            ):
                 spikes = _fused(self, x, args, kwargs)
             elif not args and not kwargs and not fusion.spec.returns_state:
                 spikes = _alone(self, x)
@@ -119,10 +125,13 @@ def _fused_class(plain: Any) -> type[nn.Module]:
 def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
     """Layer and neuron in one kernel; None where the call is not of that form."""
     fusion, source = neuron._spikenm_fusion, x.source
-    assert isinstance(source, Pending)
+    assert isinstance(source, WAITING)
     spec = fusion.spec
-    rule = fusion.rule(source.shape.outputs)
-    if rule is None or not x.only_leading or not _per_channel(spec, source):
+    rule = fusion.rule(source.channels)
+    axis = _channel_axis(x, source.channels)
+    if rule is None or axis is None or not _per_channel(spec, axis):
+        return None
+    if spec.time_axis == 0 and axis == -x.dim():
         return None
     steps = x.shape[0] if spec.time_axis == 0 else 1
     shape = tuple(x.shape[1:] if spec.time_axis == 0 else x.shape)
@@ -146,15 +155,22 @@ def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
     return (spikes, v) if spec.returns_state else spikes
 
 
-def _per_channel(spec: NeuronSpec, source: Pending) -> bool:
+def _channel_axis(x: LazyTensor, channels: int) -> int | None:
+    """The axis, counted from the end, of a row's channels; None where rows are out of order."""
+    for axis in range(-1, -x.dim() - 1, -1):
+        if x.meta_tensor.stride(axis) == 1 and in_row_order(x.meta_tensor, axis, channels):
+            return axis
+    return None
+
+
+def _per_channel(spec: NeuronSpec, channel_axis: int) -> bool:
     """Whether the rule's tensors run along the layer's channels as torch would broadcast them."""
-    spatial = source.shape.geometry.spatial
-    for value in (spec.decay, spec.gain, spec.threshold, spec.rest, spec.bias, spec.reset_value):
-        if isinstance(value, Tensor) and value.numel() > 1:
-            trailing = value.dim() - 1 - spatial
-            if trailing < 0 or value.shape[trailing] != value.numel():
-                return False
-    return True
+    values = (spec.decay, spec.gain, spec.threshold, spec.rest, spec.bias, spec.reset_value)
+    return all(
+        value.dim() >= -channel_axis and value.shape[channel_axis] == value.numel()
+        for value in values
+        if isinstance(value, Tensor) and value.numel() > 1
+    )
 
 
 def _given(neuron: FusedNeuron, args: Any, kwargs: Any) -> Any:

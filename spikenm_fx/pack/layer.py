@@ -3,29 +3,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
-from spikenm_fx.pack.backends.cpu import (
-    LayerShape,
-    pack_spikes,
-    run_integrate,
-    run_layer,
-    run_spikes,
-)
+from spikenm_fx.pack.backends.cpu import LayerShape, run_layer, run_spikes
 from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
+from spikenm_fx.pack.counts import weight_for_counts
 from spikenm_fx.pack.format import PackedWeight, unpack_weight
 from spikenm_fx.pack.layouts import Layout, layout_for, supports
-from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
-from spikenm_fx.pack.neuron import NeuronCall
+from spikenm_fx.pack.lazy import LazyTensor
+from spikenm_fx.pack.meter import Meter, metered
 from spikenm_fx.pack.ops import geometry_list, sparse_layer
+from spikenm_fx.pack.pending import Pending, rows_layout
+from spikenm_fx.pack.spikes import WORD, SpikeBits
 
-__all__ = ["Choice", "PackedLayer", "Pending"]
+__all__ = ["Choice", "PackedLayer"]
+
+PARTS = ("_weights", "_codes", "_blocks", "_row_scale", "_dense")
 
 Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
 """How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
@@ -63,13 +62,16 @@ class PackedLayer(nn.Module):
         self.weight_shape = packed.shape
         self.geometry = packed.geometry
         self.waits = False  # for a neuron that is fused with it
+        self.meter: Meter | None = None  # while choices are measured
         self.register_buffer("values", packed.values)
         self.register_buffer("indices", packed.indices)
         self.register_buffer("scale", packed.scale)
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
-        for part in ("weights", "codes", "blocks", "row_scale", "dense"):
-            self.register_buffer(f"_{part}", None, persistent=False)
+        for part in PARTS:
+            self.register_buffer(part, None, persistent=False)
+        self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
         self._kind = 0
+        self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
         self.choice: Choice = "dense"
         self.choose(choice)
         super().train(False)
@@ -89,7 +91,8 @@ class PackedLayer(nn.Module):
     @property
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
+        counting = sum(layout.nbytes for layout in self._counting.values())
+        return counting + sum(b.numel() * b.element_size() for b in self.buffers())
 
     def candidates(self) -> list[Choice]:
         """Ways to run this layer here."""
@@ -115,6 +118,7 @@ class PackedLayer(nn.Module):
             )
         self.choice = choice
         self._dense = self._weights = self._codes = self._blocks = self._row_scale = None
+        self._counting = {}
         if choice == "dense":
             dense = self.weight
             form = torch.channels_last if dense.dim() == 4 else torch.contiguous_format
@@ -125,8 +129,25 @@ class PackedLayer(nn.Module):
             self._blocks, self._row_scale = layout.blocks, layout.scale
             self._kind = layout.kind
 
-    def layout(self) -> Layout:
-        """The execution layout of the chosen kernel."""
+    def adopt(self, prepared: PackedLayer) -> None:
+        """Run as another layer of the same weight does; shares what that one has prepared."""
+        self.choice, self._kind = prepared.choice, prepared._kind
+        for part in PARTS:
+            self._buffers[part] = prepared._buffers[part]
+        self._counting = prepared._counting
+
+    def layout(self, code: tuple[int, float] = (1, 1.0)) -> Layout:
+        """The execution layout of the chosen kernel, for spikes or for counts of them.
+
+        Args:
+            code: of :class:`~spikenm_fx.pack.spikes.SpikeBits`; a layout for counts is made when
+                the first ones come.
+        """
+        if code != (1, 1.0):
+            if code not in self._counting:
+                weight = weight_for_counts(self.packed, *code)
+                self._counting[code] = layout_for(_kernel(self.choice), weight)
+            return self._counting[code]
         assert self._weights is not None
         assert self._codes is not None
         assert self._blocks is not None
@@ -180,19 +201,18 @@ class PackedLayer(nn.Module):
             )
         return y.reshape(*lead, *y.shape[1:]) if spatial else y
 
-    def run(self, x: Tensor, choice: Choice | None = None) -> Tensor:
+    @metered
+    def run(self, x: Tensor) -> Tensor:
         """The layer's output for a batch; spikes that are bits already are read as such."""
-        if choice is not None and choice != self.choice:
-            raise PackError(f"{self.name} was prepared to run as {self.choice}")
         if self.choice in ("dense", "reference"):
             return self._torch(_plain(x))
-        bits = self._bits_of(x)
+        bits = self.bits_of(x)
         if bits is None or self.choice == "fma":
             y = run_layer(_plain(x), self.layout(), self.weight_shape, self.geometry, self.bias)
             return self._torch(_plain(x)) if y is None else y
         shape = self.shape_of(x.shape)
-        out = torch.empty_strided(*_meta(shape, x.shape))
-        self._call(bits, shape, out=out)
+        out = torch.empty_strided(*rows_layout(shape, x.shape))
+        self.call(bits, shape, out=out)
         return out
 
     def _torch(self, x: Tensor) -> Tensor:
@@ -207,19 +227,28 @@ class PackedLayer(nn.Module):
         except PackError as error:
             raise PackError(f"{self.name}: {error}") from error
 
-    def _bits_of(self, x: Tensor) -> Tensor | None:
-        """The rows of bits of a lazy input, if this layer can read them as they lie."""
-        if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits):
+    def bits_of(self, x: Tensor) -> SpikeBits | None:
+        """The bits of a lazy input, if this layer can read their rows as they lie."""
+        if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits) or not x.fusable:
             return None
-        if not x.fusable or not x.only_leading or self.geometry.groups > 1:
+        source, axis = x.source, 1 if self.geometry.spatial else -1
+        if self.geometry.groups > 1 or not x.rows(axis, source.channels):
             return None
-        linear_on_pixels = self.geometry.kind == "linear" and x.source.layout.dim() != 2
-        return None if linear_on_pixels else x.source.bits
+        if not source.binary and WORD % self.nm.of:
+            return None
+        return source
 
-    def _call(self, source: Tensor, shape: LayerShape, **wanted: object) -> bool:
+    def call(self, source: SpikeBits | Tensor, shape: LayerShape, **wanted: object) -> bool:
+        """Run the chosen kernel on bits, or rows of floats for FMA; False where it cannot."""
         native = kernels()
         assert native is not None
-        return run_spikes(source, self.layout(), shape, native, bias=self.bias, **wanted)  # type: ignore[arg-type]
+        layout = self.layout()
+        if isinstance(source, SpikeBits):
+            if not source.binary:
+                layout = self.layout(source.code)
+                shape = replace(shape, channels=source.planes * source.words * WORD)
+            source = source.bits
+        return run_spikes(source, layout, shape, native, bias=self.bias, **wanted)  # type: ignore[arg-type]
 
     def _lazily(self, x: Tensor) -> Tensor:
         shape = self.shape_of(x.shape)
@@ -227,8 +256,7 @@ class PackedLayer(nn.Module):
             return self.run(x)
         lazy = LazyTensor(Pending(self, x, shape))
         if self.geometry.kind == "linear" and x.dim() != 2:
-            result: LazyTensor = lazy.view(shape.result(x.shape))  # type: ignore[assignment]
-            return result
+            return lazy.view(shape.result(x.shape))
         return lazy
 
     def _check(self, x: Tensor) -> None:
@@ -257,6 +285,12 @@ class PackedLayer(nn.Module):
         return f"{self.geometry.kind} {self.weight_shape} at {self.nm}, runs as {self.choice}"
 
 
+def _prepare_again(layer: PackedLayer, _incompatible: Any) -> None:
+    """Execution layouts follow the weight that was loaded, if it is a valid one."""
+    layer.packed.check(layer.name)
+    layer.choose(layer.choice)
+
+
 def _kernel(choice: Choice) -> Kernel:
     assert choice != "dense"
     assert choice != "reference"
@@ -265,94 +299,3 @@ def _kernel(choice: Choice) -> Kernel:
 
 def _plain(x: Tensor) -> Tensor:
     return x.materialize() if isinstance(x, LazyTensor) else x
-
-
-def _meta(
-    shape: LayerShape, input_shape: torch.Size | tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and strides of an output whose memory runs pixel by pixel."""
-    result = shape.result(input_shape)
-    if shape.geometry.kind == "linear":
-        flat = (shape.tokens, shape.outputs)
-        return (
-            (result, tuple(torch.empty(result, device="meta").stride()))
-            if len(result)
-            else (
-                flat,
-                (shape.outputs, 1),
-            )
-        )
-    area = shape.out[0] * shape.out[1]
-    within = (1,) if len(result) == 3 else (shape.out[1], 1)
-    return result, (area * shape.outputs, 1, *(w * shape.outputs for w in within))
-
-
-@dataclass(slots=True, eq=False)
-class Pending:
-    """A layer's output that waits: for its neuron, or for somebody who wants the values.
-
-    Attributes:
-        layer: the layer.
-        x: its input; lazy spikes stay bits.
-        shape: sizes of the call.
-    """
-
-    layer: PackedLayer
-    x: Tensor
-    shape: LayerShape
-    exposed: Tensor | None = None
-
-    @property
-    def layout(self) -> Tensor:
-        """Shape and strides of the output; tokens of a linear layer count as one axis."""
-        if self.shape.geometry.kind == "linear":
-            return torch.empty(self.shape.tokens, self.shape.outputs, device="meta")
-        return torch.empty_strided(*_meta(self.shape, self.x.shape), device="meta")
-
-    def dense(self) -> Tensor:
-        """Run the layer alone."""
-        layout = self.layout
-        y = self.layer.run(self.x).reshape(layout.shape)
-        if y.stride() == layout.stride():
-            return y
-        return torch.empty_strided(layout.shape, layout.stride()).copy_(y)
-
-    def fused(self, steps: int, neuron: NeuronCall, *, batch_major: bool = False) -> SpikeBits:
-        """Run the layer and a neuron over ``steps`` time steps, which lead the batch."""
-        shape = replace(
-            self.shape, steps=steps, images=self.shape.images // steps, batch_major=batch_major
-        )
-        words = -(-shape.outputs // 64)
-        bits = torch.empty(shape.tokens, words, dtype=torch.int64)
-        if not self._in_kernel(shape, neuron, bits):
-            y = self.dense()
-            pixels = shape.images * shape.out[0] * shape.out[1]
-            rows = y.as_strided(
-                (steps, pixels, shape.outputs), (pixels * shape.outputs, shape.outputs, 1)
-            )
-            run_integrate(rows, neuron, None, bits)
-        layout = self.layout
-        return SpikeBits(bits, self.shape.images, shape.out, layout, shape.outputs)
-
-    def _in_kernel(self, shape: LayerShape, neuron: NeuronCall, bits: Tensor) -> bool:
-        layer = self.layer
-        if layer.choice in ("dense", "reference") or shape.geometry.groups > 1:
-            return False
-        source: Tensor | None
-        if layer.choice == "fma":
-            source = _rows(_plain(self.x), shape)
-        else:
-            source = layer._bits_of(self.x)
-            if source is None:
-                native = kernels()
-                assert native is not None
-                source = pack_spikes(_plain(self.x), self.shape, native)
-        if source is None:
-            return False
-        return layer._call(source, shape, out_bits=bits, neuron=neuron)
-
-
-def _rows(x: Tensor, shape: LayerShape) -> Tensor:
-    if shape.geometry.kind == "linear":
-        return x.contiguous()
-    return x.movedim(1, -1).contiguous()

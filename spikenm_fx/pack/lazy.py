@@ -10,14 +10,14 @@ never changes a result, only what is computed together.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from spikenm_fx.native.library import kernels
+from spikenm_fx.pack.spikes import SpikeBits, in_row_order
 
 __all__ = ["LazyTensor", "Source", "SpikeBits"]
 
@@ -55,69 +55,25 @@ class Source(Protocol):
     def dense(self) -> Tensor:
         """The values, fp32."""
 
+    def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> Source | None:
+        """What stands for the pooled values, or None."""
+
 
 @dataclass(slots=True, eq=False)
-class SpikeBits:
-    """Spikes of a batch as bits.
+class _Values:
+    """Values that are there."""
 
-    Attributes:
-        bits: int64 ``(images * height * width, words)``, one row per pixel, bit 0 first.
-        images: of all time steps.
-        size: height and width; (1, 1) for tokens of a linear layer.
-        layout: the fp32 tensor that these spikes are, on the meta device.
-        channels: of a row.
-    """
+    exposed: Tensor
 
-    bits: Tensor
-    images: int
-    size: tuple[int, int]
-    layout: Tensor
-    channels: int
-    exposed: Tensor | None = field(default=None, repr=False)
-    _dense: Tensor | None = field(default=None, repr=False)
+    @property
+    def layout(self) -> Tensor:
+        return self.exposed.to("meta")
 
     def dense(self) -> Tensor:
-        """fp32 zeros and ones, pixel by pixel in memory."""
-        if self._dense is None:
-            native = kernels()
-            assert native is not None  # bits come from the kernels
-            out = torch.empty_strided(self.layout.shape, self.layout.stride())
-            native.unpack_rows(
-                self.bits.data_ptr(),
-                self.bits.shape[0],
-                1,
-                self.channels,
-                out.data_ptr(),
-                torch.get_num_threads(),
-            )
-            self._dense = out
-        return self._dense
+        return self.exposed
 
-    def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> SpikeBits:
-        """Max-pooling of spikes: the OR of the rows in a window."""
-        h, w = self.size
-        words = self.bits.shape[1]
-        grid = self.bits.view(self.images, h, w, words)
-        if any(padding):
-            grid = torch.nn.functional.pad(
-                grid, [0, 0, padding[1], padding[1], padding[0], padding[0]]
-            )
-        out_h = (h + 2 * padding[0] - kernel[0]) // stride[0] + 1
-        out_w = (w + 2 * padding[1] - kernel[1]) // stride[1] + 1
-        pooled: Tensor | None = None
-        for dy in range(kernel[0]):
-            for dx in range(kernel[1]):
-                part = grid[
-                    :,
-                    dy : dy + (out_h - 1) * stride[0] + 1 : stride[0],
-                    dx : dx + (out_w - 1) * stride[1] + 1 : stride[1],
-                ]
-                pooled = part.clone() if pooled is None else pooled.bitwise_or_(part)
-        assert pooled is not None
-        shape = (self.images, self.channels, out_h, out_w)
-        layout = torch.empty(shape, device="meta", memory_format=torch.channels_last)
-        bits = pooled.reshape(self.images * out_h * out_w, words)
-        return SpikeBits(bits, self.images, (out_h, out_w), layout, self.channels)
+    def max_pool(self, *_: Any) -> None:
+        return None
 
 
 class LazyTensor(torch.Tensor):
@@ -127,11 +83,13 @@ class LazyTensor(torch.Tensor):
         source: what it stands for.
         meta_tensor: its own shape and strides.
         views: view operations between the source and this tensor.
+        compact: an operation was asked for contiguous memory: views must not fail for strides.
     """
 
     source: Source
     meta_tensor: Tensor
     views: tuple[Callable[[Tensor], Tensor], ...]
+    compact: bool
 
     @staticmethod
     def __new__(
@@ -146,6 +104,7 @@ class LazyTensor(torch.Tensor):
             cls, meta.shape, strides=meta.stride(), dtype=torch.float32, device=torch.device("cpu")
         )
         self.source, self.meta_tensor, self.views = source, meta, views
+        self.compact = False
         lazy: LazyTensor = self
         return lazy
 
@@ -170,25 +129,12 @@ class LazyTensor(torch.Tensor):
         """Whether the source itself, rather than its values, may still be used."""
         return self.source.exposed is None
 
-    @property
-    def only_leading(self) -> bool:
-        """Whether the views merely split or merged leading (time, batch) axes of the source."""
-        base, now = self.source.layout, self.meta_tensor
-        tail = base.dim() - 1
-        if now.dim() < tail or now.shape[now.dim() - tail :] != base.shape[1:]:
-            return False
-        if now.stride()[now.dim() - tail :] != base.stride()[1:]:
-            return False
-        step = base.stride(0)
-        for length, stride in zip(
-            reversed(now.shape[: now.dim() - tail]),
-            reversed(now.stride()[: now.dim() - tail]),
-            strict=True,
-        ):
-            if length != 1 and stride != step:
-                return False
-            step *= length
-        return True
+    def rows(self, channel_axis: int, channels: int) -> bool:
+        """Whether the rows of the source, in their order, are the pixels of this tensor.
+
+        Views may have split or merged time, batch and space; channels lie along ``channel_axis``.
+        """
+        return in_row_order(self.meta_tensor, channel_axis, channels)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"LazyTensor({tuple(self.shape)}, {type(self.source).__name__})"
@@ -197,15 +143,14 @@ class LazyTensor(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Views stay lazy, max-pooling of bits stays bits, everything else gets the values."""
+        """Views stay lazy, what :data:`ON_SOURCES` can do stays bits, the rest gets the values."""
         kwargs = kwargs or {}
         if func in VIEWS and isinstance(args[0], LazyTensor):
             return _view(func, args, kwargs)
-        if func is aten.max_pool2d_with_indices.default and isinstance(args[0], LazyTensor):
-            pooled = _max_pool(*args, **kwargs)
-            if pooled is not None:
-                # No caller can ask for the indices: that path differentiates, which we refuse.
-                return pooled, torch.empty(pooled.shape, dtype=torch.int64, device="meta")
+        if func in ON_SOURCES:
+            result = ON_SOURCES[func](*args, **kwargs)
+            if result is not None:
+                return result
         if any(argument.alias_info is not None for argument in func._schema.arguments):
             tree_map(_expose, (args, kwargs))  # it writes, or its result is a view of the memory
         args, kwargs = tree_map(_values, (args, kwargs))
@@ -221,34 +166,135 @@ def _values(x: Any) -> Any:
     return x.materialize() if isinstance(x, LazyTensor) else x
 
 
-def _view(func: Any, args: Any, kwargs: Any) -> LazyTensor:
+def _view(func: Any, args: Any, kwargs: Any) -> Any:
     x, rest = args[0], args[1:]
 
     def view(value: Tensor) -> Tensor:
         seen: Tensor = func(value, *rest, **kwargs)
         return seen
 
-    return LazyTensor(x.source, view(x.meta_tensor), (*x.views, view))
+    try:
+        meta = view(x.meta_tensor)
+    except RuntimeError:
+        if not x.compact:
+            raise
+        value = x.materialize().contiguous()
+        x.source, x.meta_tensor, x.views = _Values(value), value.to("meta"), ()
+        return view(value)
+    result = LazyTensor(x.source, meta, (*x.views, view))
+    result.compact = x.compact
+    return result
+
+
+def _clone(x: Any, memory_format: Any = None) -> LazyTensor | None:
+    """Bits need no copy of their values; the clone merely forgets who writes to the original."""
+    bits = _bits(x)
+    if bits is None:
+        return None
+    clone = LazyTensor(bits.copy(), x.meta_tensor, x.views)
+    clone.compact = memory_format == torch.contiguous_format
+    return clone
+
+
+def _add(x: Any, y: Any, *, alpha: float = 1) -> LazyTensor | None:
+    return _joined(SpikeBits.plus, x, y) if alpha == 1 else None
+
+
+def _multiply(x: Any, y: Any) -> LazyTensor | None:
+    return _joined(SpikeBits.times, x, y)
+
+
+def _joined(
+    join: Callable[[SpikeBits, SpikeBits], SpikeBits | None], x: Any, y: Any
+) -> LazyTensor | None:
+    """Two tensors of bits that lie alike, joined word by word."""
+    a, b = _bits(x), _bits(y)
+    if a is None or b is None or a.channels != b.channels or not _alike(x, y):
+        return None
+    result = join(a, b)
+    return None if result is None else LazyTensor(result, x.meta_tensor, x.views)
+
+
+def _complement(x: Any, other: Any, alpha: float = 1) -> LazyTensor | None:
+    bits = _bits(x)
+    if bits is None or isinstance(other, Tensor) or other != 1 or alpha != 1:
+        return None
+    result = bits.complement()
+    return None if result is None else LazyTensor(result, x.meta_tensor, x.views)
+
+
+def _bits(x: Any) -> SpikeBits | None:
+    if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits) or not x.fusable:
+        return None
+    return x.source if x.meta_tensor.numel() == x.source.layout.numel() else None  # not expanded
+
+
+def _alike(x: Tensor, y: Tensor) -> bool:
+    """Whether the same index means the same place in memory."""
+    if x.shape != y.shape:
+        return False
+    strides = zip(x.shape, x.stride(), y.stride(), strict=True)
+    return all(length == 1 or a == b for length, a, b in strides)
 
 
 def _max_pool(
-    x: LazyTensor,
+    x: Any,
     kernel: list[int],
     stride: list[int] | None = None,
     padding: list[int] | None = None,
     dilation: list[int] | None = None,
     ceil_mode: bool = False,
-) -> LazyTensor | None:
-    source = x.source
-    if not isinstance(source, SpikeBits) or not x.fusable or not x.only_leading:
-        return None
-    if ceil_mode or x.dim() != 4:
-        return None
-    if any(d != 1 for d in dilation or [1]):
+) -> tuple[LazyTensor, Tensor] | None:
+    if not _is_image_batch(x) or ceil_mode or any(d != 1 for d in dilation or [1]):
         return None
     kernel = _pair(kernel)
-    return LazyTensor(source.max_pool(kernel, _pair(stride or kernel), _pair(padding or [0])))
+    pooled = x.source.max_pool(kernel, _pair(stride or kernel), _pair(padding or [0]))
+    if pooled is None:
+        return None
+    lazy = LazyTensor(pooled)
+    # No caller can ask for the indices: that path differentiates, which we refuse.
+    return lazy, torch.empty(lazy.shape, dtype=torch.int64, device="meta")
+
+
+def _avg_pool(
+    x: Any,
+    kernel: list[int],
+    stride: list[int] | None = None,
+    padding: list[int] | None = None,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> LazyTensor | None:
+    bits = _bits(x)
+    if bits is None or not _is_image_batch(x) or ceil_mode or divisor_override is not None:
+        return None
+    if any(padding or [0]):
+        return None
+    kernel = _pair(kernel)
+    pooled = bits.avg_pool(kernel, _pair(stride or kernel))
+    return None if pooled is None else LazyTensor(pooled)
+
+
+def _is_image_batch(x: Any) -> bool:
+    """Whether ``x`` is its source's own ``(images, channels, height, width)``."""
+    return (
+        isinstance(x, LazyTensor)
+        and x.fusable
+        and x.dim() == 4
+        and _alike(x.meta_tensor, x.source.layout)
+    )
 
 
 def _pair(values: list[int]) -> list[int]:
     return list(values) * 2 if len(values) == 1 else list(values)
+
+
+ON_SOURCES: dict[Any, Callable[..., Any]] = {
+    aten.clone.default: _clone,
+    aten.add.Tensor: _add,
+    aten.mul.Tensor: _multiply,
+    aten.rsub.Scalar: _complement,
+    aten.max_pool2d_with_indices.default: _max_pool,
+    aten.avg_pool2d.default: _avg_pool,
+}
+"""Operations that may stay with the source: each gives None where it must have the values."""

@@ -109,7 +109,8 @@ class NeuronCall:
 
     def structure(self) -> Neuron:
         """The C structure; it points into this object's tensors."""
-        row = {name: self.parameters[i].data_ptr() for i, name in enumerate(ROWS)}
+        first, length = self.parameters.data_ptr(), 4 * self.parameters.shape[1]
+        row = {name: first + i * length for i, name in enumerate(ROWS)}
         kind, timing, inclusive, synapse = self.modes
         return Neuron(
             *(row[name] for name in ROWS[:5]),

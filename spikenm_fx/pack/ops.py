@@ -9,7 +9,8 @@ from torch.library import Library, register_fake
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import KERNELS
-from spikenm_fx.pack.backends.cpu import LayerShape, is_channels_last, run_integrate, run_layer
+from spikenm_fx.pack.backends.cpu import LayerShape, is_channels_last, run_layer
+from spikenm_fx.pack.backends.integrate import run_integrate
 from spikenm_fx.pack.backends.reference import packed_layer
 from spikenm_fx.pack.format import LayerGeometry, LayerKind, PackedWeight
 from spikenm_fx.pack.layouts import Layout

@@ -18,13 +18,15 @@ class LayerReport:
         shape: of the weight.
         pattern: N:M that the weight satisfies, or "" where it is not packed.
         choice: how it runs.
-        rate: share of ones in its input on the examples; None if the input was not binary.
-        milliseconds: per candidate, median on the examples' input.
+        rate: share of its input on the examples that is not zero; None if that was neither spikes
+            nor counts of spikes.
+        milliseconds: per candidate, the least on the examples' input.
         neuron: the neuron that is fused with it, or "".
         note: why it is not packed, or why its neuron is not fused.
         dense_bytes: of the dense fp32 weight.
         packed_bytes: in a packed file.
-        resident_bytes: in memory, the execution layout included.
+        resident_bytes: in memory, the execution layouts included.
+        planes: binary digits of its input: 1 for spikes, more for sums and pools of spikes.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerReport:
     dense_bytes: int = 0
     packed_bytes: int = 0
     resident_bytes: int = 0
+    planes: int = 1
 
     @property
     def gain(self) -> float | None:
@@ -71,6 +74,8 @@ class PackReport:
 
 def _row(layer: LayerReport) -> tuple[str, ...]:
     rate = "" if layer.rate is None else f"{layer.rate:.1%}"
+    if layer.planes > 1:
+        rate += f" x{layer.planes}"
     gain = "" if layer.gain is None else f"{layer.gain:.2f}x"
     shape = "x".join(map(str, layer.shape))
     return (

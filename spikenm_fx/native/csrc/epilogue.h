@@ -14,6 +14,11 @@ struct Sums {
   const float *y;
   int64_t stride, o0, outputs, p0, pixels;
   int64_t count = 1ll << 62;  // of pixels to finish, where that is fewer
+  int64_t step_pixels = -1;   // between two steps, where not `pixels`: 0 if all steps are alike
+
+  int64_t row(int64_t step, int64_t p) const {
+    return step * (step_pixels < 0 ? pixels : step_pixels) + p;
+  }
 };
 
 SNM_INLINE vf load_part(const float *p, int64_t n) {
@@ -86,7 +91,7 @@ struct Epilogue {
       return block;
     }
     stride = s.stride;
-    return s.y + (step * s.pixels + p) * s.stride + o;
+    return s.y + s.row(step, p) * s.stride + o;
   }
 
   // Sums in scratch are padded to whole vectors; those of another producer are not.
@@ -219,27 +224,64 @@ struct Epilogue {
   }
 };
 
-// The neuron alone, on sums that something else has computed.
+// The neuron alone, on sums that something else has computed, max-pooled on the way where the
+// geometry has a window.  kind 1: the input is one step, the same at all steps.
 struct Integrate {
   static constexpr int64_t kPixels = 64;
   const snm_call *call;
+  Tokens tokens;
+  int64_t channels, given;  // steps of the input
+  bool pooled;
+
+  explicit Integrate(const snm_call *c)
+      : call(c),
+        tokens(c->geometry),
+        channels(c->geometry->groups * c->geometry->og),
+        given(c->kind == 1 ? 1 : c->geometry->steps),
+        pooled(c->geometry->h * c->geometry->w * c->geometry->kh * c->geometry->kw != 1) {}
 
   static void item(void *self, int64_t index) {
-    const snm_call *call = static_cast<const Integrate *>(self)->call;
+    static_cast<const Integrate *>(self)->run(index * kPixels);
+  }
+
+  void run(int64_t p0) const {
+    const int64_t pixels = pooled ? kPixels : tokens.pixels;
+    const float *y = pooled ? pool(p0) : static_cast<const float *>(call->input) + p0 * channels;
+    Epilogue<false>(call).finish(
+        {y, channels, 0, channels, p0, pixels, kPixels, given == 1 ? 0 : pixels}, 0);
+  }
+
+  // [step][pixel][channel] of kPixels pixels from p0.
+  const float *pool(int64_t p0) const {
     const snm_geometry *g = call->geometry;
-    const int64_t pixels = g->images * g->oh * g->ow, p0 = index * kPixels;
-    const int64_t stride = g->groups * g->og;
-    const float *y = static_cast<const float *>(call->input) + p0 * stride;
-    Epilogue<false>(call).finish({y, stride, 0, stride, p0, pixels, kPixels}, 0);
+    float *y = static_cast<float *>(snm_scratch(0, sizeof(float) * given * kPixels * channels));
+    float *outside = static_cast<float *>(snm_scratch(1, sizeof(float) * channels));
+    for (int64_t c = 0; c < channels; ++c) outside[c] = -__builtin_inff();
+    const uint8_t *rows[kPixels];
+    for (int64_t t = 0; t < given; ++t)
+      for (int64_t tap = 0; tap < g->kh * g->kw; ++tap) {
+        tokens.rows(static_cast<const uint8_t *>(call->input), channels * sizeof(float),
+                    reinterpret_cast<const uint8_t *>(outside), t, tap, p0, kPixels, rows);
+        for (int64_t i = 0; i < kPixels; ++i)
+          largest(reinterpret_cast<const float *>(rows[i]), y + (t * kPixels + i) * channels, tap);
+      }
+    return y;
+  }
+
+  void largest(const float *row, float *y, int64_t tap) const {
+    for (int64_t c = 0; c < channels; ++c) {
+      const bool take = !tap || row[c] > y[c] || row[c] != row[c];  // NaN stays
+      y[c] = take ? row[c] : y[c];
+    }
   }
 };
 
 int32_t integrate(const snm_call *call) {
   const snm_geometry *g = call->geometry;
   if (!call->neuron || g->image_stride != 1) return -1;
-  Integrate self = {call};
-  snm_parallel(ceil_div(g->images * g->oh * g->ow, Integrate::kPixels), call->threads,
-               Integrate::item, &self);
+  Integrate self(call);
+  snm_parallel(ceil_div(self.tokens.pixels, Integrate::kPixels), call->threads, Integrate::item,
+               &self);
   return 0;
 }
 

@@ -21,7 +21,6 @@ __all__ = [
     "LayerShape",
     "is_channels_last",
     "pack_spikes",
-    "run_integrate",
     "run_layer",
     "run_spikes",
 ]
@@ -275,34 +274,3 @@ def run_spikes(
         torch.get_num_threads(),
     )
     return bool(getattr(native, layout.kernel)(ctypes.byref(call)) == 0)
-
-
-def run_integrate(
-    x: Tensor, neuron: NeuronCall, out: Tensor | None, out_bits: Tensor | None = None
-) -> bool:
-    """Run a neuron alone over all steps; False where there are no kernels.
-
-    Args:
-        x: inputs, ``[steps][pixels][channels]`` in memory; its shape is (steps, pixels, channels).
-        neuron: the rule, with the state that is updated in place.
-        out: fp32 spikes, laid out like ``x``, or None.
-        out_bits: int64 ``(steps * pixels, words)``, or None.
-    """
-    native = kernels()
-    if native is None:
-        return False
-    steps, pixels, channels = x.shape
-    if not x.numel():
-        return True
-    one, linear = (1, 1), LayerGeometry()
-    shape = LayerShape(steps, pixels, one, one, one, linear, channels, channels)
-    geometry, structure = shape.structure(), neuron.structure()
-    call = Call(
-        geometry=ctypes.pointer(geometry),
-        input=x.data_ptr(),
-        out=None if out is None else out.data_ptr(),
-        out_bits=None if out_bits is None else out_bits.data_ptr(),
-        neuron=ctypes.pointer(structure),
-        threads=torch.get_num_threads(),
-    )
-    return bool(native.integrate(ctypes.byref(call)) == 0)

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user may do wrong with an engine, and what must work although it is unusual."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from pack_strategies import prune
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PackError
+from spikenm_fx.pack import PackedLayer, native_status, pack
+from spikenm_fx.pattern import NM
+
+functional = pytest.importorskip("spikingjelly.activation_based.functional")
+layer = pytest.importorskip("spikingjelly.activation_based.layer")
+neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+BACKENDS = ["dense", "event", "lut", "fma"] if native_status().available else ["dense"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+class Residual(nn.Module):
+    """Spikes, a sum of spikes, a norm that cannot be folded, a readout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = layer.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.norm = layer.BatchNorm2d(16)
+        self.a, self.b, self.c = (neuron.LIFNode(v_threshold=0.5) for _ in range(3))
+        self.body = layer.Conv2d(16, 16, 3, padding=1)
+        self.joined = layer.BatchNorm2d(16)
+        self.tail = layer.Conv2d(16, 16, 3, stride=2)
+        self.readout = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, 3, H, W]`` or ``[B, 3, H, W]`` to logits."""
+        x = self.a(self.norm(self.stem(x)))
+        x = x + self.b(self.body(x))
+        x = self.c(self.joined(x) + 0.1 + self.joined(x))
+        return self.readout(self.tail(x).mean((-1, -2)))
+
+
+def _net(step_mode: str = "m") -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    functional.set_step_mode(model, step_mode)
+    for module in (model.body, model.tail):
+        module.weight.data = prune(module.weight.data * 4, NM(2, 4))
+    return model, torch.rand(4, 2, 3, 12, 12) * 3
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    return float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
+
+
+@backends
+def test_outside_no_grad(backend):
+    """An engine called as it is, with parameters left in it, needs no no_grad around it."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    y = engine(x)
+    assert not y.requires_grad
+    assert all(p.requires_grad for p in model.parameters())
+    assert _close(y, model(x).detach())
+
+
+@backends
+def test_inference_mode_and_back(backend):
+    """State written in inference mode is no obstacle afterwards."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    with torch.no_grad():
+        expected = [model(x), model(x)]
+    with torch.inference_mode():
+        first = engine(x)
+    second = engine(x)
+    assert _close(first, expected[0])
+    assert _close(second, expected[1])
+
+
+@backends
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: x.double(), "float64"),
+        (lambda x: x.half(), "float16"),
+        (lambda x: x.long(), "int64"),
+        (lambda x: x > 0.5, "bool"),
+        (lambda x: x.to("meta"), "meta"),
+        (lambda x: x[:, :, :2], "3 channels"),
+        (lambda x: x[..., 0], "(?i)dimension|shape|size"),
+        (lambda x: x[..., :1, :1], "(?i)smaller than the kernel|kernel size"),
+        (lambda x: x.requires_grad_(), "no gradients"),
+    ],
+)
+def test_wrong_inputs(backend, change, match):
+    """Dtype, device, channels, dimensions, size, gradients: an error that says what is wrong."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    with pytest.raises((PackError, RuntimeError, ValueError), match=match):
+        engine(change(x.clone()))
+    functional.reset_net(engine)
+    with torch.no_grad():
+        assert _close(engine(x), model(x))
+
+
+@backends
+def test_training_is_refused_everywhere(backend):
+    """Neither the engine nor a part of it can be switched to training."""
+    engine = pack(*_net(), backend=backend)
+    for part in (engine, engine.body):
+        with pytest.raises(PackError, match="train the original model"):
+            part.train()
+    assert not engine.body.training
+    engine.eval()
+
+
+@backends
+@pytest.mark.parametrize("shape", [(4, 1, 3, 12, 12), (1, 2, 3, 12, 12), (7, 3, 3, 9, 15)])
+def test_other_shapes(backend, shape):
+    """Another batch, other steps, another size: as in the model."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    other = torch.rand(shape) * 3
+    with torch.no_grad():
+        assert _close(engine(other), model(other))
+
+
+@backends
+def test_an_empty_batch(backend):
+    """No images, no spikes, no crash."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    with torch.no_grad():
+        assert engine(x[:, :0]).shape == (4, 0, 10)
+
+
+@backends
+def test_single_steps(backend):
+    """A loop over time around the engine, with a reset in between."""
+    model, x = _net("s")
+    engine = pack(model, x[0], backend=backend)
+    with torch.no_grad():
+        for _ in range(2):
+            for step in x:
+                assert _close(engine(step), model(step))
+            functional.reset_net(model)
+            functional.reset_net(engine)
+
+
+@backends
+def test_loading_other_weights(backend):
+    """What is loaded into an engine is what it runs; what is no packed weight is refused."""
+    model, x = _net()
+    other, _ = _net()
+    for module in (other.body, other.tail):
+        module.weight.data = prune(torch.randn_like(module.weight), NM(2, 4))
+    engine, donor = pack(model, x, backend=backend), pack(other, x, backend=backend)
+    engine.load_state_dict(donor.state_dict())
+    with torch.no_grad():
+        assert _close(engine(x), other(x))
+    edited = copy.deepcopy(donor.state_dict())
+    edited["body.indices"].fill_(0)
+    with pytest.raises(PackError, match="ascend"):
+        engine.load_state_dict(edited)
+
+
+@backends
+def test_copies_are_independent(backend):
+    """A deepcopy and an unpickled engine run alike and share no state."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    with torch.no_grad():
+        first = engine(x)
+        twin = copy.deepcopy(engine)
+        second = engine(x)
+        assert torch.equal(twin(x), second)
+        functional.reset_net(twin)
+        assert torch.equal(twin(x), first)
+    layers = [m for m in engine.modules() if isinstance(m, PackedLayer)]
+    for one in layers:
+        again = pickle.loads(pickle.dumps(one))
+        assert again.packed == one.packed
+        assert again.choice == one.choice
+
+
+@backends
+def test_threads_do_not_matter(backend):
+    """One or two threads give the same bits."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            functional.reset_net(engine)
+            with torch.no_grad():
+                found.append(engine(x))
+    finally:
+        torch.set_num_threads(before)
+    if backend == "dense":  # torch's own sums may differ
+        assert _close(found[1], found[0])
+    else:
+        assert torch.equal(found[0], found[1])
+
+
+def test_packing_an_engine():
+    """An engine is no model to pack, and the error says what is."""
+    model, x = _net()
+    with pytest.raises(PackError, match="stem is packed already"):
+        pack(pack(model, x), x)
+
+
+def test_forcing_a_kernel_on_a_layer_that_cannot():
+    """The error names the layer, and what would be possible."""
+    model, x = _net()
+    model.body.weight.data = torch.randn_like(model.body.weight)
+    with pytest.raises(PackError, match=r"body .* cannot run as 'event8'; possible here: dense"):
+        pack(model, x, backend={"body": "event8"})
