@@ -495,6 +495,23 @@ def test_report_writes_one_page(run, project: Path, weights: Path) -> None:
     assert [layer["pattern"] for layer in again.data["layers"]] == [None, "2:4", None]
 
 
+def test_report_times_what_there_is_and_takes_other_energies(
+    run, project: Path, weights: Path
+) -> None:
+    """Dense, folded and packed take turns where the model is sparse; constants are the user's."""
+    words = ["report", TARGET, "--root", project, "-i", "2,3,8,8", "-c", weights, "--json"]
+    dense = run(*words, "--latency").data
+    assert set(dense["latency"]["total"]) == {"dense"}
+    sparse = run(*words, "--latency", "--sparsify").data
+    assert list(sparse["latency"]["total"]) == ["dense", "folded", "packed"]
+    assert sparse["layers"][1]["kept_magnitude"] > 0.5
+    free = run(*words, "--pj-per-ac", "0", "--pj-per-mac", "10").data
+    assert free["energy"] == {"pj_per_ac": 0.0, "pj_per_mac": 10.0}
+    total = free["total"]
+    assert total["picojoule_per_sample"] == 10 * total["macs_per_sample"]
+    assert run(*words, "--pj-per-ac", "-1").code == 2
+
+
 def test_wrong_input_shape_is_code_3(run, project: Path) -> None:
     """An input the model cannot run names its shape; a malformed one its form."""
     ran = run("report", TARGET, "--root", project, "-i", "2,4,8,8")

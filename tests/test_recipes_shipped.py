@@ -42,7 +42,10 @@ def test_recipe_is_valid_and_gives_its_reasons(file: Path) -> None:
     assert recipe.expected is not None
     assert recipe.rules
     assert all(rule.reason for rule in recipe.rules)
-    assert recipe.target.repo is None or len(recipe.target.commit or "") == 40
+    if recipe.target.repo is not None:
+        assert len(recipe.target.commit or "") == 40
+    else:
+        assert any(need.startswith(f"{recipe.target.package}==") for need in recipe.target.requires)
 
 
 def test_the_promised_models_have_recipes() -> None:

@@ -45,7 +45,11 @@ Pattern = Annotated[
 ]
 RootOption = Annotated[
     Path | None,
-    typer.Option("--root", help="Folder of the code (or of checkouts); the current one else."),
+    typer.Option(
+        "--root",
+        help="Folder of the code or of checkouts. Recipes of repositories need it; for "
+        "module:Class it is the current one by default.",
+    ),
 ]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")

@@ -69,7 +69,7 @@ def _text(
     dense = [layer for layer in decided.layers if layer.nm is None]
     reset = _reset(model)
     lines = [
-        "# A recipe says how one model becomes N:M sparse. Check it: spikenm-fx recipe check FILE",
+        "# How one model becomes N:M sparse. Try: spikenm-fx recipe check THIS_FILE --root FOLDER",
         "version: 1",
         f"name: {json.dumps(type(model).__name__)}",
         "target:",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,11 @@ from spikenm_fx.cli.common import (
     RootOption,
     Screen,
 )
+from spikenm_fx.report.energy import PJ_PER_AC, PJ_PER_MAC, EnergyModel
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spikenm_fx.report.model import Report
 
 __all__ = ["doctor", "plan", "report", "verify"]
@@ -82,6 +86,15 @@ def report(
     sparse: Annotated[
         bool, typer.Option("--sparsify", help="Report the one-shot sparse model instead.")
     ] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time it too: dense, folded, packed.")
+    ] = False,
+    pj_per_ac: Annotated[
+        float, typer.Option(help="Picojoule of one accumulation.", min=0)
+    ] = PJ_PER_AC,
+    pj_per_mac: Annotated[
+        float, typer.Option(help="Picojoule of one multiply-accumulate.", min=0)
+    ] = PJ_PER_MAC,
     as_json: Json = False,
 ) -> None:
     """Measure density, firing rates, exact SynOps, energy and bytes."""
@@ -90,17 +103,44 @@ def report(
     screen = Screen(as_json)
     with screen.working("running the model"):
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
+        dense = copy.deepcopy(loaded.model) if sparse else None
         if sparse:
-            loaded.sparsify(loaded.plan())
-        found = measure(loaded, data)
+            loaded.sparsify(loaded.plan(), "magnitude")
+        found = measure(
+            loaded,
+            data,
+            reference=dense,
+            energy=EnergyModel(pj_per_ac, pj_per_mac),
+            latency=_variants(loaded, dense) if latency else False,
+        )
     if html is not None:
         write_atomically(html, lambda part: part.write_text(found.to_html(), encoding="utf-8"))
     note = f"\npage: {html}" if html is not None else ""
     screen.result(found.to_dict(), f"{found}{note}")
 
 
-def measure(loaded: Loaded, data: Path | None = None, batches: int = 2) -> Report:
-    """The report of a loaded model over ``data``, or over random batches of its recipe."""
+def _variants(loaded: Loaded, dense: nn.Module | None) -> dict[str, nn.Module]:
+    """What there is to time: the model before, folded, and packed where it is N:M."""
+    import spikenm_fx
+
+    folded = copy.deepcopy(loaded.model)
+    if dense is not None:
+        spikenm_fx.fold(folded)
+    elif not spikenm_fx.verify(folded).valid:
+        return {"dense": folded}
+    before = {"dense": dense} if dense is not None else {}
+    return {**before, "folded": folded, "packed": spikenm_fx.pack(folded, loaded.batch())}
+
+
+def measure(loaded: Loaded, data: Path | None = None, batches: int = 2, **options: Any) -> Report:
+    """The report of a loaded model over ``data``, or over random batches of its recipe.
+
+    Args:
+        loaded: what to run, and how.
+        data: file of one batch.
+        batches: random ones, where there is no file.
+        options: of :func:`spikenm_fx.report`.
+    """
     from spikenm_fx.plan.target import forward, reset_function
     from spikenm_fx.report.measure import report as measured
 
@@ -113,6 +153,7 @@ def measure(loaded: Loaded, data: Path | None = None, batches: int = 2) -> Repor
         forward=lambda model, batch: forward(model, batch, inputs),
         reset=reset,
         batch_dim=1 if inputs.time == "leading" else 0,
+        **options,
     )
 
 
