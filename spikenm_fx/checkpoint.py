@@ -38,7 +38,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     state = _tensors(_unwrap(_read(path)))
     if not state:
         raise CheckpointError(
@@ -80,8 +80,8 @@ def _read(path: Path) -> Any:
         ) from error
     except Exception as error:  # arbitrary bytes make torch's reader raise nearly anything
         raise CheckpointError(
-            f"{path}: not a complete torch checkpoint: {_first_line(error)}; "
-            "was the copy cut short?"
+            f"{path}: not a complete torch checkpoint ({type(error).__name__}: "
+            f"{_first_line(error)}); was the copy cut short, or is it another kind of file?"
         ) from error
 
 

@@ -205,6 +205,9 @@ def _summary(results: list[dict[str, Any]]) -> str:
         for stage, text in result["stages"].items():
             if text != "ok":
                 lines.append(f"         {stage}: {text}")
+    skipped = sum(result["skipped"] for result in results)
+    ok = sum(result["ok"] and not result["skipped"] for result in results)
+    lines.append(f"{ok} ok, {len(results) - ok - skipped} failed, {skipped} skipped")
     return "\n".join(lines)
 
 
