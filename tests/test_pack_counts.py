@@ -253,6 +253,25 @@ def test_report_counts_digits():
     assert "x4" in str(packing(pack(model, x)))
 
 
+def test_one_layout_for_counts_or_for_spikes():
+    """A layer that reads counts keeps no second layout for spikes, and still reads spikes."""
+    generator = torch.Generator().manual_seed(0)
+    plain = nn.Conv2d(64, 32, 3, padding=1)
+    packed = pack_weight(plain.weight, "1:1", geometry=LayerGeometry.of_layer(plain))
+    layer = PackedLayer(packed, plain.bias, choice="event")
+    spikes = _bits(_spikes(generator, (2, 64, 6, 6)))
+    before = layer.resident_bytes
+    layer.expect_counts()
+    assert layer.resident_bytes == before
+    counts = layer(spikes + spikes)
+    both = layer.resident_bytes
+    layer.expect_counts()
+    assert layer.resident_bytes < both
+    assert torch.equal(layer(spikes + spikes), counts)
+    for x in (spikes, spikes.materialize()):
+        assert float((layer(x) - plain(spikes.materialize())).abs().max()) < 1e-5
+
+
 def test_nan_survives_the_pool():
     """A NaN that reaches the pool before the neuron keeps it from firing, as in torch."""
     from spikingjelly.activation_based import functional
@@ -268,3 +287,44 @@ def test_nan_survives_the_pool():
         with torch.no_grad():
             net(x)
     assert torch.equal(spikes["model"], spikes["engine"])
+
+
+def test_a_residual_block_compiles_and_exports():
+    """Sums of spikes reach the operators as fp32 there, and the result is the same."""
+    from spikingjelly.activation_based import functional
+
+    model, x = _block("add")
+    engine = pack(model, x, backend="event")
+    with torch.no_grad():
+        expected = engine(x)
+        functional.reset_net(engine)
+        compiled = torch.compile(engine, backend="aot_eager", fullgraph=True)
+        assert float((compiled(x) != expected).float().mean()) < 1e-3
+        functional.reset_net(engine)
+        exported = torch.export.export(engine, (x,))
+        assert float((exported.module()(x) != expected).float().mean()) < 1e-3
+    assert sum("sparse_layer" in str(node.target) for node in exported.graph.nodes) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [("sew_resnet18", "event"), ("spikformer-4-256", "lut")]
+)
+def test_whole_networks_against_the_eager_model(name, backend):
+    """Neuron by neuron the model's spikes; where rounding flips one, one in 100,000 at first."""
+    from spikenm_fx.bench import network as bench
+
+    torch.manual_seed(0)
+    network = bench.NETWORKS[name]()
+    bench._prune(network.model, NM(2, 4))
+    x = network.inputs(1)
+    rates = bench.calibrate_rates(network, x, 0.1)
+    assert 0.05 < rates["mean"] < 0.2
+    assert all(rate > 0.001 for rate in rates["neurons"].values())
+    engine = pack(network.model, x, backend=backend)
+    rows = packing(engine).layers
+    assert sum(bool(row.neuron) for row in rows) == len(rows) - 1
+    agreement = bench._agreement(network, engine, x)
+    assert agreement["first_mismatch"] < 1e-5
+    if not agreement["spike_mismatch"]:
+        assert agreement["same_predictions"] == 1.0
+        assert agreement["largest_difference"] < 1e-4

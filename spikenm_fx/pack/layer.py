@@ -24,7 +24,8 @@ from spikenm_fx.pack.spikes import WORD, SpikeBits
 
 __all__ = ["Choice", "PackedLayer"]
 
-PARTS = ("_weights", "_codes", "_blocks", "_row_scale", "_dense")
+LAYOUT = ("_weights", "_codes", "_blocks", "_row_scale")
+PARTS = (*LAYOUT, "_dense")
 
 Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
 """How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
@@ -117,17 +118,28 @@ class PackedLayer(nn.Module):
                 f"possible here: {', '.join(self.candidates())}"
             )
         self.choice = choice
-        self._dense = self._weights = self._codes = self._blocks = self._row_scale = None
+        self._forget(*PARTS)
         self._counting = {}
         if choice == "dense":
             dense = self.weight
             form = torch.channels_last if dense.dim() == 4 else torch.contiguous_format
             self._dense = dense.contiguous(memory_format=form)
         elif choice != "reference":
-            layout = layout_for(_kernel(choice), self.packed)
-            self._weights, self._codes = layout.weights, layout.codes
-            self._blocks, self._row_scale = layout.blocks, layout.scale
-            self._kind = layout.kind
+            self._lay_out()
+
+    def _lay_out(self) -> None:
+        layout = layout_for(_kernel(self.choice), self.packed)
+        self._weights, self._codes = layout.weights, layout.codes
+        self._blocks, self._row_scale = layout.blocks, layout.scale
+        self._kind = layout.kind
+
+    def _forget(self, *parts: str) -> None:
+        self._buffers.update(dict.fromkeys(parts))
+
+    def expect_counts(self) -> None:
+        """Drop the layout for plain spikes where there is one for counts; it returns on demand."""
+        if self._counting:
+            self._forget(*LAYOUT)
 
     def adopt(self, prepared: PackedLayer) -> None:
         """Run as another layer of the same weight does; shares what that one has prepared."""
@@ -148,6 +160,8 @@ class PackedLayer(nn.Module):
                 weight = weight_for_counts(self.packed, *code)
                 self._counting[code] = layout_for(_kernel(self.choice), weight)
             return self._counting[code]
+        if self._weights is None:
+            self._lay_out()
         assert self._weights is not None
         assert self._codes is not None
         assert self._blocks is not None
