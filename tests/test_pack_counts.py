@@ -311,20 +311,21 @@ def test_a_residual_block_compiles_and_exports():
 )
 def test_whole_networks_against_the_eager_model(name, backend):
     """Neuron by neuron the model's spikes; where rounding flips one, one in 100,000 at first."""
-    from spikenm_fx.bench import network as bench
+    from spikenm_fx.bench import subjects
+    from spikenm_fx.bench.network import agreement
 
     torch.manual_seed(0)
-    network = bench.NETWORKS[name]()
-    bench._prune(network.model, NM(2, 4))
+    network = subjects.NETWORKS[name]()
+    subjects.prune(network.model, NM(2, 4))
     x = network.inputs(1)
-    rates = bench.calibrate_rates(network, x, 0.1)
+    rates = subjects.calibrate_rates(network, x, 0.1)
     assert 0.05 < rates["mean"] < 0.2
     assert all(rate > 0.001 for rate in rates["neurons"].values())
     engine = pack(network.model, x, backend=backend)
     rows = packing(engine).layers
     assert sum(bool(row.neuron) for row in rows) == len(rows) - 1
-    agreement = bench._agreement(network, engine, x)
-    assert agreement["first_mismatch"] < 1e-5
-    if not agreement["spike_mismatch"]:
-        assert agreement["same_predictions"] == 1.0
-        assert agreement["largest_difference"] < 1e-4
+    found = agreement(network, engine, x)
+    assert found["first_mismatch"] < 1e-5
+    if not found["spike_mismatch"]:
+        assert found["same_predictions"] == 1.0
+        assert found["largest_difference"] < 1e-4

@@ -193,6 +193,7 @@ class PackedLayer(nn.Module):
         lead = tuple(x.shape[: x.dim() - spatial - 1]) if spatial else ()
         if spatial:
             x = x.reshape(-1, *x.shape[x.dim() - spatial - 1 :])
+        y: Tensor
         if self._weights is None:
             weight = self.weight if self._dense is None else self._dense
             y = dense_layer(x, weight, self.bias, self.geometry)
