@@ -541,6 +541,7 @@ def test_doctor_tells_signals_and_neurons(run, project: Path) -> None:
     assert layers["stem"]["signal"] == "analog"
     assert layers["body"]["signal"] == "spike"
     assert layers["body"]["feeds"] == ["lif2"]
+    assert 0 < layers["body"]["rate"] < 1  # gains of a silent network would flatter
     text = run("doctor", TARGET, "--root", project).out
     assert "--input" in text
     assert run("recipe", "schema", "--json").code == 0

@@ -106,11 +106,13 @@ class Loaded:
         model: built, with the checkpoint's weights where one was given.
         recipe: given or made up from the options.
         root: where its code may come from.
+        trained: whether its weights are a checkpoint's.
     """
 
     model: nn.Module
     recipe: Recipe
     root: Root
+    trained: bool = False
     _graph: SpikingGraph | None = None
 
     @classmethod
@@ -142,7 +144,7 @@ class Loaded:
         model = build_model(recipe, found)
         if checkpoint is not None:
             load_into(model, load_state(checkpoint), source=str(checkpoint))
-        loaded = cls(model, recipe, found)
+        loaded = cls(model, recipe, found, checkpoint is not None)
         if not _is_file(target):
             loaded.learn_time()
         return loaded

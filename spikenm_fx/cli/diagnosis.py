@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.cli.common import Loaded
-from spikenm_fx.cli.packing import kernel_choices
+from spikenm_fx.cli.packing import KernelChoice, kernel_choices
+from spikenm_fx.cli.waking import rouse, wake
 from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.plan.plan import LayerPlan, Plan
 from spikenm_fx.trace import SpikingGraph, trace
@@ -39,6 +41,7 @@ class LayerDiagnosis:
         feeds: neurons that it drives.
         kernel: how it will run on this machine, or "-" where that is not known.
         gain: dense time over the kernel's, measured here; None where it was not measured.
+        rate: share of its input that spiked then; None where it was not measured.
         advice: what to do about it, where something can be done.
     """
 
@@ -50,6 +53,7 @@ class LayerDiagnosis:
     feeds: tuple[str, ...]
     kernel: str = "-"
     gain: float | None = None
+    rate: float | None = None
     advice: str = ""
 
 
@@ -91,9 +95,9 @@ class Diagnosis:
             "",
         ]
         rows = [_HEAD, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        widths = [max(len(row[i]) for row in rows) for i in range(8)]
         lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[7]]).rstrip()
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[8]]).rstrip()
             for row in rows
         ]
         advice: dict[str, list[str]] = {}
@@ -106,7 +110,7 @@ class Diagnosis:
         return "\n".join([*head, *lines, *(["", "what to do", *tail] if tail else [])])
 
 
-_HEAD = ("layer", "weight", "pattern", "input", "drives", "runs as", "gain", "why")
+_HEAD = ("layer", "weight", "pattern", "input", "drives", "runs as", "gain", "rate", "why")
 
 _ROUTES = {
     "fx": "followed with real values through every operation",
@@ -161,14 +165,17 @@ def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
         return None
 
 
-def _kernels(
-    loaded: Loaded, decided: Plan, blocked: list[str]
-) -> dict[str, tuple[str, float | None, str]]:
-    """Choice, measured gain and note by layer, from a copy that is pruned in one shot."""
+def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice]:
+    """How layers will run, from a copy that is pruned in one shot.
+
+    Speed depends on firing: without a checkpoint the copy is woken first, or it would be silent.
+    """
     if not loaded.knows_its_input:
         return {}
     try:
         twin = copy.deepcopy(loaded.model)
+        if not loaded.trained:
+            _wake(twin, loaded)
         spikenm_fx.fold(spikenm_fx.sparsify(twin, decided, method="magnitude"))
         return kernel_choices(twin, loaded.batch())
     except Exception as error:
@@ -176,15 +183,33 @@ def _kernels(
         return {}
 
 
+def _wake(twin: nn.Module, loaded: Loaded) -> None:
+    from spikenm_fx.plan.target import forward
+    from spikenm_fx.report import report
+    from spikenm_fx.report.preserve import reset_to_rest
+
+    batch, inputs = loaded.batch(), loaded.recipe.inputs
+
+    def run(model: nn.Module, batch: Tensor) -> Tensor:
+        return forward(model, batch, inputs)
+
+    def firing() -> dict[str, float]:
+        return {each.name: each.rate for each in report(twin, [batch], forward=run).neurons}
+
+    wake(twin, lambda model: run(model, batch), reset_to_rest)
+    rouse(twin, batch, firing)
+    reset_to_rest(twin)
+
+
 def _layer(
     entry: LayerPlan,
     graph: SpikingGraph | None,
-    kernels: dict[str, tuple[str, float | None, str]],
+    kernels: dict[str, KernelChoice],
     ruled: bool,
 ) -> LayerDiagnosis:
     record = graph.layers.get(entry.name) if graph is not None else None
     signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
-    kernel, gain, note = kernels.get(entry.name, ("-", None, ""))
+    runs = kernels.get(entry.name, KernelChoice())
     used = record is None or record.calls > 0 or graph is None or graph.route in _UNRUN
     return LayerDiagnosis(
         name=entry.name,
@@ -193,9 +218,10 @@ def _layer(
         reason=entry.reason,
         signal=signal,
         feeds=record.post if record is not None else (),
-        kernel=kernel,
-        gain=gain,
-        advice=_advice(entry, signal, used, ruled, note),
+        kernel=runs.kernel,
+        gain=runs.gain,
+        rate=runs.rate,
+        advice=_advice(entry, signal, used, ruled, runs.note),
     )
 
 
@@ -225,7 +251,7 @@ def _machine() -> str:
     )
 
 
-def _row(layer: LayerDiagnosis) -> tuple[str, str, str, str, str, str, str, str]:
+def _row(layer: LayerDiagnosis) -> tuple[str, ...]:
     return (
         layer.name,
         "x".join(map(str, layer.weight)),
@@ -234,6 +260,7 @@ def _row(layer: LayerDiagnosis) -> tuple[str, str, str, str, str, str, str, str]
         _few(list(layer.feeds)) or "-",
         layer.kernel,
         f"{layer.gain:.2f}x" if layer.gain is not None else "-",
+        f"{layer.rate:.1%}" if layer.rate is not None else "-",
         layer.reason,
     )
 
@@ -249,12 +276,14 @@ def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
     """Which kernels run how many layers, and what the N:M ones gain."""
     ways = Counter(layer.kernel for layer in layers)
     gains = [layer.gain for layer in layers if layer.pattern and layer.gain is not None]
+    rates = [layer.rate for layer in layers if layer.pattern and layer.rate is not None]
     text = ", ".join(f"{count} layers run as {kernel}" for kernel, count in ways.most_common())
     if not gains:
         return text
     return (
         f"{text}; N:M layers over dense: median {statistics.median(gains):.2f}x, least "
-        f"{min(gains):.2f}x, most {max(gains):.2f}x (measured here, on random input)"
+        f"{min(gains):.2f}x, most {max(gains):.2f}x "
+        f"(measured here on random input, {statistics.mean(rates or [0]):.0%} of it spikes)"
     )
 
 
