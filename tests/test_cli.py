@@ -226,6 +226,31 @@ def test_plan_and_sparsify_see_the_same_trace(run, project: Path, weights: Path)
     assert run("plan", TARGET, "--root", project, "-i", "2,4,8,8").code == 3
 
 
+def test_packages_beside_the_checkouts_serve_every_command(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROOT/_site/NAME-VERSION provides what a recipe requires; else how to install it is told."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "old_net_for_cli.py").write_text("import older_package_for_cli.part\n" + NET)
+    file = tmp_path / "old.yaml"
+    file.write_text(
+        "version: 1\ntarget: {repo: o/n, commit: abcdef1, build: 'old_net_for_cli:Net', "
+        "requires: ['older_package_for_cli==1.2']}\n"
+        "inputs: {shape: [2, 3, 8, 8], time: inside}\n"
+    )
+    ran = run("plan", file, "--root", tmp_path)
+    assert ran.code == 3
+    assert "--target ROOT/_site/older_package_for_cli-1.2 older_package_for_cli==1.2" in ran.err
+    package = tmp_path / "_site" / "older_package_for_cli-1.2" / "older_package_for_cli"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("")
+    for command in ("plan", "doctor", "report"):
+        assert run(command, file, "--root", tmp_path).code == 0
+    for name in [name for name in sys.modules if "_for_cli" in name]:
+        del sys.modules[name]
+
+
 def test_code_outside_the_root_is_code_3(run, project: Path) -> None:
     """A target outside the root is refused with a message instead of a traceback."""
     ran = run("plan", "os:getcwd", "--root", project)

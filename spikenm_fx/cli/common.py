@@ -132,11 +132,12 @@ class Loaded:
             CheckpointError: if the checkpoint does not fit.
         """
         from spikenm_fx.checkpoint import load_into, load_state
-        from spikenm_fx.plan.target import build_model, root_of
+        from spikenm_fx.plan.target import build_model, provided, root_of
 
         recipe = _recipe(target, nm, shape)
         if _is_file(target):
             found = root_of(recipe, root)
+            sys.path[:0] = [place for place in provided(recipe, root) if place not in sys.path]
         else:
             from spikenm_fx.plan.entry_point import Root
 

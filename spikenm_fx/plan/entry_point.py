@@ -211,8 +211,8 @@ def _import(entry: EntryPoint) -> ModuleType:
         if missing == entry.module or entry.module.startswith(missing + "."):
             raise RecipeError(f"entry point {entry}: there is no module {missing!r}") from error
         raise RecipeError(
-            f"entry point {entry}: importing it needs the package {missing.partition('.')[0]!r}, "
-            "which is not installed"
+            f"entry point {entry}: importing it needs the "
+            f"{'module' if '.' in missing else 'package'} {missing!r}, which is not installed"
         ) from error
     except Exception as error:
         raise RecipeError(

@@ -26,6 +26,7 @@ __all__ = [
     "find_checkout",
     "forward",
     "missing_requirements",
+    "provided",
     "reset_function",
     "root_of",
     "to_entry",
@@ -89,6 +90,18 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
     return dataclasses.replace(imports, folder=inner)
 
 
+def provided(recipe: Recipe, folder: Path | None) -> list[str]:
+    """Folders of package versions that lie beside the checkouts for this recipe alone.
+
+    ``pip install --no-deps --target ROOT/_site/NAME-VERSION NAME==VERSION`` provides one.
+    """
+    places = [
+        Path(folder or ".") / "_site" / requirement.replace("==", "-")
+        for requirement in (recipe.target.requires if folder is not None else [])
+    ]
+    return [str(place.resolve()) for place in places if place.is_dir()]
+
+
 def missing_requirements(requires: Sequence[str]) -> list[str]:
     """Which of ``name`` or ``name==version`` are not installed, each with what is there instead."""
     lacking = []
@@ -120,8 +133,7 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
         kwargs = {key: _objects(value, root) for key, value in target.kwargs.items()}
     except RecipeError as error:
         lacking = missing_requirements(target.requires)
-        hint = f"\n  the recipe was tried with: {'; '.join(lacking)}" if lacking else ""
-        raise RecipeError(f"{error}{hint}") from error
+        raise RecipeError(f"{error}{_install_hint(lacking)}") from error
     try:
         # Constructors of research code may import lazily from their own folder.
         with root.importing():
@@ -137,6 +149,17 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
         )
     _set_attributes(model, target.attributes)
     return model
+
+
+def _install_hint(lacking: Sequence[str]) -> str:
+    if not lacking:
+        return ""
+    exact = lacking[0].partition(" ")[0]
+    place = exact.replace("==", "-")
+    return (
+        f"\n  the recipe was tried with: {'; '.join(lacking)}; what differs can lie beside the "
+        f"checkouts:\n  pip install --no-deps --target ROOT/_site/{place} {exact}"
+    )
 
 
 def _set_attributes(model: nn.Module, values: Mapping[str, Any]) -> None:
