@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spikenm_fx.errors import CheckpointError
 
-__all__ = ["load_into", "load_state", "save_state", "write_atomically"]
+__all__ = ["load_into", "load_metadata", "load_state", "save_state", "write_atomically"]
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
 """Keys under which training scripts keep the state dict, tried in this order."""
@@ -38,7 +38,7 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
     state = _tensors(_unwrap(_read(path)))
     if not state:
         raise CheckpointError(
@@ -48,6 +48,15 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     return state
+
+
+def load_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for other and unreadable files."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError):
+        return {}
 
 
 def _read(path: Path) -> Any:
@@ -71,8 +80,8 @@ def _read(path: Path) -> Any:
         ) from error
     except Exception as error:  # arbitrary bytes make torch's reader raise nearly anything
         raise CheckpointError(
-            f"{path}: not a complete torch checkpoint: {_first_line(error)}; "
-            "was the copy cut short?"
+            f"{path}: not a complete torch checkpoint ({type(error).__name__}: "
+            f"{_first_line(error)}); was the copy cut short, or is it another kind of file?"
         ) from error
 
 

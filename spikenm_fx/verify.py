@@ -105,8 +105,14 @@ class Verification:
         return {"valid": self.valid, "layers": layers}
 
     def __str__(self) -> str:
-        head = "valid" if self.valid else "NOT VALID"
-        return "\n".join([f"{head}: {len(self.layers)} weights", *map(str, self.layers)])
+        return "\n".join([self._head(), *map(str, self.layers)])
+
+    def _head(self) -> str:
+        if self.valid:
+            return f"valid: {len(self.layers)} weights"
+        broken = sum(layer.violations > 0 for layer in self.layers)
+        why = f"{broken} of them violate their pattern" if broken else "none of them is N:M"
+        return f"NOT VALID: {len(self.layers)} weights, {why}"
 
 
 @torch.no_grad()

@@ -3,18 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
 import yaml
 
 import spikenm_fx
-from spikenm_fx.checkpoint import load_state, save_state
+from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
 from spikenm_fx.errors import SpikeNMError
 
@@ -65,6 +70,62 @@ class Net(nn.Module):
         for _ in range(3):
             out = out + self.head(self.lif2(self.body(self.lif1(self.stem(x)))).mean((2, 3)))
         return out
+"""
+
+
+SCRIPTED = """
+
+class Mix(torch.jit.ScriptModule):
+    def __init__(self):
+        super().__init__()
+        self.key = nn.Linear(16, 16)
+
+    @torch.jit.script_method
+    def forward(self, x):
+        return self.key(x)
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.mix, self.b, self.head = (
+            nn.Linear(16, 16), Mix(), nn.Linear(16, 16), nn.Linear(16, 2)
+        )
+
+    def forward(self, x):
+        return self.head(self.b(self.mix(self.a(x))))
+"""
+
+TIMED = """
+import torch
+from torch import nn
+from spikenm_fx.bench.networks import LIF, OverTime
+
+
+class Leading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.lif = OverTime(nn.Conv2d(3, 8, 3)), LIF()
+        self.b, self.head = OverTime(nn.Conv2d(8, 8, 3)), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.lif(self.b(self.lif(self.a(x)))).mean((0, 3, 4)))
+
+
+class StepByStep(Leading):
+    def forward(self, x):
+        first = torch.stack([self.a.module(step) for step in x])
+        return self.head(self.lif(self.b(self.lif(first))).mean((0, 3, 4)))
+
+
+class Second(StepByStep):
+    def forward(self, x):
+        return super().forward(x.transpose(0, 1))
+
+
+class Inside(Leading):
+    def forward(self, x):
+        return super().forward(x.expand(4, *x.shape))
 """
 
 
@@ -143,6 +204,53 @@ def test_plan_lists_every_layer(run, project: Path) -> None:
     assert "1:4" in text
 
 
+def test_what_a_model_prints_stays_out_of_the_json(run, project: Path) -> None:
+    """Research code prints while it is imported and built; standard output stays one document."""
+    file = project / "toy_net_for_cli.py"
+    file.write_text(file.read_text() + "\nprint('loading...')\n")
+    for words in (["plan"], ["doctor", "-i", "2,3,8,8"], ["report", "-i", "2,3,8,8"]):
+        ran = run(words[0], TARGET, "--root", project, *words[1:], "--json")
+        assert ran.code == 0
+        assert ran.data["layers"]
+        sys.modules.pop("toy_net_for_cli")
+
+
+def test_plan_and_sparsify_see_the_same_trace(run, project: Path, weights: Path) -> None:
+    """With an input shape, every command decides by the traced signals."""
+    out = project / "sparse.safetensors"
+    words = ("--root", project, "-i", "2,3,8,8", "--json")
+    planned = run("plan", TARGET, *words).data["layers"]
+    assert planned[0]["reason"] == "input is analog image"
+    made = run("sparsify", TARGET, "-c", weights, "-o", out, *words).data["plan"]["layers"]
+    assert made == planned
+    assert run("plan", TARGET, "--root", project, "-i", "2,4,8,8").code == 3
+
+
+def test_packages_beside_the_checkouts_serve_every_command(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROOT/_site/NAME-VERSION provides what a recipe requires; else how to install it is told."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "old_net_for_cli.py").write_text("import older_package_for_cli.part\n" + NET)
+    file = tmp_path / "old.yaml"
+    file.write_text(
+        "version: 1\ntarget: {repo: o/n, commit: abcdef1, build: 'old_net_for_cli:Net', "
+        "requires: ['older_package_for_cli==1.2']}\n"
+        "inputs: {shape: [2, 3, 8, 8], time: inside}\n"
+    )
+    ran = run("plan", file, "--root", tmp_path)
+    assert ran.code == 3
+    assert "--target ROOT/_site/older_package_for_cli-1.2 older_package_for_cli==1.2" in ran.err
+    package = tmp_path / "_site" / "older_package_for_cli-1.2" / "older_package_for_cli"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "part.py").write_text("")
+    for command in ("plan", "doctor", "report"):
+        assert run(command, file, "--root", tmp_path).code == 0
+    for name in [name for name in sys.modules if "_for_cli" in name]:
+        del sys.modules[name]
+
+
 def test_code_outside_the_root_is_code_3(run, project: Path) -> None:
     """A target outside the root is refused with a message instead of a traceback."""
     ran = run("plan", "os:getcwd", "--root", project)
@@ -174,6 +282,18 @@ def test_bug_is_code_4(run, project: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert "Traceback" not in ran.err
 
 
+def test_interrupting_is_code_130(run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C ends quietly, with the code that shells expect."""
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(spikenm_fx, "plan", interrupted)
+    ran = run("plan", TARGET, "--root", project)
+    assert ran.code == 130
+    assert "Traceback" not in ran.err
+
+
 def test_sparsify_writes_a_valid_dense_keyed_checkpoint(run, project: Path, weights: Path) -> None:
     """The written file has the dense keys, is N:M where planned, keeps the largest weights."""
     out = project / "sparse.safetensors"
@@ -200,6 +320,180 @@ def test_verify_tells_valid_from_invalid(run, project: Path, weights: Path) -> N
     assert ran.code == 1
     assert ran.data["valid"] is False
     assert run("verify", out, "--nm", "4:2").code == 3
+
+
+def test_verify_reads_packed_files(run, project: Path, weights: Path) -> None:
+    """A packed file is unpacked and counted, without a model; a damaged one is code 3."""
+    sparse, packed = project / "sparse.safetensors", project / "packed.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, "--root", project)
+    assert run("pack", TARGET, "-c", sparse, "-o", packed, "--root", project).code == 0
+    ran = run("verify", packed, "--json")
+    assert ran.code == 0
+    required = {layer["name"]: layer["required"] for layer in ran.data["layers"]}
+    assert required["body"] == "2:4"
+    assert run("verify", packed, "--nm", "1:4", "--except", "head").code == 1
+    whole = packed.read_bytes()
+    packed.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    assert "checksum" in run("verify", packed).err
+
+
+def test_a_dense_file_is_told_why_it_is_not_valid(run, weights: Path) -> None:
+    """Without a pattern the verdict says that no weight is N:M, with one how many break it."""
+    assert "none of them is N:M" in run("verify", weights).out
+    text = run("verify", weights, "--nm", "2:4").out
+    assert "2 of them violate" in text
+    assert "--except body --except head" in text
+
+
+def test_verify_holds_every_weight_to_the_pattern(run, project: Path, weights: Path) -> None:
+    """The order of keys (by name, in safetensors) decides nothing; exceptions are named."""
+    out = project / "sparse.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", out, "--root", project)
+    promised = {
+        layer["name"]: layer["required"] for layer in run("verify", out, "--json").data["layers"]
+    }
+    assert promised == {"body": "2:4", "head": None, "stem": None}
+    assert run("verify", out, "--nm", "2:4").code == 1
+    assert run("verify", out, "--nm", "2:4", "--except", "head").code == 0
+    assert "did you mean 'head'" in run("verify", out, "--nm", "2:4", "--except", "heda").err
+    assert run("verify", out, "--nm", "2:512").code == 3
+    state = load_state(out)
+    state["body.weight"][3, :4, 0, 0] = 1.0
+    save_state(out, state, metadata=load_metadata(out))
+    assert run("verify", out).code == 1
+    save_state(out, state, metadata={"spikenm_fx.layers": "[1"})
+    assert "damaged" in run("verify", out).err
+
+
+@contextlib.contextmanager
+def quiet(null: IO[str]) -> Iterator[None]:
+    """Nothing reaches the capture's files, which the limit would hit too."""
+    with contextlib.redirect_stderr(null), contextlib.redirect_stdout(null):
+        yield
+
+
+WRITES = {
+    "sparsify": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.safetensors"),
+    "sparsify as .pt": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.pt"),
+    "pack": ("pack", TARGET, "-c", "sparse.safetensors", "-o", "{out}.safetensors"),
+    "report": ("report", TARGET, "-i", "2,3,8,8", "--html", "{out}.html"),
+    "init": ("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "{out}.yaml"),
+    "table": ("recipe", "check", "net.yaml", "--root", ".", "--in-process", "--table", "{out}.md"),
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_full_disk_leaves_nothing_behind(
+    run, project: Path, weights: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command that writes, on a disk that takes 100 bytes: code 3, no file, no part of one."""
+    monkeypatch.chdir(project)
+    run("sparsify", TARGET, "-c", weights, "-o", "sparse.safetensors")
+    run("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "net.yaml")
+    before = sorted(project.iterdir())
+    words = [word.format(out="out") for word in WRITES[name]]
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with open(os.devnull, "w") as null, pytest.raises(SystemExit) as left, quiet(null):
+            main(words)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, previous)
+    assert left.value.code == 3
+    assert sorted(project.iterdir()) == before
+    assert run(*words).code == 0
+
+
+@pytest.mark.parametrize("content", ["sparse", "truncated", "empty", "folder", "missing"])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_unreadable_checkpoints_are_code_3(
+    run, project: Path, weights: Path, content: str, suffix: str
+) -> None:
+    """Every command that reads weights names the file that it cannot read, and writes nothing."""
+    file, out = project / f"bad{suffix}", project / "out.safetensors"
+    save_state(file, load_state(weights))
+    whole = file.read_bytes()
+    if content == "truncated":
+        file.write_bytes(whole[: len(whole) // 2])
+    elif content == "empty":
+        file.write_bytes(b"")
+    elif content in ("folder", "missing"):
+        file.unlink()
+        if content == "folder":
+            file.mkdir()
+    for words in (
+        ("verify", file),
+        ("sparsify", TARGET, "-c", file, "-o", out, "--root", project),
+        ("pack", TARGET, "-c", file, "-o", out, "--root", project),
+        ("report", TARGET, "-c", file, "-i", "2,3,8,8", "--root", project),
+    ):
+        if content == "sparse":  # the file is sound: the test can fail
+            assert words[0] == "pack" or run(*words).code in (0, 1)
+            continue
+        ran = run(*words)
+        assert ran.code == 3
+        assert file.name in ran.err
+        assert "Traceback" not in ran.err
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: 1\n" * 2_000_000, "larger than"),
+        ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
+        ("version: 1\n\ttarget: x\n", "tab"),
+        ("version: 1\nversion: 1\n", "given twice"),
+        (
+            "version: 1\ntarget: {package: torch, build: 'os:getcwd'}\n"
+            "inputs: {shape: [1], time: none}\n",
+            "outside the allowed root",
+        ),
+        (
+            "version: 1\ntarget: {package: bindsnet, build: 'bindsnet.network:Network'}\n"
+            "inputs: {shape: [1], time: none}\n",
+            "no module 'bindsnet'",
+        ),
+    ],
+    ids=["10 MB", "anchors", "tabs", "duplicate", "outside", "missing framework"],
+)
+def test_bad_recipes_are_code_3_in_every_command(
+    run, project: Path, weights: Path, text: str, says: str
+) -> None:
+    """Whatever a recipe is given to, its mistake is told at once, without a traceback."""
+    file, out = project / "bad.yaml", project / "out.safetensors"
+    file.write_text(text)
+    for words in (
+        ("plan", file),
+        ("doctor", file),
+        ("report", file),
+        ("sparsify", file, "-c", weights, "-o", out),
+    ):
+        ran = run(*words, "--root", project)
+        assert ran.code == 3
+        assert says in ran.err
+        assert "Traceback" not in ran.err
+    assert not out.exists()
+
+
+def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """[T, B, ...] whole or step by step, [B, T, ...], and images: the draft says which it is."""
+    (tmp_path / "timed_nets_for_cli.py").write_text(TIMED)
+    monkeypatch.chdir(tmp_path)
+    for name, shape, wanted in (
+        ("Leading", "4,2,3,8,8", "leading"),
+        ("StepByStep", "4,2,3,8,8", "leading"),
+        ("Second", "2,4,3,8,8", "second"),
+        ("Inside", "2,3,8,8", "inside"),
+    ):
+        ran = run("recipe", "init", f"timed_nets_for_cli:{name}", "-i", shape, "--json")
+        assert ran.code == 0
+        assert yaml.safe_load(ran.data["recipe"])["inputs"]["time"] == wanted
+    ran = run("report", "timed_nets_for_cli:Leading", "-i", "4,2,3,8,8", "--json")
+    assert ran.data["samples"] == 2 * 2
+    sys.modules.pop("timed_nets_for_cli")
 
 
 def test_existing_file_is_not_replaced(run, project: Path, weights: Path) -> None:
@@ -238,6 +532,23 @@ def test_report_writes_one_page(run, project: Path, weights: Path) -> None:
     assert [layer["pattern"] for layer in again.data["layers"]] == [None, "2:4", None]
 
 
+def test_report_times_what_there_is_and_takes_other_energies(
+    run, project: Path, weights: Path
+) -> None:
+    """Dense, folded and packed take turns where the model is sparse; constants are the user's."""
+    words = ["report", TARGET, "--root", project, "-i", "2,3,8,8", "-c", weights, "--json"]
+    dense = run(*words, "--latency").data
+    assert set(dense["latency"]["total"]) == {"dense"}
+    sparse = run(*words, "--latency", "--sparsify").data
+    assert list(sparse["latency"]["total"]) == ["dense", "folded", "packed"]
+    assert sparse["layers"][1]["kept_magnitude"] > 0.5
+    free = run(*words, "--pj-per-ac", "0", "--pj-per-mac", "10").data
+    assert free["energy"] == {"pj_per_ac": 0.0, "pj_per_mac": 10.0}
+    total = free["total"]
+    assert total["picojoule_per_sample"] == 10 * total["macs_per_sample"]
+    assert run(*words, "--pj-per-ac", "-1").code == 2
+
+
 def test_wrong_input_shape_is_code_3(run, project: Path) -> None:
     """An input the model cannot run names its shape; a malformed one its form."""
     ran = run("report", TARGET, "--root", project, "-i", "2,4,8,8")
@@ -255,8 +566,25 @@ def test_doctor_tells_signals_and_neurons(run, project: Path) -> None:
     assert layers["stem"]["signal"] == "analog"
     assert layers["body"]["signal"] == "spike"
     assert layers["body"]["feeds"] == ["lif2"]
+    assert 0 < layers["body"]["rate"] < 1  # gains of a silent network would flatter
     text = run("doctor", TARGET, "--root", project).out
     assert "--input" in text
+    assert run("recipe", "schema", "--json").code == 0
+
+
+def test_doctor_says_how_layers_run_and_what_to_do(run, project: Path) -> None:
+    """Kernels with measured gains are summed up; dense-by-default and hidden layers have advice."""
+    file = project / "toy_net_for_cli.py"
+    file.write_text(file.read_text() + SCRIPTED)
+    text = run("doctor", TARGET, "--root", project, "-i", "2,3,8,8").out
+    assert "kernels  " in text
+    assert "N:M layers over dense: median" in text
+    assert "{match: NAME, nm: '2:4'} [head]" in text
+    ran = run("doctor", "toy_net_for_cli:Scripted", "--root", project, "-i", "2,16", "--json")
+    assert ran.code == 0
+    hidden = [layer for layer in ran.data["layers"] if layer["name"] == "mix.key"]
+    assert hidden[0]["pattern"] is None
+    assert "PYTORCH_JIT=0" in hidden[0]["advice"]
 
 
 def test_pack_writes_what_unpacks_to_the_same(run, project: Path, weights: Path) -> None:
@@ -303,13 +631,47 @@ def test_check_fails_for_a_recipe_of_another_version(run, project: Path) -> None
     assert "plan failed" in table.read_text()
 
 
+@pytest.mark.parametrize("wrong_batches", [1, 4])
+def test_packing_is_wrong_only_where_no_batch_agrees(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch, wrong_batches: int
+) -> None:
+    """A spike that flips on its threshold spoils some batches, a wrong engine all of them."""
+    left = {"dense": wrong_batches, "fma": 0}
+
+    class Engine(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module, backend: str) -> None:
+            super().__init__()
+            self.model, self.backend = model, backend
+
+        def reset(self) -> None:
+            self.model.reset()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            left[self.backend] -= 1
+            return self.model(x) * (1.02 if left[self.backend] >= 0 else 1.0)
+
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    monkeypatch.setattr(
+        sys.modules["spikenm_fx.pack"], "pack", lambda model, _, backend: Engine(model, backend)
+    )
+    ran = run("recipe", "check", out, "--root", project, "--in-process", "--json")
+    (result,) = json.loads(ran.out)
+    assert result["flipped"] == pytest.approx([0.02] * wrong_batches, rel=1e-3)
+    if wrong_batches == 1:
+        assert ran.code == 0
+    else:
+        assert ran.code == 1
+        assert "each of 4 batches" in result["stages"]["pack"]
+
+
 def test_check_skips_what_is_not_here(run, project: Path) -> None:
     """A recipe without its checkout is skipped, which is no failure."""
     out = project / "net.yaml"
     run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
     ran = run("recipe", "check", out, "--in-process")
     assert ran.code == 0
-    assert "skipped" in ran.out
+    assert "0 ok, 0 failed, 1 skipped" in ran.out
 
 
 def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:
@@ -326,3 +688,18 @@ def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:
 def test_schema_is_printed(run) -> None:
     """The JSON Schema comes out as JSON."""
     assert run("recipe", "schema").data["title"] == "spikenm_fx recipe"
+
+
+def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None:
+    """Without a name all are listed; with --json what a benchmark printed and saved comes back."""
+    assert set(run("bench", "--json").data["benches"]) >= {"sampler", "layers", "tutorials"}
+    assert run("bench").out.startswith("accuracy")
+    (project / "01_fine.py").write_text("print('hello')")
+    ran = run("bench", "tutorials", "--json", "--", "--folder", project)
+    assert ran.code == 0
+    assert ran.data["output"][0].split()[:2] == ["ok", "01_fine.py"]
+    (project / "02_broken.py").write_text("1 / 0")
+    assert run("bench", "tutorials", "--", "--folder", project).code == 1
+    wrong = run("bench", "samplr", "--json")
+    assert wrong.code == 2
+    assert "did you mean 'sampler'" in wrong.data["error"]["message"]

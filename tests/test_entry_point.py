@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 from spikenm_fx.errors import RecipeError
 from spikenm_fx.plan.entry_point import EntryPoint, Root
 from spikenm_fx.plan.recipe import parse_recipe
-from spikenm_fx.plan.target import build_model, find_checkout, root_of
+from spikenm_fx.plan.target import build_model, example_input, find_checkout, forward, root_of
 
 
 @pytest.fixture
@@ -163,3 +164,37 @@ def test_recipe_without_its_checkout_says_what_to_clone(tmp_path: Path) -> None:
         root_of(recipe)
     with pytest.raises(RecipeError, match="no checkout of owner/net_repo"):
         root_of(recipe, tmp_path)
+
+
+def test_a_function_of_the_checkout_can_be_replaced(checkout: Path) -> None:
+    """The checkout's kernel gives way to the named one; nobody else's function can."""
+    from spikenm_fx.plan.kernels import wkv
+
+    text = recipe_text("net_pkg_for_test.net:Net").replace(
+        "kwargs: {}", "kwargs: {}, replacements: {'net_pkg_for_test.net:broken': '%s'}"
+    )
+    recipe = parse_recipe(text % "spikenm_fx.plan.kernels:wkv")
+    build_model(recipe, root_of(recipe, checkout))
+    assert sys.modules["net_pkg_for_test.net"].broken is wkv
+    for old, new in (
+        ("torch.nn.functional:relu", "spikenm_fx.plan.kernels:wkv"),
+        ("net_pkg_for_test.net:Net.forward", "spikenm_fx.plan.kernels:wkv"),
+        ("net_pkg_for_test.net:not_a_module", "os:system"),
+        ("net_pkg_for_test.net:none_such", "spikenm_fx.plan.kernels:wkv"),
+    ):
+        with pytest.raises(RecipeError):
+            Root(checkout).replace(old, new)
+    assert nn.functional.relu is not wkv
+
+
+def test_output_of_an_inner_module_counts_where_named(checkout: Path) -> None:
+    """A model that returns only a loss, or nothing, is judged by the module the recipe names."""
+    recipe = parse_recipe(
+        recipe_text("net_pkg_for_test.net:Net", "{width: 16}").replace(
+            "time: none", "time: none, output: fc"
+        )
+    )
+    model = build_model(recipe, root_of(recipe, checkout))
+    batch = example_input(recipe.inputs)
+    assert torch.equal(forward(model, batch, recipe.inputs), model.fc(batch))
+    assert not model.fc._forward_hooks

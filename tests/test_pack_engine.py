@@ -474,3 +474,39 @@ def test_writing_in_place_is_seen_by_everyone(where, kernel):
         assert isinstance(engine.lif, FusedNeuron)
         found = engine(x)
     assert (expected != found).float().mean() < 1e-3
+
+
+class PadsWithItsNorm(nn.Module):
+    """A norm whose parent reads it, as RepConv does to pad with what the norm makes of zero."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = nn.functional.pad(self.bn(x), [1] * 4)
+        if self.bn.affine:
+            scale = self.bn.weight / torch.sqrt(self.bn.running_var + self.bn.eps)
+            edge = (self.bn.bias - self.bn.running_mean * scale).detach().view(1, -1, 1, 1)
+            out[:, :, :1], out[:, :, -1:] = edge, edge
+            out[:, :, :, :1], out[:, :, :, -1:] = edge, edge
+        return out
+
+
+def test_a_folded_norm_can_still_be_read():
+    """A model that reads the values of a norm that moved into a layer computes what it did."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 1, bias=False), PadsWithItsNorm(8), nn.Conv2d(8, 8, 3, bias=False)
+    )
+    x = torch.randn(2, 8, 6, 6)
+    model(x)
+    with torch.no_grad():
+        for layer in (model.eval()[0], model[2]):
+            layer.weight.copy_(prune(layer.weight, NM(2, 4)))
+    engine = pack(model, x, backend="dense")
+    assert type(engine[1].bn) is not nn.BatchNorm2d  # it was folded: the test means something
+    with torch.no_grad():
+        for either in (engine, copy.deepcopy(engine)):
+            assert torch.allclose(either(x), model(x), atol=1e-5)
+    assert not any("bn" in key for key in engine.state_dict())

@@ -12,7 +12,7 @@ from pack_strategies import Case, cases, prune
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from spikenm_fx.errors import PackedFileError, PackError
+from spikenm_fx.errors import CheckpointError, PackedFileError, PackError
 from spikenm_fx.pack import files
 from spikenm_fx.pack.backends.reference import packed_layer
 from spikenm_fx.pack.files import load_packed, save_packed
@@ -246,7 +246,7 @@ def test_writing_is_atomic(packed_file, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(files.os, "fsync", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(CheckpointError, match="disk full"):
         save_packed(packed_file, {}, tensors={"x": torch.zeros(3)})
     assert packed_file.read_bytes() == before
     assert list(packed_file.parent.iterdir()) == [packed_file]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spikenm_fx
+from spikenm_fx.bench.networks import LIF
 from spikenm_fx.errors import ReportError
 from spikenm_fx.pattern import NM, BlockView
 from spikenm_fx.report import EnergyModel, Report, report
@@ -220,6 +221,42 @@ def test_dense_sparse_and_folded_models_agree(
     again = report(model, torch.randn(shape), reference=dense_state, batch_dim=dim)
     assert [layer.kept_magnitude for layer in again.layers] == pytest.approx(kept)
     assert sparse.packed_bytes < sparse.dense_bytes
+
+
+class Branches(nn.Module):
+    """Two branches whose layers run before either neuron does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.fires, self.rests = LIF(threshold=0.1), LIF(threshold=1e6)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.left(x), self.right(x)
+        return self.head(self.rests(b) + self.fires(a))
+
+
+def test_rate_out_follows_the_trace_and_not_the_order() -> None:
+    """Each branch has the rate of its own neuron, although another one runs first."""
+    torch.manual_seed(0)
+    found = {
+        layer.name: layer for layer in report(Branches(), torch.rand(3, 4, 8), batch_dim=1).layers
+    }
+    assert found["left"].rate_out > 0
+    assert found["right"].rate_out == 0
+    assert found["head"].rate_out is None
+
+
+def test_what_cannot_be_traced_on_one_sample_is_said_to() -> None:
+    """A model that only its user's loop can run is read by order, and a note says so."""
+
+    class ByHand(Branches):
+        def forward(self, x: Tensor, steps: int) -> Tensor:
+            return sum(super(ByHand, self).forward(x) for _ in range(steps))
+
+    found = report(ByHand(), torch.rand(3, 4, 8), forward=lambda model, x: model(x, 2))
+    assert any("could not be traced" in note for note in found.notes)
 
 
 def test_samples_come_from_targets_or_the_batch_dimension() -> None:

@@ -199,3 +199,52 @@ def test_rate_times_operations_is_off_at_padded_edges() -> None:
     done = counter.operations()
     assert done.padded == 16 * 9
     assert done.synops == int(F.conv2d(inputs, torch.ones(1, 1, 3, 3), padding=1).sum()) == 100
+
+
+def syops_counter(layer: nn.Module, inputs: Tensor, output: Tensor) -> tuple[float, float]:
+    """ACs and MACs of one call, by the rule of syops-counter 0.0.5.
+
+    Operations are batch x outputs x weights per output, padding and bias included; where the input
+    holds at most two values within [0, 1] they are accumulations, scaled by its mean, else MACs.
+    """
+    distinct = inputs.unique()
+    spikes = len(distinct) <= 2 and float(distinct.min()) >= 0 and float(distinct.max()) <= 1
+    positions = output.numel() // (
+        layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    )
+    done = positions * layer.weight.numel()
+    return (done * float(inputs.double().mean()), 0.0) if spikes else (0.0, float(done))
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_reproduces_the_figures_of_syops_counter(padding: int) -> None:
+    """The conventional count of a dense spiking net, layer by layer, to the last operation.
+
+    Held once against syops-counter itself on three third-party models: all layers with binary or
+    analog input agreed. Sums of residual branches it calls MACs; here they are SynOps.
+    """
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=padding, bias=False), Spikes(),
+        nn.Conv2d(8, 6, 3, stride=2, padding=padding, groups=2, bias=False), Spikes(),
+        nn.Flatten(), nn.LazyLinear(12, bias=False), Spikes(), nn.Linear(12, 4, bias=False),
+    )  # fmt: skip
+    x = torch.randn(5, 3, 8, 8)
+    net(x)
+    expected: dict[str, tuple[float, float]] = {}
+    for name, layer in net.named_children():
+        if list(layer.parameters()):
+            layer.register_forward_hook(
+                lambda layer, args, output, name=name: expected.__setitem__(
+                    name, syops_counter(layer, args[0], output)
+                )
+            )
+    with torch.no_grad():
+        net(x)
+    for layer in report(net, x).layers:
+        acs, macs = expected[layer.name]
+        done = layer.operations
+        assert done.padded * (layer.rate_in or 0) == pytest.approx(acs)
+        assert (done.padded if layer.signal == "analog" else 0) == macs
+        if isinstance(net.get_submodule(layer.name), nn.Linear):
+            assert done.synops == pytest.approx(acs)

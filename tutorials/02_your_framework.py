@@ -139,12 +139,15 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 names = list(reports)
 axes[0].bar(names, [100 * accuracies[n] for n in names], color="#2b6cb0")
 axes[0].set_title("test accuracy at 2:4, %")
-axes[0].set_ylim(0, 100)
 axes[1].bar(names, [100 * (reports[n].firing_rate or 0) for n in names], color="#e08a1e")
 axes[1].set_title("mean firing rate, %")
 axes[2].bar(
     names, [reports[n].operations.synops / reports[n].samples for n in names], color="#12936f"
 )
 axes[2].set_title("SynOps per image")
+for axis in axes:
+    axis.bar_label(axis.containers[0], fmt="{:,.0f}", padding=2)
+    axis.margins(y=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
 figure.savefig(OUT / "02_frameworks.png", dpi=110)
 print(f"figure: {OUT / '02_frameworks.png'}")

@@ -22,7 +22,7 @@ from spikenm_fx.report import report
 
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)
-STEPS, EPOCHS = 4, 3
+STEPS, EPOCHS = 4, 6
 torch.set_num_threads(1)
 data = digits()
 
@@ -85,6 +85,8 @@ for name, (accuracy, found) in results.items():
     axis.scatter(synops, 100 * accuracy, s=60, color="#12936f")
     axis.annotate(name, (synops, 100 * accuracy), xytext=(6, 5), textcoords="offset points")
 axis.set_xscale("log")
+axis.margins(0.12)
+axis.spines[["top", "right"]].set_visible(False)
 axis.set_xlabel("SynOps per image")
 axis.set_ylabel("test accuracy, %")
 axis.grid(alpha=0.3)

@@ -27,7 +27,7 @@ from spikenm_fx.bench.networks import SpikingConvNet, direct_code
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)
 torch.set_num_threads(1)
-TOTAL, STEPS, BATCH = 16, 2, 32
+TOTAL, STEPS, BATCH = 60, 4, 32
 data = digits()
 
 
@@ -35,7 +35,7 @@ def build():
     torch.manual_seed(0)
     model = SpikingConvNet((8, 16, 16), hidden=32)
     spikenm_fx.sparsify(model, "2:4", total_steps=TOTAL, seed=0)
-    return model, torch.optim.Adam(spikenm_fx.param_groups(model, lr=3e-3))
+    return model, torch.optim.Adam(spikenm_fx.param_groups(model, lr=1e-2))
 
 
 def step_loss(model, step, rank=0, ranks=1):
@@ -122,7 +122,7 @@ assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameter
 
 # %%
 figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
-axis.plot(through, color="#cfd6df", linewidth=6, label="in one go")
+axis.plot(through, color="#cfd6df", linewidth=7, label="in one go")
 axis.plot(before, color="#2b6cb0", label="first half")
 axis.plot(range(TOTAL // 2, TOTAL), after, color="#e08a1e", label="resumed")
 axis.axvline(TOTAL // 2 - 0.5, color="#667085", linewidth=0.8, linestyle="--")

@@ -6,23 +6,36 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from types import ModuleType
 
 import spikenm_fx.bench as bench
 
+__all__ = ["benches", "main", "summary"]
 
-def main(arguments: list[str]) -> int:
-    """Run one benchmark, or list them; exit status 2 for an unknown name."""
+
+def benches() -> dict[str, ModuleType]:
+    """The modules that can be run, by name."""
     known = {
         info.name: importlib.import_module(f"{bench.__name__}.{info.name}")
         for info in pkgutil.iter_modules(bench.__path__)
         if info.name != "__main__"
     }
-    runnable = {name: module for name, module in known.items() if hasattr(module, "main")}
+    return {name: module for name, module in sorted(known.items()) if hasattr(module, "main")}
+
+
+def summary(module: ModuleType) -> str:
+    """The first line of a benchmark's docstring."""
+    return (module.__doc__ or "").strip().splitlines()[0]
+
+
+def main(arguments: list[str]) -> int:
+    """Run one benchmark, or list them; exit status 2 for an unknown name."""
+    runnable = benches()
     name, *rest = arguments or ["--help"]
     if name not in runnable:
         print("usage: python -m spikenm_fx.bench NAME [options]")
-        for known_name, module in sorted(runnable.items()):
-            print(f"  {known_name:<12}{(module.__doc__ or '').strip().splitlines()[0]}")
+        for known_name, module in runnable.items():
+            print(f"  {known_name:<12}{summary(module)}")
         return 0 if name in ("-h", "--help") else 2
     return int(runnable[name].main(rest) or 0)
 

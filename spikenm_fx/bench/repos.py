@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import Case, liven
+from spikenm_fx.plan.kernels import wkv
 
 __all__ = ["REPOS", "Checkout", "build"]
 
@@ -223,23 +224,9 @@ def _gpt() -> tuple[nn.Module, tuple[Tensor, ...]]:
     _from("torch.utils.cpp_extension").load = lambda **_: None
     _from("src.spikingjelly.clock_driven.neuron").check_backend = lambda *_: None
     module = _from("src.model")
-    module.RUN_CUDA = _wkv
+    module.RUN_CUDA = wkv
     config = module.GPTConfig(50, 16, model_type="RWKV", n_layer=2, n_embd=32)
     return module.GPT(config), tuple(torch.randint(0, 50, (2, 2, 8)))
-
-
-def _wkv(
-    batch: int, steps: int, channels: int, w: Tensor, u: Tensor, k: Tensor, v: Tensor
-) -> Tensor:
-    """The recurrence of RWKV's kernel, unstabilised, in plain torch."""
-    decay, a, out = torch.exp(-torch.exp(w)), torch.zeros_like(k[:, 0]), []
-    b = torch.zeros_like(a)
-    for t in range(steps):
-        now = torch.exp(u + k[:, t])
-        out.append((a + now * v[:, t]) / (b + now))
-        kept = torch.exp(k[:, t])
-        a, b = decay * a + kept * v[:, t], decay * b + kept
-    return torch.stack(out, dim=1)
 
 
 REPOS: dict[str, Checkout] = {

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
 import typer
 
+from spikenm_fx.cli.bench import bench
 from spikenm_fx.cli.common import Exit, Screen
 from spikenm_fx.cli.demo import demo
-from spikenm_fx.cli.inspect import bench, doctor, plan, report, verify
+from spikenm_fx.cli.inspect import doctor, plan, report, verify
 from spikenm_fx.cli.recipes import recipes
 from spikenm_fx.cli.transform import pack, sparsify
 from spikenm_fx.errors import SpikeNMError
@@ -34,9 +36,12 @@ app = typer.Typer(
 
 def _version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(version("spikenm_fx"))
+        try:
+            typer.echo(version("spikenm_fx"))
+        except PackageNotFoundError:
+            typer.echo("unknown: run from sources that are not installed")
         raise typer.Exit()
 
 
@@ -62,6 +67,8 @@ app.add_typer(recipes, name="recipe")
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; always leaves by SystemExit."""
+    # torch warns of it whenever it is imported without a GPU; nothing here needs Triton.
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -20,7 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spikenm_fx.plan.entry_point import Root
+    from spikenm_fx.plan.plan import Plan
     from spikenm_fx.plan.recipe import Recipe
+    from spikenm_fx.trace import SpikingGraph
 
 __all__ = ["Checkpoint", "Exit", "Input", "Json", "Loaded", "Pattern", "RootOption", "Screen"]
 
@@ -42,7 +45,11 @@ Pattern = Annotated[
 ]
 RootOption = Annotated[
     Path | None,
-    typer.Option("--root", help="Folder of the code (or of checkouts); the current one else."),
+    typer.Option(
+        "--root",
+        help="Folder of the code or of checkouts. Recipes of repositories need it; for "
+        "module:Class it is the current one by default.",
+    ),
 ]
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
@@ -82,8 +89,12 @@ class Screen:
 
     @contextlib.contextmanager
     def working(self, words: str) -> Iterator[None]:
-        """A spinner on a terminal, as long as the body runs."""
-        with self.err.status(words) if self.err.is_terminal else contextlib.nullcontext():
+        """A spinner on a terminal, as long as the body runs.
+
+        What somebody's model prints meanwhile goes to standard error: standard output is ours.
+        """
+        spinner = self.err.status(words) if self.err.is_terminal else contextlib.nullcontext()
+        with spinner, contextlib.redirect_stdout(sys.stderr):
             yield
 
 
@@ -95,11 +106,14 @@ class Loaded:
         model: built, with the checkpoint's weights where one was given.
         recipe: given or made up from the options.
         root: where its code may come from.
+        trained: whether its weights are a checkpoint's.
     """
 
     model: nn.Module
     recipe: Recipe
     root: Root
+    trained: bool = False
+    _graph: SpikingGraph | None = None
 
     @classmethod
     def named(
@@ -118,11 +132,12 @@ class Loaded:
             CheckpointError: if the checkpoint does not fit.
         """
         from spikenm_fx.checkpoint import load_into, load_state
-        from spikenm_fx.plan.target import build_model, root_of
+        from spikenm_fx.plan.target import build_model, provided, root_of
 
         recipe = _recipe(target, nm, shape)
         if _is_file(target):
             found = root_of(recipe, root)
+            sys.path[:0] = [place for place in provided(recipe, root) if place not in sys.path]
         else:
             from spikenm_fx.plan.entry_point import Root
 
@@ -130,7 +145,64 @@ class Loaded:
         model = build_model(recipe, found)
         if checkpoint is not None:
             load_into(model, load_state(checkpoint), source=str(checkpoint))
-        return cls(model, recipe, found)
+        loaded = cls(model, recipe, found, checkpoint is not None)
+        if not _is_file(target):
+            loaded.learn_time()
+        return loaded
+
+    def learn_time(self) -> None:
+        """Find out where time is in the input of a model without a recipe."""
+        from spikenm_fx.cli.time_axis import time_of
+        from spikenm_fx.errors import TraceError
+
+        inputs = self.recipe.inputs
+        try:
+            time = time_of(self.graph(), inputs.shape)
+        except TraceError:
+            return  # whoever runs the model will say why it does not
+        inputs = inputs.model_copy(update={"time": time})
+        self.recipe = self.recipe.model_copy(update={"inputs": inputs})
+
+    @property
+    def knows_its_input(self) -> bool:
+        """Whether a shape was given, by the recipe or by --input."""
+        return self.recipe.inputs.shape != [1]
+
+    def graph(self) -> SpikingGraph | None:
+        """A trace on random input; None where no shape is known.
+
+        Raises:
+            TraceError: if the model cannot run it.
+        """
+        from spikenm_fx.trace import trace
+
+        if self._graph is None and self.knows_its_input:
+            self._graph = trace(self.model, self.batch())
+        return self._graph
+
+    def plan(self) -> Plan:
+        """What becomes of each layer, by the recipe's rules and by what the trace tells.
+
+        Raises:
+            PlanError: if nothing becomes sparse, or a rule matches nothing.
+            TraceError: if the model cannot run the input that was given.
+        """
+        import spikenm_fx
+
+        return spikenm_fx.plan(self.model, graph=self.graph(), **self.recipe.plan_options())
+
+    def sparsify(self, decided: Plan, method: str | None = None) -> None:
+        """Apply ``decided``, by the recipe's method unless another is named."""
+        import spikenm_fx
+
+        own = self.recipe.method
+        spikenm_fx.sparsify(
+            self.model,
+            decided,
+            method=method or own.name,
+            total_steps=own.total_steps,
+            seed=own.seed,
+        )
 
     def batch(self, seed: int = 0) -> Tensor:
         """Random input of the recipe's shape.
@@ -140,7 +212,7 @@ class Loaded:
         """
         from spikenm_fx.plan.target import example_input
 
-        if self.recipe.inputs.shape == [1]:
+        if not self.knows_its_input:
             raise RecipeError("the input's shape is not known: give it, e.g. --input 4,3,32,32")
         return example_input(self.recipe.inputs, seed=seed)
 

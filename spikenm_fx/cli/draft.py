@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import spikenm_fx
-from spikenm_fx.cli.common import read_shape
+from spikenm_fx.cli.common import Loaded
 from spikenm_fx.errors import RecipeError, SpikeNMError
-from spikenm_fx.plan.entry_point import FRAMEWORKS, EntryPoint, Root
+from spikenm_fx.plan.entry_point import FRAMEWORKS, EntryPoint
 from spikenm_fx.plan.plan import Plan
-from spikenm_fx.plan.recipe import Inputs, Recipe, Target, parse_recipe
-from spikenm_fx.plan.target import build_model, example_input, forward
+from spikenm_fx.plan.recipe import Inputs, Recipe, parse_recipe
+from spikenm_fx.plan.target import example_input, forward
 
 __all__ = ["draft_recipe"]
 
@@ -35,18 +34,13 @@ def draft_recipe(target: str, *, shape: str | None, root: Path | None, nm: str) 
     Raises:
         RecipeError: if the model cannot be built, or the shape does not run through it.
     """
-    entry = EntryPoint.parse(target)
     folder = root or Path.cwd()
-    sizes = read_shape(shape) if shape else [4, 3, 32, 32]
-    recipe = Recipe(
-        version=1,
-        target=Target(package=entry.package, build=target),
-        inputs=Inputs(shape=sizes, time="inside"),
-    )
-    model = build_model(recipe, Root(folder))
-    decided = spikenm_fx.plan(model, nm)
-    ran = _runs(model, recipe) if shape else "no --input was given: check the shape"
-    text = _text(target, folder, sizes, ran, nm, model, decided)
+    loaded = Loaded.named(target, root=folder, nm=nm, shape=shape)
+    if shape is None:
+        inputs, ran = Inputs(shape=[4, 3, 32, 32], time="inside"), "no --input was given: check it"
+    else:
+        inputs, ran = loaded.recipe.inputs, _runs(loaded.model, loaded.recipe)
+    text = _text(target, folder, inputs, ran, nm, loaded.model, loaded.plan())
     parse_recipe(text, source="draft")
     return text
 
@@ -65,7 +59,7 @@ def _runs(model: nn.Module, recipe: Recipe) -> str:
 def _text(
     target: str,
     folder: Path,
-    sizes: list[int],
+    inputs: Inputs,
     ran: str,
     nm: str,
     model: nn.Module,
@@ -75,7 +69,7 @@ def _text(
     dense = [layer for layer in decided.layers if layer.nm is None]
     reset = _reset(model)
     lines = [
-        "# A recipe says how one model becomes N:M sparse. Check it: spikenm-fx recipe check FILE",
+        "# How one model becomes N:M sparse. Try: spikenm-fx recipe check THIS_FILE --root FOLDER",
         "version: 1",
         f"name: {json.dumps(type(model).__name__)}",
         "target:",
@@ -83,10 +77,10 @@ def _text(
         f"  build: {json.dumps(target)}",
         "  kwargs: {}                  # arguments of the constructor",
         "inputs:",
-        f"  shape: {sizes}    # {ran}",
+        f"  shape: {inputs.shape}    # {ran}",
         "  # inside: the model repeats the input itself; leading: [T, B, ...]; second: [B, T, ...]",
-        "  # loop: you call the model once per step (then give steps: T); none: no time",
-        "  time: inside",
+        "  # loop: you call the model once per step (then give steps: T); none: no time. Guessed:",
+        f"  time: {inputs.time}",
         "# called with the model between batches; null where it keeps no state",
         f"reset: {json.dumps(reset)}",
         "# keep at most n of m consecutive input channels; always in quotes",

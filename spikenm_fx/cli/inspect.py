@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that look and change nothing: plan, doctor, verify, report, bench."""
+"""Commands that look and change nothing: plan, doctor, verify, report."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,11 +19,14 @@ from spikenm_fx.cli.common import (
     RootOption,
     Screen,
 )
+from spikenm_fx.report.energy import PJ_PER_AC, PJ_PER_MAC, EnergyModel
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spikenm_fx.report.model import Report
 
-__all__ = ["bench", "doctor", "plan", "report", "verify"]
+__all__ = ["doctor", "plan", "report", "verify"]
 
 Target = Annotated[str, typer.Argument(help="A recipe file, or module:Class.")]
 
@@ -31,31 +35,39 @@ def plan(
     target: Target,
     nm: Pattern = None,
     root: RootOption = None,
+    shape: Input = None,
     as_json: Json = False,
 ) -> None:
     """Show which layers become N:M, which do not, and why."""
-    import spikenm_fx
-
     screen = Screen(as_json)
     with screen.working("building the model"):
-        loaded = Loaded.named(target, root=root, nm=nm)
-        decided = spikenm_fx.plan(loaded.model, **loaded.recipe.plan_options())
+        decided = Loaded.named(target, root=root, nm=nm, shape=shape).plan()
     screen.result(decided.to_dict(), str(decided))
 
 
 def verify(
-    file: Annotated[Path, typer.Argument(help="Weights: .safetensors or .pt; no model needed.")],
-    nm: Pattern = None,
+    file: Annotated[
+        Path, typer.Argument(help="Weights: .safetensors, .pt or packed; no model needed.")
+    ],
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", help="Required of all weights whose channels it divides."),
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--except", help="A layer that may be dense, e.g. the head; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check a checkpoint's weights block by block; exit code 1 where they are not N:M."""
-    import spikenm_fx
-    from spikenm_fx.checkpoint import load_state
+    """Check a file's weights block by block; exit code 1 where they are not N:M."""
+    from spikenm_fx.cli.blocks import verify_file
 
     screen = Screen(as_json)
     with screen.working(f"counting the blocks of {file.name}"):
-        found = spikenm_fx.verify(load_state(file), nm)
-    screen.result(found.to_dict(), str(found))
+        found = verify_file(file, nm, without or ())
+    dense = [layer.name for layer in found.layers if layer.violations and layer.density == 1.0]
+    hint = "\nmeant to be dense? " + " ".join(f"--except {name}" for name in dense[:3])
+    screen.result(found.to_dict(), f"{found}{hint if dense and not found.valid else ''}")
     if not found.valid:
         raise typer.Exit(Exit.NO)
 
@@ -74,26 +86,61 @@ def report(
     sparse: Annotated[
         bool, typer.Option("--sparsify", help="Report the one-shot sparse model instead.")
     ] = False,
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Time it too: dense, folded, packed.")
+    ] = False,
+    pj_per_ac: Annotated[
+        float, typer.Option(help="Picojoule of one accumulation.", min=0)
+    ] = PJ_PER_AC,
+    pj_per_mac: Annotated[
+        float, typer.Option(help="Picojoule of one multiply-accumulate.", min=0)
+    ] = PJ_PER_MAC,
     as_json: Json = False,
 ) -> None:
     """Measure density, firing rates, exact SynOps, energy and bytes."""
-    import spikenm_fx
     from spikenm_fx.checkpoint import write_atomically
 
     screen = Screen(as_json)
     with screen.working("running the model"):
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
+        dense = copy.deepcopy(loaded.model) if sparse else None
         if sparse:
-            spikenm_fx.sparsify(loaded.model, **loaded.recipe.sparsify_options())
-        found = measure(loaded, data)
+            loaded.sparsify(loaded.plan(), "magnitude")
+        found = measure(
+            loaded,
+            data,
+            reference=dense,
+            energy=EnergyModel(pj_per_ac, pj_per_mac),
+            latency=_variants(loaded, dense) if latency else False,
+        )
     if html is not None:
         write_atomically(html, lambda part: part.write_text(found.to_html(), encoding="utf-8"))
     note = f"\npage: {html}" if html is not None else ""
     screen.result(found.to_dict(), f"{found}{note}")
 
 
-def measure(loaded: Loaded, data: Path | None = None, batches: int = 2) -> Report:
-    """The report of a loaded model over ``data``, or over random batches of its recipe."""
+def _variants(loaded: Loaded, dense: nn.Module | None) -> dict[str, nn.Module]:
+    """What there is to time: the model before, folded, and packed where it is N:M."""
+    import spikenm_fx
+
+    folded = copy.deepcopy(loaded.model)
+    if dense is not None:
+        spikenm_fx.fold(folded)
+    elif not spikenm_fx.verify(folded).valid:
+        return {"dense": folded}
+    before = {"dense": dense} if dense is not None else {}
+    return {**before, "folded": folded, "packed": spikenm_fx.pack(folded, loaded.batch())}
+
+
+def measure(loaded: Loaded, data: Path | None = None, batches: int = 2, **options: Any) -> Report:
+    """The report of a loaded model over ``data``, or over random batches of its recipe.
+
+    Args:
+        loaded: what to run, and how.
+        data: file of one batch.
+        batches: random ones, where there is no file.
+        options: of :func:`spikenm_fx.report`.
+    """
     from spikenm_fx.plan.target import forward, reset_function
     from spikenm_fx.report.measure import report as measured
 
@@ -106,6 +153,7 @@ def measure(loaded: Loaded, data: Path | None = None, batches: int = 2) -> Repor
         forward=lambda model, batch: forward(model, batch, inputs),
         reset=reset,
         batch_dim=1 if inputs.time == "leading" else 0,
+        **options,
     )
 
 
@@ -148,18 +196,3 @@ def doctor(
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
         found = diagnose(loaded)
     screen.result(found.to_dict(), str(found))
-
-
-def bench(
-    name: Annotated[str, typer.Argument(help="Which one; none lists them.")] = "",
-    arguments: Annotated[list[str] | None, typer.Argument(help="Its own options.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Run one of the project's benchmarks."""
-    import subprocess
-    import sys
-
-    words = [*([name] if name else ["--help"]), *(arguments or [])]
-    extra = ["--json"] if as_json else []
-    done = subprocess.run([sys.executable, "-m", "spikenm_fx.bench", *words, *extra], check=False)
-    raise typer.Exit(done.returncode)

@@ -3,37 +3,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from spikenm_fx.plan.plan import Plan
 
-__all__ = ["kernel_choices", "pack_model", "packed_output"]
+__all__ = ["KernelChoice", "kernel_choices", "pack_model"]
 
 
-def packed_output(
-    model: nn.Module,
-    batch: Tensor,
-    run: Callable[[nn.Module], Tensor],
-    rest: Callable[[nn.Module], None],
-    backend: str,
-) -> Tensor:
-    """What the packed copy of ``model`` computes with one backend for every layer."""
-    from spikenm_fx.pack import pack
+@dataclass(frozen=True, slots=True)
+class KernelChoice:
+    """How one layer will run.
 
-    engine = pack(model, batch, backend=backend)
-    rest(engine)
-    return run(engine)
+    Attributes:
+        kernel: the chosen one.
+        gain: dense time over its time, measured; None where it was not.
+        rate: share of the example's input that spikes; None where it is not known.
+        note: what keeps it from running better.
+    """
+
+    kernel: str = "-"
+    gain: float | None = None
+    rate: float | None = None
+    note: str = ""
 
 
-def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, tuple[str, float | None, str]]:
-    """How each layer of a folded model will run here: choice, measured gain over dense, note."""
+def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, KernelChoice]:
+    """How each layer of a folded model will run here, by name."""
     from spikenm_fx.pack import pack, packing
 
     found = packing(pack(model, batch))
-    return {layer.name: (layer.choice, layer.gain, layer.note) for layer in found.layers}
+    return {
+        layer.name: KernelChoice(layer.choice, layer.gain, layer.rate, layer.note)
+        for layer in found.layers
+    }
 
 
 def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[int, int]]:

@@ -40,11 +40,11 @@ def show(
 
 
 @recipes.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors."""
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of recipes, for editors; it is JSON either way."""
     from spikenm_fx.plan.recipe import recipe_json_schema
 
-    Screen(True).json(recipe_json_schema())
+    Screen(as_json).json(recipe_json_schema())
 
 
 @recipes.command()
@@ -182,16 +182,10 @@ def _no_result(file: Path, recipe: Recipe, reason: str) -> dict[str, Any]:
 
 
 def _search_path(recipe: Recipe, root: Path | None) -> str:
-    """The current path, and before it the packages of other versions that the root provides.
+    """The current path, and before it the packages of other versions that the root provides."""
+    from spikenm_fx.plan.target import provided
 
-    ``pip install --no-deps --target ROOT/_site/NAME-VERSION NAME==VERSION`` provides one.
-    """
-    extra = []
-    for requirement in recipe.target.requires if root is not None else []:
-        place = Path(root or ".") / "_site" / requirement.replace("==", "-")
-        if place.is_dir():
-            extra.append(str(place.resolve()))
-    return os.pathsep.join([*extra, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.pathsep.join(filter(None, [*provided(recipe, root), os.environ.get("PYTHONPATH")]))
 
 
 def _summary(results: list[dict[str, Any]]) -> str:
@@ -205,6 +199,9 @@ def _summary(results: list[dict[str, Any]]) -> str:
         for stage, text in result["stages"].items():
             if text != "ok":
                 lines.append(f"         {stage}: {text}")
+    skipped = sum(result["skipped"] for result in results)
+    ok = sum(result["ok"] and not result["skipped"] for result in results)
+    lines.append(f"{ok} ok, {len(results) - ok - skipped} failed, {skipped} skipped")
     return "\n".join(lines)
 
 

@@ -68,7 +68,9 @@ def _packed(result: Mapping[str, Any]) -> str:
     text, difference = result["stages"].get("pack", "-"), result.get("packed_difference")
     if text != "ok" or difference is None:
         return _short(text)
-    return "ok" if difference == 0 else f"ok ({difference:.0e})"
+    flipped = [f"{value:.2g}" for value in result.get("flipped", ())]
+    after = f"; {', '.join(flipped)} where a spike flipped" if flipped else ""
+    return f"ok ({difference:.0e}{after})" if difference or flipped else "ok"
 
 
 def _short(text: str) -> str:

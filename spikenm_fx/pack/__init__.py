@@ -3,7 +3,7 @@
 
 from spikenm_fx.native.library import NativeStatus, native_status
 from spikenm_fx.pack.engine import pack, packing
-from spikenm_fx.pack.files import load_packed, save_packed
+from spikenm_fx.pack.files import is_packed, load_packed, save_packed
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pack.layer import PackedLayer
 from spikenm_fx.pack.report import LayerReport, PackReport
@@ -15,6 +15,7 @@ __all__ = [
     "PackReport",
     "PackedLayer",
     "PackedWeight",
+    "is_packed",
     "load_packed",
     "native_status",
     "pack",

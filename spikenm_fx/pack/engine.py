@@ -19,7 +19,7 @@ from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pack.fused import fuse_neuron, why_not_fused
 from spikenm_fx.pack.layer import PackedLayer
 from spikenm_fx.pack.lazy import LazyTensor
-from spikenm_fx.pack.norms import affine_of, neurons_behind_pools, norms_behind_layers
+from spikenm_fx.pack.norms import FoldedNorm, affine_of, neurons_behind_pools, norms_behind_layers
 from spikenm_fx.pack.report import LayerReport, PackReport
 from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer
 from spikenm_fx.trace import SpikingGraph, trace
@@ -218,7 +218,7 @@ class _Builder:
             affine = affine_of(norm, layer)
             if affine is not None:
                 found[layer_name] = affine
-                _replace(self.engine, norm_name, norm, nn.Identity().eval())
+                _replace(self.engine, norm_name, norm, FoldedNorm(norm).eval())
         return found
 
     def _module(self, name: str) -> nn.Module | None:

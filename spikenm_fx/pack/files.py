@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from spikenm_fx.checkpoint import load_metadata, write_atomically
 from spikenm_fx.errors import PackedFileError, SpikeNMError
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight
 from spikenm_fx.pattern import NM
 
-__all__ = ["FORMAT", "VERSION", "load_packed", "save_packed"]
+__all__ = ["FORMAT", "VERSION", "is_packed", "load_packed", "save_packed"]
 
 FORMAT = "spikenm_fx.packed"
 VERSION = "1"
@@ -48,6 +48,7 @@ def save_packed(
     Raises:
         PackError: if a weight is not valid.
         PackedFileError: if a name in ``tensors`` collides with one of a packed weight.
+        CheckpointError: if the disk refuses.
     """
     flat: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
@@ -70,7 +71,13 @@ def save_packed(
         "layers": json.dumps(layers, sort_keys=True),
     }
     metadata["checksum"] = _checksum(metadata, flat)
-    _write_atomically(Path(path), save(flat, metadata))
+    content = save(flat, metadata)
+    write_atomically(Path(path), lambda part: part.write_bytes(content))
+
+
+def is_packed(path: str | os.PathLike[str]) -> bool:
+    """Whether a file calls itself packed; whether it is sound, loading tells."""
+    return load_metadata(Path(path)).get("format") == FORMAT
 
 
 def load_packed(
@@ -159,17 +166,3 @@ def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str
         digest.update(f"{key}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # The temporary file lies in the same folder: os.replace is atomic only inside a file system.
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spikenm_fx.trace import SpikingGraph
 
-__all__ = ["affine_of", "neurons_behind_pools", "norms_behind_layers"]
+__all__ = ["FoldedNorm", "affine_of", "neurons_behind_pools", "norms_behind_layers"]
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a norm was that the layer before it now computes.
+
+    Models may still read the norm's values: RepVGG-like code pads with what the norm makes of zero.
+    They are those of the folded norm, which is no submodule: nothing here trains or is saved.
+    """
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_norm"] = norm
+
+    def __getattr__(self, name: str) -> Any:
+        norm = self.__dict__.get("_norm")  # absent while a copy is being made
+        if norm is None or name.startswith("__"):
+            return super().__getattr__(name)
+        return getattr(norm, name)
 
 
 def norms_behind_layers(graph: SpikingGraph) -> dict[str, str]:

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from spikenm_fx.errors import RecipeError
-from spikenm_fx.plan.stand_in import standing_in
+from spikenm_fx.plan.stand_in import Feature, standing_in, switched_off
 
 __all__ = ["FRAMEWORKS", "EntryPoint", "Root"]
 
@@ -88,12 +88,14 @@ class Root:
         packages: further top-level packages that the user allows.
         stand_ins: packages that may be inert while importing, where they are not installed.
         aliases: pairs of a module path of an older release and the present one.
+        without: what of torch is off while importing.
     """
 
     folder: Path | None = None
     packages: frozenset[str] = frozenset()
     stand_ins: frozenset[str] = frozenset()
     aliases: tuple[tuple[str, str], ...] = ()
+    without: frozenset[Feature] = frozenset()
 
     def resolve(self, text: str) -> Any:
         """The object that ``text`` names.
@@ -109,10 +111,27 @@ class Root:
         self._check_home(found, entry)
         return found
 
+    def replace(self, text: str, other: str) -> None:
+        """Let the checkout's function ``text`` be ``other`` from now on.
+
+        Raises:
+            RecipeError: if ``text`` is not a name of a module of the checkout, or ``other`` is
+                refused.
+        """
+        entry = EntryPoint.parse(text)
+        self.resolve(text)
+        module = sys.modules[entry.module]
+        if "." in entry.name or not self._contains(module.__file__ or ""):
+            raise RecipeError(
+                f"replacement of {entry}: only functions of the checkout's own modules can be"
+            )
+        setattr(module, entry.name, self.resolve(other))
+
     @contextlib.contextmanager
     def importing(self) -> Iterator[None]:
         """Within it, the folder comes first on ``sys.path``; afterwards the path is as before."""
-        with standing_in(self.stand_ins, dict(self.aliases)), self._on_path():
+        names = standing_in(self.stand_ins, dict(self.aliases))
+        with names, switched_off(self.without), self._on_path():
             yield
 
     @contextlib.contextmanager
@@ -192,8 +211,8 @@ def _import(entry: EntryPoint) -> ModuleType:
         if missing == entry.module or entry.module.startswith(missing + "."):
             raise RecipeError(f"entry point {entry}: there is no module {missing!r}") from error
         raise RecipeError(
-            f"entry point {entry}: importing it needs the package {missing.partition('.')[0]!r}, "
-            "which is not installed"
+            f"entry point {entry}: importing it needs the "
+            f"{'module' if '.' in missing else 'package'} {missing!r}, which is not installed"
         ) from error
     except Exception as error:
         raise RecipeError(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from spikenm_fx.plan.roles import default_roles
 from spikenm_fx.plan.rules import Rule, unmatched
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
+from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["LayerPlan", "Plan", "plan"]
 
@@ -104,10 +105,23 @@ def plan(
     if not ordered and not any(entry.nm for entry in entries):
         # a network with one hidden layer: better its input layer than nothing at all
         entries = decisions.all({n: role for n, role in roles.items() if role.place != "input"})
-    result = Plan(type(model).__name__, entries)
+    result = Plan(type(model).__name__, (*entries, *_hidden(model)))
     if not result.sparse:
         raise PlanError(_nothing_to_do(result, pattern))
     return result
+
+
+def _hidden(model: nn.Module) -> Iterator[LayerPlan]:
+    """Weights that the script compiler has taken: listed, so that nobody misses them unawares."""
+    for name, module in model.named_modules():
+        kind = str(getattr(module, "original_name", ""))
+        if not is_scripted(module) or not kind.startswith(("Linear", "Conv")):
+            continue
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if weight is not None:
+            reason = "hidden in TorchScript: build the model with PYTORCH_JIT=0"
+            shape = tuple(weight.shape)
+            yield LayerPlan(name, kind, shape, "keep_dense", None, False, reason)
 
 
 def _read(model: nn.Module, example_inputs: Any) -> SpikingGraph | None:

@@ -147,6 +147,16 @@ class Target(_Closed):
         description="attributes set after building on each module that has them, "
         "e.g. backend: torch where the constructors ask for CuPy",
     )
+    without: list[Literal["extensions", "torchscript"]] = Field(
+        default_factory=list,
+        description="what is off while its files are imported: 'extensions' that they compile "
+        "then, 'torchscript' classes, which hide their layers",
+    )
+    replacements: dict[EntryField, EntryField] = Field(
+        default_factory=dict,
+        description="functions of the checkout, e.g. of a CUDA extension, and those that stand in "
+        "for them: 'module:name' to 'module:name'",
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Target:
@@ -178,6 +188,11 @@ class Inputs(_Closed):
     )
     high: int | None = Field(
         default=None, gt=0, description="number of tokens, where kind is 'tokens'"
+    )
+    output: str | None = Field(
+        default=None,
+        description="the module whose output counts, where the model itself returns a loss or "
+        "nothing without targets",
     )
 
     @model_validator(mode="after")

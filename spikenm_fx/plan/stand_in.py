@@ -16,9 +16,13 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
-__all__ = ["standing_in"]
+__all__ = ["standing_in", "switched_off"]
+
+
+Feature = Literal["extensions", "torchscript"]
+"""What of torch can be off while importing; see :func:`switched_off`."""
 
 
 class _InertType(type):
@@ -68,6 +72,39 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
+
+
+@contextlib.contextmanager
+def switched_off(features: Iterable[Feature]) -> Iterator[None]:
+    """Within it, files import without some of torch's import-time machinery.
+
+    Args:
+        features: ``"extensions"``: kernels that files compile while they are imported
+            (``torch.utils.cpp_extension.load``) are inert; ``"torchscript"``: ``ScriptModule`` is
+            ``nn.Module`` and ``script_method`` leaves methods as they are.
+    """
+    import torch
+    from torch.utils import cpp_extension
+
+    def plain(method: Any) -> Any:
+        return method
+
+    changes: dict[str, tuple[tuple[Any, str, Any], ...]] = {
+        "extensions": (
+            (cpp_extension, "load", _Inert()),
+            (cpp_extension, "load_inline", _Inert()),
+        ),
+        "torchscript": (
+            (torch.jit, "ScriptModule", torch.nn.Module),
+            (torch.jit, "script_method", plain),
+        ),
+    }
+    with contextlib.ExitStack() as stack:
+        for feature in features:
+            for owner, name, value in changes[feature]:
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+        yield
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib.metadata
 import inspect
@@ -24,6 +26,7 @@ __all__ = [
     "find_checkout",
     "forward",
     "missing_requirements",
+    "provided",
     "reset_function",
     "root_of",
     "to_entry",
@@ -53,9 +56,13 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         RecipeError: if the recipe needs a checkout and none is there.
     """
     target = recipe.target
-    stand_ins, aliases = frozenset(target.stand_ins), tuple(target.aliases.items())
+    imports = Root(
+        stand_ins=frozenset(target.stand_ins),
+        aliases=tuple(target.aliases.items()),
+        without=frozenset(target.without),
+    )
     if target.repo is None:
-        return Root(stand_ins=stand_ins, aliases=aliases)
+        return imports
     if folder is None:
         raise RecipeError(
             f"{target.repo} is code that you bring: clone it (tried at commit {target.commit}) and "
@@ -80,7 +87,19 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         raise RecipeError(f"target.path {target.path!r} leads outside the checkout {checkout}")
     if not inner.is_dir():
         raise RecipeError(f"target.path {target.path!r} is not a folder of {checkout}")
-    return Root(inner, stand_ins=stand_ins, aliases=aliases)
+    return dataclasses.replace(imports, folder=inner)
+
+
+def provided(recipe: Recipe, folder: Path | None) -> list[str]:
+    """Folders of package versions that lie beside the checkouts for this recipe alone.
+
+    ``pip install --no-deps --target ROOT/_site/NAME-VERSION NAME==VERSION`` provides one.
+    """
+    places = [
+        Path(folder or ".") / "_site" / requirement.replace("==", "-")
+        for requirement in (recipe.target.requires if folder is not None else [])
+    ]
+    return [str(place.resolve()) for place in places if place.is_dir()]
 
 
 def missing_requirements(requires: Sequence[str]) -> list[str]:
@@ -108,12 +127,13 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
     target = recipe.target
     try:
         factory = root.resolve(target.build)
+        for old, new in target.replacements.items():
+            root.replace(old, new)
         args = [_objects(value, root) for value in target.args]
         kwargs = {key: _objects(value, root) for key, value in target.kwargs.items()}
     except RecipeError as error:
         lacking = missing_requirements(target.requires)
-        hint = f"\n  the recipe was tried with: {'; '.join(lacking)}" if lacking else ""
-        raise RecipeError(f"{error}{hint}") from error
+        raise RecipeError(f"{error}{_install_hint(lacking)}") from error
     try:
         # Constructors of research code may import lazily from their own folder.
         with root.importing():
@@ -129,6 +149,17 @@ def build_model(recipe: Recipe, root: Root) -> nn.Module:
         )
     _set_attributes(model, target.attributes)
     return model
+
+
+def _install_hint(lacking: Sequence[str]) -> str:
+    if not lacking:
+        return ""
+    exact = lacking[0].partition(" ")[0]
+    place = exact.replace("==", "-")
+    return (
+        f"\n  the recipe was tried with: {'; '.join(lacking)}; what differs can lie beside the "
+        f"checkouts:\n  pip install --no-deps --target ROOT/_site/{place} {exact}"
+    )
 
 
 def _set_attributes(model: nn.Module, values: Mapping[str, Any]) -> None:
@@ -182,7 +213,7 @@ def forward(model: nn.Module, batch: Tensor, inputs: Inputs) -> Tensor:
         RecipeError: if the model cannot run the input, or returns no floating-point tensor.
     """
     steps = inputs.steps or 1
-    outputs = [_first_tensor(_call(model, batch)) for _ in range(steps)]
+    outputs = [_first_tensor(_call(model, batch, inputs.output)) for _ in range(steps)]
     return outputs[0] if steps == 1 else torch.stack(outputs).mean(0)
 
 
@@ -191,10 +222,18 @@ def to_entry(target: Callable[..., Any]) -> str:
     return f"{target.__module__}:{target.__qualname__}"
 
 
-def _call(model: nn.Module, batch: Tensor) -> Any:
+def _call(model: nn.Module, batch: Tensor, output: str | None) -> Any:
+    kept: list[Any] = []
     try:
-        # Some models reshape their input in place.
-        return model(batch.clone())
+        with contextlib.ExitStack() as stack:
+            if output is not None:
+                module = model.get_submodule(output)
+                stack.callback(
+                    module.register_forward_hook(lambda *found: kept.append(found[2])).remove
+                )
+            # Some models reshape their input in place.
+            returned = model(batch.clone())
+        return kept[-1] if output is not None else returned
     except Exception as error:
         raise RecipeError(
             f"{type(model).__name__} cannot run an input of shape {tuple(batch.shape)}: "

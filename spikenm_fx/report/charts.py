@@ -18,6 +18,7 @@ __all__ = ["latency_chart", "layers_chart", "mask_tiles", "neurons_chart", "wate
 
 _WIDTH = 1000
 _TILES = 6  # masks drawn at most
+_MARGIN = 58  # room for "100.0%" behind the longest bar
 
 
 def waterfall(report: Report) -> str:
@@ -55,7 +56,7 @@ def layers_chart(report: Report) -> str:
     names = min(max((len(layer.name) for layer in rows), default=4), 30)
     left = 18 + 7.4 * names
     gap, step, top = 46.0, 24, 46
-    panel = (_WIDTH - left - 2 * gap - 66) / 3
+    panel = (_WIDTH - left - 2 * gap - _MARGIN) / 3
     x_density, x_rate, x_work = left, left + panel + gap, left + 2 * (panel + gap)
     most = max((layer.operations.dense for layer in rows), default=1) or 1
     peak = _axis_top(max((r for layer in rows for r in _rates(layer)), default=1.0))
@@ -73,7 +74,7 @@ def layers_chart(report: Report) -> str:
         parts.append(_text(left - 12, y + 16, _shorten(layer.name or "(root)", 30), "end name"))
         parts += _density_bar(layer, x_density, y, panel)
         parts += _rate_bar(layer, x_rate, y, panel, peak)
-        parts += _work_bar(layer, x_work, y, panel + 20, most, max(report.samples, 1))
+        parts += _work_bar(layer, x_work, y, panel, most, max(report.samples, 1))
     return _svg(_WIDTH, bottom + 8, parts, "Density, firing rate and work by layer")
 
 

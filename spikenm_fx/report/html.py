@@ -13,14 +13,14 @@ from spikenm_fx.report.charts import (
     waterfall,
 )
 from spikenm_fx.report.model import LayerReport, Report
-from spikenm_fx.report.text import bytes_text, count_text, energy_text, percent, threads_text
+from spikenm_fx.report.text import bytes_text, count_text, counted, energy_text, percent
 
 __all__ = ["fragment", "page"]
 
 _STYLE = """
 .snm{--bg:#fff;--ink:#1b2330;--soft:#667085;--line:#e4e8ee;--band:#f7f9fb;--grey:#cfd6df;
 --ghost:#eef1f5;--weight:#2b6cb0;--spike:#e08a1e;--done:#12936f;--mac:#8e5bbf;--card:#f7f9fb;
-background:var(--bg);color:var(--ink);max-width:1080px;margin:0 auto;padding:28px 32px 40px;
+background:var(--bg);color:var(--ink);max-width:1200px;margin:0 auto;padding:28px 32px 40px;
 font:15px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif}
 @media(prefers-color-scheme:dark){.snm{--bg:#12161d;--ink:#e7ebf1;--soft:#98a3b3;--line:#2a323e;
 --band:#181e27;--grey:#46505f;--ghost:#1d242e;--weight:#5b9be0;--spike:#f0a544;--done:#35bd95;
@@ -34,7 +34,8 @@ margin:20px 0 4px}
 .snm .tile b{display:block;font-size:23px;white-space:nowrap;letter-spacing:-.02em;font-weight:650}
 .snm .tile span{display:block;color:var(--soft);font-size:12.5px}
 .snm .tile em{font-style:normal;font-size:13px}
-.snm svg{width:100%;height:auto;display:block;font-family:inherit}
+.snm .figure{overflow-x:auto}
+.snm svg{width:100%;min-width:680px;height:auto;display:block;font-family:inherit}
 .snm svg text{font-size:12.5px;fill:var(--ink)}
 .snm svg .strong{font-weight:600}.snm svg .soft,.snm svg .tick{fill:var(--soft)}
 .snm svg .tick{font-size:11.5px}.snm svg .end{text-anchor:end}.snm svg .mid{text-anchor:middle}
@@ -50,13 +51,14 @@ margin:20px 0 4px}
 margin:0 0 10px}
 .snm .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
 .snm .scroll{overflow-x:auto;border:1px solid var(--line);border-radius:10px}
-.snm table{border-collapse:collapse;width:100%;font-size:12.5px;white-space:nowrap}
-.snm th{font-weight:600;color:var(--soft);text-align:right;padding:8px 10px;
+.snm table{border-collapse:collapse;width:100%;font-size:12px;white-space:nowrap}
+.snm th{font-weight:600;color:var(--soft);text-align:right;padding:8px 7px;
 border-bottom:1px solid var(--line)}
-.snm td{text-align:right;padding:5px 10px;font-variant-numeric:tabular-nums;color:var(--ink);
+.snm td{text-align:right;padding:5px 7px;font-variant-numeric:tabular-nums;color:var(--ink);
 border-bottom:1px solid var(--line);background:none}
 .snm tr:last-child td{border-bottom:0;font-weight:600}
-.snm th:first-child,.snm td:first-child,.snm .left{text-align:left}
+.snm th:first-child,.snm td:first-child{text-align:left;position:sticky;left:0;
+background:var(--bg)}
 .snm td:first-child{font-family:ui-monospace,"DejaVu Sans Mono",monospace}
 .snm footer{margin-top:26px;font-size:12.5px;color:var(--soft)}
 """
@@ -111,7 +113,8 @@ def _energy(picojoule: float) -> str:
 
 
 def _section(title: str, words: str, body: str) -> str:
-    return f"<h2>{title}</h2><p>{words}</p>{body}" if body else ""
+    figure = f'<div class="figure">{body}</div>'
+    return f"<h2>{title}</h2><p>{words}</p>{figure}" if body else ""
 
 
 def _subtitle(report: Report) -> str:
@@ -120,7 +123,7 @@ def _subtitle(report: Report) -> str:
     shown = f" ({', '.join(patterns)})" if patterns else ""
     return (
         f"{sparse} of {len(report.layers)} weight layers are N:M{shown}. Measured on "
-        f"{report.samples:,} samples in {report.batches} batches."
+        f"{counted(report.samples, 'sample')} in {counted(report.batches, 'batch', 'batches')}."
     )
 
 
@@ -169,7 +172,7 @@ def _latency_words(report: Report) -> str:
         return ""
     return (
         f"One batch on this machine, median of {report.latency.repeats} interleaved forwards, "
-        f"{threads_text(report.latency.threads)}."
+        f"{counted(report.latency.threads, 'thread')}."
     )
 
 

@@ -8,6 +8,7 @@ returned to the state it was in.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from spikenm_fx.errors import ReportError
+from spikenm_fx.errors import ReportError, TraceError
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.report.describe import describe
@@ -23,10 +24,11 @@ from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
 from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
-from spikenm_fx.report.model import LayerReport, NeuronReport, Report
+from spikenm_fx.report.model import LatencyReport, LayerReport, NeuronReport, Report
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.preserve import preserved, reset_to_rest
 from spikenm_fx.report.synops import LayerCounter
+from spikenm_fx.trace import trace
 from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["report"]
@@ -64,8 +66,10 @@ def report(
         batch_dim: dimension of the input that runs over samples: 1 for ``[T, B, ...]``.
         reference: the dense model or its state dict, for the kept magnitude of folded weights.
         plan: what was decided, for each layer's action and reason.
-        graph: a trace of the model, for the neurons that each layer drives; without it the next
-            neuron to run is taken.
+        graph: a trace of the model, for the neurons that each layer drives; made here from one
+            sample of the first batch where none is given.  A model that cannot be traced that way
+            (a note says so) is read by its order of execution: the next neuron to run is taken,
+            which misleads where branches run side by side.
         energy: picojoule per operation; 0.9 per AC and 4.6 per MAC by default.
         pes: processing elements behind the utilisation figure.
         latency: True to time ``model``, or models by name (e.g. dense, folded, packed) that take
@@ -88,8 +92,10 @@ def report(
         return chosen(model, _copied(batch))
 
     rest = reset or reset_to_rest
+    first, given = _peeked(batches)
+    if graph is None:
+        graph = _traced(model, _to_device(first, model), batch_dim)
     samples = count = 0
-    first: Any = None
     with preserved(model):
         counters = {
             name: LayerCounter(layer, (layer.weight.detach() != 0).cpu())
@@ -97,21 +103,18 @@ def report(
         }
         neurons = NeuronWatch.of_model(model)
         with _watching(layers, counters, neurons):
-            for batch in _batches(batches):
+            for batch in given:
                 rest(model)
                 batch = _to_device(batch, model)
                 _run(run, model, batch, count)
                 samples += _samples(batch, batch_dim)
                 count += 1
-                first = batch if first is None else first
-        if not count:
-            raise ReportError("no batch was given; pass a tensor or an iterable of batches")
         described = [
             describe(
                 name,
                 layer,
                 counters[name],
-                rate_out=neurons.rate_after(name, _driven(graph, name)),
+                rate_out=neurons.rate_after(name, *_driven(graph, name)),
                 dense=_dense_weight(name, layer, reference),
                 decision=decisions.get(name),
                 energy=constants,
@@ -130,9 +133,9 @@ def report(
         batches=count,
         energy=constants,
         neurons=neurons.reports(),
-        latency=measure_latency(variants, first, run, rest, repeats) if variants else None,
+        latency=_latency(variants, _to_device(first, model), run, rest, repeats),
         pes=pes,
-        notes=_notes(described, neurons.reports()),
+        notes=_notes(described, neurons.reports(), graph),
     )
 
 
@@ -157,6 +160,35 @@ def _batches(batches: Any) -> Iterator[Any]:
     raise ReportError(
         f"batches is a {type(batches).__name__}; pass a tensor or an iterable of batches"
     )
+
+
+def _peeked(batches: Any) -> tuple[Any, Iterator[Any]]:
+    """The first batch, and all of them from the first on."""
+    given = _batches(batches)
+    for first in given:
+        return first, itertools.chain([first], given)
+    raise ReportError("no batch was given; pass a tensor or an iterable of batches")
+
+
+def _traced(model: nn.Module, batch: Any, batch_dim: int) -> SpikingGraph | None:
+    """Who drives whom, from one sample; None where the model alone cannot run it."""
+
+    def one(item: Any) -> Any:
+        fits = isinstance(item, Tensor) and item.dim() > batch_dim
+        return item.narrow(batch_dim, 0, 1) if fits and item.shape[batch_dim] else item
+
+    try:
+        if isinstance(batch, dict):
+            return trace(model, example_kwargs=tree_map(one, batch))
+        return trace(model, one(_input_of(batch)))
+    except TraceError:
+        return None
+
+
+def _latency(
+    variants: Mapping[str, nn.Module], first: Any, run: Forward, rest: Any, repeats: int
+) -> LatencyReport | None:
+    return measure_latency(variants, first, run, rest, repeats) if variants else None
 
 
 def _input_of(batch: Any) -> Any:
@@ -204,9 +236,12 @@ def _samples(batch: Any, batch_dim: int) -> int:
     return 1
 
 
-def _driven(graph: SpikingGraph | None, name: str) -> tuple[str, ...] | None:
-    record = graph.layers.get(name) if graph is not None else None
-    return record.post if record is not None else None
+def _driven(graph: SpikingGraph | None, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The neurons a layer drives, and all that the trace knows."""
+    if graph is None:
+        return (), ()
+    record = graph.layers.get(name)
+    return record.post if record is not None else (), tuple(graph.neurons)
 
 
 def _dense_weight(
@@ -250,7 +285,9 @@ def _layer_hook(
     return hook
 
 
-def _notes(layers: list[LayerReport], neurons: tuple[NeuronReport, ...]) -> tuple[str, ...]:
+def _notes(
+    layers: list[LayerReport], neurons: tuple[NeuronReport, ...], graph: SpikingGraph | None
+) -> tuple[str, ...]:
     never = [layer.name for layer in layers if not layer.calls]
     silent = [neuron.name for neuron in neurons if not neuron.rate]
     notes = []
@@ -262,6 +299,11 @@ def _notes(layers: list[LayerReport], neurons: tuple[NeuronReport, ...]) -> tupl
         notes.append(
             f"{len(silent)} of {len(neurons)} neuron layers never fired ({_few(silent)}): what "
             "follows them counts no SynOps. An untrained network, or batch norms that saw no data?"
+        )
+    if graph is None and neurons:
+        notes.append(
+            "the model could not be traced on one sample: 'rate out' is that of the next neuron to "
+            "run; pass graph=trace(model, inputs) to be sure"
         )
     return tuple(notes)
 

@@ -9,7 +9,7 @@ surrogate) the outer one counts, unless it is a mere container.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,20 +106,23 @@ class NeuronWatch:
         else:
             self._waiting.append(name)
 
-    def rate_after(self, layer: str, driven: Sequence[str] | None = None) -> float | None:
+    def rate_after(
+        self, layer: str, driven: Sequence[str] = (), known: Iterable[str] = ()
+    ) -> float | None:
         """Firing rate of the neuron that ``layer`` feeds, or None.
 
         Args:
             layer: name of a weight layer.
-            driven: the neurons it drives, as a trace tells; without one, the first neuron that ran
+            driven: the neurons it drives, as a trace tells; without any, the first neuron that ran
                 after it, which misleads only where branches run side by side.
+            known: all neurons of the trace: whom they drive is told, so order says nothing of them.
         """
-        chosen = self._neurons()
-        if driven is not None:
-            rates = [self._seen[name].rate for name in driven if name in self._seen]
-            return sum(rates) / len(rates) if rates else None
+        rates = [self._seen[name].rate for name in driven if name in self._seen]
+        if rates:
+            return sum(rates) / len(rates)
+        chosen, told = self._neurons(), frozenset(known)
         for name in self._next.get(layer, ()):
-            if name in chosen:
+            if name in chosen and not any(_nested(name, other) for other in told):
                 return chosen[name].rate
         return None
 
@@ -156,6 +159,11 @@ class NeuronWatch:
 
 def _worse(a: Signal, b: Signal) -> Signal:
     return SIGNALS[max(SIGNALS.index(a), SIGNALS.index(b))]
+
+
+def _nested(name: str, other: str) -> bool:
+    """Whether one is the other, or inside it."""
+    return f"{name}.".startswith(f"{other}.") or f"{other}.".startswith(f"{name}.")
 
 
 def _neuron_shape(output: Tensor) -> tuple[int, ...]:

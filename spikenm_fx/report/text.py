@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from spikenm_fx.report.model import LayerReport, Report
 
-__all__ = ["bytes_text", "count_text", "energy_text", "percent", "table", "threads_text"]
+__all__ = ["bytes_text", "count_text", "counted", "energy_text", "percent", "table"]
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -32,9 +32,9 @@ def energy_text(picojoule: float) -> str:
     return f"{picojoule:.3g} pJ"
 
 
-def threads_text(count: int) -> str:
-    """``1 thread``, ``4 threads``."""
-    return f"{count} thread{'s' if count != 1 else ''}"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """``1 thread``, ``4 threads``, ``2 batches``."""
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 def bytes_text(count: float) -> str:
@@ -90,8 +90,9 @@ def _align(cell: str, width: int, column: int) -> str:
 def _head(report: Report) -> str:
     return (
         f"{report.model}: {sum(layer.pattern is not None for layer in report.layers)} of "
-        f"{len(report.layers)} weight layers are N:M; {report.samples} samples in "
-        f"{report.batches} batches; operations and energy per sample"
+        f"{len(report.layers)} weight layers are N:M; "
+        f"{counted(report.samples, 'sample')} in {counted(report.batches, 'batch', 'batches')}; "
+        f"operations and energy per sample"
     )
 
 
@@ -133,6 +134,6 @@ def _foot(report: Report) -> list[str]:
         times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in report.latency.total.items())
         lines.append(
             f"latency of one batch: {times} (median of {report.latency.repeats}, "
-            f"{threads_text(report.latency.threads)})"
+            f"{counted(report.latency.threads, 'thread')})"
         )
     return [*lines, *(f"note: {note}" for note in report.notes)]

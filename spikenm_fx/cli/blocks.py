@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``verify FILE``: what a file of weights promises, or the user asks of it, counted block by block.
+
+Nothing relies on the order of keys: safetensors files are sorted by name, and the first and last
+layer of a model are somewhere among them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spikenm_fx.checkpoint import load_metadata, load_state
+from spikenm_fx.errors import CheckpointError, PlanError
+from spikenm_fx.pack import is_packed, load_packed, unpack_weight
+from spikenm_fx.pattern import NM
+from spikenm_fx.plan.mistakes import near_miss
+from spikenm_fx.verify import Verification, verify
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from spikenm_fx.plan.plan import Plan
+
+__all__ = ["sparse_metadata", "verify_file"]
+
+_KEY = "spikenm_fx.layers"
+
+
+def sparse_metadata(decided: Plan) -> dict[str, str]:
+    """What a checkpoint says of its zeros, so that it can be verified without the model."""
+    layers = {layer.name: str(layer.nm) for layer in decided.sparse}
+    return {_KEY: json.dumps(layers), "axis": "input channels", "n": "kept"}
+
+
+def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) -> Verification:
+    """Count the blocks of a checkpoint or of a packed file.
+
+    Args:
+        file: ours or anybody's.
+        nm: required of every weight whose input channels it divides; None: what the file promises
+            (packed, or written by ``sparsify``), else nothing.
+        without: layers of which nothing is required.
+
+    Raises:
+        CheckpointError: if the file cannot be read.
+        PlanError: if ``without`` names no weight, or ``nm`` divides none.
+    """
+    if is_packed(file):
+        packed, state = load_packed(file)
+        state |= {f"{name}.weight": unpack_weight(each) for name, each in packed.items()}
+        promised = {name: str(each.nm) for name, each in packed.items()}
+    else:
+        state, promised = load_state(file), _promised(file)
+    names = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+    for name in without:
+        if name not in names:
+            raise PlanError(f"no weight of {file} is named {name!r}{near_miss(name, names)}")
+    required = _asked(state, nm) if nm is not None else promised
+    required = {name: pattern for name, pattern in required.items() if name not in without}
+    return verify(state, required or None)
+
+
+def _promised(file: Path) -> dict[str, str]:
+    try:
+        found = json.loads(load_metadata(file).get(_KEY, "{}"))
+        return {str(name): str(NM.parse(pattern)) for name, pattern in found.items()}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file}: its metadata {_KEY!r} is damaged: {error}") from error
+
+
+def _asked(state: Mapping[str, Tensor], nm: str) -> dict[str, str]:
+    pattern = NM.parse(nm)
+    fitting = [
+        key.removesuffix(".weight")
+        for key, tensor in state.items()
+        if key.endswith(".weight") and tensor.dim() > 1 and tensor.shape[1] % pattern.of == 0
+    ]
+    if not fitting:
+        raise PlanError(f"no weight has input channels in multiples of {pattern.of}")
+    return dict.fromkeys(fitting, str(pattern))
