@@ -34,6 +34,7 @@ from spikenm_fx.trace.values import (
     SurrogateCall,
     describe,
     is_scripted,
+    is_scripted_block,
     measure_kind,
     user_line,
     worst_of,
@@ -104,7 +105,7 @@ class LeafRule:
         if module in self.neurons or is_weight_layer(module) or isinstance(module, NORMS + ATOMIC):
             return True
         if is_scripted(module):
-            return True
+            return not is_scripted_block(module)
         package = type(module).__module__
         # containers, empty ones too, and torch's composites (TransformerEncoderLayer) are opened
         container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
@@ -262,7 +263,7 @@ class ValueTracer(fx.Tracer):
             return self._run_inner(m, forward, args, kwargs)
         self._scope.append(m)
         try:
-            if type(m) in self.leaf.opaque:
+            if type(m) in self.leaf.opaque or is_scripted_block(m):
                 call = functools.partial(_orig_module_call, m)
                 return self._run_opaque(call, args, kwargs)
             if self.leaf(m):
