@@ -102,7 +102,7 @@ def _attempts(
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
-            return Trace(model, graph, neurons, route, notes, tracer.inner)
+            return Trace(model, graph, neurons, route, notes, tracer.inner, tracer.shown_states)
         except TraceLimitReached as error:
             raise _over_limit(error) from error
         except Failure as failure:
@@ -126,7 +126,7 @@ def _attempts(
             + f"; given: {_shapes(args, kwargs)}. model(*example_inputs) must run as it stands. "
             "The model was left as it was."
         ) from failure.cause
-    return Trace(model, graph, neurons, "execution", notes, tracer.inner)
+    return Trace(model, graph, neurons, "execution", notes, tracer.inner, tracer.shown_states)
 
 
 def _fallback_note(failure: Failure) -> Note:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.ops import ELEMENTWISE, module_family, op_name
 from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.spaces import Atom, Dim, Layout, Spaces, plain, size_of
+from spikenm_fx.trace.values import is_matrix
 
 __all__ = ["Attachment", "Reader", "Role"]
 
@@ -60,6 +61,9 @@ class Reader:
                 *nn.Module.named_parameters(trace.model),
                 *nn.Module.named_buffers(trace.model),
             )
+        }
+        self._names_of_matrices = {
+            n: is_matrix(p) for n, p in nn.Module.named_parameters(trace.model)
         }
         self._uses = _owners(trace.model)
 
@@ -266,19 +270,43 @@ class Reader:
         layout = self.layouts[tensors[0]]
         for other in tensors[1:]:
             layout = self._unite_with(layout, other, node.name)
+        recurrent = self._recurrent(node, layout) if spec.framework != "unknown" else set()
         for name, tensor in (
             *nn.Module.named_parameters(module),
             *nn.Module.named_buffers(module),
         ):
-            if tensor.numel() > 1 and name not in spec.state:
+            if tensor.numel() > 1 and name not in spec.state and id(tensor) not in recurrent:
                 self._attach_broadcast(tensor, layout, node.name)
         self._neurons[node] = layout
+        for dim in layout if str(node.target) in self.trace.shown_states else ():
+            self.spaces.freeze(dim, f"{node.name}: its state is an output of the model")
         if spec.time_axis is not None and not spec.folded_time:
             self._times.append(layout[spec.time_axis])
         shape = _shape(node)
         if not _is_container(node) and [size_of(d) for d in layout] != list(shape):
             return self._fitted(layout, shape, node.name)
         return layout
+
+    def _recurrent(self, node: fx.Node, layout: Layout) -> set[int]:
+        """Layers that a framework's neuron calls on its own spikes: both axes are its channels.
+
+        Returns:
+            The tensors that are accounted for.
+        """
+        done: set[int] = set()
+        for name, call in self.trace.inner.items():
+            if call.inside != str(node.target) or call.input_shape != call.output_shape:
+                continue
+            layer: Any = self.trace.model.get_submodule(name)
+            channels = layout[len(layout) - 1 - (layer.weight.dim() - 2)]
+            if int(getattr(layer, "groups", 1)) > 1:
+                raise NotUnderstood(f"{name}: a grouped layer inside a neuron")
+            self._attach(layer.weight, 0, channels)
+            self._attach(layer.weight, 1, channels)
+            if layer.bias is not None:
+                self._attach(layer.bias, 0, channels)
+            done |= {id(layer.weight), id(layer.bias)}
+        return done
 
     def _fitted(self, layout: Layout, shape: tuple[int, ...], where: str) -> Layout:
         if len(layout) != len(shape):
@@ -430,9 +458,42 @@ class Reader:
         bias = node.kwargs.get("bias", node.args[2] if len(node.args) > 2 else None)
         tensor = weight.meta.get("tensor") if isinstance(weight, fx.Node) else None
         if not isinstance(tensor, nn.Parameter):
-            raise NotUnderstood("a functional weight that is computed")
+            return self._computed(node, weight, bias, spatial, groups, transposed)
         bias_tensor = bias.meta.get("tensor") if isinstance(bias, fx.Node) else None
         return self._weighted(node, tensor, bias_tensor, spatial, groups, transposed)
+
+    def _computed(
+        self,
+        node: fx.Node,
+        weight: Any,
+        bias: Any,
+        spatial: int,
+        groups: int,
+        transposed: bool,
+    ) -> Layout:
+        """A weight made from parameters (``w * gain``): its axes are followed like any tensor's."""
+        if not isinstance(weight, fx.Node) or groups > 1 or transposed:
+            raise NotUnderstood("a functional weight that is computed")
+        layout, axes = self._source(node), self.layouts[weight]
+        channel = len(layout) - 1 - spatial
+        for dim in (*layout[channel + 1 :], *axes[2:]):
+            self.spaces.freeze(dim, f"{node.name}: convolves along these channels")
+        self.spaces.unite(layout[channel], axes[1], node.name)
+        made = axes[0]
+        if isinstance(bias, fx.Node):
+            made = self.spaces.unite(made, self.layouts[bias][-1], node.name)
+        self._relabel(axes[0], "producer")
+        self._relabel(axes[1], "consumer")
+        after = _shape(node)[len(layout) - spatial :] if spatial else ()
+        return (*layout[:channel], made, *plain(after))
+
+    def _relabel(self, dim: Dim, role: Role) -> None:
+        """The matrices that hold ``dim`` make or read its channels."""
+        own = set(self.spaces.labelled(dim))
+        for index, a in enumerate(self.attachments):
+            matrix = self._names_of_matrices.get(a.tensor, False)
+            if matrix and a.role == "attached" and own & set(self.spaces.labelled(a.dim)):
+                self.attachments[index] = replace(a, role=role)
 
     def _getitem(self, node: fx.Node) -> Layout:
         source, key = node.args[0], node.args[1]

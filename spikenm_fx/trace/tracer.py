@@ -163,6 +163,7 @@ class ValueTracer(fx.Tracer):
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
         self.inner: dict[str, InnerCall] = {}
+        self.shown_states: set[str] = set()
         self.computing = False
         self.recorder: Recorder | None = None
         self._thread = threading.get_ident()
@@ -233,9 +234,19 @@ class ValueTracer(fx.Tracer):
                 with watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
-            return tuple(t for t in tree_flatten(out)[0] if isinstance(t, Traced))
+            flat = tree_flatten(out)[0]
+            self._note_states(flat)
+            return tuple(t for t in flat if isinstance(t, Traced))
 
         return forward, []
+
+    def _note_states(self, outputs: list[Any]) -> None:
+        """Tensors that leave the model but were never seen: state that a module holds."""
+        unseen = {id(t) for t in outputs if isinstance(t, Tensor) and not isinstance(t, Traced)}
+        for module, name in list(self._names.items()) if unseen else ():
+            held = (*vars(module).values(), *module._buffers.values())
+            if any(id(value) in unseen for value in held):
+                self.shown_states.add(name)
 
     # -- what fx asks -----------------------------------------------------------------------------
 
