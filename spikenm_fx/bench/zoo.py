@@ -214,9 +214,10 @@ def _norse(name: str) -> Callable[[], Case]:
 
 
 def _sinabs_reset(model: nn.Module) -> None:
+    layer = importlib.import_module("sinabs.layers").StatefulLayer
     for module in nn.Module.modules(model):
-        if hasattr(module, "reset_states") and not list(module.children()):
-            cast(Any, module).reset_states()
+        if isinstance(module, layer):  # recurrent ones hold a layer of their own
+            module.reset_states()
 
 
 def _sinabs_from_model() -> Case:
@@ -263,8 +264,9 @@ def _sinabs_recurrent() -> Case:
         nn.Linear(12, 4),
         layers.IAF(),
     )
-    for layer in (model[0], model[2]):
-        layer.weight.data *= 4.0  # spikes reach the end
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # excitation: spikes reach the end, and each other
+            parameter.data.abs_()
     return Case(model.eval(), (torch.rand(2, 5, 6) * 4,), _sinabs_reset)
 
 
