@@ -14,11 +14,12 @@ from torch.utils._pytree import tree_flatten
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace.build import build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
+from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.neurons import find_neurons
 from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
-from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
+from spikenm_fx.trace.tracer import Failure, ValueTracer
 from spikenm_fx.trace.values import is_matrix, is_scripted, is_scripted_block
 
 __all__ = ["trace"]
