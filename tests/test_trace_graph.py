@@ -92,6 +92,9 @@ def test_recurrent_weights_inside_neurons() -> None:
     assert str(recurrent.input_signal) == "spike"
     _, norse = traced("norse/recurrent")
     assert norse.layers["0.recurrent_weights"].inside == "0"
+    assert norse.layers["0.input_weights"].pre == ("input_0",)
+    assert norse.layers["0.input_weights"].post == ("0",)
+    assert norse.layers["0.recurrent_weights"].pre == ("0",)
     assert any("0.input_weights" in str(note) for note in norse.notes)
 
 

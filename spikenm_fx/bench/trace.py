@@ -353,6 +353,8 @@ def train_sparse(build: Callable[[], Case]) -> str:
     try:
         case = build()  # not a copy: some frameworks' deepcopy does not work
         model = case.model.train()
+        if not any(is_weight_layer(m) for m in nn.Module.modules(model)):
+            return "refused: raw weights only, no Linear or Conv module"
         every = (spikenm_fx.Rule("re:.*", nm="2:4"),)  # head and input layer included
         decided = spikenm_fx.plan(
             model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad"

@@ -171,6 +171,11 @@ class _Builder:
         walk(starts, lambda n: n.all_input_nodes, stop)
         return unique(layers), unique(sources)
 
+    def _at(self, node: fx.Node) -> Names:
+        """Where the value of ``node`` comes from: itself, if it is a source."""
+        own = self._is_layer(node) or self._is_neuron(node) or node.op == "placeholder"
+        return (self._identity(node),) if own else self._backward(node)[1]
+
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
         """A layer's inputs without its weight."""
         if node not in self.weights:
@@ -269,7 +274,7 @@ class _Builder:
                 layers[name] = self._layer_record(
                     name, calls[name][0].meta.get("module"), calls[name]
                 )
-        layers |= self._weights_in_neurons(layers)
+        layers |= self._weights_in_neurons(layers, calls)
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
         neurons = with_layers(neurons, layers)
         self._note_unused(layers)
@@ -345,7 +350,9 @@ class _Builder:
         tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
         return () if tensor is None else tuple(tensor.shape)
 
-    def _weights_in_neurons(self, layers: Mapping[str, LayerRecord]) -> dict[str, LayerRecord]:
+    def _weights_in_neurons(
+        self, layers: Mapping[str, LayerRecord], calls: Mapping[str, list[fx.Node]]
+    ) -> dict[str, LayerRecord]:
         """Matrices that a neuron module multiplies by itself (Norse's recurrent cells)."""
         found: dict[str, LayerRecord] = {}
         modules = dict(nn.Module.named_modules(self.trace.model))
@@ -355,17 +362,21 @@ class _Builder:
                 owner = full.rpartition(".")[0]
                 if parameter.dim() < 2 or min(parameter.shape[:2]) < 2 or owner in layers:
                     continue
-                pre, post = ((neuron,), (neuron,)) if "rec" in name else ((), (neuron,))
+                recurrent = "rec" in name
+                driving = [] if recurrent else [c.args[0] for c in calls.get(neuron, []) if c.args]
+                inputs = [source for source in driving if isinstance(source, fx.Node)]
+                pre = (neuron,) if recurrent else unique(s for n in inputs for s in self._at(n))
                 found[full] = LayerRecord(
                     full,
                     "functional",
                     tuple(parameter.shape),
                     calls=1,
                     pre=pre,
-                    post=post,
+                    post=(neuron,),
+                    input_signal=join([self.signals[n] for n in inputs]) if inputs else None,
                     inside=neuron,
                 )
-                self._note(full, f"used inside the neuron {neuron}; its input was not followed")
+                self._note(full, f"a raw weight used inside the neuron {neuron}")
         return found
 
     def _neuron_record(self, name: str, calls: list[fx.Node]) -> NeuronRecord:
