@@ -108,6 +108,31 @@ def test_functional_neurons() -> None:
     assert graph.layers["rec"].pre == (first,)
 
 
+def test_functions_that_are_no_steps_are_no_neurons() -> None:
+    """A delay or a gradient scaler written as an autograd Function passes signals on."""
+
+    class Delay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lif, self.b = nn.Linear(4, 16), SequenceLIF(), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.b(Delay.apply(self.lif(self.a(x))))
+
+    graph = trace(Net(), torch.rand(4, 2, 4) * 3)
+    assert set(graph.neurons) == {"lif"}
+    assert graph.layers["b"].pre == ("lif",)
+
+
 def test_functional_weights() -> None:
     """Raw parameters used by F.conv2d, through arithmetic, and by @ are layers; unused are told."""
     _, graph = traced("hand/raw")

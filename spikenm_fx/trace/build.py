@@ -23,6 +23,7 @@ from spikenm_fx.trace.infer import Inference
 from spikenm_fx.trace.layout_nodes import is_item, name_of
 from spikenm_fx.trace.layouts import Reader
 from spikenm_fx.trace.nodes import (
+    is_step,
     kind_of_op,
     layer_kind,
     parameter_behind,
@@ -107,9 +108,10 @@ class _Builder:
         """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
         groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
         for node in self.nodes:
-            if not isinstance(node.target, SurrogateCall):
+            if not is_step(node):
                 continue
-            key = (node.meta["scope"], node.target.function, node.meta.get("at", ()))
+            function = getattr(node.target, "function", None)
+            key = (node.meta["scope"], function, node.meta.get("at", ()))
             layers = set(self._backward(node)[0])
             for known_key, known_layers, members in groups:
                 if known_key == key and (known_layers & layers or not layers):
@@ -144,7 +146,7 @@ class _Builder:
     # -- walking ----------------------------------------------------------------------------------
 
     def _is_neuron(self, node: fx.Node) -> bool:
-        if isinstance(node.target, SurrogateCall):
+        if is_step(node):
             return True
         return node.op == "call_module" and str(node.target) in self.specs
 

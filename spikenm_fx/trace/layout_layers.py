@@ -96,6 +96,8 @@ def weighted(
     made = reader.outputs.get(name)
     if made is None:
         size = shape[len(shape) - 1 - spatial]
+        if size != weight.shape[out_axis] * (groups if transposed else 1):
+            raise NotUnderstood("a layer that folds its input's axes by a rule of its own")
         made = reader.outputs[name] = ((Atom(size, reader.spaces.new(size)),),)
         if groups > 1 and transposed:
             reader.spaces.freeze(made, f"{node.name}: grouped transposed convolution")

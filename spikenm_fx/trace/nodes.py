@@ -82,6 +82,11 @@ def kind_of_op(name: str, inputs: int) -> NodeKind:
     return "join" if name in joins and inputs > 1 else "op"
 
 
+def is_step(node: fx.Node) -> bool:
+    """An autograd Function that emits levels: a spike; delays and gradient scalers do not."""
+    return isinstance(node.target, SurrogateCall) and bool(node.meta.get("steps", True))
+
+
 def is_identity(node: fx.Node) -> bool:
     """Whether it hands its input on unchanged in eval mode."""
     module = node.meta.get("module")

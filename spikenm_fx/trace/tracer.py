@@ -98,6 +98,7 @@ class ValueTracer(fx.Tracer):
         self._tensor_names = {id(t): n for n, t in tensors}
         self._known = _tensors_held_by(model)
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._steps: dict[SurrogateCall, bool] = {}
         self._probed: dict[nn.Module, Measured | None] = {}
         self._scope: list[nn.Module] = []
         self._failed_in: nn.Module | None = None
@@ -287,6 +288,7 @@ class ValueTracer(fx.Tracer):
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
             if surrogate:
                 node.meta["at"] = _call_site()
+                node.meta["steps"] = self._steps.get(target, True)
             if written is not None:
                 self._rebind(written, node)
                 return value
@@ -373,6 +375,8 @@ class ValueTracer(fx.Tracer):
                 out = self._call(module, target, (driven, *args[1:]), kwargs)
                 first = next((t for t in tree_flatten(out)[0] if isinstance(t, Tensor)), None)
                 found = measure_kind(first)[0] if first is not None else None
+                if isinstance(target, SurrogateCall) and first is not None:
+                    self._steps[target] = first.numel() < 64 or first.unique().numel() <= 32
         except Exception:
             return None
         finally:
