@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
-from spikenm_fx.bench.trace import train_sparse
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.trace import refusal, train_sparse
+from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
+from spikenm_fx.errors import PlanError, TraceError
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import PendingGraph, SpikingGraph, trace
 
@@ -21,7 +23,7 @@ def traced(name: str) -> tuple[Case, SpikingGraph]:
     return case, trace(case.model, case.inputs)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", RUNNING)
 def test_layers_and_pairs(name: str) -> None:
     """The layers are exactly the module tree's, all seen in use; pairs agree both ways."""
     case, graph = traced(name)
@@ -90,6 +92,9 @@ def test_recurrent_weights_inside_neurons() -> None:
     assert str(recurrent.input_signal) == "spike"
     _, norse = traced("norse/recurrent")
     assert norse.layers["0.recurrent_weights"].inside == "0"
+    assert norse.layers["0.input_weights"].pre == ("input_0",)
+    assert norse.layers["0.input_weights"].post == ("0",)
+    assert norse.layers["0.recurrent_weights"].pre == ("0",)
     assert any("0.input_weights" in str(note) for note in norse.notes)
 
 
@@ -101,6 +106,31 @@ def test_functional_neurons() -> None:
     assert set(graph.neurons[first].layers) == {"fc1", "rec"}
     assert graph.neurons[second].layers == ("fc2",)
     assert graph.layers["rec"].pre == (first,)
+
+
+def test_functions_that_are_no_steps_are_no_neurons() -> None:
+    """A delay or a gradient scaler written as an autograd Function passes signals on."""
+
+    class Delay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lif, self.b = nn.Linear(4, 16), SequenceLIF(), nn.Linear(16, 2)
+
+        def forward(self, x):
+            return self.b(Delay.apply(self.lif(self.a(x))))
+
+    graph = trace(Net(), torch.rand(4, 2, 4) * 3)
+    assert set(graph.neurons) == {"lif"}
+    assert graph.layers["b"].pre == ("lif",)
 
 
 def test_functional_weights() -> None:
@@ -243,12 +273,36 @@ def test_time_axis_is_named() -> None:
     assert {r.time_axis for r in single.layers.values()} == {None}
 
 
-SMALL = [n for n in ZOO if "resnet" not in n and "vgg" not in n]
+OWN_WEIGHTS = ("rockpool/lif", "hand/raw")
+"""All their weights are Parameters of their own code: no Linear or Conv module to make sparse."""
 
 
-@pytest.mark.parametrize("name", [*SMALL, "spikingjelly/sew_resnet18/m"])
+@pytest.mark.parametrize("name", [n for n in RUNNING if n not in OWN_WEIGHTS])
 def test_sparse_training_on_every_model(name: str) -> None:
     """Each model of the list can be sparsified, trained a step, folded, and is then N:M."""
-    if not ZOO[name].available or name in ("rockpool/lif", "hand/raw"):
-        pytest.skip("not installed, or weights of its own that are no Linear or Conv modules")
+    if not ZOO[name].available:
+        pytest.skip(f"{ZOO[name].framework} is not installed")
     assert train_sparse(ZOO[name].build) == "ok"
+
+
+@pytest.mark.parametrize("name", OWN_WEIGHTS)
+def test_models_without_layers_are_refused_as_they_were(name: str) -> None:
+    """What has no Linear or Conv module is refused in words, and left as it was."""
+    case, _ = traced(name)
+    before = {n: p.clone() for n, p in nn.Module.named_parameters(case.model)}
+    with pytest.raises(PlanError, match="holds no Linear or Conv module"):
+        spikenm_fx.sparsify(case.model, "2:4", example_inputs=case.inputs)
+    after = dict(nn.Module.named_parameters(case.model))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+
+
+@pytest.mark.parametrize("name", [n for n in ZOO if n not in RUNNING])
+def test_step_modes_that_a_framework_refuses(name: str) -> None:
+    """Where the framework's own forward fails, trace says the same, with the line."""
+    if not ZOO[name].available:
+        pytest.skip(f"{ZOO[name].framework} is not installed")
+    refusal(ZOO[name])
+    case = ZOO[name].build()
+    with pytest.raises(TraceError, match=ZOO[name].refuses):
+        trace(case.model, case.inputs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from spikenm_fx.bench.nets.handwritten import SequenceLIF
+from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import CoupledGroup, coupled_groups, permute_channels, trace
@@ -20,7 +20,7 @@ DOUBLE = [
     *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "ms_resnet18")),
     *(f"spikingjelly/{n}/m" for n in ("spikformer", "sdt", "qkformer", "maxformer")),
     *("spikingjelly/sew_resnet18_iand/m", "spikingjelly/cifar10dvs/m"),
-    *("norse/loop", "hand/module", "hand/stateful", "hand/functional"),
+    *("norse/loop", "hand/module", "hand/stateful", "hand/functional", "hand/raw"),
 ]
 EXPECTED = {"spikingjelly/spiking_resnet18/m": 12, "spikingjelly/sew_resnet18/m": 12}
 
@@ -69,6 +69,40 @@ def test_groups_permute_exactly(name: str) -> None:
     assert free >= EXPECTED.get(name, 1)
     assert noticed >= 0.5 * free  # quiet channels and equal ones can hide a wrong permutation
     assert difference(before, outputs(case)) == 0
+
+
+@pytest.mark.parametrize("name", ["snntorch/rleaky", "sinabs/recurrent"])
+def test_recurrent_layers_inside_neurons_go_along(name: str) -> None:
+    """A neuron's own recurrent matrix is permuted along both axes, and must be."""
+    if not ZOO[name].available:
+        pytest.skip("framework not installed")
+    torch.set_default_dtype(torch.float32)  # these frameworks make float32 tensors of their own
+    case = ZOO[name].build()
+    (group,) = [g for g in coupled_groups(trace(case.model, case.inputs)) if not g.frozen]
+    square = [m for m in group.members if "rec" in m.tensor and "weight" in m.tensor]
+    assert {m.axis for m in square} == {0, 1}
+    before = outputs(case)
+    order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
+    permute_channels(case.model, group, order)
+    torch.testing.assert_close(outputs(case), before, atol=1e-4, rtol=1e-4)
+    permute_members(case.model, group, tuple(square), torch.argsort(order))
+    assert difference(outputs(case), before) > 1e-3
+
+
+def test_states_that_leave_the_model_freeze_their_channels() -> None:
+    """A membrane among the outputs would come out permuted."""
+
+    class Shows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.lif, self.b = nn.Linear(4, 6), StatefulLIF(), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+            return self.b(self.lif(self.a(x))), self.lif.mem
+
+    groups = coupled_groups(trace(Shows(), torch.rand(3, 4)))
+    shown = next(g for g in groups if g.size == 6)
+    assert any("state is an output" in reason for reason in shown.frozen)
 
 
 def free(model: nn.Module, x: Tensor) -> list[CoupledGroup]:

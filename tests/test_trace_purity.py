@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import threading
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
+from spikenm_fx.bench.trace import _peak
 from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import Limits, trace
@@ -226,6 +229,29 @@ def test_unreadable_models_are_refused() -> None:
         trace(lambda x: x, torch.rand(1))  # type: ignore[arg-type]
 
 
+def test_scripted_parts_are_read_and_told() -> None:
+    """A scripted block inside a model: its weights are found and a note says what to do."""
+
+    class Block(torch.jit.ScriptModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key, self.value = nn.Linear(4, 8), nn.Linear(8, 4)
+
+        @torch.jit.script_method
+        def forward(self, x: Tensor) -> Tensor:
+            return self.value(torch.relu(self.key(x)))
+
+    model = nn.Sequential(nn.Linear(4, 4), SequenceLIF(), Block(), SequenceLIF(), nn.Linear(4, 2))
+    graph = trace(model, torch.rand(3, 2, 4) * 3)
+    assert graph.route == "fx+execution"
+    assert set(graph.layers) == {"0", "2.key.weight", "2.value.weight", "4"}
+    assert graph.layers["2.key.weight"].pre == ("1",)
+    assert graph.layers["2.value.weight"].post == ("3",)
+    (note,) = graph.notes
+    assert note.where == "2"
+    assert "PYTORCH_JIT=0" in note.text
+
+
 def test_meta_models() -> None:
     """A model on the meta device is traced by shapes; nothing is claimed from its values."""
     model = nn.Sequential(nn.Linear(4, 4), SequenceLIF(), nn.Linear(4, 2)).to("meta")
@@ -242,6 +268,72 @@ def test_limits_are_errors_that_say_so() -> None:
         with pytest.raises(TraceError, match=said):
             trace(model, x, limits=limits)
     assert same(before, fingerprint(model))
+
+
+WRITES: dict[str, Callable[[nn.Parameter], object]] = {
+    "data": lambda w: w.data.mul_(2),
+    "in place": lambda w: w.add_(1),
+    "out": lambda w: torch.add(w, 1, out=w),
+    "view": lambda w: w.view(-1)[:3].fill_(7),
+    "index": lambda w: w.data.__setitem__(0, 5.0),
+    "foreach": lambda w: torch._foreach_mul_([w.data], 3.0),
+    "numpy": lambda w: w.detach().numpy().fill(9),
+    "new data": lambda w: setattr(w, "data", torch.ones(2, 2)),
+    "set": lambda w: w.data.set_(torch.ones(3)),
+    "half": lambda w: setattr(w, "data", w.data.half()),
+    "scripted": lambda w: _scripted_write(w.data),
+    "optimizer": lambda w: _step(w),
+    "statistics": lambda w: F.batch_norm(torch.rand(8, 4), w.data[0], w.data[1], training=True),
+    "gradient": lambda w: w.grad.zero_(),  # type: ignore[union-attr]
+}
+
+
+@torch.jit.script
+def _scripted_write(x: Tensor) -> Tensor:
+    return x.mul_(3)
+
+
+def _step(weight: nn.Parameter) -> None:
+    weight.grad = torch.ones_like(weight)
+    torch.optim.Adam([weight], lr=0.1, foreach=False).step()
+
+
+@pytest.mark.parametrize("name", WRITES)
+@pytest.mark.parametrize("fails", [False, True])
+def test_whatever_writes_into_a_parameter_is_undone(name: str, fails: bool) -> None:
+    """Parameters are copied when they are written into, and every way of writing is noticed."""
+
+    class Writer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif, self.other = nn.Linear(4, 4), SequenceLIF(), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.other(self.lif(self.fc(x)))
+            WRITES[name](self.fc.weight)
+            if fails:
+                raise KeyError("on purpose")
+            return y
+
+    model = Writer()
+    weight = model.fc.weight
+    weight.grad = torch.full((4, 4), 2.0)
+    grad, kept, place = weight.grad, weight.detach().clone(), weight.data_ptr()
+    with contextlib.suppress(TraceError) if fails else contextlib.nullcontext():
+        trace(model, torch.rand(3, 2, 4))
+    assert model.fc.weight is weight
+    assert weight.data_ptr() == place
+    assert weight.dtype is torch.float32
+    assert torch.equal(weight, kept)
+    assert weight.grad is grad
+    assert torch.equal(grad, torch.full((4, 4), 2.0))
+
+
+def test_parameters_are_not_copied() -> None:
+    """A trace of a model of 16 MiB of weights takes no such memory."""
+    model = nn.Sequential(nn.Linear(2048, 2048), SequenceLIF(), nn.Linear(2048, 4))
+    x = torch.rand(2, 1, 2048)
+    assert _peak(lambda: trace(model, x)) < 2**20
 
 
 def test_no_memory_is_kept() -> None:

@@ -11,11 +11,11 @@ from snn_strategies import random_nets
 from torch import Tensor, nn
 
 from spikenm_fx.bench.trace import Row, _edges_by_measurement, _inputs_by_measurement
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.trace import coupled_groups, permute_channels, trace
 from spikenm_fx.trace.signal import ANALOG, SPIKE, Signal, join
 
-QUICK = [n for n in ZOO if "vgg" not in n and "50" not in n and not n.endswith("net18/s")]
+QUICK = [n for n in RUNNING if "vgg" not in n and "50" not in n and not n.endswith("net18/s")]
 
 
 @pytest.mark.parametrize("name", QUICK)

@@ -45,12 +45,14 @@ class Checkout:
         path: where inside it its imports start.
         make: builds the model from the imported modules; returns it with its inputs.
         jelly: version of SpikingJelly it needs, "" for none.
+        scripted: whether torch's script compiler runs what the repository scripts.
     """
 
     folder: str
     path: str
     make: Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]
     jelly: str = ""
+    scripted: bool = False
 
 
 def build(name: str, repos: Path, sites: Path | None) -> Case:
@@ -262,5 +264,6 @@ REPOS: dict[str, Checkout] = {
     "nda_vgg11": Checkout("NDA_SNN", "", _nda),
     "ottt_vgg11_ws": Checkout("OTTT-SNN", "", _ottt),
     "spikegpt": Checkout("SpikeGPT", "", _gpt),
+    "spikegpt_jit": Checkout("SpikeGPT", "", _gpt, scripted=True),
 }
 """The networks, by name."""

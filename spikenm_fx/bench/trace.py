@@ -8,6 +8,7 @@ import functools
 import gc
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -28,17 +29,19 @@ from torch.utils._pytree import tree_flatten
 import spikenm_fx
 from spikenm_fx.bench.repos import REPOS
 from spikenm_fx.bench.repos import build as build_checkout
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.zoo import ZOO, Case, Entry
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace import SpikingGraph, coupled_groups, permute_channels, trace
+from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups, trace
 from spikenm_fx.trace.groups import permute_members
 from spikenm_fx.trace.values import measure_kind
 
 __all__ = ["Row", "main", "measure", "train_sparse"]
 
 RESULTS = Path(__file__).parent / "results"
-PATIENCE = 20.0
-"""Seconds for the permutations of one model; what is left then is counted as not measured."""
+PATIENCE = 120.0
+"""Seconds for one model's negative controls, one forward each; the rest is counted as such."""
+ALLOWED_BYTES = 16 * 1024
+"""What a trace may take beside twice a forward: as the second beside thrice its time."""
 
 
 @dataclass(slots=True)
@@ -48,7 +51,7 @@ class Row:
     Attributes:
         model: its name.
         route: how it was read.
-        layers: weight modules in the tree.
+        layers: weight modules in the tree, and raw weights.
         found: those that the graph saw in use.
         neurons: neurons found.
         paired: layers with at least one source and one neuron, or marked readout.
@@ -58,13 +61,17 @@ class Row:
         spike_missed: edges marked analog that only carried {0,1}.
         input_wrong: layers whose input was marked spike but was not, measured by plain hooks.
         silent: layers whose input was constant in all measured forwards: nothing is proven there.
-        groups: coupled groups: permuted exactly, wrongly, frozen; and how many of the exact ones a
-            permutation of their producers alone did not show (quiet channels).
+        groups: coupled groups: permuted exactly, wrongly, frozen; how many of the free ones a
+            permutation of their producers alone did not show (quiet channels), and for how many
+            there was no time to ask.
         eager_ms: processor time of one eager forward on one thread, median.
         trace_ms: processor time of one trace on one thread, median.
-        memory_ratio: peak bytes of a trace over those of a forward, parameters counted in both.
+        forward_bytes: most bytes alive at once in a forward, beyond the model's own.
+        trace_bytes: the same of a trace.
         sparsified: outcome of sparsify, one training step, fold and verify.
         notes: the graph's notes.
+        error: what went wrong.
+        refused: the framework's own error where its model cannot run this way.
     """
 
     model: str
@@ -82,10 +89,17 @@ class Row:
     groups: dict[str, int] = field(default_factory=dict)
     eager_ms: float = 0.0
     trace_ms: float = 0.0
-    memory_ratio: float = 0.0
+    forward_bytes: int = 0
+    trace_bytes: int = 0
     sparsified: str = ""
     notes: list[str] = field(default_factory=list)
     error: str = ""
+    refused: str = ""
+
+    @property
+    def within_memory(self) -> bool:
+        """At most two forwards and 16 KiB (5 of them hold the random generator's state)."""
+        return self.trace_bytes <= 2 * self.forward_bytes + ALLOWED_BYTES
 
     @property
     def within_time(self) -> bool:
@@ -97,11 +111,11 @@ def measure(name: str, case: Case, *, seeds: int = 3, timed: bool = True) -> Row
     """Trace one model and hold what the graph says against real forwards."""
     graph = trace(case.model, case.inputs)
     weights = {n for n, m in case.model.named_modules() if is_weight_layer(m)}
-    records = [graph.layers[n] for n in weights]
+    records = [r for n, r in graph.layers.items() if n in weights or r.kind == "functional"]
     row = Row(
         name,
         route=graph.route,
-        layers=len(weights),
+        layers=len(records),
         found=sum(r.calls > 0 for r in records),
         neurons=len(graph.neurons),
         paired=sum(bool(r.pre) and bool(r.post or r.is_readout or r.feeds) for r in records),
@@ -113,7 +127,8 @@ def measure(name: str, case: Case, *, seeds: int = 3, timed: bool = True) -> Row
     _groups_by_permutation(row, case, graph)
     if timed:
         _times(row, case)
-        row.memory_ratio = round(_memory(case), 2)
+        row.forward_bytes = _peak(lambda: _forward(case))
+        row.trace_bytes = _peak(lambda: trace(case.model, case.inputs))
     return row
 
 
@@ -174,33 +189,71 @@ def _inputs_by_measurement(row: Row, case: Case, graph: SpikingGraph, seeds: int
 
 
 def _groups_by_permutation(row: Row, case: Case, graph: SpikingGraph) -> None:
-    """Permute every unfrozen group: outputs must stay; permuting producers alone must show.
+    """Permute the unfrozen groups: outputs must stay; permuting producers alone must show.
 
     In float64 to 1e-8; frameworks that know only float32 are held to 1e-4 of the output's range.
+    All groups are permuted at once, and halves of them where the outputs do not stay.
     """
+    groups = coupled_groups(graph)
+    free = [group for group in groups if not group.frozen]
     with _double(case) as (exactly, precise):
         before = _outputs(exactly)
         scale = max((float(t.abs().max()) for t in before), default=0.0) or 1.0
         tolerance = 1e-8 if precise else 1e-4 * scale
-        counts = {"exact": 0, "wrong": 0, "frozen": 0, "quiet": 0, "not measured": 0}
+
+        def stays() -> bool:
+            return _difference(before, _outputs(exactly)) <= tolerance
+
+        wrong = _wrong(case.model, free, stays)
+        quiet = unasked = 0
         deadline = time.monotonic() + PATIENCE
-        for group in coupled_groups(graph):
-            if group.frozen:
-                counts["frozen"] += 1
-                continue
+        for group in free:
             if time.monotonic() > deadline:
-                counts["not measured"] += 1
+                unasked += 1
                 continue
-            order = torch.randperm(group.size, generator=torch.Generator().manual_seed(1)).roll(1)
-            back = torch.argsort(order)
-            permute_channels(case.model, group, order)
-            exact = _difference(before, _outputs(exactly)) <= tolerance
-            permute_channels(case.model, group, back)
-            counts["exact" if exact else "wrong"] += 1
-            permute_members(case.model, group, group.producers, order)
-            counts["quiet"] += _difference(before, _outputs(exactly)) <= tolerance
-            permute_members(case.model, group, group.producers, back)
-    row.groups = counts
+            with _permuted(case.model, [group], producers_only=True):
+                quiet += stays()
+    row.groups = {
+        **{"exact": len(free) - len(wrong), "wrong": len(wrong)},
+        **{"frozen": len(groups) - len(free), "quiet": quiet, "without control": unasked},
+    }
+
+
+def _wrong(
+    model: nn.Module, groups: Sequence[CoupledGroup], stays: Callable[[], bool]
+) -> list[CoupledGroup]:
+    """Those of ``groups`` that change the outputs, by bisection."""
+    if not groups:
+        return []
+    with _permuted(model, groups):
+        if stays():
+            return []
+    if len(groups) == 1:
+        return list(groups)
+    half = len(groups) // 2
+    return [*_wrong(model, groups[:half], stays), *_wrong(model, groups[half:], stays)]
+
+
+@contextmanager
+def _permuted(
+    model: nn.Module, groups: Sequence[CoupledGroup], *, producers_only: bool = False
+) -> Iterator[None]:
+    """Each group's channels in another order, or what its producers make only."""
+    orders = [
+        torch.randperm(g.size, generator=torch.Generator().manual_seed(1)).roll(1) for g in groups
+    ]
+
+    def reorder(group: CoupledGroup, order: Tensor) -> None:
+        members = group.producers if producers_only else group.members
+        permute_members(model, group, members, order)
+
+    for group, order in zip(groups, orders, strict=True):
+        reorder(group, order)
+    try:
+        yield
+    finally:
+        for group, order in zip(groups, orders, strict=True):
+            reorder(group, torch.argsort(order))
 
 
 @contextmanager
@@ -280,15 +333,6 @@ def _milliseconds(call: Callable[[], object]) -> float:
     return (time.process_time() - start) * 1e3
 
 
-def _memory(case: Case) -> float:
-    # torch's own methods: rockpool gives parameters() another meaning
-    tensors = (*nn.Module.parameters(case.model), *nn.Module.buffers(case.model))
-    own = sum(t.numel() * t.element_size() for t in tensors)
-    forward = _peak(lambda: _forward(case))
-    traced = _peak(lambda: trace(case.model, case.inputs))
-    return (own + traced) / (own + forward)
-
-
 def _peak(call: Callable[[], object]) -> int:
     """Most bytes that torch had allocated at once during ``call``, beyond those before it."""
     gc.collect()
@@ -309,6 +353,8 @@ def train_sparse(build: Callable[[], Case]) -> str:
     try:
         case = build()  # not a copy: some frameworks' deepcopy does not work
         model = case.model.train()
+        if not any(is_weight_layer(m) for m in nn.Module.modules(model)):
+            return "refused: raw weights only, no Linear or Conv module"
         every = (spikenm_fx.Rule("re:.*", nm="2:4"),)  # head and input layer included
         decided = spikenm_fx.plan(
             model, "2:4", example_inputs=case.inputs, rules=every, remainder="pad"
@@ -335,9 +381,27 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _one(name: str, build: Callable[[], Case]) -> Row:
+def refusal(entry: Entry) -> str:
+    """The framework's own error on a model that it cannot run in this mode.
+
+    Raises:
+        AssertionError: if the model runs, or fails otherwise than it is known to.
+    """
+    case = entry.build()
+    try:
+        case.run()
+    except Exception as error:
+        text = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        assert re.search(entry.refuses, text), text
+        return text
+    raise AssertionError("this model was thought not to run")
+
+
+def _one(name: str, build: Callable[[], Case], entry: Entry | None = None) -> Row:
     try:
         with _quietly():
+            if entry is not None and entry.refuses:
+                return Row(name, refused=refusal(entry))
             row = measure(name, build())
             row.sparsified = train_sparse(build)
             return row
@@ -350,20 +414,26 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table, one line per model."""
     head = (
         "| model | route | layers seen | neurons | paired | spike edges, wrong, missed "
-        "| forward CPU ms | trace CPU ms | memory | groups | sparse training |"
+        "| forward CPU ms | trace CPU ms | forward KiB | trace KiB | groups | sparse training |"
     )
     lines = [head, "|---|---|---|---|---|---|---|---|---|---|---|"]
     for row in rows:
-        if row.error:
-            lines.append(f"| {row.model} | {row.error} |" + " |" * 9)
+        if row.error or row.refused:
+            text = row.error or f"does not run by itself: {row.refused}"
+            lines.append(f"| {row.model} | {text} |" + " |" * 10)
             continue
         lines.append(
             f"| {row.model} | {row.route} | {row.found} of {row.layers} | {row.neurons} "
             f"| {row.paired} | {row.spike_edges}, {row.spike_wrong + row.input_wrong}, "
             f"{row.spike_missed} | {row.eager_ms:.0f} | {row.trace_ms:.0f} "
-            f"| {row.memory_ratio:.2f}x | {_groups(row)} | {row.sparsified} |"
+            f"| {_kilobytes(row.forward_bytes)} | {_kilobytes(row.trace_bytes)}"
+            f"{'' if row.within_memory else ' (over)'} | {_groups(row)} | {row.sparsified} |"
         )
     return "\n".join(lines)
+
+
+def _kilobytes(count: int) -> str:
+    return f"{count / 1024:,.0f}"
 
 
 def _groups(row: Row) -> str:
@@ -377,6 +447,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS / "trace.json")
     parser.add_argument("--repos", type=Path, help="folder of checkouts of public repositories")
     parser.add_argument("--sites", type=Path, help="folder of old SpikingJelly releases")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
     parser.add_argument("--one", help="measure this checkout, in this process")
     options = parser.parse_args(arguments)
     if options.one:
@@ -392,11 +463,16 @@ def main(arguments: list[str]) -> int:
 
 
 def _rows(options: argparse.Namespace) -> Iterator[Row]:
+    known = {row.model for row in _read(options.output) if not row.error}
     for name, entry in ZOO.items():
         if options.only in name:
+            if options.resume and name in known:
+                continue
             missing = Row(name, error=f"{entry.framework} is not installed")
-            yield _one(name, entry.build) if entry.available else missing
+            yield _one(name, entry.build, entry) if entry.available else missing
     for name, checkout in REPOS.items() if options.repos else ():
+        if options.resume and f"repos/{name}" in known:
+            continue
         if options.only in f"repos/{name}" and (options.repos / checkout.folder).is_dir():
             yield _apart(name, options.repos, options.sites)
 
@@ -408,8 +484,7 @@ def _apart(name: str, repos: Path, sites: Path | None) -> Row:
         command = [sys.executable, "-m", "spikenm_fx.bench", "trace", "--one", name]
         command += ["--repos", str(repos), "--output", str(output)]
         command += ["--sites", str(sites)] if sites else []
-        # SpikeGPT's scripted modules hide their layers; torch runs them as written without JIT
-        environment = {**os.environ, "PYTORCH_JIT": "0"}
+        environment = {**os.environ, "PYTORCH_JIT": "1" if REPOS[name].scripted else "0"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if not output.exists():
             last = done.stderr.strip().splitlines()[-1:] or ["no output"]
@@ -417,11 +492,14 @@ def _apart(name: str, repos: Path, sites: Path | None) -> Row:
         return Row(**json.loads(output.read_text())["rows"][0])
 
 
+def _read(path: Path) -> list[Row]:
+    return [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+
+
 def write(path: Path, rows: Sequence[Row]) -> None:
     """Put ``rows`` in place of those of the same models in the JSON, and in the table beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text())["rows"] if path.exists() else []
-    merged = {row["model"]: Row(**row) for row in known} | {row.model: row for row in rows}
+    merged = {row.model: row for row in (*_read(path), *rows)}
     order = [*ZOO, *(f"repos/{name}" for name in REPOS)]
     kept = sorted(merged.values(), key=lambda row: order.index(row.model))
     report = {"torch": torch.__version__, "rows": [asdict(row) for row in kept]}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.nets import handwritten
 from spikenm_fx.bench.shims import stand_in
 
-__all__ = ["BRAINCOG_NEVER_USES", "ZOO", "Case", "Entry", "liven"]
+__all__ = ["BRAINCOG_NEVER_USES", "RUNNING", "ZOO", "Case", "Entry", "liven"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,12 +47,13 @@ class Entry:
     Attributes:
         framework: name of the package that must be importable; "" for hand-written ones.
         build: makes the case.
-        layers: number of Linear and Conv modules it must have, as an independent count.
-        unused: how many of them its forward never calls.
+        refuses: what the framework's own error says where its model cannot run this way; "" for
+            those that run.
     """
 
     framework: str
     build: Callable[[], Case]
+    refuses: str = ""
 
     @property
     def available(self) -> bool:
@@ -94,7 +95,7 @@ def _jelly_reset(model: nn.Module) -> None:
 
 
 def _jelly(
-    file: str, maker: str, shape: tuple[int, ...], mode: str, **kwargs: Any
+    file: str, maker: str, shape: tuple[int, ...], mode: str, runs: bool, kwargs: dict[str, Any]
 ) -> Callable[[], Case]:
     def build() -> Case:
         stand_in("torchvision")
@@ -103,24 +104,27 @@ def _jelly(
         models = importlib.import_module(f"{base}.model.{file}")
         neuron = importlib.import_module(f"{base}.neuron")
         functional = importlib.import_module(f"{base}.functional")
-        kwargs.setdefault("spiking_neuron", neuron.LIFNode)
-        model = getattr(models, maker)(**kwargs)
+        model = getattr(models, maker)(**{"spiking_neuron": neuron.LIFNode, **kwargs})
         functional.set_step_mode(model, mode)
         x = torch.rand(*(shape if mode == "m" else shape[1:])) * 2
         for module in nn.Module.modules(model):
             if isinstance(module, nn.Linear):
                 module.weight.data *= 4.0  # no norm follows
+        if not runs:
+            return Case(model.eval(), (x,), _jelly_reset)
         return Case(liven(model, (x,), _jelly_reset), (x,), _jelly_reset)
 
     return build
 
 
+_M_ONLY = "Expected 3D .* or 4D .* input to conv2d"
+"""SpikingJelly's transformers add the time axis themselves: their layers must know of it ('m')."""
 _TINY: dict[str, Any] = {"num_classes": 10, "T": 2}
 _JELLY: dict[str, tuple[str, str, tuple[int, ...], str, dict[str, Any]]] = {
     "spiking_resnet18": ("spiking_resnet", "spiking_resnet18", (2, 2, 3, 32, 32), "sm", {}),
     "sew_resnet18": ("sew_resnet", "sew_resnet18", (2, 2, 3, 32, 32), "sm", {"cnf": "ADD"}),
-    "sew_resnet18_and": ("sew_resnet", "sew_resnet18", (2, 2, 3, 32, 32), "m", {"cnf": "AND"}),
-    "sew_resnet18_iand": ("sew_resnet", "sew_resnet18", (2, 2, 3, 32, 32), "m", {"cnf": "IAND"}),
+    "sew_resnet18_and": ("sew_resnet", "sew_resnet18", (2, 2, 3, 32, 32), "sm", {"cnf": "AND"}),
+    "sew_resnet18_iand": ("sew_resnet", "sew_resnet18", (2, 2, 3, 32, 32), "sm", {"cnf": "IAND"}),
     "sew_resnet50": ("sew_resnet", "sew_resnet50", (2, 2, 3, 32, 32), "sm", {"cnf": "ADD"}),
     "ms_resnet18": ("ms_resnet", "ms_resnet18", (2, 2, 3, 32, 32), "m", _TINY),
     "spiking_vgg11_bn": ("spiking_vgg", "spiking_vgg11_bn", (2, 2, 3, 32, 32), "sm", {}),
@@ -142,7 +146,7 @@ _JELLY: dict[str, tuple[str, str, tuple[int, ...], str, dict[str, Any]]] = {
         "spikformer",
         "Spikformer",
         (2, 2, 3, 32, 32),
-        "m",
+        "sm",
         {
             **_TINY,
             "img_size_h": 32,
@@ -210,9 +214,10 @@ def _norse(name: str) -> Callable[[], Case]:
 
 
 def _sinabs_reset(model: nn.Module) -> None:
+    layer = importlib.import_module("sinabs.layers").StatefulLayer
     for module in nn.Module.modules(model):
-        if hasattr(module, "reset_states") and not list(module.children()):
-            cast(Any, module).reset_states()
+        if isinstance(module, layer):  # recurrent ones hold a layer of their own
+            module.reset_states()
 
 
 def _sinabs_from_model() -> Case:
@@ -259,6 +264,9 @@ def _sinabs_recurrent() -> Case:
         nn.Linear(12, 4),
         layers.IAF(),
     )
+    for parameter in model.parameters():
+        if parameter.dim() > 1:  # excitation: spikes reach the end, and each other
+            parameter.data.abs_()
     return Case(model.eval(), (torch.rand(2, 5, 6) * 4,), _sinabs_reset)
 
 
@@ -328,9 +336,11 @@ def _hand(name: str) -> Callable[[], Case]:
 def _entries() -> dict[str, Entry]:
     entries = {}
     for name, (file, maker, shape, modes, kwargs) in _JELLY.items():
-        for mode in modes:
-            built = _jelly(file, maker, shape, mode, **kwargs)
-            entries[f"spikingjelly/{name}/{mode}"] = Entry("spikingjelly", built)
+        for mode in "sm":
+            runs = mode in modes
+            built = _jelly(file, maker, shape, mode, runs, kwargs)
+            refuses = "" if runs else _M_ONLY
+            entries[f"spikingjelly/{name}/{mode}"] = Entry("spikingjelly", built, refuses)
     for name in ("loop", "sequential", "rleaky", "synaptic", "conv"):
         entries[f"snntorch/{name}"] = Entry("snntorch", _snntorch(name))
     for name in ("sequential", "loop", "lift", "recurrent"):
@@ -348,3 +358,5 @@ def _entries() -> dict[str, Entry]:
 
 ZOO: dict[str, Entry] = _entries()
 """The models, by name: framework, network, and step mode where there are two."""
+RUNNING: tuple[str, ...] = tuple(name for name, entry in ZOO.items() if not entry.refuses)
+"""Those that run; the others are listed because the framework refuses them."""

@@ -14,11 +14,11 @@
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import Chain, LayerRecord, NeuronRecord, Note, SpikingGraph
 from spikenm_fx.trace.groups import CoupledGroup, Member, coupled_groups, permute_channels
+from spikenm_fx.trace.leaves import Limits
 from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
 from spikenm_fx.trace.pending import PendingGraph
 from spikenm_fx.trace.signal import Signal
 from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
-from spikenm_fx.trace.tracer import Limits
 
 __all__ = [
     "Chain",

@@ -14,12 +14,13 @@ from torch.utils._pytree import tree_flatten
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace.build import build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
+from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.neurons import find_neurons
 from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.snapshot import detach_state, preserved
 from spikenm_fx.trace.spec import NeuronSpec
-from spikenm_fx.trace.tracer import Failure, LeafRule, Limits, TraceLimitReached, ValueTracer
-from spikenm_fx.trace.values import is_scripted
+from spikenm_fx.trace.tracer import Failure, ValueTracer
+from spikenm_fx.trace.values import is_matrix, is_scripted, is_scripted_block
 
 __all__ = ["trace"]
 
@@ -68,6 +69,10 @@ def trace(
         else:
             _check_devices(inner, args, kwargs)
             result = _attempts(inner, neurons, args, kwargs, limits or Limits(), restore, measure)
+            scripted = _scripted_notes(inner)
+            result.notes += scripted
+            if scripted and result.route == "fx":
+                result.route = "fx+execution"
         result.notes[:0] = notes
         graph = build(result)
         return with_prefix(graph, prefix) if prefix else graph
@@ -98,7 +103,7 @@ def _attempts(
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
-            return Trace(model, graph, neurons, route, notes, tracer.inner)
+            return Trace(model, graph, neurons, route, notes, tracer.inner, tracer.shown_states)
         except TraceLimitReached as error:
             raise _over_limit(error) from error
         except Failure as failure:
@@ -122,7 +127,7 @@ def _attempts(
             + f"; given: {_shapes(args, kwargs)}. model(*example_inputs) must run as it stands. "
             "The model was left as it was."
         ) from failure.cause
-    return Trace(model, graph, neurons, "execution", notes, tracer.inner)
+    return Trace(model, graph, neurons, "execution", notes, tracer.inner, tracer.shown_states)
 
 
 def _fallback_note(failure: Failure) -> Note:
@@ -132,6 +137,20 @@ def _fallback_note(failure: Failure) -> Note:
         f"{str(failure.cause).splitlines()[0] if str(failure.cause) else ''}; {failure.line}); "
         "recorded from its execution instead",
     )
+
+
+def _scripted_notes(model: nn.Module) -> list[Note]:
+    """Outermost scripted parts with weights: read from their execution, never masked."""
+    notes: dict[str, Note] = {}
+    for name, module in nn.Module.named_modules(model):
+        if is_scripted_block(module) and not any(name.startswith(f"{n}.") for n in notes):
+            matrices = [n for n, p in module.named_parameters() if is_matrix(p)]
+            notes[name] = Note(
+                name,
+                f"scripted by torch.jit: its weights ({', '.join(matrices)}) were read from its "
+                "execution and cannot be made sparse; build the model with PYTORCH_JIT=0 for that",
+            )
+    return list(notes.values())
 
 
 def _over_limit(error: TraceLimitReached) -> TraceError:

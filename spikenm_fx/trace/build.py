@@ -3,28 +3,37 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
 import networkx as nx
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.chains import find_chains
 from spikenm_fx.trace.graph import (
-    Chain,
     LayerRecord,
     NeuronRecord,
     NodeKind,
     Note,
     SpikingGraph,
 )
+from spikenm_fx.trace.infer import Inference
+from spikenm_fx.trace.layout_nodes import is_item, name_of
 from spikenm_fx.trace.layouts import Reader
-from spikenm_fx.trace.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
+from spikenm_fx.trace.nodes import (
+    is_step,
+    kind_of_op,
+    layer_kind,
+    parameter_behind,
+    unique,
+    walk,
+    with_layers,
+)
+from spikenm_fx.trace.ops import MATMULS, module_family, op_name
 from spikenm_fx.trace.record import Trace
-from spikenm_fx.trace.signal import ANALOG, Signal, constant, join, of_kind, transfer
+from spikenm_fx.trace.signal import ANALOG, Signal, join, of_kind
 from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.values import SurrogateCall, ValueInfo
 
@@ -59,8 +68,10 @@ class _Builder:
     def read(self) -> None:
         for node in self.nodes:
             self.weights.update(self._functional_weight(node))
+        inference = Inference(self.specs, self._note)
         for node in self.nodes:
-            self.signals[node] = self._signal(node)
+            inference.visit(node)
+        self.signals = inference.known
         self._name_surrogates()
         for node in self.nodes:
             self.ident[node] = self._identity(node)
@@ -74,7 +85,7 @@ class _Builder:
         if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
             return {}
         for operand in node.all_input_nodes:
-            name = _parameter_behind(operand)
+            name = parameter_behind(operand)
             if name is not None:
                 return {node: name}
         return {}
@@ -85,74 +96,6 @@ class _Builder:
         if node in self.weights:
             return self.weights[node]
         return str(node.target) if node.op == "call_module" else node.name
-
-    def _signal(self, node: fx.Node) -> Signal:
-        info: ValueInfo | None = node.meta.get("value")
-        if node.op == "placeholder":
-            return of_kind(info.measured if info is not None and info.varied else None)
-        if node.op == "get_attr":
-            return of_kind(info.measured if info is not None else None)
-        if node.op == "output":
-            return ANALOG
-        if node.op == "call_module":
-            return self._module_signal(node, info)
-        if isinstance(node.target, SurrogateCall):
-            return of_kind(info.measured if info else None)
-        source = node.args[0] if node.args else None
-        if op_name(node) == "getitem" and isinstance(source, fx.Node) and _is_container(source):
-            return self._item_signal(node, source)
-        return self._transfer(op_name(node), node)
-
-    def _transfer(self, name: str, node: fx.Node) -> Signal:
-        tensors: list[Signal] = []
-        operands: list[Signal] = []
-
-        def visit(arg: object) -> None:
-            if isinstance(arg, fx.Node):
-                tensors.append(self.signals[arg])
-                operands.append(self.signals[arg])
-            elif isinstance(arg, int | float):
-                operands.append(constant(float(arg)) if math.isfinite(arg) else ANALOG)
-            elif isinstance(arg, tuple | list):
-                for item in arg:
-                    visit(item)
-
-        for arg in node.args:
-            visit(arg)
-        return transfer(name, tensors, operands, node)
-
-    def _module_signal(self, node: fx.Node, info: ValueInfo | None) -> Signal:
-        name, module = str(node.target), node.meta.get("module")
-        spec = self.specs.get(name)
-        if spec is not None:
-            return self._neuron_signal(name, spec, info)
-        if module is None or module_family(module) in ("layer", "norm"):
-            return ANALOG
-        return self._transfer(module_family(module), node)
-
-    def _neuron_signal(self, name: str, spec: NeuronSpec, info: ValueInfo | None) -> Signal:
-        if info is None or info.shape is None:
-            return of_kind(spec.output) if spec.framework != "unknown" else ANALOG
-        if spec.framework == "unknown":
-            return of_kind(info.measured)
-        if info.measured in (None, "spike") or spec.output == "analog":
-            return of_kind(spec.output)
-        if info.measured == "analog" or spec.output == "spike":
-            self._note(name, f"known to emit {spec.output} but emitted {info.measured} values")
-            return of_kind(info.measured)
-        return of_kind(spec.output)
-
-    def _item_signal(self, node: fx.Node, source: fx.Node) -> Signal:
-        """An item of a tuple: the first of a neuron's results are its spikes, others its state."""
-        info: ValueInfo | None = node.meta.get("value")
-        spec = self.specs.get(str(source.target)) if source.op == "call_module" else None
-        if spec is not None:
-            if node.args[1] != 0:
-                return ANALOG
-            return self._neuron_signal(str(source.target), spec, info)
-        if source.op == "call_module":
-            return ANALOG
-        return self.signals[source]
 
     def _note(self, where: str, text: str) -> None:
         note = Note(where, text)
@@ -165,9 +108,10 @@ class _Builder:
         """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
         groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
         for node in self.nodes:
-            if not isinstance(node.target, SurrogateCall):
+            if not is_step(node):
                 continue
-            key = (node.meta["scope"], node.target.function, node.meta.get("at", ()))
+            function = getattr(node.target, "function", None)
+            key = (node.meta["scope"], function, node.meta.get("at", ()))
             layers = set(self._backward(node)[0])
             for known_key, known_layers, members in groups:
                 if known_key == key and (known_layers & layers or not layers):
@@ -202,7 +146,7 @@ class _Builder:
     # -- walking ----------------------------------------------------------------------------------
 
     def _is_neuron(self, node: fx.Node) -> bool:
-        if isinstance(node.target, SurrogateCall):
+        if is_step(node):
             return True
         return node.op == "call_module" and str(node.target) in self.specs
 
@@ -226,14 +170,19 @@ class _Builder:
             return True
 
         starts = self._data_inputs(node) if self._is_layer(node) else node.all_input_nodes
-        _walk(starts, lambda n: n.all_input_nodes, stop)
-        return _unique(layers), _unique(sources)
+        walk(starts, lambda n: n.all_input_nodes, stop)
+        return unique(layers), unique(sources)
+
+    def _at(self, node: fx.Node) -> Names:
+        """Where the value of ``node`` comes from: itself, if it is a source."""
+        own = self._is_layer(node) or self._is_neuron(node) or node.op == "placeholder"
+        return (self._identity(node),) if own else self._backward(node)[1]
 
     def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
         """A layer's inputs without its weight."""
         if node not in self.weights:
             return node.all_input_nodes
-        return [n for n in node.all_input_nodes if _parameter_behind(n) is None]
+        return [n for n in node.all_input_nodes if parameter_behind(n) is None]
 
     def _forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
         """Neurons and layers that ``node``'s output reaches, and whether it leaves the model."""
@@ -252,14 +201,14 @@ class _Builder:
                 return False
             return True
 
-        _walk(list(node.users), lambda n: list(n.users), stop)
-        return _unique(neurons), _unique(layers), bool(left)
+        walk(list(node.users), lambda n: list(n.users), stop)
+        return unique(neurons), unique(layers), bool(left)
 
     # -- the networkx graph -----------------------------------------------------------------------
 
     def _connect(self) -> None:
         for node in self.nodes:
-            if node.op == "get_attr" or self._is_item(node) or _parameter_behind(node) is not None:
+            if node.op == "get_attr" or is_item(node) or parameter_behind(node) is not None:
                 continue
             name = self.ident[node]
             if name not in self.out:
@@ -268,14 +217,9 @@ class _Builder:
             for source in node.all_input_nodes:
                 self._edge(source, name)
 
-    def _is_item(self, node: fx.Node) -> bool:
-        if node.op != "call_function" or op_name(node) != "getitem":
-            return False
-        return isinstance(node.args[0], fx.Node) and _is_container(node.args[0])
-
     def _edge(self, source: fx.Node, target: str) -> None:
         origin = source
-        while self._is_item(origin):
+        while is_item(origin):
             origin = origin.args[0]  # type: ignore[assignment]
         name = self.ident[origin]
         if name not in self.out:
@@ -301,7 +245,7 @@ class _Builder:
     def _attributes(self, node: fx.Node) -> dict[str, object]:
         info: ValueInfo | None = node.meta.get("value")
         module = node.meta.get("module")
-        op = type(module).__name__ if module is not None else _op_label(node)
+        op = type(module).__name__ if module is not None else name_of(node)
         return {"kind": self._kind(node), "op": op, "shape": info.shape if info else None}
 
     def _kind(self, node: fx.Node) -> NodeKind:
@@ -313,7 +257,7 @@ class _Builder:
             return "layer"
         module = node.meta.get("module")
         name = module_family(module) if module is not None else op_name(node)
-        return _kind_of_op(name, len(node.all_input_nodes))
+        return kind_of_op(name, len(node.all_input_nodes))
 
     # -- records ----------------------------------------------------------------------------------
 
@@ -332,14 +276,14 @@ class _Builder:
                 layers[name] = self._layer_record(
                     name, calls[name][0].meta.get("module"), calls[name]
                 )
-        layers |= self._weights_in_neurons(layers)
+        layers |= self._weights_in_neurons(layers, calls)
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
-        neurons = _with_layers(neurons, layers)
+        neurons = with_layers(neurons, layers)
         self._note_unused(layers)
         self.out.graph |= {
             "layers": self._with_heads(layers),
             "neurons": neurons,
-            "chains": self._chains(calls),
+            "chains": find_chains(calls, self.ident, self._kind),
             "route": self.trace.route,
             "notes": tuple(self.notes),
             "trace": self.trace,
@@ -350,14 +294,14 @@ class _Builder:
     def _layer_record(
         self, name: str, module: nn.Module | None, calls: list[fx.Node]
     ) -> LayerRecord:
-        kind = _layer_kind(module)
+        kind = layer_kind(module)
         weight = getattr(module, "weight", None)
         shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
         if not calls:
             return self._inner_record(name, kind, shape)
-        pre = _unique(s for call in calls for s in self._backward(call)[1])
+        pre = unique(s for call in calls for s in self._backward(call)[1])
         ahead = [self._forward(call) for call in calls]
-        post = _unique(n for neurons, _, _ in ahead for n in neurons)
+        post = unique(n for neurons, _, _ in ahead for n in neurons)
         sources = [s for call in calls for s in self._data_inputs(call)[:1]]
         info: ValueInfo | None = sources[0].meta.get("value") if sources else None
         result: ValueInfo | None = calls[0].meta.get("value")
@@ -369,7 +313,7 @@ class _Builder:
             calls=len(calls),
             pre=pre,
             post=post,
-            feeds=_unique(n for _, layers, _ in ahead for n in layers),
+            feeds=unique(n for _, layers, _ in ahead for n in layers),
             input_signal=join([self.signals[s] for s in sources]) if sources else None,
             input_shape=info.shape if info else None,
             output_shape=result.shape if result else None,
@@ -408,7 +352,9 @@ class _Builder:
         tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
         return () if tensor is None else tuple(tensor.shape)
 
-    def _weights_in_neurons(self, layers: Mapping[str, LayerRecord]) -> dict[str, LayerRecord]:
+    def _weights_in_neurons(
+        self, layers: Mapping[str, LayerRecord], calls: Mapping[str, list[fx.Node]]
+    ) -> dict[str, LayerRecord]:
         """Matrices that a neuron module multiplies by itself (Norse's recurrent cells)."""
         found: dict[str, LayerRecord] = {}
         modules = dict(nn.Module.named_modules(self.trace.model))
@@ -418,17 +364,21 @@ class _Builder:
                 owner = full.rpartition(".")[0]
                 if parameter.dim() < 2 or min(parameter.shape[:2]) < 2 or owner in layers:
                     continue
-                pre, post = ((neuron,), (neuron,)) if "rec" in name else ((), (neuron,))
+                recurrent = "rec" in name
+                driving = [] if recurrent else [c.args[0] for c in calls.get(neuron, []) if c.args]
+                inputs = [source for source in driving if isinstance(source, fx.Node)]
+                pre = (neuron,) if recurrent else unique(s for n in inputs for s in self._at(n))
                 found[full] = LayerRecord(
                     full,
                     "functional",
                     tuple(parameter.shape),
                     calls=1,
                     pre=pre,
-                    post=post,
+                    post=(neuron,),
+                    input_signal=join([self.signals[n] for n in inputs]) if inputs else None,
                     inside=neuron,
                 )
-                self._note(full, f"used inside the neuron {neuron}; its input was not followed")
+                self._note(full, f"a raw weight used inside the neuron {neuron}")
         return found
 
     def _neuron_record(self, name: str, calls: list[fx.Node]) -> NeuronRecord:
@@ -437,7 +387,7 @@ class _Builder:
             info: ValueInfo | None = call.meta.get("value")
             spikes = call
             if info is not None and info.shape is None:
-                items = [u for u in call.users if self._is_item(u) and u.args[1] == 0]
+                items = [u for u in call.users if is_item(u) and u.args[1] == 0]
                 spikes = items[0] if items else call
             signals.append(self.signals[spikes])
             own: ValueInfo | None = spikes.meta.get("value")
@@ -483,150 +433,3 @@ class _Builder:
             if len(own) == 1 and not later:
                 heads.add(own[0])
         return {name: replace(record, is_head=name in heads) for name, record in layers.items()}
-
-    # -- chains -----------------------------------------------------------------------------------
-
-    def _chains(self, calls: Mapping[str, list[fx.Node]]) -> tuple[Chain, ...]:
-        chains = []
-        for name, nodes in calls.items():
-            if not self._is_layer(nodes[0]):
-                continue
-            found = [self._chain_from(name, node) for node in nodes]
-            first, read = found[0], any(c is not None and c.state_read for c in found)
-            if first is not None and all(
-                c is not None and replace(c, state_read=first.state_read) == first for c in found
-            ):
-                chains.append(replace(first, state_read=read))
-        return tuple(chains)
-
-    def _chain_from(self, layer: str, node: fx.Node) -> Chain | None:
-        norm, between = None, []
-        current = node
-        while True:
-            users = list(current.users)
-            if len(users) != 1:
-                return None
-            current = users[0]
-            kind = self._kind(current)
-            if kind == "neuron":
-                break
-            if len(current.all_input_nodes) != 1:
-                return None
-            if kind == "norm" and norm is None:
-                norm = self.ident[current]
-            elif kind == "reshape" or _is_identity(current):
-                between.append(self.ident[current] if current.op == "call_module" else "")
-            else:
-                return None
-        states = [u for u in current.users if self._is_item(u) and u.args[1] != 0]
-        neuron = self.ident[current]
-        read = any(self.ident[r] != neuron for state in states for r in _readers(state))
-        steps = tuple(_unique(b for b in between if b))
-        return Chain(layer, norm, self.ident[current], steps, read)
-
-
-# -- small helpers --------------------------------------------------------------------------------
-
-
-def _walk(
-    starts: Iterable[fx.Node],
-    ahead: Callable[[fx.Node], Iterable[fx.Node]],
-    stop: Callable[[fx.Node], bool],
-) -> None:
-    """Breadth first, so that what ``stop`` collects comes nearest first."""
-    queue, seen = list(starts), set(starts)
-    for node in queue:
-        if not stop(node):
-            for following in ahead(node):
-                if following not in seen:
-                    seen.add(following)
-                    queue.append(following)
-
-
-def _readers(node: fx.Node) -> list[fx.Node]:
-    """Who uses ``node``, looking through tuples that are taken apart."""
-    return [
-        reader
-        for user in node.users
-        for reader in (_readers(user) if op_name_or_none(user) == "getitem" else [user])
-    ]
-
-
-def op_name_or_none(node: fx.Node) -> str | None:
-    """The operation's name, or None for modules, inputs and the output."""
-    return op_name(node) if node.op in ("call_function", "call_method") else None
-
-
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))
-
-
-def _is_container(node: fx.Node) -> bool:
-    info: ValueInfo | None = node.meta.get("value")
-    return info is None or info.shape is None
-
-
-def _parameter_behind(node: fx.Node, depth: int = 12) -> str | None:
-    """The matrix parameter that ``node`` is made of, if it is made of parameters only."""
-    if depth == 0 or node.op in ("placeholder", "call_module", "output"):
-        return None
-    if node.op == "get_attr":
-        info: ValueInfo | None = node.meta.get("value")
-        tensor = node.meta.get("tensor")
-        matrix = info is not None and info.shape is not None and len(info.shape) >= 2
-        return str(node.target) if matrix and isinstance(tensor, nn.Parameter) else None
-    if not node.all_input_nodes or isinstance(node.target, SurrogateCall):
-        return None
-    found = None
-    for source in node.all_input_nodes:
-        name = _parameter_behind(source, depth - 1)
-        if name is None and source.op != "get_attr":
-            return None
-        found = found or name
-    return found
-
-
-def _op_label(node: fx.Node) -> str:
-    return op_name(node) if node.op in ("call_function", "call_method") else node.op
-
-
-def _kind_of_op(name: str, inputs: int) -> NodeKind:
-    if name == "norm" or name in ("batch_norm", "layer_norm", "group_norm", "native_batch_norm"):
-        return "norm"
-    if name in RESHAPES or name in MOVES:
-        return "reshape"
-    if name in POOLS or "pool" in name:
-        return "pool"
-    if name in MATMULS:
-        return "matmul"
-    joins = ("add", "sub", "mul", "cat", "stack", "maximum", "minimum", "where", "and", "or")
-    return "join" if name in joins and inputs > 1 else "op"
-
-
-def _is_identity(node: fx.Node) -> bool:
-    module = node.meta.get("module")
-    name = module_family(module) if module is not None else op_name(node)
-    return name in ("identity", "contiguous", "dropout", "detach", "clone")
-
-
-def _layer_kind(module: nn.Module | None) -> str:
-    if module is None:
-        return "functional"
-    for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch.nn.modules") and cls not in (nn.Module, _ConvNd):
-            return cls.__name__.lower()
-    return type(module).__name__.lower()
-
-
-def _with_layers(
-    neurons: Mapping[str, NeuronRecord], layers: Mapping[str, LayerRecord]
-) -> dict[str, NeuronRecord]:
-    """Give each neuron the layers that drive it, those with it nearest first."""
-    paired = {}
-    for name, record in neurons.items():
-        driving = sorted(
-            (layer for layer in layers.values() if name in layer.post),
-            key=lambda layer: layer.post.index(name),
-        )
-        paired[name] = replace(record, layers=tuple(r.name for r in driving))
-    return paired

@@ -26,6 +26,7 @@ class Trace:
         route: how it was obtained.
         notes: what to tell.
         inner: layers called inside leaves.
+        shown_states: modules whose state is among the model's outputs.
     """
 
     model: nn.Module
@@ -34,3 +35,4 @@ class Trace:
     route: Route
     notes: list[Note] = field(default_factory=list)
     inner: dict[str, InnerCall] = field(default_factory=dict)
+    shown_states: set[str] = field(default_factory=set)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.trace.guard import Watched, watching
 from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["detach_state", "preserved"]
@@ -27,7 +28,8 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Restore ``model`` and the random generators on leaving, whatever happened inside.
 
     Tensors keep their identity and, unless the block wrote into them, their version; containers
-    keep theirs.  Costs one copy of the model's tensors for the time of the block.
+    keep theirs.  Buffers and state are copied for the time of the block, parameters and their
+    gradients only when something is about to write into them.
 
     Yields:
         A function that restores at once, for another try inside the block.
@@ -44,7 +46,8 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         restore_rng()
 
     try:
-        yield restore
+        with watching(undo.watched):
+            yield restore
     finally:
         restore()
 
@@ -69,6 +72,7 @@ class _Undo:
     def __init__(self) -> None:
         self._seen: dict[int, Any] = {}
         self._steps: list[Callable[[], None]] = []
+        self.watched: list[Watched] = []
 
     def restore(self) -> None:
         for step in self._steps:
@@ -78,8 +82,13 @@ class _Undo:
         if id(value) in self._seen or depth < 0 or _is_immutable(value):
             return
         self._seen[id(value)] = value  # keeps it alive: ids stay unique
-        if isinstance(value, Tensor):
-            self._steps.append(_tensor_undo(value))
+        if isinstance(value, nn.Parameter) and _can_be_watched(value):
+            held = [value] if value.grad is None else [value, value.grad]
+            watched = [Watched(t) for t in held if _can_be_watched(t)]
+            self.watched += watched
+            self._steps += [_flags_undo(value), *(w.restore for w in watched)]
+        elif isinstance(value, Tensor):
+            self._steps += [_values_undo(value), _flags_undo(value)]
         elif isinstance(value, dict):
             self._remember_dict(value, depth)
         elif isinstance(value, list | deque | set):
@@ -146,10 +155,12 @@ def _is_immutable(value: Any) -> bool:
     )
 
 
-def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
+def _can_be_watched(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _values_undo(tensor: Tensor) -> Callable[[], None]:
     copy = tensor.detach().clone() if tensor.layout is torch.strided else None
-    leaf, required = tensor.is_leaf, tensor.requires_grad
-    grad = tensor.grad if leaf else None
 
     def undo() -> None:
         if copy is not None and not _same(tensor, copy):
@@ -157,6 +168,16 @@ def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
                 tensor.data.copy_(copy)
             else:  # a clone: the copy must stay good for another restore
                 tensor.data = copy.clone()
+
+    return undo
+
+
+def _flags_undo(tensor: Tensor) -> Callable[[], None]:
+    """Gradient and whether one is wanted; both can only be set on leaves."""
+    leaf, required = tensor.is_leaf, tensor.requires_grad
+    grad = tensor.grad if leaf else None
+
+    def undo() -> None:
         if leaf:
             if tensor.requires_grad is not required:
                 tensor.requires_grad_(required)

@@ -14,7 +14,6 @@ import functools
 import inspect
 import operator
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,91 +25,31 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.intercept import watch_applies
+from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.recorder import Recorder
 from spikenm_fx.trace.snapshot import preserved
+from spikenm_fx.trace.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
 from spikenm_fx.trace.values import (
     InnerCall,
     Measured,
     SurrogateCall,
     describe,
-    is_scripted,
+    is_scripted_block,
     measure_kind,
     user_line,
     worst_of,
     write_view,
 )
 
-__all__ = ["Failure", "LeafRule", "Limits", "TraceLimitReached", "Traced", "ValueTracer"]
+__all__ = ["Failure", "ValueTracer"]
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-ATOMIC = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
-"""torch's own modules that hold weight matrices but compute with them in one fused call."""
 
 _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
 
 
-class TraceLimitReached(RuntimeError):
-    """The model ran past a limit of the trace; another route would as well."""
-
-
 class Untraceable(NotImplementedError):
     """Something happens that this tracer cannot see; the execution trace can."""
-
-
-class Limits:
-    """How much one attempt of a trace may take.
-
-    Args:
-        seconds: wall-clock time.
-        nodes: recorded operations; a loop over T counts each step.
-    """
-
-    def __init__(self, seconds: float = 120.0, nodes: int = 200_000) -> None:
-        self.seconds, self.nodes = seconds, nodes
-        self._deadline = time.monotonic() + seconds
-
-    def again(self) -> Limits:
-        """The same limits from now on."""
-        return Limits(self.seconds, self.nodes)
-
-    def check(self, nodes: int) -> None:
-        """Raise TraceLimitReached if either limit is passed."""
-        if nodes > self.nodes:
-            raise TraceLimitReached(f"more than {self.nodes} operations")
-        if time.monotonic() > self._deadline:
-            raise TraceLimitReached(f"more than {self.seconds:g} s")
-
-
-class LeafRule:
-    """Which modules the trace does not look into.
-
-    Args:
-        neurons: modules that are neurons.
-        opaque: classes that failed under the tracer; they run under the recorder instead.
-        unknown: those of ``neurons`` whose rule is not known in full: what they emit is measured.
-    """
-
-    def __init__(
-        self,
-        neurons: set[nn.Module],
-        opaque: set[type[nn.Module]],
-        unknown: set[nn.Module] | None = None,
-    ) -> None:
-        self.neurons, self.opaque, self.unknown = neurons, opaque, unknown or set()
-
-    def __call__(self, module: nn.Module) -> bool:
-        """Whether ``module`` is one node of the graph."""
-        if module in self.neurons or is_weight_layer(module) or isinstance(module, NORMS + ATOMIC):
-            return True
-        if is_scripted(module):
-            return True
-        package = type(module).__module__
-        # containers, empty ones too, and torch's composites (TransformerEncoderLayer) are opened
-        container = isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if container or not package.startswith("torch.nn."):
-            return False
-        return not any(True for _ in module.children())
 
 
 class Failure(Exception):
@@ -119,20 +58,6 @@ class Failure(Exception):
     def __init__(self, module: nn.Module | None, name: str, line: str, cause: Exception) -> None:
         super().__init__(f"{name or 'the model'}: {type(cause).__name__}: {cause} ({line})")
         self.module, self.name, self.line, self.cause = module, name, line, cause
-
-
-class Traced(Tensor):
-    """A tensor of the trace: the example's value, its node, and the tensor it is a view of."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    node: fx.Node
-    base: Traced | None
-
-
-def _traced(value: Tensor, node: fx.Node, base: Traced | None = None) -> Traced:
-    traced = value.detach().as_subclass(Traced)
-    traced.node, traced.base = node, base
-    return traced
 
 
 class _Recording(TorchFunctionMode):
@@ -162,6 +87,7 @@ class ValueTracer(fx.Tracer):
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
         self.inner: dict[str, InnerCall] = {}
+        self.shown_states: set[str] = set()
         self.computing = False
         self.recorder: Recorder | None = None
         self._thread = threading.get_ident()
@@ -172,6 +98,7 @@ class ValueTracer(fx.Tracer):
         self._tensor_names = {id(t): n for n, t in tensors}
         self._known = _tensors_held_by(model)
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
+        self._steps: dict[SurrogateCall, bool] = {}
         self._probed: dict[nn.Module, Measured | None] = {}
         self._scope: list[nn.Module] = []
         self._failed_in: nn.Module | None = None
@@ -221,7 +148,7 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, Tensor):
                 node = self.create_node("placeholder", f"input_{index}", (), {})
                 node.meta["value"] = describe(value, measure=True)
-                value = _traced(value.clone(), node)  # models write into their input
+                value = as_traced(value.clone(), node)  # models write into their input
             inputs.append(value)
         args, kwargs = tree_unflatten(inputs, layout)
 
@@ -232,9 +159,19 @@ class ValueTracer(fx.Tracer):
                 with watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
-            return tuple(t for t in tree_flatten(out)[0] if isinstance(t, Traced))
+            flat = tree_flatten(out)[0]
+            self._note_states(flat)
+            return tuple(t for t in flat if isinstance(t, Traced))
 
         return forward, []
+
+    def _note_states(self, outputs: list[Any]) -> None:
+        """Tensors that leave the model but were never seen: state that a module holds."""
+        unseen = {id(t) for t in outputs if isinstance(t, Tensor) and not isinstance(t, Traced)}
+        for module, name in list(self._names.items()) if unseen else ():
+            held = (*vars(module).values(), *module._buffers.values())
+            if any(id(value) in unseen for value in held):
+                self.shown_states.add(name)
 
     # -- what fx asks -----------------------------------------------------------------------------
 
@@ -262,7 +199,7 @@ class ValueTracer(fx.Tracer):
             return self._run_inner(m, forward, args, kwargs)
         self._scope.append(m)
         try:
-            if type(m) in self.leaf.opaque:
+            if type(m) in self.leaf.opaque or is_scripted_block(m):
                 call = functools.partial(_orig_module_call, m)
                 return self._run_opaque(call, args, kwargs)
             if self.leaf(m):
@@ -334,7 +271,7 @@ class ValueTracer(fx.Tracer):
     def _record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         module = self._scope[-1] if kind == "call_module" else None
         surrogate = isinstance(target, SurrogateCall)
-        unwrapped = _Unwrapped()
+        unwrapped = Unwrapped()
         with self._aside():
             call_args, call_kwargs = unwrapped.plain((args, kwargs))
             driven = None
@@ -342,7 +279,7 @@ class ValueTracer(fx.Tracer):
                 driven = self._probe(module, target, call_args, call_kwargs)
             value = self._call(module, target, call_args, call_kwargs)
             written = _written_argument(target, args)
-            if written is None and not _holds_tensors(value):
+            if written is None and not holds_tensors(value):
                 return value
             node = self.create_node(
                 kind, target, self.create_arg(args), self.create_arg(kwargs), _label(target)
@@ -351,22 +288,23 @@ class ValueTracer(fx.Tracer):
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
             if surrogate:
                 node.meta["at"] = _call_site()
+                node.meta["steps"] = self._steps.get(target, True)
             if written is not None:
                 self._rebind(written, node)
                 return value
             return self._wrap(node, value, unwrapped)
 
-    def _wrap(self, node: fx.Node, value: Any, unwrapped: _Unwrapped) -> Any:
+    def _wrap(self, node: fx.Node, value: Any, unwrapped: Unwrapped) -> Any:
         """Turn a result into traced tensors; containers are taken apart."""
         if isinstance(value, Tensor):
             same = unwrapped.origin(value)
             if same is not None:  # in place: the result is the argument
                 self._rebind(same, node)
                 return same
-            return _traced(value, node, unwrapped.base(value))
-        return _rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
+            return as_traced(value, node, unwrapped.base(value))
+        return rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
 
-    def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: _Unwrapped) -> Any:
+    def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: Unwrapped) -> Any:
         child = self.create_node("call_function", operator.getitem, (node, key), {})
         info = describe(item, measure=self.measure or node.op == "call_module")
         child.meta["value"] = worst_of(info, node.meta.get("driven")) if key == 0 else info
@@ -437,6 +375,8 @@ class ValueTracer(fx.Tracer):
                 out = self._call(module, target, (driven, *args[1:]), kwargs)
                 first = next((t for t in tree_flatten(out)[0] if isinstance(t, Tensor)), None)
                 found = measure_kind(first)[0] if first is not None else None
+                if isinstance(target, SurrogateCall) and first is not None:
+                    self._steps[target] = first.numel() < 64 or first.unique().numel() <= 32
         except Exception:
             return None
         finally:
@@ -449,7 +389,7 @@ class ValueTracer(fx.Tracer):
 
     def _run_opaque(self, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Run ``call`` for real under the recorder; its operations join this graph."""
-        unwrapped, recorder = _Unwrapped(), Recorder(self)
+        unwrapped, recorder = Unwrapped(), Recorder(self)
         self.recorder = recorder
         try:
             plain_args, plain_kwargs = unwrapped.plain((args, kwargs))
@@ -459,7 +399,7 @@ class ValueTracer(fx.Tracer):
                 out = call(*plain_args, **plain_kwargs)
                 out = list(out) if inspect.isgenerator(out) else out
             return tree_map(
-                lambda t: _traced(t, recorder.node_of(t)) if isinstance(t, Tensor) else t, out
+                lambda t: as_traced(t, recorder.node_of(t)) if isinstance(t, Tensor) else t, out
             )
         finally:
             self.recorder = None
@@ -497,75 +437,9 @@ def _tensors_held_by(model: nn.Module) -> dict[int, Tensor]:
     return held
 
 
-class _Unwrapped:
-    """Ordinary tensors for a call, and the way back from them to the traced ones."""
-
-    def __init__(self) -> None:
-        self._pairs: list[tuple[Tensor, Traced]] = []
-
-    def plain(self, tree: Any) -> Any:
-        """``tree`` with ordinary tensors in place of traced ones."""
-        if isinstance(tree, Traced):
-            tensor = tree.as_subclass(Tensor)
-            self._pairs.append((tensor, tree))
-            return tensor
-        if isinstance(tree, tuple) and hasattr(tree, "_make"):
-            return tree._make(self.plain(x) for x in tree)
-        if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
-            return type(tree)(self.plain(x) for x in tree)
-        if isinstance(tree, dict):
-            return {k: self.plain(v) for k, v in tree.items()}
-        if isinstance(tree, slice):
-            return slice(*(self.plain(x) for x in (tree.start, tree.stop, tree.step)))
-        return tree
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Traced]]:
-        return iter(self._pairs)
-
-    def origin(self, tensor: Tensor) -> Traced | None:
-        """The traced argument that ``tensor`` is."""
-        return next((traced for plain, traced in self._pairs if plain is tensor), None)
-
-    def base(self, tensor: Tensor) -> Traced | None:
-        """The traced argument that ``tensor`` is a view of."""
-        return next((t for p, t in self._pairs if _shares_memory(p, tensor)), None)
-
-
-def _rebuild(value: Any, wrap: Callable[[Any, Any], Any]) -> Any:
-    """A tuple, list or dict of results with its tensors wrapped."""
-    if isinstance(value, dict):
-        items = {k: wrap(k, v) if _holds_tensors(v) else v for k, v in value.items()}
-        return items if type(value) is dict else type(value)(items)
-    parts = [wrap(i, v) if _holds_tensors(v) else v for i, v in enumerate(value)]
-    if hasattr(value, "_make"):
-        return value._make(parts)
-    if isinstance(value, list):
-        return parts
-    try:
-        return type(value)(parts)  # torch.return_types are tuples, built from one sequence
-    except TypeError:
-        return tuple(parts)
-
-
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, torch.Size):
-        return False
-    if isinstance(value, dict):
-        return any(_holds_tensors(v) for v in value.values())
-    return isinstance(value, tuple | list) and any(_holds_tensors(v) for v in value)
-
-
 def _written_argument(target: Any, args: tuple[Any, ...]) -> Tensor | None:
     """The tensor that ``x[k] = v`` writes into."""
     return args[0] if getattr(target, "__name__", "") in ("__setitem__", "setitem") else None
-
-
-def _shares_memory(a: Tensor, b: Tensor) -> bool:
-    if a.layout is not torch.strided or b.layout is not torch.strided or a.is_meta or b.is_meta:
-        return False
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
 
 
 def _label(target: Any) -> str | None:

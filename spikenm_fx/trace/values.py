@@ -16,7 +16,9 @@ __all__ = [
     "SurrogateCall",
     "ValueInfo",
     "describe",
+    "is_matrix",
     "is_scripted",
+    "is_scripted_block",
     "measure_kind",
     "user_line",
     "worst_of",
@@ -109,6 +111,16 @@ def write_view(base: Tensor, update: Tensor) -> Tensor:
 def is_scripted(module: nn.Module) -> bool:
     """Whether torch's script compiler runs ``module``; with ``PYTORCH_JIT=0`` none is."""
     return isinstance(module, torch.jit.ScriptModule) and hasattr(module, "_c")
+
+
+def is_scripted_block(module: nn.Module) -> bool:
+    """Whether ``module`` is scripted and multiplies by matrices: its execution tells which."""
+    return is_scripted(module) and any(is_matrix(p) for p in module.parameters())
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether ``parameter`` has two axes or more that are longer than 1."""
+    return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def user_line(error: BaseException) -> str:
