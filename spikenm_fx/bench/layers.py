@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.bench.measure import interleaved, save
-from spikenm_fx.native.library import available_kernels
-from spikenm_fx.pack import LayerGeometry, native_status, pack_weight
+from spikenm_fx.native.library import Kernel, available_kernels
+from spikenm_fx.pack import LayerGeometry, PackedWeight, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
 from spikenm_fx.pack.backends.reference import dense_layer
-from spikenm_fx.pack.layouts import layout_for, supports
+from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pattern import NM, BlockView
 
 __all__ = ["main"]
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--int8", action="store_true", help="int8 weights, against oneDNN int8")
-    parser.add_argument("--inductor", action="store_true", help="also torch.compile with freezing")
+    parser.add_argument("--no-inductor", action="store_true", help="dense eager paths alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     status = native_status()
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> None:
     for shape in _shapes():
         if options.only not in shape.name:
             continue
+        torch.compiler.reset()
         for rate in options.rates:
             row = _row(shape, rate, options)
             rows.append(row)
@@ -105,12 +106,16 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape.weight, generator=generator) / shape.weight[1] ** 0.5
     x = (torch.rand(shape.x, generator=generator) < rate).float()
-    timed = _dense(shape, weight, x, inductor=options.inductor)
+    timed = _dense(shape, weight, x, inductor=not options.no_inductor)
     dense = list(timed)
     if options.int8:
         timed |= _onednn_int8(shape, weight, x)
+    sizes = {"dense": {"file": weight.numel() * 4, "resident": weight.numel() * 4}}
     for pattern in options.patterns:
-        timed |= _packed(shape, weight, x, NM.parse(pattern), int8=options.int8)
+        packed = _pruned(shape, weight, NM.parse(pattern), int8=options.int8)
+        layouts = _layouts(packed)
+        timed |= _packed(shape, x, packed, layouts)
+        sizes[pattern] = {"file": packed.nbytes} | {k: v.nbytes for k, v in layouts.items()}
     with torch.inference_mode():
         # One thread: CPU time, so that other work on the machine does not count.
         clock = time.thread_time if options.threads == 1 else time.perf_counter
@@ -119,7 +124,7 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
     ratios = {name: best / s for name, s in seconds.items() if name not in dense}
     for pattern in options.patterns:
         own = [r for name, r in ratios.items() if name.startswith(pattern)]
-        ratios[f"auto {pattern}"] = max(own, default=0.0)
+        ratios[f"auto {pattern}"] = max(own, default=0.0)  # under 1: the choice is dense
     return {
         "shape": shape.name,
         "rate": rate,
@@ -127,6 +132,7 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
         "dense_ms": best * 1e3,
         "ms": {name: s * 1e3 for name, s in seconds.items()},
         "ratios": ratios,
+        "bytes": sizes,
     }
 
 
@@ -187,26 +193,35 @@ def _onednn_int8(shape: Shape, weight: Tensor, x: Tensor) -> Timed:
     return {"onednn int8": partial(module, xq)}
 
 
-def _packed(shape: Shape, weight: Tensor, x: Tensor, nm: NM, *, int8: bool) -> Timed:
+def _pruned(shape: Shape, weight: Tensor, nm: NM, *, int8: bool) -> PackedWeight:
+    """The weight's largest magnitudes of every block, packed."""
     view = BlockView(nm, tuple(weight.shape))
     blocks = view.to_blocks(weight)
     kept = torch.zeros_like(blocks).scatter_(1, blocks.abs().topk(nm.keep, dim=1).indices, 1.0)
-    pruned = view.from_blocks(blocks * kept)
     dtype = torch.int8 if int8 else None
-    packed = pack_weight(pruned, nm, geometry=shape.geometry, dtype=dtype)
+    return pack_weight(view.from_blocks(blocks * kept), nm, geometry=shape.geometry, dtype=dtype)
+
+
+def _layouts(packed: PackedWeight) -> dict[Kernel, Layout]:
+    return {
+        kernel: layout_for(kernel, packed)
+        for kernel in available_kernels()
+        if supports(kernel, packed)
+    }
+
+
+def _packed(shape: Shape, x: Tensor, packed: PackedWeight, layouts: dict[Kernel, Layout]) -> Timed:
     # The memory format is the caller's choice: each kernel is shown the one that suits it.
     inputs = {"": x}
     if x.dim() == 4:
         inputs[" channels_last"] = x.to(memory_format=torch.channels_last)
-    timed: Timed = {}
-    for kernel in available_kernels():
-        if supports(kernel, packed):
-            layout = layout_for(kernel, packed)
-            for suffix, given in inputs.items():
-                timed[f"{nm} {kernel}{suffix}"] = partial(
-                    run_layer, given, layout, packed.shape, shape.geometry
-                )
-    return timed
+    return {
+        f"{packed.nm} {kernel}{suffix}": partial(
+            run_layer, given, layout, packed.shape, shape.geometry
+        )
+        for kernel, layout in layouts.items()
+        for suffix, given in inputs.items()
+    }
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -45,16 +45,14 @@ struct Amx {
   static void item(void *self, int64_t index) { static_cast<const Amx *>(self)->run(index); }
 
   int32_t start() {
-    snm_parallel(s.pixel_items * s.out_items * call->geometry->groups, call->threads, item, this);
+    snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }
 
   void run(int64_t index) const {
     const snm_geometry *g = call->geometry;
-    const int64_t group = index / (s.pixel_items * s.out_items);
-    const int64_t o0 = index % s.out_items * s.outputs;
-    const int64_t p0 = index / s.out_items % s.pixel_items * s.pixels;
-    const int64_t outputs = least(s.outputs, g->og - o0), count = g->steps * s.pixels;
+    const auto [group, o0, p0, outputs] = s.piece(g, index);
+    const int64_t count = g->steps * s.pixels;
     const int64_t stride = ceil_div(outputs, AMX_OUTPUTS) * AMX_OUTPUTS;
     float *y = static_cast<float *>(snm_scratch(0, sizeof(float) * count * stride));
     uint8_t *spikes = static_cast<uint8_t *>(

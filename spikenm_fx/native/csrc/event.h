@@ -95,16 +95,13 @@ struct Event {
   static void item(void *self, int64_t index) { static_cast<const Event *>(self)->run(index); }
 
   int32_t start() {
-    snm_parallel(s.pixel_items * s.out_items * call->geometry->groups, call->threads, item, this);
+    snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }
 
   void run(int64_t index) const {
     const snm_geometry *g = call->geometry;
-    const int64_t group = index / (s.pixel_items * s.out_items);
-    const int64_t o0 = index % s.out_items * s.outputs;
-    const int64_t p0 = index / s.out_items % s.pixel_items * s.pixels;
-    const int64_t outputs = least(s.outputs, g->og - o0);
+    const auto [group, o0, p0, outputs] = s.piece(g, index);
     const int64_t stride = least(s.outputs, padded_outputs - o0), count = g->steps * s.pixels;
     float *y = static_cast<float *>(snm_scratch(0, sizeof(float) * count * stride));
     W *sums = kInteger ? static_cast<W *>(snm_scratch(1, sizeof(W) * count * stride))

@@ -119,11 +119,8 @@ SNM_INLINE void lut_row(const uint8_t *planes, const float *tables, const uint16
     if constexpr (!S::joint)
       index = _mm512_or_si512(
           index, _mm512_load_si512(plane_of<S>(planes, u, codes[u * S::codes + 1])));
-    // An unaligned load costs a load port what a shift costs the ports that permutes and adds use.
-    const __m512i next =
-        false ? _mm512_loadu_si512(plane + 1) : _mm512_srli_epi32(index, 8);
     a[0] = _mm512_add_ps(a[0], _mm512_permutexvar_ps(index, table));
-    a[1] = _mm512_add_ps(a[1], _mm512_permutexvar_ps(next, table));
+    a[1] = _mm512_add_ps(a[1], _mm512_permutexvar_ps(_mm512_srli_epi32(index, 8), table));
     a[2] = _mm512_add_ps(a[2], _mm512_permutexvar_ps(_mm512_srli_epi32(index, 16), table));
     a[3] = _mm512_add_ps(a[3], _mm512_permutexvar_ps(_mm512_srli_epi32(index, 24), table));
   }
@@ -219,16 +216,14 @@ struct Lut {
   static void item(void *self, int64_t index) { static_cast<const Lut *>(self)->run(index); }
 
   int32_t start() {
-    snm_parallel(s.pixel_items * s.out_items * call->geometry->groups, call->threads, item, this);
+    snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }
 
   void run(int64_t index) const {
     const snm_geometry *g = call->geometry;
-    const int64_t group = index / (s.pixel_items * s.out_items);
-    const int64_t o0 = index % s.out_items * s.outputs;
-    const int64_t p0 = index / s.out_items % s.pixel_items * s.pixels;
-    const int64_t outputs = least(s.outputs, g->og - o0), tiles = g->steps * s.pixels / TILE;
+    const auto [group, o0, p0, outputs] = s.piece(g, index);
+    const int64_t tiles = g->steps * s.pixels / TILE;
     const int64_t padded = ceil_div(outputs, 16) * 16;  // the epilogue reads whole vectors
     float *y = static_cast<float *>(snm_scratch(0, sizeof(float) * tiles * padded * TILE));
     uint8_t *planes = static_cast<uint8_t *>(
@@ -246,7 +241,7 @@ struct Lut {
       const int64_t row = group * group_units * g->og + block[3] * g->og + o0 * units;
       const float *tables = call->weights + row * 8;
       const uint16_t *codes = static_cast<const uint16_t *>(call->codes) + row * S::codes;
-      if (VW==16 && tiles > 1) {
+      if (VW == 16 && tiles > 1) {
         for (int64_t i = 0; i < outputs * units; ++i)
           widen(tables + i * HALVES, whole + i * WHOLE);
         rows<WHOLE>(planes, whole, codes, units, outputs, tiles, padded, y, b == 0);

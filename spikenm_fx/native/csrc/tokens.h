@@ -52,10 +52,24 @@ SNM_INLINE const uint8_t *zero_row(int64_t bytes) {
   return static_cast<const uint8_t *>(row);
 }
 
+// What one work item computes: output channels of a group from o0 on, for pixels from p0 on.
+struct Piece {
+  int64_t group, o0, p0, outputs;
+};
+
 // How much of a layer one work item covers: pixels (times all steps) and output channels.
 struct Split {
   int64_t pixels, outputs;        // of one item; pixels is a multiple of the kernel's tile
   int64_t pixel_items, out_items;  // per group
+
+  int64_t items(const snm_geometry *g) const { return pixel_items * out_items * g->groups; }
+
+  // Output channels change fastest: neighbouring items read the same spikes.
+  Piece piece(const snm_geometry *g, int64_t index) const {
+    const int64_t o0 = index % out_items * outputs;
+    const int64_t p0 = index / out_items % pixel_items * pixels;
+    return {index / (pixel_items * out_items), o0, p0, least(outputs, g->og - o0)};
+  }
 };
 
 // Large items amortise what is built once per item; more, smaller items keep the threads busy.
@@ -68,7 +82,7 @@ SNM_INLINE Split split(const snm_geometry *g, int64_t threads, int64_t tile, int
   for (;;) {
     s.pixel_items = ceil_div(pixels, s.pixels);
     s.out_items = ceil_div(g->og, s.outputs);
-    const int64_t items = s.pixel_items * s.out_items * g->groups;
+    const int64_t items = s.items(g);
     if (threads <= 1 || items >= 4 * threads || (items >= threads && items % threads == 0)) break;
     if (s.pixels > tile)
       s.pixels = most(tile, s.pixels / 2 / tile * tile);
