@@ -101,7 +101,8 @@ class MaskedWeight:
         )
         factor = whole / part
         if torch.isfinite(factor) and torch.isfinite(self.dense * factor).all():
-            self.dense.mul_(factor.to(self.dense.dtype))
+            # .data: a state left from an earlier forward may hold a graph through this weight
+            self.dense.data.mul_(factor.to(self.dense.dtype))
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
