@@ -177,3 +177,18 @@ def test_open_runs_do_not_fade() -> None:
     model.train()
     for layer in layers(model):
         assert most_nonzero(layer.weight.detach(), layer._nm_mask.view.nm) <= 2
+
+
+def test_the_scale_of_the_logits_does_not_matter() -> None:
+    """Kappa is counted in the logits' own spread: ten times the logits draw the same masks."""
+    model, larger, fixed = sparse("spikenm"), sparse("spikenm"), sparse(SpikeNM(relative=False))
+    for one, other, plain in zip(*map(layers, (model, larger, fixed)), strict=True):
+        with torch.no_grad():
+            other.weight_logits.mul_(10.0)
+        kappas = [layer._nm_mask.draw(3).kappa for layer in (one, other, plain)]
+        assert kappas[0] == pytest.approx(10 * kappas[1], rel=1e-5)
+        assert kappas[2] == pytest.approx(plain._nm_mask.schedule.kappa_at(3))
+        assert torch.equal(one._nm_mask.mask(3), other._nm_mask.mask(3))
+        with torch.no_grad():
+            other.weight_logits.zero_()
+        assert most_nonzero(other.weight, other._nm_mask.view.nm) <= 2  # no spread to divide by

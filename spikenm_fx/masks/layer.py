@@ -118,12 +118,21 @@ class MaskedWeight:
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
             start_key=noise_key(self.clock.seed, 0, self.name),
-            kappa=self.schedule.kappa_at(step),
+            kappa=self.schedule.kappa_at(step) * self._unit(),
             tau=self.schedule.tau_at(step),
             frozen=self.schedule.frozen(step),
             present=self.view.present(self.dense.device),
             undrawn=self.schedule.undrawn_at(step),
         )
+
+    @torch.no_grad()
+    def _unit(self) -> float:
+        """What kappa is counted in: 1, or one over the spread of the logits within their blocks."""
+        if self.scores is None or not getattr(self.method, "relative", False):
+            return 1.0
+        logits = self.scores.detach().float()
+        spread = float((logits - logits.mean(1, keepdim=True)).square().mean().sqrt())
+        return 1.0 / spread if 0.0 < spread < float("inf") else 1.0
 
     def hold(self) -> None:
         """Keep frozen logits where they are.

@@ -30,7 +30,7 @@ class Schedule:
 
     Attributes:
         total_steps: optimizer steps of the whole run, or None.
-        kappa: first and last logit scale.
+        kappa: first and last logit scale; for SpikeNM in units of one over the logits' spread.
         tau: first and last temperature of the straight-through draws.
         freeze: share of ``total_steps``, at the end, with frozen masks.
         fade: share of the steps before the freeze over which undrawn weights fade out; with 0 (the
@@ -39,7 +39,7 @@ class Schedule:
     """
 
     total_steps: int | None = None
-    kappa: tuple[float, float] = (300.0, 1500.0)
+    kappa: tuple[float, float] = (1.0, 5.0)
     tau: tuple[float, float] = (1.0, 1.0)
     freeze: float = 0.15
     fade: float = 0.0

@@ -30,7 +30,10 @@ class SpikeNM:
     Attributes:
         std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
             weights that rest; here they move, and the logits must follow them at the same learning
-            rate, so they and their noise are smaller against it (kappa is larger by as much).
+            rate, so they are smaller against it.
+        relative: count the schedule's kappa in units of one over the spread of the layer's logits
+            (their root mean square within the blocks).  Otherwise the learning rate and the length
+            of the run decide how soon the logits outgrow the noise and the masks stop moving.
         prior: how far, in units of ``std``, the N largest initial weights of a block start above
             the others (MaskLLM eq. 10 with magnitude as the prior mask); 0 for no prior.
         decay: with a number, weights that were not drawn learn on from the straight-through
@@ -47,6 +50,7 @@ class SpikeNM:
     name: ClassVar[str] = "spikenm"
     learns: ClassVar[bool] = True
     std: float = 0.003
+    relative: bool = True
     prior: float = 3.0
     decay: float | None = 2e-4
     rescale: bool = True
@@ -59,7 +63,10 @@ class SpikeNM:
 
     def schedule(self, total_steps: int | None) -> Schedule:
         """Rising scale, then the freeze; the fade where the length of the run is known."""
-        return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
+        fade = self.fade if total_steps is not None else 0.0
+        if self.relative:
+            return Schedule(total_steps, fade=fade)
+        return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
         """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""
