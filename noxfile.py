@@ -58,7 +58,11 @@ def sanitize(session: nox.Session) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter itself never frees everything
         "UBSAN_OPTIONS": "halt_on_error=1",
     }
-    kernels = ["tests/test_pack_kernels.py", "tests/test_pack_counts.py", "tests/test_native_sampler.py"]
+    kernels = [
+        "tests/test_pack_kernels.py",
+        "tests/test_pack_counts.py",
+        "tests/test_native_sampler.py",
+    ]
     session.run("python", "-m", "pytest", "-q", *(session.posargs or kernels), env=checked)
 
 
