@@ -15,7 +15,7 @@ __all__ = ["Schedule"]
 class Schedule:
     """Scale kappa, temperature tau and the final freeze as functions of the optimizer step.
 
-    With ``total_steps`` kappa grows fourfold and linearly over the part before the freeze (as in
+    With ``total_steps`` kappa grows fivefold and linearly over the part before the freeze (as in
     MaskLLM, arXiv 2409.17481, Table 7), tau likewise, and for the last
     ``freeze`` of the steps the masks stay at the top N of the logits, so that weights and
     normalisation statistics adapt to the masks that ``fold`` will bake in.
@@ -39,7 +39,7 @@ class Schedule:
     """
 
     total_steps: int | None = None
-    kappa: tuple[float, float] = (0.5, 2.0)
+    kappa: tuple[float, float] = (3.0, 15.0)
     tau: tuple[float, float] = (1.0, 1.0)
     freeze: float = 0.15
     fade: float = 0.0

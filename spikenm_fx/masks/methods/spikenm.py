@@ -64,9 +64,11 @@ class SpikeNM:
     def schedule(self, total_steps: int | None) -> Schedule:
         """Rising scale, then the freeze; the fade where the length of the run is known."""
         fade = self.fade if total_steps is not None else 0.0
-        if self.relative:
-            return Schedule(total_steps, fade=fade)
-        return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
+        if not self.relative:
+            return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
+        if fade:  # undrawn weights take part, so that masks may move more
+            return Schedule(total_steps, kappa=(0.5, 2.0), fade=fade)
+        return Schedule(total_steps)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
         """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""
