@@ -190,8 +190,8 @@ def _check_packed(
 
     Folding a norm into weights, and native kernels, round otherwise than torch does; a membrane
     that lies on its threshold may then spike or not, and all that follows differs.  That happens on
-    some inputs, while a wrong engine is wrong on all: one batch of several must agree, with unpacked
-    weights and, on that batch or a later one, with the native kernels.
+    some inputs, while a wrong engine is wrong on all: one batch of several must agree, both with
+    unpacked weights and with the native kernels.
     """
     from spikenm_fx.pack import native_status, pack
 
