@@ -25,7 +25,13 @@ FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
 each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
-APPLIED = [file.stem for file in FILES if load_recipe(file).target.package is not None]
+# Its two fully connected layers hold 120 million weights: minutes, and 9 GB for their masks.
+TOO_LARGE = {"spikingjelly-spiking-vgg11-bn"}
+APPLIED = [
+    file.stem
+    for file in FILES
+    if load_recipe(file).target.package is not None and file.stem not in TOO_LARGE
+]
 
 
 @each
