@@ -20,7 +20,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spikenm_fx.errors import PatternError
 
-__all__ = ["NM", "BlockView", "PatternLike", "Remainder", "WeightLayer", "is_weight_layer"]
+__all__ = [
+    "NM",
+    "BlockView",
+    "PatternLike",
+    "Remainder",
+    "WeightLayer",
+    "is_weight_layer",
+    "planes",
+]
 
 Remainder = Literal["skip", "pad", "error"]
 """What to do where ``of`` does not divide the input channels."""
@@ -219,6 +227,15 @@ class BlockView:
         block = torch.arange(lead, device=device).remainder(blocks)
         position = torch.arange(m, device=device)
         return ((block[:, None] * m + position) < self.channels).unsqueeze(-1)
+
+
+def planes(blocks: Tensor) -> Tensor:
+    """A copy of ``(lead, M, inner)`` by block position, ``(M, lead, inner)`` in memory too.
+
+    Sums and softmaxes over the M positions are many times faster there: torch is slow along short
+    axes.
+    """
+    return blocks.movedim(1, 0).clone(memory_format=torch.contiguous_format)
 
 
 def _pad_axis1(tensor: Tensor, padding: int, fill: float) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 import spikenm_fx
 from spikenm_fx.errors import CheckpointError, PatternError
-from spikenm_fx.masks.methods import METHODS
+from spikenm_fx.masks.methods import METHODS, kept
 
 SPARSE = sorted(set(METHODS) - {"dense"})
 
@@ -133,3 +133,31 @@ def test_decay_is_added_once_per_step(method):
         return model[0].weight_dense.grad
 
     torch.testing.assert_close(gradient(3), gradient(1))
+
+
+@given(
+    dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),
+    channels_last=st.tuples(st.booleans(), st.booleans()),
+    undrawn=st.sampled_from([0.0, 0.25]),
+    seed=st.integers(0, 99),
+)
+def test_kept_equals_where(dtype, channels_last, undrawn, seed):
+    """Bit by bit and in the weight's memory format, with NaN, infinity, denormals and -0 masked."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 4, 3, 3, generator=generator).to(dtype)
+    odd = torch.tensor(
+        [torch.nan, torch.inf, -torch.inf, -0.0, torch.finfo(dtype).smallest_normal / 4]
+    )
+    weight.view(-1)[:5] = odd.to(dtype)
+    mask = torch.rand(weight.shape, generator=generator) < 0.5
+    formats = [torch.channels_last if last else torch.contiguous_format for last in channels_last]
+    weight, mask = (
+        weight.contiguous(memory_format=formats[0]),
+        mask.contiguous(memory_format=formats[1]),
+    )
+    found = kept(weight, mask, undrawn)
+    assert found.stride() == weight.stride()
+    other = weight * undrawn if undrawn else torch.zeros_like(weight)
+    torch.testing.assert_close(
+        found, torch.where(mask, weight, other), rtol=0, atol=0, equal_nan=True
+    )

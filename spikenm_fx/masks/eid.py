@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
+from spikenm_fx.pattern import planes
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -99,20 +100,23 @@ def soft_targets(
     Returns:
         q of the same shape; uniform in a block whose credits are all equal, zeros included.
     """
-    values = credit.float() if credit.dtype != torch.float64 else credit
-    weights = torch.ones_like(values[:, :, :1]) if present is None else present.to(values.dtype)
-    count = weights.sum(1, keepdim=True).clamp_min(1)
-    mean = (values * weights).sum(1, keepdim=True) / count
-    if normalise == "mean":
-        scaled = values / torch.where(mean == 0, 1.0, mean)
+    values = planes(credit if credit.dtype == torch.float64 else credit.float())
+    if present is None:
+        mean = values.mean(0)
     else:
-        centred = (values - mean) * weights
-        deviation = (centred.square().sum(1, keepdim=True) / count).sqrt()
-        scaled = centred / torch.where(deviation == 0, 1.0, deviation)
-    scaled = scaled / temperature
+        there = present.movedim(1, 0).to(values.dtype)
+        count = there.sum(0).clamp_min(1)
+        mean = (values * there).sum(0) / count
+    if normalise == "zscore":
+        values.sub_(mean)
+        if present is None:
+            mean = values.square().mean(0).sqrt()
+        else:
+            mean = ((values * there).square().sum(0) / count).sqrt()
+    values.div_((mean + (mean == 0)) * temperature)
     if present is not None:
-        scaled = scaled.masked_fill(~present, -torch.inf)
-    return torch.nan_to_num(_softmax(scaled))
+        values.masked_fill_(~present.movedim(1, 0), -torch.inf)
+    return torch.softmax(values, 0).nan_to_num_().movedim(0, 1)
 
 
 class Measured(Protocol):
@@ -216,11 +220,6 @@ class Guide:
         return first + (last - first) * owner.schedule.progress(owner.clock.step)
 
 
-def _softmax(blocks: Tensor) -> Tensor:
-    """Softmax over axis 1, block position by block position: torch is slow along short axes."""
-    return torch.softmax(blocks.movedim(1, 0).contiguous(), 0).movedim(0, 1)
-
-
 def _rms(values: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values)
     return norm.div(max(values.numel(), 1) ** 0.5)
@@ -228,7 +227,7 @@ def _rms(values: Tensor) -> Tensor:
 
 def probabilities(scores: Tensor, kappa: float, owner: MaskedWeight) -> Tensor:
     """The sampling distribution softmax(kappa * pi) in blocks, 0 at padded positions."""
-    return _softmax(_scaled(scores, kappa, owner))
+    return torch.softmax(planes(_scaled(scores, kappa, owner)), 0).movedim(0, 1)
 
 
 def _scaled(scores: Tensor, kappa: float, owner: MaskedWeight) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,7 +24,7 @@ from spikenm_fx.masks.clock import Clock, version_of
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.pattern import BlockView
+from spikenm_fx.pattern import BlockView, planes
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
@@ -112,17 +112,23 @@ class MaskedWeight:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
         return tuple(_few(tensor) for tensor in (self.dense, self.scores) if tensor is not None)
 
-    def draw(self, step: int) -> Draw:
-        """Everything the mask of optimizer step ``step`` depends on besides the tensors."""
+    def draw(self, step: int | None) -> Draw:
+        """Everything a mask depends on besides the tensors.
+
+        Args:
+            step: the optimizer step; None for the final mask, for which nothing is drawn.
+        """
+        final = step is None
+        step = self.clock.step if step is None else step
         return Draw(
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
             start_key=noise_key(self.clock.seed, 0, self.name),
-            kappa=self.schedule.kappa_at(step) * self._unit(),
+            kappa=1.0 if final else self.schedule.kappa_at(step) * self._unit(),
             tau=self.schedule.tau_at(step),
-            frozen=self.schedule.frozen(step),
+            frozen=final or self.schedule.frozen(step),
             present=self.view.present(self.dense.device),
-            undrawn=self.schedule.undrawn_at(step),
+            undrawn=0.0 if final else self.schedule.undrawn_at(step),
         )
 
     @torch.no_grad()
@@ -130,10 +136,10 @@ class MaskedWeight:
         """What kappa is counted in: 1, or one over the spread of the logits within their blocks."""
         if self.scores is None or not getattr(self.method, "relative", False):
             return 1.0
-        # block position by block position: torch is slow along short axes
-        planes = self.scores.detach().float().movedim(1, 0).contiguous()
-        centred = planes - planes.mean(0) if planes.numel() else planes
-        spread = float(torch.linalg.vector_norm(centred)) / max(centred.numel(), 1) ** 0.5
+        values = planes(self.scores.detach().float())
+        if values.numel():
+            values.sub_(values.mean(0))
+        spread = float(torch.linalg.vector_norm(values)) / max(values.numel(), 1) ** 0.5
         return 1.0 / spread if 0.0 < spread < float("inf") else 1.0
 
     def hold(self) -> None:
@@ -153,12 +159,16 @@ class MaskedWeight:
         """Accept whatever the logits are now: a checkpoint was loaded."""
         self._held = None
 
-    @torch.no_grad()
     def mask(self, step: int | None = None) -> Tensor:
         """The bool mask of the weight's shape: of a training step, or the final one for None."""
         self.hold()
-        draw = self.draw(self.clock.step if step is None else step)
         choose = self.method.final_mask if step is None else self.method.train_mask
+        return self._chosen(choose, self.draw(step))
+
+    @torch.no_grad()
+    def _chosen(
+        self, choose: Callable[[Tensor, Tensor | None, Draw], Tensor], draw: Draw
+    ) -> Tensor:
         scores = None if self.scores is None else self.scores.detach()
         blocked = choose(self.view.to_blocks(self.dense.detach()), scores, draw)
         return self.view.from_blocks(blocked)
@@ -180,7 +190,7 @@ class MaskedWeight:
 
     def _of_step(self, step: int) -> Tensor:
         if not isinstance(self.dense, nn.Parameter):  # lent by functional_call, never the same
-            return self._masked(step, self.mask(step))
+            return self._trained(step)
         state = (
             step,
             *self.versions(),
@@ -193,7 +203,7 @@ class MaskedWeight:
         )
         cached = self._cache
         if cached is None or cached.state != state or version_of(cached.masked) != cached.version:
-            masked = self._masked(step, self.mask(step))
+            masked = self._trained(step)
             cached = self._cache = _Cached(state, self.dense, masked, version_of(masked))
         return cached.masked
 
@@ -201,18 +211,25 @@ class MaskedWeight:
         """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
         dense, scores = self.dense.detach(), self._scores_now()
         if dense.device.type != "cpu" or not isinstance(self.dense, nn.Parameter):
-            return self._masked(None, self.mask())  # cheaper than to find out
+            return self._applied(
+                self.draw(None), self.mask(), training=False
+            )  # cheaper than to ask
         final = self._final
         if final is None or not final.still_of(dense, scores):
             mask = self.mask()
             final = self._final = _Final(dense.clone(), self._scores_now().clone(), mask)
-        return self._masked(None, final.mask)
+        return self._applied(self.draw(None), final.mask, training=False)
 
     def _scores_now(self) -> Tensor:
         return self.dense.new_empty(0) if self.scores is None else self.scores.detach()
 
-    def _masked(self, step: int | None, mask: Tensor) -> Tensor:
-        context = _Context(self, step)
+    def _trained(self, step: int) -> Tensor:
+        self.hold()
+        draw = self.draw(step)  # once for both passes: it measures the logits
+        return self._applied(draw, self._chosen(self.method.train_mask, draw), training=True)
+
+    def _applied(self, draw: Draw, mask: Tensor, *, training: bool) -> Tensor:
+        context = _Context(self, draw, training)
         return _MaskedFunction.apply(self.dense, self.scores, mask, context)  # type: ignore[no-untyped-call,no-any-return]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -267,12 +284,11 @@ class _Context:
         "view",
     )
 
-    def __init__(self, owner: MaskedWeight, step: int | None) -> None:
+    def __init__(self, owner: MaskedWeight, draw: Draw, training: bool) -> None:
         self.dense, self.scores = owner.dense, owner.scores
         self.owner = weakref.ref(owner)
         self.view, self.method, self.clock = owner.view, owner.method, owner.clock
-        self.draw = owner.draw(step or 0)
-        self.training = step is not None
+        self.draw, self.training = draw, training
         self.versions = owner.versions()
 
     def gradients(
@@ -327,7 +343,7 @@ class _MaskedFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return kept(weight, mask, context.draw.undrawn if context.training else 0.0)
+        return kept(weight, mask, context.draw.undrawn)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -70,12 +70,16 @@ class _Neuron:
     slopes: list[Tensor] | None = None
     failed: bool = False
     through_time: bool | None = None
+    known: NeuronSpec | None = None  # of this step
 
     def spec(self) -> NeuronSpec:
-        """With the values its parameters have now."""
-        spec = neuron_spec(self.module)
-        assert spec is not None
-        return replace(spec, time_axis=0, step_mode="multi") if self.through_time else spec
+        """With the values its parameters have in this step."""
+        if self.known is None:
+            self.known = neuron_spec(self.module)
+            assert self.known is not None
+        if self.through_time:
+            return replace(self.known, time_axis=0, step_mode="multi")
+        return self.known
 
     def learn_time(self, call: Call) -> None:
         """Find out whether a neuron that no adapter knows steps through time by itself."""
@@ -168,7 +172,7 @@ class Watch:
             source.mapped.clear()
         for neuron in self.neurons.values():
             neuron.calls.clear()
-            neuron.slopes = None
+            neuron.slopes = neuron.known = None
 
     def order(self) -> int:
         """A running number."""

@@ -96,7 +96,7 @@ class SpikeNM:
         """The dense gradient with decay of what was not drawn, or what was drawn alone."""
         if self.decay is None:
             return kept(grad, mask)
-        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay) if first else grad
+        return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Straight-through gradient through every draw; None once frozen."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.methods.fixed import FixedRule
 from spikenm_fx.masks.sampler import top_mask
 
@@ -37,4 +37,4 @@ class SRSTE(FixedRule):
 
     def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
         """The dense gradient, and decay where the mask is zero."""
-        return grad.add(weight.masked_fill(mask, 0), alpha=self.decay) if first else grad
+        return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad
