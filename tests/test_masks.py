@@ -52,7 +52,7 @@ OPTIMIZERS = [
 def test_training_keeps_the_pattern(case, optimizer, total_steps):
     """In train and eval mode, before, between and after optimizer steps, the weight is N:M."""
     assume(runs(case))
-    model = sparse(case, total_steps=total_steps, method=SpikeNM(decay=None))
+    model = sparse(case, total_steps=total_steps, method=SpikeNM(decay=None, fade=0.0))
     layer, optimizer = model[0], optimizer(model.parameters())
     assert isinstance(layer, case.layer().__class__)
     for _ in range(3):

@@ -14,6 +14,7 @@ from torch import nn
 import spikenm_fx
 from spikenm_fx.errors import CheckpointError, PatternError
 from spikenm_fx.masks.methods import METHODS, kept
+from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 SPARSE = sorted(set(METHODS) - {"dense"})
 
@@ -34,7 +35,7 @@ def used(model) -> int:
     return max(most_nonzero(model[i].weight, spikenm_fx.NM(2, 4)) for i in (0, 2, 4))
 
 
-@pytest.mark.parametrize("method", SPARSE)
+@pytest.mark.parametrize("method", [*sorted({*SPARSE} - {"spikenm"}), SpikeNM(fade=0.0)])
 def test_training_and_folding(method):
     """Trains with N:M weights throughout, folds bit-identically, and verifies."""
     model = sparse(method, total_steps=6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sparse training starts: with the norm of the dense weights, and, if wanted, with a fade."""
+"""How sparse training starts: with the norm of the dense weights, and with a fade."""
 
 import copy
 
@@ -191,4 +191,20 @@ def test_the_scale_of_the_logits_does_not_matter() -> None:
         assert torch.equal(one._nm_mask.mask(3), other._nm_mask.mask(3))
         with torch.no_grad():
             other.weight_logits.zero_()
-        assert most_nonzero(other.weight, other._nm_mask.view.nm) <= 2  # no spread to divide by
+        mask = other._nm_mask.mask(3)  # no spread to divide by
+        assert most_nonzero(mask, other._nm_mask.view.nm) == 2
+
+
+def test_the_default_fades_where_the_end_is_known() -> None:
+    """Dense at the first step, N:M in training before the run ends; in evaluation always."""
+    model = sparse("spikenm", 10)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    counts = []
+    for step in range(10):
+        model.eval()
+        assert spikenm_fx.verify(model, "2:4").valid
+        model.train()
+        counts.append([most_nonzero(m.weight, m._nm_mask.view.nm) for m in layers(model)])
+        train(model, optimizer, 1, start=step)
+    assert counts[0] == [4] * len(counts[0])
+    assert counts[-1] == [2] * len(counts[0])

@@ -33,9 +33,10 @@ print(plan)
 # ## Make it sparse, then train as always
 #
 # `sparsify` works in place. Each layer keeps its own class behaviour, its parameter names and the
-# optimizer's references; what it *computes with* has at most two non-zeros in each block of four,
-# from now on and at every moment. The mask logits are ordinary parameters, so build the optimizer
-# afterwards.
+# optimizer's references; what it *computes with* has at most two non-zeros in each block of four.
+# Because `total_steps` says how long the run will be, the others fade out over its first half
+# instead of resting from the first step. The mask logits are ordinary parameters, so build the
+# optimizer afterwards.
 
 # %%
 EPOCHS, BATCH = 8, 64

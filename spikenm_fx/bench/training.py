@@ -77,11 +77,11 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
         "spikenm-drawn": SpikeNM(decay=None),
         "spikenm-unscaled": SpikeNM(rescale=False),
-        "spikenm-fade": SpikeNM(fade=1.0),
+        "spikenm-strict": SpikeNM(fade=0.0),
         "srste-rescaled": SRSTE(rescale=True),
     }
 )
-"""One thing changed each: no EID, other credits, only drawn weights learn, the start, the fade."""
+"""One thing changed each: no EID, other credits, only drawn weights learn, the start, no fade."""
 
 
 def method_of(name: str) -> str | Method:

@@ -33,8 +33,8 @@ class Schedule:
         kappa: first and last logit scale; for SpikeNM in units of one over the logits' spread.
         tau: first and last temperature of the straight-through draws.
         freeze: share of ``total_steps``, at the end, with frozen masks.
-        fade: share of the steps before the freeze over which undrawn weights fade out; with 0 (the
-            default) every step is N:M.  Needs ``total_steps``.
+        fade: share of the steps before the freeze over which undrawn weights fade out; with 0
+            every step is N:M.  Needs ``total_steps``.
         open_steps: steps in which the open-ended schedule adds one ``kappa[0]``.
     """
 

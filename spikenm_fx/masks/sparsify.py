@@ -47,14 +47,19 @@ def sparsify(
     """Make ``model`` N:M sparse, in place, and let it learn which weights to keep.
 
     From now on the weight of every planned layer has at most n non-zeros in each block of m
-    consecutive input channels, at every moment, in training and evaluation.  Build the optimizer
-    afterwards (the mask logits are parameters) and train as before; then :func:`fold`.
+    consecutive input channels, in training and evaluation.  Build the optimizer afterwards (the
+    mask logits are parameters) and train as before; then :func:`fold`.
 
     How the one-liner ends well without a word on schedules: the logits start from the magnitudes
     of the weights, the scale of the logits grows with each optimizer step, so that the sampling
     noise fades as 1/step whatever the length of the run, and evaluation always uses the N largest
-    logits.  With ``total_steps`` the scale rises to its final value within the run, and the masks
-    freeze for the last 15 % so that weights and normalisation statistics adapt to them.
+    logits.
+
+    With ``total_steps`` the scale rises to its final value within the run, and the masks freeze for
+    the last 15 % so that weights and normalisation statistics adapt to them.  ``"spikenm"`` then
+    also starts from the dense network: weights that are not drawn fade out over the first half of
+    the run.  Until then the weights of training mode are not N:M, those of evaluation mode and of
+    checkpoints are; ``SpikeNM(fade=0.0)`` is N:M at every step.
 
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance.
