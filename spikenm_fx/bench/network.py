@@ -27,6 +27,7 @@ from spikenm_fx.bench.subjects import (
     spikes_from_rest,
 )
 from spikenm_fx.pack import PackReport, native_status, pack, packing
+from spikenm_fx.pack.forced import forced_mismatch
 from spikenm_fx.pattern import NM
 
 __all__ = ["agreement", "main"]
@@ -119,6 +120,8 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         "threads": options.threads,
         "rates": rates,
         **agreement(network, engine, x),
+        "layer_mismatch": _layer_by_layer(network, engine, x),
+        "channels_last_mismatch": _channels_last_mismatch(network, x),
     }
     with torch.no_grad():
         calls = {key: _call(network, model, x) for key, model in candidates.items()}
@@ -163,7 +166,9 @@ def _print(row: dict[str, Any]) -> None:
     print(
         f"{row['network']:<16} {row['pattern']:>4} batch {row['batch']:<3} "
         f"rate {row['rates']['mean']:.0%}  ms: {times}  {ratios}  ({counts}; {row['fused']} fused) "
-        f"other spikes {row['spike_mismatch']:.1e}, {row['first_mismatch']:.1e} at first; "
+        f"other spikes {row['spike_mismatch']:.1e}, {row['first_mismatch']:.1e} at first, "
+        f"{row['layer_mismatch']:.1e} layer by layer; "
+        f"torch in channels_last {row['channels_last_mismatch']:.1e}; "
         f"to float64 {row['spike_mismatch_to_float64']:.1e}, eager "
         f"{row['eager_mismatch_to_float64']:.1e}; same answers {row['same_predictions']:.0%}",
         flush=True,
@@ -214,6 +219,25 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
         ),
         "largest_difference": float((output - expected).abs().max()),
     }
+
+
+def _layer_by_layer(network: Network, engine: nn.Module, x: Tensor) -> float:
+    """The largest share of other spikes in any neuron, each fed the eager model's spikes."""
+    network.reset(network.model)
+    network.reset(engine)
+    shares = forced_mismatch(network.model, engine, x)
+    network.reset(network.model)
+    network.reset(engine)
+    return max(shares.values())
+
+
+def _channels_last_mismatch(network: Network, x: Tensor) -> float:
+    """Share of other spikes of eager torch itself in another memory format: how hard ties weigh."""
+    other: Any = copy.deepcopy(network.model)
+    other.to(memory_format=torch.channels_last)
+    _, wanted = spikes_from_rest(network, network.model, x)
+    _, spikes = spikes_from_rest(network, other, x)
+    return _mismatch(spikes, wanted)
 
 
 def _mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
