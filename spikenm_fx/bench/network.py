@@ -6,18 +6,17 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import RESULTS, interleaved, machine, save
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured
 from spikenm_fx.bench.profile import where_time_goes
 from spikenm_fx.bench.subjects import (
     NETWORKS,
@@ -44,48 +43,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--int8", action="store_true", help="int8 weights as well")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_resuming(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"kernels: {native_status().levels or native_status().reason}")
-    rows = _earlier(options)
-    started = time.perf_counter()
-    wanted = itertools.product(options.only, options.patterns, options.batches)
-    for name, pattern, batch in wanted:
-        key = (name, str(NM.parse(pattern)), batch, options.rate)
-        if key in rows and not options.again:
-            continue
-        if time.perf_counter() - started > options.seconds:
-            print(f"not measured in time: {name} {pattern} batch {batch}; run again to go on")
-            break
-        rows[key] = _row(name, NM.parse(pattern), batch, options)
-        _save(list(rows.values()), options)  # a run that is cut short keeps what it has
-    summary = _summary(list(rows.values()))
-    print("  ".join(f"{key} {value:.2f}x" for key, value in summary.items() if value))
-
-
-Key = tuple[str, str, int, float]
-
-
-def _earlier(options: Any) -> dict[Key, dict[str, Any]]:
-    """Rows of an earlier run on this machine."""
-    path = options.out / f"network-{options.threads}t.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    if found["machine"] != machine():
-        return {}
-    rows = [row for row in found["rows"] if "rate" in row]
-    return {(r["network"], r["pattern"], r["batch"], r["rate"]): r for r in rows}
-
-
-def _save(rows: list[dict[str, Any]], options: Any) -> None:
     one = options.threads == 1
-    clock = "CPU time of the thread, median" if one else "wall, least of the repeats"
-    about = {"clock": clock, "repeats": options.repeats, "summary": _summary(rows)}
-    save(f"network-{options.threads}t", {**about, "rows": rows}, options.out)
+    about = {
+        "clock": "CPU time of the thread, median" if one else "wall, least of the repeats",
+        "repeats": options.repeats,
+        "int8": options.int8,
+        "compiled": not options.no_compile,
+    }
+    wanted = {
+        f"{name} {pattern} batch {batch} rate {options.rate:.0%}": partial(
+            _row, name, NM.parse(pattern), batch, options
+        )
+        for name, pattern, batch in itertools.product(
+            options.only, options.patterns, options.batches
+        )
+    }
+    rows = measured(f"network-{options.threads}t", wanted, about, _summary, options)
+    print("  ".join(f"{key} {value:.2f}x" for key, value in _summary(rows).items() if value))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
