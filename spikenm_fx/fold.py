@@ -18,6 +18,7 @@ from spikenm_fx.masks.layer import (
     detach,
     masked_layers,
 )
+from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.watch import remove_hooks
 
 __all__ = ["dense_state_dict", "fold"]
@@ -44,9 +45,11 @@ def fold(model: ModelT) -> ModelT:
             f"{type(model).__name__} has nothing to fold: no layer is masked; "
             "call spikenm_fx.sparsify(model) first, or it was folded before"
         )
-    final = {name: layer._nm_mask.final_weight() for name, layer in layers.items()}
+    # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
+    masks = {name: layer._nm_mask.mask() for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.weight_dense.data.copy_(final[name])
+        weight = layer.weight_dense.data
+        weight.copy_(kept(weight, masks.pop(name)))
     for layer in layers.values():
         detach(layer)
     remove_hooks(model)
