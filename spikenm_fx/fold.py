@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.layer import (
-    DENSE,
-    EID_KEY,
-    LOGITS,
-    META,
-    check_checkpoint,
-    detach,
-    masked_layers,
-)
+from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, check_checkpoint
+from spikenm_fx.masks.layer import detach, masked_layers
 from spikenm_fx.masks.watch import remove_hooks
 
 __all__ = ["dense_state_dict", "fold"]

@@ -11,15 +11,10 @@ import torch
 from torch import nn
 
 from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.checkpoint import LOGITS, check_checkpoint
 from spikenm_fx.masks.clock import Clock
 from spikenm_fx.masks.eid import EID, Guide
-from spikenm_fx.masks.layer import (
-    LOGITS,
-    MaskedWeight,
-    attach,
-    check_checkpoint,
-    masked_layers,
-)
+from spikenm_fx.masks.layer import MaskedWeight, attach, masked_layers
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.watch import Observed, RootHook, Watch
