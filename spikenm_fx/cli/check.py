@@ -271,7 +271,7 @@ def _train_one_step(
     loss = (run(model).float() - 1.0).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    reached = sum(_has_gradient(model.get_submodule(layer.name)) for layer in decided.sparse)
+    reached = sum(_has_gradient(layer.holder(model)[0]) for layer in decided.sparse)
     if not reached:
         raise VerificationError("no gradient reached any sparse layer: is the model silent?")
     optimizer.step()

@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer whose ``weight`` is masked at every access, in the user's own class and under its keys.
-
-The dense Parameter stays where it was (``_parameters["weight"]``): optimizers, weight-decay rules
-and parameter names do not change.  The layer's class becomes a subclass of its own class in which
-the property ``weight`` returns the masked tensor; state dicts, pickling and copying are taught the
-difference in that subclass, so no hook is ever installed.
-"""
+"""One masked weight: its dense parameter, its scores, and the tensor that its module hands out."""
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disable
 
-from spikenm_fx.masks.checkpoint import LOGITS, StoredMask
+from spikenm_fx.masks.checkpoint import LOGITS
 from spikenm_fx.masks.clock import Clock, version_of
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
@@ -29,7 +21,7 @@ from spikenm_fx.pattern import BlockView, planes
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
 
-__all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
+__all__ = ["MaskedWeight"]
 
 
 class MaskedWeight:
@@ -41,13 +33,15 @@ class MaskedWeight:
     def __init__(
         self,
         layer: nn.Module,
+        key: str,
         name: str,
         view: BlockView,
         method: Method,
         clock: Clock,
         schedule: Schedule,
     ) -> None:
-        self.layer = layer  # the layer that owns weight and logits; the first of those that share
+        self.layer = layer  # the module that owns weight and logits; the first of those that share
+        self.key = key  # under which it owns the weight
         self.name = name
         self.view = view
         self.method = method
@@ -62,14 +56,14 @@ class MaskedWeight:
     @property
     def dense(self) -> Tensor:
         """The weight parameter as the optimizer sees it."""
-        weight = self.layer._parameters["weight"]
+        weight = self.layer._parameters[self.key]
         assert weight is not None
         return weight
 
     @property
     def scores(self) -> Tensor | None:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
-        return self.layer._parameters.get(LOGITS)
+        return self.layer._parameters.get(self.key + LOGITS)
 
     def fresh_scores(self) -> Tensor | None:
         """Initial scores for the present weight."""
@@ -352,78 +346,3 @@ class _MaskedFunction(torch.autograd.Function):
             grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
         )
         return *gradients, None, None
-
-
-class MaskedLayer(StoredMask):
-    """Mixin in front of the user's layer class; put there by :func:`attach`, undone by ``fold``."""
-
-    _plain_class: type[nn.Module]
-
-    @property
-    def weight(self) -> Tensor:
-        """The masked weight, N:M at every access; differentiable to the dense weight."""
-        return _masked(self._nm_mask, self.training)
-
-    @property
-    def weight_dense(self) -> Tensor:
-        """The dense parameter behind the mask."""
-        return self._nm_mask.dense
-
-    def extra_repr(self) -> str:
-        """The layer's own description and the pattern."""
-        mask = self._nm_mask
-        return f"{super().extra_repr()}, nm={mask.view.nm}, method={mask.method.name}"
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2:]
-        return (_new_masked, (plain_class(self),), *state)
-
-
-def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
-    """Mask the one weight that ``layers`` share (mostly a single layer), in place.
-
-    Args:
-        layers: Linear or Conv modules that hold the same ``weight`` Parameter.
-        mask: of that weight.
-        scores: made from :meth:`MaskedWeight.fresh_scores`.
-    """
-    for layer in layers:
-        if scores is not None:
-            layer.register_parameter(LOGITS, scores)
-        layer.__dict__["_nm_mask"] = mask
-        layer.__class__ = _masked_class(cast("Any", type(layer)))
-
-
-def detach(layer: MaskedLayer) -> None:
-    """Give the layer its own class back and drop logits and mask; the weight stays as it is."""
-    layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-    layer._parameters.pop(LOGITS, None)
-    del layer.__dict__["_nm_mask"]
-
-
-def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
-    """Qualified name and module of every masked layer, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer):
-            yield name, module
-
-
-def plain_class(layer: MaskedLayer) -> type[nn.Module]:
-    """The class that the user gave the layer."""
-    return type(layer)._plain_class
-
-
-@functools.cache
-def _masked_class(plain: Any) -> Any:
-    return type(f"Masked{plain.__name__}", (MaskedLayer, plain), {"_plain_class": plain})
-
-
-def _new_masked(plain: type[nn.Module]) -> MaskedLayer:
-    masked = _masked_class(cast("Any", plain))
-    return cast("MaskedLayer", masked.__new__(masked))
-
-
-@_disable_dynamo
-def _masked(mask: MaskedWeight, training: bool) -> Tensor:
-    """Outside of compiled graphs: the step counter would recompile them at every step."""
-    return mask.masked(training)
