@@ -28,6 +28,7 @@ from spikenm_fx.plan.target import (
     reset_function,
     root_of,
 )
+from spikenm_fx.plan.weights import RAW
 from spikenm_fx.report.model import NeuronReport
 
 __all__ = ["STAGES", "CheckResult", "check_recipe"]
@@ -247,7 +248,7 @@ def _built(recipe: Recipe, folder: Path | None) -> tuple[nn.Module, Run, Rest]:
 def _check_plan(model: nn.Module, decided: Plan, recipe: Recipe) -> None:
     """Every weight layer exactly once, and as many as when the recipe was written."""
     names = [name for name, module in model.named_modules() if is_weight_layer(module)]
-    listed = [layer.name for layer in decided.layers]
+    listed = [layer.name for layer in decided.layers if layer.kind != RAW]
     if sorted(names) != sorted(listed):
         raise PlanError(f"the plan lists {len(listed)} layers, the model has {len(names)}")
     expected = recipe.expected

@@ -56,6 +56,10 @@ class LayerPlan:
         owner, _, key = self.name.rpartition(".") if self.kind == RAW else (self.name, "", "weight")
         return model.get_submodule(owner), key
 
+    def subject(self, model: nn.Module) -> nn.Module | Tensor | None:
+        """What a rule's class means in ``model``: the layer, or the raw parameter itself."""
+        return self.find(model) if self.kind == RAW else self.holder(model)[0]
+
     def find(self, model: nn.Module) -> Tensor | None:
         """The weight parameter in ``model``; None where there is none of this name."""
         try:
