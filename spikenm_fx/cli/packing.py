@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from spikenm_fx.plan.plan import Plan
+from spikenm_fx.plan.weights import RAW
 
 __all__ = ["KernelChoice", "kernel_choices", "pack_model"]
 
@@ -42,7 +43,7 @@ def kernel_choices(model: nn.Module, batch: Tensor) -> dict[str, KernelChoice]:
 
 
 def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[int, int]]:
-    """Write the planned layers packed, all other tensors as they are.
+    """Write the planned layers packed, all other tensors as they are, raw parameters among them.
 
     Returns:
         Dense and packed bytes of each packed weight, by layer.
@@ -51,6 +52,8 @@ def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[in
 
     weights, sizes = {}, {}
     for entry in decided.sparse:
+        if entry.kind == RAW:
+            continue  # stays among the other tensors, zeros and all
         layer = model.get_submodule(entry.name)
         geometry = LayerGeometry.of_layer(layer, name=entry.name)
         weight = layer.weight

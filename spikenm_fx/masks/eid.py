@@ -251,10 +251,10 @@ def eid_loss(model: nn.Module) -> Tensor:
     Returns:
         a scalar; 0 before the first refresh and for methods without EID.
     """
-    from spikenm_fx.masks.layer import masked_layers
+    from spikenm_fx.masks.attach import masked_weights
 
     total = torch.zeros(())
-    owners = {id(layer._nm_mask): layer._nm_mask for _, layer in masked_layers(model)}
+    owners = {id(mask): mask for _, _, mask in masked_weights(model)}
     for owner in owners.values():
         if owner.guide is None or owner.scores is None:
             continue

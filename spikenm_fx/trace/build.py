@@ -26,12 +26,12 @@ from spikenm_fx.trace.nodes import (
     is_step,
     kind_of_op,
     layer_kind,
-    parameter_behind,
     unique,
     walk,
     with_layers,
 )
-from spikenm_fx.trace.ops import MATMULS, module_family, op_name
+from spikenm_fx.trace.ops import module_family, op_name
+from spikenm_fx.trace.products import Product, parameter_behind, product_of
 from spikenm_fx.trace.record import Trace
 from spikenm_fx.trace.signal import ANALOG, Signal, join, of_kind
 from spikenm_fx.trace.spec import NeuronSpec
@@ -57,6 +57,7 @@ class _Builder:
         self.signals: dict[fx.Node, Signal] = {}
         self.ident: dict[fx.Node, str] = {}
         self.weights: dict[fx.Node, str] = {}
+        self.products: dict[str, list[Product]] = {}
         self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
         self.functional: set[str] = set()
         self.notes = list(trace.notes)
@@ -67,7 +68,7 @@ class _Builder:
 
     def read(self) -> None:
         for node in self.nodes:
-            self.weights.update(self._functional_weight(node))
+            self._note_product(node)
         inference = Inference(self.specs, self._note)
         for node in self.nodes:
             inference.visit(node)
@@ -80,15 +81,19 @@ class _Builder:
             self.reader.read()
         self._connect()
 
-    def _functional_weight(self, node: fx.Node) -> dict[fx.Node, str]:
-        """Where ``node`` multiplies by something made of parameters alone: its parameter."""
-        if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
-            return {}
-        for operand in node.all_input_nodes:
-            name = parameter_behind(operand)
-            if name is not None:
-                return {node: name}
-        return {}
+    def _note_product(self, node: fx.Node) -> None:
+        """Where ``node`` multiplies by something made of parameters alone: it is a layer."""
+        product = product_of(node)
+        if product is not None:
+            self.weights[node] = self._owner_of(product)
+            self.products.setdefault(product.parameter, []).append(product)
+
+    def _owner_of(self, product: Product) -> str:
+        """The parameter's name; the layer's where ``F.linear(x, self.fc.weight)`` is its own."""
+        owner, _, key = product.parameter.rpartition(".")
+        module = self.trace.model.get_submodule(owner)
+        own = key == "weight" and is_weight_layer(module) and product.axis == 1
+        return owner if own and not getattr(module, "transposed", False) else product.parameter
 
     def _identity(self, node: fx.Node) -> str:
         if node in self.ident:
@@ -306,6 +311,7 @@ class _Builder:
         info: ValueInfo | None = sources[0].meta.get("value") if sources else None
         result: ValueInfo | None = calls[0].meta.get("value")
         spiking = [n for n in post if self.specs[n].kind != "integrator"]
+        product = self._product(name)
         return LayerRecord(
             name=name,
             kind=kind,
@@ -319,7 +325,19 @@ class _Builder:
             output_shape=result.shape if result else None,
             time_axis=self._time_axis(sources[0]) if sources else None,
             is_readout=not spiking and any(left for _, _, left in ahead),
+            axis=product.axis,
+            groups=product.groups,
+            undecided=product.undecided,
         )
+
+    def _product(self, name: str) -> Product:
+        """What all products with a raw parameter agree on."""
+        found = set(self.products.get(name, ()))
+        if len(found) > 1:
+            axes = sorted({str(product.axis) for product in found})
+            why = next((p.undecided for p in found if p.undecided), "")
+            return Product(name, None, undecided=why or f"summed along axes {', '.join(axes)}")
+        return found.pop() if found else Product(name, None)
 
     def _inner_record(self, name: str, kind: str, shape: tuple[int, ...]) -> LayerRecord:
         """A layer nobody called from outside: inside a neuron, or unused."""
@@ -377,6 +395,7 @@ class _Builder:
                     post=(neuron,),
                     input_signal=join([self.signals[n] for n in inputs]) if inputs else None,
                     inside=neuron,
+                    undecided=f"used inside the neuron {neuron}, which stays as it is",
                 )
                 self._note(full, f"a raw weight used inside the neuron {neuron}")
         return found

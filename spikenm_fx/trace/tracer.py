@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import _orig_module_call
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.intercept import watch_applies
 from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
+from spikenm_fx.trace.reading import reading
 from spikenm_fx.trace.recorder import Recorder
 from spikenm_fx.trace.snapshot import preserved
 from spikenm_fx.trace.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
@@ -97,6 +99,8 @@ class ValueTracer(fx.Tracer):
         tensors = (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))
         self._tensor_names = {id(t): n for n, t in tensors}
         self._known = _tensors_held_by(model)
+        self._handed_out: dict[int, Tensor] = {}  # by id of the parameter
+        self._stands_for: dict[int, Tensor] = {}  # parameters, by id of what was handed out
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
         self._steps: dict[SurrogateCall, bool] = {}
         self._probed: dict[nn.Module, Measured | None] = {}
@@ -128,7 +132,7 @@ class ValueTracer(fx.Tracer):
         return self._guarded()
 
     def _guarded(self) -> fx.Graph:
-        with _TRACING, torch.no_grad():
+        with _TRACING, torch.no_grad(), reading(self._read):
             try:
                 return self.trace(self.model)
             except TraceLimitReached:
@@ -238,6 +242,7 @@ class ValueTracer(fx.Tracer):
         Raises:
             Untraceable: for a tensor that seems to have been made by code we did not see.
         """
+        tensor = self._stands_for.get(id(tensor), tensor)
         if id(tensor) not in self._constants:
             known = id(tensor) in self._known or tensor.numel() <= 1 or self.recorder is not None
             if not known:
@@ -251,6 +256,20 @@ class ValueTracer(fx.Tracer):
             node.meta |= {"value": describe(tensor, measure=measure), "tensor": tensor}
             self._constants[id(tensor)] = (tensor, node)
         return self._constants[id(tensor)][1]
+
+    def _read(self, parameters: tuple[Tensor, ...], compute: Callable[[], Tensor]) -> Tensor:
+        """A module hands out a computed parameter: once per trace, and none of our business how."""
+        parameter = parameters[0]
+        inside = self.computing or (self.recorder is not None and self.recorder.in_leaf)
+        if inside or id(parameter) not in self._tensor_names:
+            return compute()
+        if id(parameter) not in self._handed_out:
+            with self._aside(), _disable_current_modes():
+                value = self._handed_out[id(parameter)] = compute()
+            self._stands_for[id(value)] = parameter
+            for other in parameters[1:]:
+                self.constant(other)  # seen in use
+        return self._handed_out[id(parameter)]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node, with the module it comes from."""
