@@ -63,7 +63,9 @@ def sanitize(session: nox.Session) -> None:
         "tests/test_pack_counts.py",
         "tests/test_native_sampler.py",
     ]
-    session.run("python", "-m", "pytest", "-q", *(session.posargs or kernels), env=checked)
+    # A sanitizer ends the process: what pytest captures of its last words would be lost.
+    visible = ("pytest", "-q", "--capture=sys")
+    session.run("python", "-m", *visible, *(session.posargs or kernels), env=checked)
 
 
 @nox.session

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pack_strategies import prune
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import PackedLayer, native_status, pack
@@ -104,6 +105,21 @@ def test_wrong_inputs(backend, change, match):
     functional.reset_net(engine)
     with torch.no_grad():
         assert _close(engine(x), model(x))
+
+
+@backends
+def test_tensors_on_a_gpu(backend):
+    """Inputs and models on another device are refused by its name; no GPU is needed to try."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    with FakeTensorMode():
+        there = torch.rand(x.shape, device="cuda")
+        elsewhere = nn.Linear(16, 16)
+        elsewhere.weight = nn.Parameter(torch.empty(16, 16, device="cuda"))
+    with pytest.raises(PackError, match="the input is on cuda"):
+        engine(there)
+    with pytest.raises(PackError, match=r"weight is on cuda.*move the model to the CPU"):
+        pack(elsewhere, there)
 
 
 @backends

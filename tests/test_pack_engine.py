@@ -3,6 +3,7 @@
 
 import copy
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import PackedLayer, load_packed, native_status, pack, packing, save_packed
 from spikenm_fx.pack.fused import FusedNeuron, fuse_neuron, why_not_fused
+from spikenm_fx.pack.layer import Choice
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 from spikenm_fx.trace import NeuronSpec, Synapse, simulate
@@ -289,6 +291,27 @@ def test_report_and_forced_choices():
     assert report.to_dict()["layers"][0]["gain"] == report.layers[0].gain
     with pytest.raises(PackError, match="not made by pack"):
         packing(model)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_measured_layers_alone(form, kernel_size):
+    """Layers without a neuron: measured choices are known ones, outputs as torch's in format."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(16, 24, kernel_size)
+    model = nn.Sequential(conv, nn.Conv2d(24, 8, kernel_size)).eval()
+    conv.weight.data = prune(conv.weight.data, NM(2, 4))
+    x = (torch.rand(2, 16, 9, 9) < 0.2).float().to(memory_format=form)
+    engine = pack(model, x)
+    for row in packing(engine).layers:
+        assert set(row.milliseconds) <= set(get_args(Choice))
+        assert "dense" in row.milliseconds
+        assert row.choice in row.milliseconds
+    with torch.no_grad():
+        expected, found = model(x), engine(x)
+    assert type(found) is Tensor
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert found.is_contiguous(memory_format=form)
 
 
 def test_without_example_inputs():

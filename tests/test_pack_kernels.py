@@ -44,6 +44,7 @@ def _input(data: st.DataObject, case: Case, *, binary: bool = True) -> Tensor:
             x = torch.where(x == 0, -torch.zeros(()), x)
     else:
         x = (x * 8 - 4) * (torch.rand(size, generator=generator) < 0.7)
+        x *= data.draw(st.sampled_from([1.0, 1.0, 1e-41]), label="denormals")
     form = data.draw(st.sampled_from(["contiguous", "channels_last", "strided"]), label="format")
     if form == "channels_last" and x.dim() == 4:
         return x.to(memory_format=torch.channels_last)
@@ -144,6 +145,60 @@ def test_int16_sums_cannot_overflow(level, sign):
     y = run_layer(x, layout_for("event8", packed), packed.shape, packed.geometry, level=level)
     _assert_exact(y, _integer_reference(x, packed, None))
     assert abs(float(y[0, 0])) == pytest.approx(2048, rel=1e-6)
+
+
+@pytest.mark.parametrize("level", STATUS.levels)
+@given(
+    channels=st.sampled_from([800, 5000]),
+    spatial=st.sampled_from([0, 1]),
+    skew=st.floats(0.0, 1.0),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=10, deadline=None)
+def test_int16_sums_at_their_worst(level, channels, spatial, skew, seed):
+    """Exactly the spikes that drive one row's sum highest, then lowest: no segment overflows."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (40, channels, *[1] * spatial)
+    weight = torch.rand(shape, generator=generator) * 0.2 + 0.8  # all near the largest integer
+    weight *= 1 - 2 * (torch.rand(shape, generator=generator) < skew).float()
+    geometry = LayerGeometry.conv(1) if spatial else LayerGeometry()
+    packed = pack_weight(weight, "1:1", geometry=geometry, dtype=torch.int8)
+    worst = torch.stack([(weight[row] * sign > 0).float() for row in range(3) for sign in (1, -1)])
+    y = run_layer(worst, layout_for("event8", packed), packed.shape, geometry, level=level)
+    _assert_exact(y, _integer_reference(worst, packed, None))
+    assert float(y.abs().max() / packed.scale.min()) > 32767  # sums that int16 cannot hold
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", [k for k in HERE if not k.endswith("8")])
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_half_precision_weights(kernel, dtype, data):
+    """Kernels compute in fp32 with the values that were stored."""
+    case = data.draw(cases(nms=_patterns(kernel), channels=140, outputs=20))
+    packed = pack_weight(case.weight, case.nm, geometry=case.geometry, dtype=dtype)
+    if not supports(kernel, packed):
+        assert kernel == "amx"
+        return
+    x = _input(data, case)
+    y = run_layer(x, layout_for(kernel, packed), packed.shape, packed.geometry)
+    _assert_close(y, packed_layer(x.double(), packed))
+
+
+@pytest.mark.parametrize("kernel", HERE)
+@pytest.mark.parametrize(("outputs", "channels"), [(1, 1), (1, 65), (3, 63), (17, 127), (65, 64)])
+def test_corner_sizes(kernel, outputs, channels):
+    """One output, one input, and sizes on both sides of a word: no tokens, one, and a tile more."""
+    nm = NM(2, 4) if channels >= 4 else NM(1, 1)
+    weight = prune(torch.randn(outputs, channels), nm)
+    packed = pack_weight(weight, nm, dtype=torch.int8 if kernel.endswith("8") else None)
+    if not supports(kernel, packed):
+        assert (kernel, nm) == ("lut", NM(1, 1))
+        return
+    for tokens in (0, 1, 65):
+        x = (torch.rand(tokens, channels) < 0.5).float()
+        y = run_layer(x, layout_for(kernel, packed), packed.shape, packed.geometry)
+        _assert_close(y, packed_layer(x.double(), packed))
 
 
 @pytest.mark.parametrize("kernel", SPIKE_KERNELS)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured
 from spikenm_fx.native.library import Kernel, available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedWeight, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
@@ -24,7 +24,7 @@ from spikenm_fx.pack.backends.reference import dense_layer
 from spikenm_fx.pack.layouts import Layout, layout_for, supports
 from spikenm_fx.pattern import NM, BlockView
 
-__all__ = ["main"]
+__all__ = ["Shape", "conv", "linear", "main", "module_of", "pruned", "shapes"]
 
 Timed = dict[str, Callable[[], object]]
 
@@ -39,30 +39,33 @@ class Shape:
     geometry: LayerGeometry
 
 
-def _linear(tokens: int, inputs: int, outputs: int) -> Shape:
+def linear(tokens: int, inputs: int, outputs: int) -> Shape:
+    """A linear layer on a batch of tokens."""
     name = f"linear {tokens} x {inputs}->{outputs}"
     return Shape(name, (outputs, inputs), (tokens, inputs), LayerGeometry())
 
 
-def _conv(images: int, inputs: int, outputs: int, size: int, k: int, stride: int = 1) -> Shape:
+def conv(images: int, inputs: int, outputs: int, size: int, k: int, stride: int = 1) -> Shape:
+    """A convolution of ``k`` by ``k`` on square images of ``size``."""
     geometry = LayerGeometry.conv(2, stride=stride, padding=k // 2)
     name = f"conv{k}x{k}/{stride} N={images} {inputs}->{outputs} @{size}x{size}"
     return Shape(name, (outputs, inputs, k, k), (images, inputs, size, size), geometry)
 
 
-def _shapes() -> Iterator[Shape]:
+def shapes() -> Iterator[Shape]:
+    """The layers of the comparison with dense torch."""
     for inputs, outputs in ((512, 512), (1024, 4096), (4096, 1024)):
-        yield from (_linear(tokens, inputs, outputs) for tokens in (64, 256, 512))
+        yield from (linear(tokens, inputs, outputs) for tokens in (64, 256, 512))
     for images in (4, 64):
-        yield _conv(images, 128, 128, 32, 3)
-        yield _conv(images, 256, 256, 16, 3)
-        yield _conv(images, 512, 512, 8, 3)
-        yield _conv(images, 256, 256, 16, 1)
-        yield _conv(images, 128, 256, 32, 3, stride=2)
+        yield conv(images, 128, 128, 32, 3)
+        yield conv(images, 256, 256, 16, 3)
+        yield conv(images, 512, 512, 8, 3)
+        yield conv(images, 256, 256, 16, 1)
+        yield conv(images, 128, 256, 32, 3, stride=2)
 
 
 def main(arguments: list[str]) -> None:
-    """Time every shape, print a table, write ``results/layers-....json``."""
+    """Time every shape, print a table, write ``results/layers-....json``, row by row."""
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench layers", description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.05, 0.10, 0.15])
@@ -71,35 +74,37 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--int8", action="store_true", help="int8 weights, against oneDNN int8")
     parser.add_argument("--no-inductor", action="store_true", help="dense eager paths alone")
+    add_resuming(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     status = native_status()
     print(f"kernels: {status.levels[-1] if status.available else status.reason}")
-    rows = []
-    for shape in _shapes():
-        if options.only not in shape.name:
-            continue
-        torch.compiler.reset()
-        for rate in options.rates:
-            row = _row(shape, rate, options)
-            rows.append(row)
-            ratios = "  ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items())
-            print(
-                f"{shape.name:<40} {rate:4.0%} dense {row['dense_ms']:8.3f} ms  {ratios}",
-                flush=True,
-            )
-    summary = _summary(rows)
-    for line, values in summary.items():
-        print(f"{line:<28} median {values['median']:.2f}x  least {values['least']:.2f}x")
-    name = f"layers{'-int8' if options.int8 else ''}-{options.threads}t"
     about = {
-        "kernels": status.levels,
+        "kernels": list(status.levels),
         "clock": "CPU time of the thread" if options.threads == 1 else "wall",
         "onednn": os.environ.get("ONEDNN_MAX_CPU_ISA", "all that the processor has"),
         "repeats": options.repeats,
-        "summary": summary,
+        "patterns": options.patterns,
+        "inductor": not options.no_inductor,
     }
-    print(save(name, {**about, "rows": rows}))
+    wanted = {
+        f"{shape.name} {rate:.0%}": partial(_printed_row, shape, rate, options)
+        for shape in shapes()
+        if options.only in shape.name
+        for rate in options.rates
+    }
+    name = f"layers{'-int8' if options.int8 else ''}-{options.threads}t"
+    rows = measured(name, wanted, about, _summary, options)
+    for line, values in _summary(rows).items():
+        print(f"{line:<28} median {values['median']:.2f}x  least {values['least']:.2f}x")
+
+
+def _printed_row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
+    torch.compiler.reset()
+    row = _row(shape, rate, options)
+    ratios = "  ".join(f"{k} {v:.2f}" for k, v in row["ratios"].items())
+    print(f"{shape.name:<40} {rate:4.0%} dense {row['dense_ms']:8.3f} ms  {ratios}", flush=True)
+    return row
 
 
 def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
@@ -112,7 +117,7 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
         timed |= _onednn_int8(shape, weight, x)
     sizes = {"dense": {"file": weight.numel() * 4, "resident": weight.numel() * 4}}
     for pattern in options.patterns:
-        packed = _pruned(shape, weight, NM.parse(pattern), int8=options.int8)
+        packed = pruned(shape, weight, NM.parse(pattern), int8=options.int8)
         layouts = _layouts(packed)
         timed |= _packed(shape, x, packed, layouts)
         sizes[pattern] = {"file": packed.nbytes} | {k: v.nbytes for k, v in layouts.items()}
@@ -143,7 +148,7 @@ def _dense(shape: Shape, weight: Tensor, x: Tensor, *, inductor: bool) -> Timed:
         x_last, w_last = x.to(memory_format=last), weight.to(memory_format=last)
         timed["dense channels_last"] = partial(dense_layer, x_last, w_last, None, shape.geometry)
     if inductor:
-        module = _module(shape, weight).eval()
+        module = module_of(shape, weight).eval()
         compiled = torch.compile(module, options={"freezing": True}, dynamic=False)
         with torch.no_grad():
             compiled(x)
@@ -157,7 +162,8 @@ def _no_grad(module: Any, x: Tensor) -> Tensor:
     return y
 
 
-def _module(shape: Shape, weight: Tensor) -> nn.Module:
+def module_of(shape: Shape, weight: Tensor) -> nn.Module:
+    """Torch's layer of this shape on a dense weight."""
     module: nn.Linear | nn.Conv2d
     if shape.geometry.kind == "linear":
         module = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -193,7 +199,7 @@ def _onednn_int8(shape: Shape, weight: Tensor, x: Tensor) -> Timed:
     return {"onednn int8": partial(module, xq)}
 
 
-def _pruned(shape: Shape, weight: Tensor, nm: NM, *, int8: bool) -> PackedWeight:
+def pruned(shape: Shape, weight: Tensor, nm: NM, *, int8: bool) -> PackedWeight:
     """The weight's largest magnitudes of every block, packed."""
     view = BlockView(nm, tuple(weight.shape))
     blocks = view.to_blocks(weight)

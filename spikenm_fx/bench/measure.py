@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import platform
 import statistics
 import time
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "interleaved", "machine", "save"]
+__all__ = ["RESULTS", "add_resuming", "interleaved", "machine", "measured", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,16 +50,10 @@ def interleaved(
 
 def machine() -> dict[str, Any]:
     """What a figure must be read with."""
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in _cpuinfo()
-            if line.startswith(("model name", "Model name"))
-        ),
-        platform.processor(),
-    )
+    about = _cpuinfo()
     return {
-        "cpu": cpu,
+        "cpu": about.get("model name", platform.processor()),
+        "cpu family, model": [about.get("cpu family", ""), about.get("model", "")],
         "isa": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -73,6 +69,59 @@ def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     return path
 
 
-def _cpuinfo() -> list[str]:
+def add_resuming(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that can be run piece by piece; see :func:`measured`."""
+    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+
+
+def measured(
+    name: str,
+    wanted: Mapping[str, Callable[[], dict[str, Any]]],
+    about: Mapping[str, Any],
+    summary: Callable[[list[dict[str, Any]]], dict[str, Any]],
+    options: Any,
+) -> list[dict[str, Any]]:
+    """Measure the rows that an earlier run on this machine has not; save after each.
+
+    Args:
+        name: of the result.
+        wanted: what measures each row, by a key of the row.
+        about: settings; rows that were measured under others are dropped.
+        summary: of all rows, saved beside them.
+        options: what :func:`add_resuming` has parsed.
+
+    Returns:
+        All rows, earlier ones first.
+    """
+    rows = {row["key"]: row for row in _earlier(name, about, options.out)}
+    started = time.perf_counter()
+    for key, measure in wanted.items():
+        if key in rows and not options.again:
+            continue
+        if time.perf_counter() - started > options.seconds:
+            print(f"not measured in time: {key}; run again to go on")
+            break
+        rows[key] = {"key": key, **measure()}
+        done = list(rows.values())
+        save(name, {**about, "summary": summary(done), "rows": done}, options.out)
+    return list(rows.values())
+
+
+def _earlier(name: str, about: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    if found["machine"] != machine() or any(found.get(k) != v for k, v in about.items()):
+        return []
+    return [row for row in found["rows"] if "key" in row]
+
+
+def _cpuinfo() -> dict[str, str]:
+    """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    text = path.read_text() if path.exists() else ""
+    pairs = (line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

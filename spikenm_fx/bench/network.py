@@ -6,18 +6,17 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import RESULTS, interleaved, machine, save
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured
 from spikenm_fx.bench.profile import where_time_goes
 from spikenm_fx.bench.subjects import (
     NETWORKS,
@@ -27,6 +26,7 @@ from spikenm_fx.bench.subjects import (
     spikes_from_rest,
 )
 from spikenm_fx.pack import PackReport, native_status, pack, packing
+from spikenm_fx.pack.forced import forced_mismatch
 from spikenm_fx.pattern import NM
 
 __all__ = ["agreement", "main"]
@@ -43,48 +43,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
     parser.add_argument("--int8", action="store_true", help="int8 weights as well")
-    parser.add_argument("--again", action="store_true", help="measure rows that are there, too")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="start no row after this")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    add_resuming(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     print(f"kernels: {native_status().levels or native_status().reason}")
-    rows = _earlier(options)
-    started = time.perf_counter()
-    wanted = itertools.product(options.only, options.patterns, options.batches)
-    for name, pattern, batch in wanted:
-        key = (name, str(NM.parse(pattern)), batch, options.rate)
-        if key in rows and not options.again:
-            continue
-        if time.perf_counter() - started > options.seconds:
-            print(f"not measured in time: {name} {pattern} batch {batch}; run again to go on")
-            break
-        rows[key] = _row(name, NM.parse(pattern), batch, options)
-        _save(list(rows.values()), options)  # a run that is cut short keeps what it has
-    summary = _summary(list(rows.values()))
-    print("  ".join(f"{key} {value:.2f}x" for key, value in summary.items() if value))
-
-
-Key = tuple[str, str, int, float]
-
-
-def _earlier(options: Any) -> dict[Key, dict[str, Any]]:
-    """Rows of an earlier run on this machine."""
-    path = options.out / f"network-{options.threads}t.json"
-    if not path.exists():
-        return {}
-    found = json.loads(path.read_text())
-    if found["machine"] != machine():
-        return {}
-    rows = [row for row in found["rows"] if "rate" in row]
-    return {(r["network"], r["pattern"], r["batch"], r["rate"]): r for r in rows}
-
-
-def _save(rows: list[dict[str, Any]], options: Any) -> None:
     one = options.threads == 1
-    clock = "CPU time of the thread, median" if one else "wall, least of the repeats"
-    about = {"clock": clock, "repeats": options.repeats, "summary": _summary(rows)}
-    save(f"network-{options.threads}t", {**about, "rows": rows}, options.out)
+    about = {
+        "clock": "CPU time of the thread, median" if one else "wall, least of the repeats",
+        "repeats": options.repeats,
+        "int8": options.int8,
+        "compiled": not options.no_compile,
+    }
+    wanted = {
+        f"{name} {pattern} batch {batch} rate {options.rate:.0%}": partial(
+            _row, name, NM.parse(pattern), batch, options
+        )
+        for name, pattern, batch in itertools.product(
+            options.only, options.patterns, options.batches
+        )
+    }
+    rows = measured(f"network-{options.threads}t", wanted, about, _summary, options)
+    print("  ".join(f"{key} {value:.2f}x" for key, value in _summary(rows).items() if value))
 
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -119,6 +98,8 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         "threads": options.threads,
         "rates": rates,
         **agreement(network, engine, x),
+        "layer_mismatch": _layer_by_layer(network, engine, x),
+        "channels_last_mismatch": _channels_last_mismatch(network, x),
     }
     with torch.no_grad():
         calls = {key: _call(network, model, x) for key, model in candidates.items()}
@@ -163,7 +144,9 @@ def _print(row: dict[str, Any]) -> None:
     print(
         f"{row['network']:<16} {row['pattern']:>4} batch {row['batch']:<3} "
         f"rate {row['rates']['mean']:.0%}  ms: {times}  {ratios}  ({counts}; {row['fused']} fused) "
-        f"other spikes {row['spike_mismatch']:.1e}, {row['first_mismatch']:.1e} at first; "
+        f"other spikes {row['spike_mismatch']:.1e}, {row['first_mismatch']:.1e} at first, "
+        f"{row['layer_mismatch']:.1e} layer by layer; "
+        f"torch in channels_last {row['channels_last_mismatch']:.1e}; "
         f"to float64 {row['spike_mismatch_to_float64']:.1e}, eager "
         f"{row['eager_mismatch_to_float64']:.1e}; same answers {row['same_predictions']:.0%}",
         flush=True,
@@ -214,6 +197,25 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
         ),
         "largest_difference": float((output - expected).abs().max()),
     }
+
+
+def _layer_by_layer(network: Network, engine: nn.Module, x: Tensor) -> float:
+    """The largest share of other spikes in any neuron, each fed the eager model's spikes."""
+    network.reset(network.model)
+    network.reset(engine)
+    shares = forced_mismatch(network.model, engine, x)
+    network.reset(network.model)
+    network.reset(engine)
+    return max(shares.values())
+
+
+def _channels_last_mismatch(network: Network, x: Tensor) -> float:
+    """Share of other spikes of eager torch itself in another memory format: how hard ties weigh."""
+    other: Any = copy.deepcopy(network.model)
+    other.to(memory_format=torch.channels_last)
+    _, wanted = spikes_from_rest(network, network.model, x)
+    _, spikes = spikes_from_rest(network, other, x)
+    return _mismatch(spikes, wanted)
 
 
 def _mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:

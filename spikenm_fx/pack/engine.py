@@ -76,7 +76,8 @@ def pack(
         builder.fuse()
     choose(engine, args, builder.layers, backend)
     engine.__dict__["_spikenm_packing"] = builder.report()
-    engine.register_forward_hook(_plain_outputs)
+    if any(layer.packed.waits for layer in builder.layers.values()):  # else nothing is lazy
+        engine.register_forward_hook(_plain_outputs)
     return engine
 
 
@@ -109,7 +110,7 @@ def _refuse(model: nn.Module) -> None:
 
 def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:
     """What leaves the engine is ordinary tensors."""
-    if torch.compiler.is_compiling():
+    if type(output) is Tensor or torch.compiler.is_compiling():
         return output
     return tree_map(lambda x: x.materialize() if isinstance(x, LazyTensor) else x, output)
 

@@ -121,11 +121,18 @@ class PackedLayer(nn.Module):
         self._forget(*PARTS)
         self._counting = {}
         if choice == "dense":
-            dense = self.weight
-            form = torch.channels_last if dense.dim() == 4 else torch.contiguous_format
-            self._dense = dense.contiguous(memory_format=form)
+            # A copy, as strides of length-1 axes decide the format that torch computes in.
+            self._dense = self.weight.clone(memory_format=torch.contiguous_format)
+            if self.waits:  # its output is wanted pixel by pixel
+                self.prefer_channels_last()
         elif choice != "reference":
             self._lay_out()
+
+    def prefer_channels_last(self) -> None:
+        """Run as torch's dense layer in that memory format, whatever that of the input is."""
+        dense = self._buffers["_dense"]
+        if dense is not None and dense.dim() == 4:
+            self._dense = dense.clone(memory_format=torch.channels_last)
 
     def _lay_out(self) -> None:
         layout = layout_for(_kernel(self.choice), self.packed)
@@ -227,6 +234,10 @@ class PackedLayer(nn.Module):
                 replaces; lazy values count as contiguous.
         """
         rows = rows or self.geometry.kind == "linear"
+        dense = self._buffers["_dense"]  # not by attribute: tiny layers take microseconds
+        if dense is not None and type(x) is Tensor:
+            plainly = dense_layer(x, dense, self._buffers["bias"], self.geometry)
+            return plainly if rows or is_channels_last(x) else plainly.contiguous()
         bits = None if self.choice in ("dense", "reference", "fma") else self.bits_of(x)
         if bits is not None:
             shape = self.shape_of(x.shape)

@@ -20,7 +20,7 @@ class LayerReport:
         choice: how it runs.
         rate: share of its input on the examples that is not zero; None if that was neither spikes
             nor counts of spikes.
-        milliseconds: per candidate, the least on the examples' input.
+        milliseconds: per candidate, the median of the faster half of the runs on the examples.
         neuron: the neuron that is fused with it, or "".
         note: why it is not packed, or why its neuron is not fused.
         dense_bytes: of the dense fp32 weight.

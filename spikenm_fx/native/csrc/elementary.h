@@ -38,8 +38,9 @@ SNM_INLINE vf exp_up_to_88(vf x) {
   const vf n = shifted - to_integer;
   const vf r = madd(n, splat(2.12194440e-4f), madd(n, splat(-0.693359375f), x));
   const vf y = madd(r * r, polynomial(E, r), r) + splat(1.0f);
-  const vf scaled = as_floats(as_words(y) + (as_words(shifted) << 23));
-  return x >= splat(-87.0f) ? scaled : vf{};
+  // Unsigned, as lanes that are out of range, and dropped below, may wrap around.
+  const vw scaled = reinterpret_cast<vw>(y) + (reinterpret_cast<vw>(shifted) << 23);
+  return x >= splat(-87.0f) ? reinterpret_cast<vf>(scaled) : vf{};
 }
 
 }  // namespace

@@ -11,7 +11,6 @@
 
 namespace {
 
-typedef uint32_t vw __attribute__((vector_size(VW * 4), may_alias));
 typedef int8_t vb __attribute__((vector_size(VW), may_alias));
 typedef int8_t vb_any __attribute__((vector_size(VW), aligned(1), may_alias));
 typedef int16_t vh __attribute__((vector_size(VW * 2), may_alias));

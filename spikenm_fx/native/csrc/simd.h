@@ -23,6 +23,7 @@ constexpr int VW = 4;
 
 typedef float vf __attribute__((vector_size(VW * 4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VW * 4), may_alias));
+typedef uint32_t vw __attribute__((vector_size(VW * 4), may_alias));
 typedef int16_t vs __attribute__((vector_size(VW * 4), may_alias));
 typedef uint64_t vu __attribute__((vector_size(VW * 4), may_alias));
 typedef float vf_any __attribute__((vector_size(VW * 4), aligned(4), may_alias));
