@@ -51,8 +51,8 @@ class EID:
     """
 
     credit: Credit = "weight*eligibility"
-    every: int = 10
-    ema: float = 0.9
+    every: int = 20
+    ema: float = 0.8
     weight: tuple[float, float] = (0.1, 0.1)
     temperature: float = 1.0
     normalise: Literal["mean", "zscore"] = "mean"
