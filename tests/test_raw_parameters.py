@@ -403,3 +403,64 @@ def test_a_class_that_cannot_be_extended_is_refused() -> None:
         spikenm_fx.sparsify(model, example_inputs=x, rules=EVERY)
     assert [name for name, _ in model.named_parameters()] == names
     assert [type(module) for module in model] == [nn.Linear, Final]
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    """Names carry the wrapper's prefix, and the parameter inside is masked."""
+    inner, x = Slotless(), torch.rand(3, 2, 8) * 3
+    model = wrap(inner)
+    decided = spikenm_fx.plan(model, example_inputs=x, rules=EVERY)
+    prefix = "module" if wrap is nn.DataParallel else "_orig_mod"
+    assert [entry.name for entry in decided.sparse] == [f"{prefix}.w"]
+    spikenm_fx.sparsify(model, decided)
+    assert most_nonzero(inner.w, 1, 4) == 2
+    spikenm_fx.verify(model, decided).raise_if_invalid()
+    spikenm_fx.fold(model)
+    assert type(inner) is Slotless
+    spikenm_fx.verify(model, decided).raise_if_invalid()
+
+
+class Slotless(nn.Module):
+    """A raw weight between two neurons."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.lif = nn.Parameter(torch.rand(8, 8)), lif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lif(F.linear(self.lif(x), self.w))
+
+
+def test_lent_and_compiled_weights() -> None:
+    """functional_call masks what it lends; a compiled model computes what the eager one does."""
+    model, x = Slotless(), torch.rand(3, 2, 8) * 3
+    spikenm_fx.sparsify(model, example_inputs=x, rules=EVERY)
+    model.eval()
+    lent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert torch.equal(torch.func.functional_call(model, lent, (x,)), model(x))
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), model(x))
+
+
+def test_a_shared_raw_weight_has_one_mask() -> None:
+    """Two modules that hold one Parameter keep one, masked alike, through fold."""
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = Slotless(), Slotless()
+            self.other.w = self.one.w
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.other(self.one(x))
+
+    model, x = Pair(), torch.rand(3, 2, 8) * 3
+    with pytest.raises(PlanError, match=r"shares its weight with other\.w"):
+        spikenm_fx.sparsify(model, example_inputs=x, rules=EVERY)
+    assert model.one.w is model.other.w
+
+
+def test_without_examples_the_way_out_is_named() -> None:
+    """A model of raw weights alone cannot be planned from its modules."""
+    with pytest.raises(PlanError, match="example_inputs where they are raw parameters"):
+        spikenm_fx.sparsify(Slotless())

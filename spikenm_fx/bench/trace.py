@@ -35,7 +35,7 @@ from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups, trace
 from spikenm_fx.trace.groups import permute_members
 from spikenm_fx.trace.values import measure_kind
 
-__all__ = ["Row", "main", "measure", "train_sparse"]
+__all__ = ["Row", "main", "measure", "other_order", "train_sparse"]
 
 RESULTS = Path(__file__).parent / "results"
 PATIENCE = 900.0
@@ -239,7 +239,7 @@ def _permuted(
     model: nn.Module, groups: Sequence[CoupledGroup], *, producers_only: bool = False
 ) -> Iterator[None]:
     """Each group's channels in another order, or what its producers make only."""
-    orders = [_other_order(group.size) for group in groups]
+    orders = [other_order(group.size) for group in groups]
 
     def reorder(group: CoupledGroup, order: Tensor) -> None:
         members = group.producers if producers_only else group.members
@@ -254,7 +254,7 @@ def _permuted(
             reorder(group, torch.argsort(order))
 
 
-def _other_order(size: int) -> Tensor:
+def other_order(size: int) -> Tensor:
     """A permutation in which no channel keeps its place."""
     mixed = torch.randperm(size, generator=torch.Generator().manual_seed(1))
     order = torch.empty_like(mixed)
