@@ -78,6 +78,8 @@ def test_from_plan_to_fold(name: str, nm: str) -> None:
     }
     assert spikenm_fx.sparsify(case.model, decided) is case.model
     assert isinstance(case.model, plain)
+    if name == "hand/raw":
+        assert f"w1={nm}, w2={nm}, w3={nm}, method=spikenm" in repr(case.model)
     optimizer = torch.optim.SGD(spikenm_fx.param_groups(case.model, 1e-5), momentum=0.9)
     case.model.train()
     before = {n: p.detach().clone() for n, p in nn.Module.named_parameters(case.model)}
@@ -324,7 +326,10 @@ def test_layers_and_raw_weights_side_by_side() -> None:
     model, x = Both(), torch.rand(4, 2, 8) * 3
     decided = spikenm_fx.plan(model, "2:4", example_inputs=x)
     reasons = {entry.name: (entry.nm, entry.reason) for entry in decided.layers}
-    assert reasons["w"] == (NM(2, 4), "spike from lif1, drives lif2")
+    assert reasons["w"] == (
+        NM(2, 4),
+        "spike from lif1, drives lif2; raw parameter: learns without EID",
+    )
     assert reasons["head"] == (None, "feeds no neuron: readout")
     assert reasons["fc"][0] is None
     spikenm_fx.sparsify(model, example_inputs=x, rules=EVERY)
