@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ import spikenm_fx
 from spikenm_fx import NM, Rule
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.checkpoint import load_metadata, load_state, save_state
+from spikenm_fx.cli import main
 from spikenm_fx.errors import CheckpointError, PlanError
 from spikenm_fx.fold import dense_state_dict
 from spikenm_fx.trace import trace
@@ -469,3 +473,54 @@ def test_without_examples_the_way_out_is_named() -> None:
     """A model of raw weights alone cannot be planned from its modules."""
     with pytest.raises(PlanError, match="example_inputs where they are raw parameters"):
         spikenm_fx.sparsify(Slotless())
+
+
+NET = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from spikenm_fx.bench.nets.handwritten import SequenceLIF
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.w = nn.Linear(16, 16), nn.Parameter(torch.rand(16, 32) - 0.3)
+        self.head, self.lif = nn.Linear(32, 4), SequenceLIF()
+
+    def forward(self, x):
+        x = self.lif(self.fc(x.expand(4, *x.shape)))
+        return self.head(self.lif(x @ self.w)).mean(0)
+"""
+
+
+def test_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file remembers along which axis a raw parameter is N:M; such files are not packed."""
+    (tmp_path / "raw_net_for_cli.py").write_text(NET)
+    net: dict[str, type[nn.Module]] = {}
+    exec(compile(NET, "raw_net_for_cli.py", "exec"), net)
+    torch.save(net["Net"]().state_dict(), tmp_path / "dense.pt")
+    sparse, packed = tmp_path / "sparse.safetensors", tmp_path / "packed.safetensors"
+    target = ["raw_net_for_cli:Net", "--root", tmp_path, "--input", "2,16"]
+
+    def run(*words: object) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in words])
+        return int(left.value.code or 0), "".join(capsys.readouterr())
+
+    try:
+        assert run("sparsify", *target, "-c", tmp_path / "dense.pt", "-o", sparse)[0] == 0
+        assert most_nonzero(load_state(sparse)["w"], 0, 4) == 2
+        code, said = run("verify", sparse)
+        assert (code, "w 16x32: density 0.500, found 2:4, 2:4 holds in all 128" in said) == (0, 1)
+        code, said = run("pack", *target, "-c", sparse, "-o", packed)
+        assert (code, "only raw parameters are N:M (w)" in said, packed.exists()) == (3, 1, 0)
+        state = load_state(sparse)
+        state["w"][:4] = 1.0
+        save_state(sparse, state, metadata=load_metadata(sparse))
+        code, said = run("verify", sparse)
+        assert (code, "2:4 VIOLATED in 32 of 128 blocks" in said) == (1, 1)
+    finally:
+        sys.modules.pop("raw_net_for_cli", None)
