@@ -429,7 +429,8 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.model} | {row.route} | {row.found} of {row.layers} | {row.neurons} "
             f"| {row.paired} | {row.spike_edges}, {row.spike_wrong + row.input_wrong}, "
-            f"{row.spike_missed} | {row.eager_ms:.0f} | {row.trace_ms:.0f} "
+            f"{row.spike_missed} | {row.eager_ms:.0f} | {row.trace_ms:.0f}"
+            f"{'' if row.within_time else ' (over)'} "
             f"| {_kilobytes(row.forward_bytes)} | {_kilobytes(row.trace_bytes)}"
             f"{'' if row.within_memory else ' (over)'} | {_groups(row)} | {row.sparsified} |"
         )
