@@ -20,8 +20,9 @@ from spikenm_fx.errors import SpikeNMError
 __all__ = ["app", "main"]
 
 EPILOG = (
-    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed); "
-    "2 wrong usage; 3 an input cannot be used (file, recipe, model); 4 internal error; "
+    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed, kernels cannot "
+    "be tried); 2 wrong usage; 3 an input cannot be used (file, recipe, model, a shape that the "
+    "model does not run on, recipes none of whose code is here); 4 internal error; "
     "130 interrupted."
 )
 

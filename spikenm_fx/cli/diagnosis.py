@@ -69,6 +69,7 @@ class Diagnosis:
         neurons: neuron layers by framework and class.
         layers: all weight layers.
         blocked: what keeps the rest from running, with what to do.
+        runs: whether the model runs on the input that was given; None where none is known.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Diagnosis:
     neurons: dict[str, int]
     layers: tuple[LayerDiagnosis, ...]
     blocked: tuple[str, ...] = field(default=())
+    runs: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -152,6 +154,7 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         neurons=neurons,
         layers=layers,
         blocked=tuple(blocked),
+        runs=graph is not None if loaded.knows_its_input else None,
     )
 
 

@@ -91,7 +91,7 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Apply recipes to the real code; exit code 1 where one fails."""
+    """Apply recipes to the real code; exit code 1 where one fails, 3 where none could be tried."""
     from spikenm_fx.plan.recipe import load_recipe
 
     screen = Screen(as_json)
@@ -119,6 +119,9 @@ def check(
     screen.result(results, _summary(results))
     if any(not result["ok"] and not result["skipped"] for result in results):
         raise typer.Exit(Exit.NO)
+    if all(result["skipped"] for result in results):
+        screen.err.print("none of them was tried: --root names no folder with their code")
+        raise typer.Exit(Exit.INPUT)
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -222,7 +225,8 @@ def _page(recipe: Recipe) -> str:
         + (f" x {inputs.steps}" if inputs.steps else ""),
         f"reset    {recipe.reset or 'none'}",
         f"pattern  {recipe.nm.describe()}, remainder: {recipe.remainder}",
-        f"method   {recipe.method.name}",
+        f"method   {recipe.method.name}"
+        + "".join(f", {option}: {value}" for option, value in recipe.method.options.items()),
         *(["rules    ordered, the first match wins", *rules] if rules else []),
         *([f"notes    {recipe.notes}"] if recipe.notes else []),
     ]
