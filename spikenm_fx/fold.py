@@ -9,15 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.layer import (
-    DENSE,
-    EID_KEY,
-    LOGITS,
-    META,
-    check_checkpoint,
-    detach,
-    masked_layers,
-)
+from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
+from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, check_checkpoint
 from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.watch import remove_hooks
 
@@ -28,7 +21,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 
 @torch.no_grad()
 def fold(model: ModelT) -> ModelT:
-    """Write exact N:M zeros into the dense weights, in place, and restore the layers' own classes.
+    """Write exact N:M zeros into the dense weights, in place, and restore the modules' own classes.
 
     The outputs in evaluation mode stay bit-identical; ``state_dict()`` has exactly the keys that
     the model had before :func:`spikenm_fx.sparsify`; parameters keep their identity.
@@ -39,21 +32,21 @@ def fold(model: ModelT) -> ModelT:
     Raises:
         PlanError: if the model is not sparse.
     """
-    layers = dict(masked_layers(model))
+    layers = [layer for _, layer in masked_layers(model)]
     if not layers:
         raise PlanError(
-            f"{type(model).__name__} has nothing to fold: no layer is masked; "
+            f"{type(model).__name__} has nothing to fold: no weight is masked; "
             "call spikenm_fx.sparsify(model) first, or it was folded before"
         )
     # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
-    masks = {name: layer._nm_mask.mask() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        weight = layer.weight_dense.data
-        weight.copy_(kept(weight, masks.pop(name)))
-    for layer in layers.values():
+    weights = {id(mask): mask for _, _, mask in masked_weights(model)}
+    masks = {key: mask.mask() for key, mask in weights.items()}
+    for key, mask in weights.items():
+        mask.dense.data.copy_(kept(mask.dense.data, masks.pop(key)))
+    for layer in layers:
         detach(layer)
     remove_hooks(model)
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         hooks = module._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
             del hooks[key]
@@ -70,9 +63,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Args:
         model: a sparsified model, at any point of its training; it is not changed.
     """
-    ours = tuple(
-        f"{name}.{key}" if name else key
-        for name, _ in masked_layers(model)
-        for key in (LOGITS, DENSE, META, EID_KEY)
-    )
+    ours = {
+        f"{name}.{key}{ending}".lstrip(".")
+        for name, layer in masked_layers(model)
+        for key in layer._nm_masks
+        for ending in (LOGITS, DENSE, META, EID_KEY)
+    }
     return {key: value for key, value in model.state_dict().items() if key not in ours}

@@ -15,7 +15,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from spikenm_fx.errors import PlanError, VerificationError
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
-from spikenm_fx.plan import Plan
+from spikenm_fx.plan import LayerPlan, Plan
+from spikenm_fx.plan.weights import RAW
 
 __all__ = ["LayerCheck", "Verification", "verify"]
 
@@ -121,10 +122,13 @@ def verify(
 ) -> Verification:
     """Count the non-zeros of every block of every Linear and Conv weight; changes nothing.
 
+    Raw parameters (``F.linear(x, self.w)``) are counted where they carry a mask, or a plan names
+    them.
+
     Args:
         model: a sparse, folded or plain model, or a state dict (ours or anybody's; weights of two
             and more dimensions under keys ``...weight``; input channels on axis 1, except where
-            a masked transposed convolution says otherwise).
+            a mask or plan says otherwise).
         nm: what is required.  A plan, or a mapping from layer name to pattern: of exactly these
             layers.  One pattern: of all layers but the first and the last (which a default plan
             keeps dense; of two it keeps the last) and those whose channels it does not divide.
@@ -136,6 +140,10 @@ def verify(
         PlanError: if ``nm`` names a layer that is not there.
     """
     weights = _of_model(model) if isinstance(model, nn.Module) else _of_state_dict(model)
+    for entry in nm.sparse if isinstance(nm, Plan) else ():
+        if entry.kind == RAW:
+            weights.pop(entry.name.removesuffix(".weight"), None)  # a layer's, judged by the key
+            weights |= _planned(model, entry)
     required = _required(weights, nm)
     return Verification(tuple(_check(name, w, required.get(name)) for name, w in weights.items()))
 
@@ -157,7 +165,7 @@ class _Weight:
 
 def _of_model(model: nn.Module) -> dict[str, _Weight]:
     weights = {}
-    for name, layer in model.named_modules():
+    for name, layer in nn.Module.named_modules(model):
         weight = _weight_of(layer) if is_weight_layer(layer) else None
         if weight is None or weight.dim() < 2:
             continue
@@ -166,7 +174,36 @@ def _of_model(model: nn.Module) -> dict[str, _Weight]:
         meta = getattr(layer, "weight_nm", None)
         nm = None if meta is None else NM(*meta.tolist()[1:3])
         weights[name] = _Weight(weight.detach(), transposed, groups, nm)
-    return weights
+    return weights | _masked_parameters(model)
+
+
+def _masked_parameters(model: nn.Module) -> dict[str, _Weight]:
+    """Raw parameters that carry a mask, which their module's class tells."""
+    found = {}
+    for name, module in nn.Module.named_modules(model):
+        for key in module._parameters:
+            layer = key == "weight" and is_weight_layer(module)
+            if not layer and isinstance(getattr(type(module), f"{key}_nm", None), property):
+                weight = _by_meta(getattr(module, key), getattr(module, f"{key}_nm"))
+                found[f"{name}.{key}".lstrip(".")] = weight
+    return found
+
+
+def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[str, _Weight]:
+    """A raw parameter that a plan names; nothing where it is not there."""
+    if not isinstance(model, nn.Module):
+        tensor = model.get(entry.name)
+    else:
+        owner, key = entry.holder(model)
+        tensor = getattr(owner, key, None)
+    if not isinstance(tensor, Tensor):
+        return {}
+    return {entry.name: _Weight(tensor.detach(), entry.axis == 0, entry.groups)}
+
+
+def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
+    _, keep, of, _, _, axis, groups = meta.tolist()
+    return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of))
 
 
 def _weight_of(layer: nn.Module) -> Tensor | None:
@@ -182,17 +219,16 @@ def _weight_of(layer: nn.Module) -> Tensor | None:
 
 
 def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
-    weights = {}
+    weights: dict[str, _Weight] = {}
     for key, tensor in state.items():
         name, _, last = key.rpartition(".")
-        if last != "weight" or not isinstance(tensor, Tensor) or tensor.dim() < 2:
-            continue
         meta = state.get(key + "_nm")
-        if meta is None:
-            weights[name] = _Weight(tensor.detach())
+        if not isinstance(tensor, Tensor) or tensor.dim() < 2:
+            continue
+        if last != "weight":  # a raw parameter: only a mask tells it from others
+            weights |= {} if meta is None else {key: _by_meta(tensor, meta)}
         else:
-            _, keep, of, _, _, axis, groups = meta.tolist()
-            weights[name] = _Weight(tensor.detach(), axis == 0, groups, NM(keep, of))
+            weights[name] = _Weight(tensor.detach()) if meta is None else _by_meta(tensor, meta)
     return weights
 
 

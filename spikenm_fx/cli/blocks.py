@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,23 +17,31 @@ from spikenm_fx.checkpoint import load_metadata, load_state
 from spikenm_fx.errors import CheckpointError, PlanError
 from spikenm_fx.pack import is_packed, load_packed, unpack_weight
 from spikenm_fx.pattern import NM
+from spikenm_fx.plan.decide import LayerPlan
 from spikenm_fx.plan.mistakes import near_miss
+from spikenm_fx.plan.plan import Plan
+from spikenm_fx.plan.weights import RAW
 from spikenm_fx.verify import Verification, verify
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from spikenm_fx.plan.plan import Plan
-
 __all__ = ["sparse_metadata", "verify_file"]
 
 _KEY = "spikenm_fx.layers"
+_RAW_KEY = "spikenm_fx.parameters"
 
 
 def sparse_metadata(decided: Plan) -> dict[str, str]:
     """What a checkpoint says of its zeros, so that it can be verified without the model."""
-    layers = {layer.name: str(layer.nm) for layer in decided.sparse}
-    return {_KEY: json.dumps(layers), "axis": "input channels", "n": "kept"}
+    layers = {layer.name: str(layer.nm) for layer in decided.sparse if layer.kind != RAW}
+    raw = [
+        {"name": entry.name, "nm": str(entry.nm), "axis": entry.axis, "groups": entry.groups}
+        for entry in decided.sparse
+        if entry.kind == RAW
+    ]
+    promised = {_KEY: json.dumps(layers), "axis": "input channels", "n": "kept"}
+    return promised | ({_RAW_KEY: json.dumps(raw)} if raw else {})
 
 
 def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) -> Verification:
@@ -51,27 +60,37 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
     if is_packed(file):
         packed, state = load_packed(file)
         state |= {f"{name}.weight": unpack_weight(each) for name, each in packed.items()}
-        promised = {name: str(each.nm) for name, each in packed.items()}
+        promised = [_layer(name, str(each.nm)) for name, each in packed.items()]
     else:
         state, promised = load_state(file), _promised(file)
     names = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
+    names += [entry.name for entry in promised if entry.kind == RAW]
     for name in without:
         if name not in names:
             raise PlanError(f"no weight of {file} is named {name!r}{near_miss(name, names)}")
     required = _asked(state, nm) if nm is not None else promised
-    required = {name: pattern for name, pattern in required.items() if name not in without}
-    return verify(state, required or None)
+    required = [entry for entry in required if entry.name not in without]
+    return verify(state, Plan(str(file), tuple(required)) if required else None)
 
 
-def _promised(file: Path) -> dict[str, str]:
+def _promised(file: Path) -> list[LayerPlan]:
+    metadata = load_metadata(file)
     try:
-        found = json.loads(load_metadata(file).get(_KEY, "{}"))
-        return {str(name): str(NM.parse(pattern)) for name, pattern in found.items()}
-    except (ValueError, AttributeError) as error:
+        layers = json.loads(metadata.get(_KEY, "{}"))
+        found = [_layer(str(name), pattern) for name, pattern in layers.items()]
+        for raw in json.loads(metadata.get(_RAW_KEY, "[]")):
+            entry = _layer(str(raw["name"]), raw["nm"], RAW)
+            found.append(replace(entry, axis=int(raw["axis"]), groups=int(raw["groups"])))
+        return found
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: its metadata {_KEY!r} is damaged: {error}") from error
 
 
-def _asked(state: Mapping[str, Tensor], nm: str) -> dict[str, str]:
+def _layer(name: str, pattern: str, kind: str = "layer") -> LayerPlan:
+    return LayerPlan(name, kind, (), "sparsify", NM.parse(pattern), False, "promised by the file")
+
+
+def _asked(state: Mapping[str, Tensor], nm: str) -> list[LayerPlan]:
     pattern = NM.parse(nm)
     fitting = [
         key.removesuffix(".weight")
@@ -80,4 +99,4 @@ def _asked(state: Mapping[str, Tensor], nm: str) -> dict[str, str]:
     ]
     if not fitting:
         raise PlanError(f"no weight has input channels in multiples of {pattern.of}")
-    return dict.fromkeys(fitting, str(pattern))
+    return [_layer(name, nm) for name in fitting]

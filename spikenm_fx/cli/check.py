@@ -30,6 +30,7 @@ from spikenm_fx.plan.target import (
     reset_function,
     root_of,
 )
+from spikenm_fx.plan.weights import RAW
 from spikenm_fx.report.model import NeuronReport
 from spikenm_fx.report.neurons import NeuronWatch
 
@@ -255,7 +256,7 @@ def _built(recipe: Recipe, folder: Path | None) -> tuple[nn.Module, Run, Rest]:
 def _check_plan(model: nn.Module, decided: Plan, recipe: Recipe) -> None:
     """Every weight layer exactly once, and as many as when the recipe was written."""
     names = [name for name, module in model.named_modules() if is_weight_layer(module)]
-    listed = [layer.name for layer in decided.layers]
+    listed = [layer.name for layer in decided.layers if layer.kind != RAW]
     if sorted(names) != sorted(listed):
         raise PlanError(f"the plan lists {len(listed)} layers, the model has {len(names)}")
     expected = recipe.expected
@@ -279,7 +280,7 @@ def _train_one_step(
     loss = (run(model).float() - 1.0).square().mean()
     optimizer.zero_grad()
     loss.backward()
-    reached = sum(_has_gradient(model.get_submodule(layer.name)) for layer in decided.sparse)
+    reached = sum(_has_gradient(layer.holder(model)[0]) for layer in decided.sparse)
     if not reached:
         raise VerificationError("no gradient reached any sparse layer: is the model silent?")
     optimizer.step()

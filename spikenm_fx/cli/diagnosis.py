@@ -138,7 +138,7 @@ def diagnose(loaded: Loaded) -> Diagnosis:
     ruled = {
         entry.name
         for entry in decided.layers
-        if any(rule.matches(entry.name, loaded.model.get_submodule(entry.name)) for rule in rules)
+        if any(rule.matches(entry.name, entry.subject(loaded.model)) for rule in rules)
     }
     layers = tuple(_layer(entry, graph, kernels, entry.name in ruled) for entry in decided.layers)
     neurons: dict[str, int] = {}

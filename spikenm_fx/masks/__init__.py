@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learn masks: inject them, sample them, know them again."""
 
+from spikenm_fx.masks.attach import MaskedLayer, masked_layers
 from spikenm_fx.masks.eid import EID, eid_loss
-from spikenm_fx.masks.layer import MaskedLayer, masked_layers
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.sparsify import param_groups, sparsify
 

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.eid import probabilities
-from spikenm_fx.masks.layer import MaskedWeight, masked_layers
+from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.trace.snapshot import preserved
 
@@ -56,8 +57,8 @@ def diagnose(model: nn.Module) -> list[MaskDiagnostics]:
 
 def _masks(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
     seen: dict[int, tuple[str, MaskedWeight]] = {}
-    for name, layer in masked_layers(model):
-        seen.setdefault(id(layer._nm_mask), (name, layer._nm_mask))
+    for name, _, mask in masked_weights(model):
+        seen.setdefault(id(mask), (name, mask))
     return list(seen.values())
 
 

@@ -51,8 +51,8 @@ class EID:
     """
 
     credit: Credit = "weight*eligibility"
-    every: int = 10
-    ema: float = 0.9
+    every: int = 20
+    ema: float = 0.8
     weight: tuple[float, float] = (0.1, 0.1)
     temperature: float = 1.0
     normalise: Literal["mean", "zscore"] = "mean"
@@ -251,10 +251,10 @@ def eid_loss(model: nn.Module) -> Tensor:
     Returns:
         a scalar; 0 before the first refresh and for methods without EID.
     """
-    from spikenm_fx.masks.layer import masked_layers
+    from spikenm_fx.masks.attach import masked_weights
 
     total = torch.zeros(())
-    owners = {id(layer._nm_mask): layer._nm_mask for _, layer in masked_layers(model)}
+    owners = {id(mask): mask for _, _, mask in masked_weights(model)}
     for owner in owners.values():
         if owner.guide is None or owner.scores is None:
             continue

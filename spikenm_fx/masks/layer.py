@@ -1,25 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer whose ``weight`` is masked at every access, in the user's own class and under its keys.
-
-The dense Parameter stays where it was (``_parameters["weight"]``): optimizers, weight-decay rules
-and parameter names do not change.  The layer's class becomes a subclass of its own class in which
-the property ``weight`` returns the masked tensor; state dicts, pickling and copying are taught the
-difference in that subclass, so no hook is ever installed.
-"""
+"""One masked weight: its dense parameter, its scores, and the tensor that its module hands out."""
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disable
 
-from spikenm_fx.errors import CheckpointError
+from spikenm_fx.masks.checkpoint import LOGITS
 from spikenm_fx.masks.clock import Clock, version_of
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.noise import noise_key
@@ -29,13 +21,7 @@ from spikenm_fx.pattern import BlockView, planes
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
 
-__all__ = ["MaskedLayer", "MaskedWeight", "attach", "detach", "masked_layers"]
-
-LOGITS = "weight_logits"
-DENSE = "weight_dense"
-META = "weight_nm"
-EID_KEY = "weight_eid"
-_META_VERSION = 1
+__all__ = ["MaskedWeight"]
 
 
 class MaskedWeight:
@@ -47,13 +33,15 @@ class MaskedWeight:
     def __init__(
         self,
         layer: nn.Module,
+        key: str,
         name: str,
         view: BlockView,
         method: Method,
         clock: Clock,
         schedule: Schedule,
     ) -> None:
-        self.layer = layer  # the layer that owns weight and logits; the first of those that share
+        self.layer = layer  # the module that owns weight and logits; the first of those that share
+        self.key = key  # under which it owns the weight
         self.name = name
         self.view = view
         self.method = method
@@ -68,14 +56,14 @@ class MaskedWeight:
     @property
     def dense(self) -> Tensor:
         """The weight parameter as the optimizer sees it."""
-        weight = self.layer._parameters["weight"]
+        weight = self.layer._parameters[self.key]
         assert weight is not None
         return weight
 
     @property
     def scores(self) -> Tensor | None:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
-        return self.layer._parameters.get(LOGITS)
+        return self.layer._parameters.get(self.key + LOGITS)
 
     def fresh_scores(self) -> Tensor | None:
         """Initial scores for the present weight."""
@@ -358,199 +346,3 @@ class _MaskedFunction(torch.autograd.Function):
             grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
         )
         return *gradients, None, None
-
-
-class MaskedLayer(nn.Module):
-    """Mixin in front of the user's layer class; put there by :func:`attach`, undone by ``fold``."""
-
-    _nm_mask: MaskedWeight
-    _plain_class: type[nn.Module]
-
-    @property
-    def weight(self) -> Tensor:
-        """The masked weight, N:M at every access; differentiable to the dense weight."""
-        return _masked(self._nm_mask, self.training)
-
-    @property
-    def weight_dense(self) -> Tensor:
-        """The dense parameter behind the mask."""
-        return self._nm_mask.dense
-
-    @property
-    def weight_nm(self) -> Tensor:
-        """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups]``.
-
-        ``axis`` is that of the input channels, ``groups`` the number of groups it is made of.
-        """
-        mask = self._nm_mask
-        view, clock = mask.view, mask.clock
-        step = clock.settle()
-        axis, groups = (0, view.groups) if view.transposed else (1, 1)
-        return torch.tensor(
-            [_META_VERSION, view.nm.keep, view.nm.of, clock.seed, step, axis, groups]
-        )
-
-    def extra_repr(self) -> str:
-        """The layer's own description and the pattern."""
-        mask = self._nm_mask
-        return f"{super().extra_repr()}, nm={mask.view.nm}, method={mask.method.name}"
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        meta, final = self.weight_nm, self._nm_mask.final_weight()  # counts steps, holds logits
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[prefix + DENSE] = destination[prefix + "weight"]
-        destination[prefix + "weight"] = final
-        destination[prefix + META] = meta
-        if self._nm_mask.guide is not None:
-            destination[prefix + EID_KEY] = self._nm_mask.guide.stored(self._nm_mask)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Any,
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        mask = self._nm_mask
-        misfit = _misfit(self, state_dict, prefix, strict)
-        if misfit:  # only where this layer or a part of the model is loaded by itself
-            raise _foreign(type(self).__name__, [misfit])
-        mask.release()
-        dense = state_dict.pop(prefix + DENSE, None)
-        meta = state_dict.pop(prefix + META, None)
-        if mask.guide is not None:
-            average = state_dict.pop(prefix + EID_KEY, None)
-            if average is not None:
-                mask.guide.load(average)
-            elif strict and meta is not None:
-                missing_keys.append(prefix + EID_KEY)
-        if dense is not None:
-            state_dict[prefix + "weight"] = dense
-        own_scores = meta is None and prefix + LOGITS not in state_dict and mask.scores is not None
-        if own_scores:  # of a dense model: strictness must not ask for what it cannot have
-            state_dict[prefix + LOGITS] = self._parameters[LOGITS]
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if own_scores:
-            state_dict.pop(prefix + LOGITS)
-        if meta is not None:
-            mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
-        else:
-            mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
-            if mask.clock.step == 0 and prefix + "weight" in state_dict:
-                mask.restart()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2:]
-        return (_new_masked, (plain_class(self),), *state)
-
-
-def attach(layers: list[nn.Module], mask: MaskedWeight, scores: nn.Parameter | None) -> None:
-    """Mask the one weight that ``layers`` share (mostly a single layer), in place.
-
-    Args:
-        layers: Linear or Conv modules that hold the same ``weight`` Parameter.
-        mask: of that weight.
-        scores: made from :meth:`MaskedWeight.fresh_scores`.
-    """
-    for layer in layers:
-        if scores is not None:
-            layer.register_parameter(LOGITS, scores)
-        layer.__dict__["_nm_mask"] = mask
-        layer.__class__ = _masked_class(cast("Any", type(layer)))
-
-
-def detach(layer: MaskedLayer) -> None:
-    """Give the layer its own class back and drop logits and mask; the weight stays as it is."""
-    layer.__class__ = plain_class(layer)  # type: ignore[assignment]
-    layer._parameters.pop(LOGITS, None)
-    del layer.__dict__["_nm_mask"]
-
-
-def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
-    """Qualified name and module of every masked layer, each once."""
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLayer):
-            yield name, module
-
-
-def plain_class(layer: MaskedLayer) -> type[nn.Module]:
-    """The class that the user gave the layer."""
-    return type(layer)._plain_class
-
-
-@functools.cache
-def _masked_class(plain: Any) -> Any:
-    return type(f"Masked{plain.__name__}", (MaskedLayer, plain), {"_plain_class": plain})
-
-
-def _new_masked(plain: type[nn.Module]) -> MaskedLayer:
-    masked = _masked_class(cast("Any", plain))
-    return cast("MaskedLayer", masked.__new__(masked))
-
-
-@_disable_dynamo
-def _masked(mask: MaskedWeight, training: bool) -> Tensor:
-    """Outside of compiled graphs: the step counter would recompile them at every step."""
-    return mask.masked(training)
-
-
-def check_checkpoint(
-    model: nn.Module,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: object = None,
-    strict: bool = False,
-    *_: object,
-) -> None:
-    """Load hook of the root: refuse a foreign checkpoint before a single tensor is copied.
-
-    Raises:
-        CheckpointError: if a layer's pattern or the format version is another one, or if (where
-            loaded strictly) only a part of what belongs to a mask is there.
-    """
-    misfits = (
-        _misfit(layer, state_dict, f"{prefix}{name}." if name else prefix, strict)
-        for name, layer in masked_layers(model)
-    )
-    wrong = [misfit for misfit in misfits if misfit]
-    if wrong:
-        raise _foreign(type(model).__name__, wrong)
-
-
-def _misfit(
-    layer: MaskedLayer, state_dict: dict[str, Any], prefix: str, strict: bool
-) -> str | None:
-    """Why the entries under ``prefix`` cannot be loaded into ``layer``; None where they can."""
-    mask = layer._nm_mask
-    where = f"{prefix.rstrip('.') or mask.name or 'weight'} {tuple(mask.dense.shape)}"
-    keys = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
-    missing = [key for key in keys if prefix + key not in state_dict]
-    if strict and 0 < len(missing) < len(keys):
-        return f"{where}: {', '.join(missing)} missing beside the others: is the file truncated?"
-    if META in missing:
-        return None
-    meta, wanted = state_dict[prefix + META], layer.weight_nm
-    if not isinstance(meta, Tensor) or meta.dim() != 1 or not len(meta):
-        return f"{where}: {META} is {meta!r}, not a list of integers"
-    if meta[0] != wanted[0] or meta.shape != wanted.shape:
-        return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
-    if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
-        return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
-    scores, own = state_dict.get(prefix + LOGITS), mask.scores
-    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
-    if shapes[0] != shapes[1] and (strict or None not in shapes):
-        return f"{where}: checkpoint of another method, its {LOGITS} {shapes[0]}, here {shapes[1]}"
-    return None
-
-
-def _foreign(owner: str, wrong: list[str]) -> CheckpointError:
-    shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
-    return CheckpointError(
-        f"the checkpoint does not fit the masks of {owner}:\n  {shown}\n"
-        "sparsify a dense model with the checkpoint's pattern before loading it"
-    )

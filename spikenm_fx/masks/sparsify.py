@@ -11,20 +11,16 @@ import torch
 from torch import nn
 
 from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
+from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.clock import Clock
 from spikenm_fx.masks.eid import EID, Guide
-from spikenm_fx.masks.layer import (
-    LOGITS,
-    MaskedWeight,
-    attach,
-    check_checkpoint,
-    masked_layers,
-)
+from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.watch import Observed, RootHook, Watch
-from spikenm_fx.pattern import BlockView, PatternLike, Remainder
-from spikenm_fx.plan import Plan, Rule, plan
+from spikenm_fx.pattern import BlockView, PatternLike, Remainder, is_weight_layer
+from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
 from spikenm_fx.trace import SpikingGraph, trace
 
 __all__ = ["param_groups", "sparsify"]
@@ -116,12 +112,12 @@ def param_groups(
     Raises:
         PlanError: if the model has no mask logits.
     """
-    logits = {id(layer._parameters.get(LOGITS)) for _, layer in masked_layers(model)}
+    logits = {id(mask.scores) for _, _, mask in masked_weights(model)}
     if not logits:
         raise PlanError(
             f"{type(model).__name__} has no mask logits; call spikenm_fx.sparsify(model) first"
         )
-    parameters = list(model.parameters())
+    parameters = list(nn.Module.parameters(model))  # rockpool's own is no iterator
     weights = [parameter for parameter in parameters if id(parameter) not in logits]
     masks = [parameter for parameter in parameters if id(parameter) in logits]
     return [
@@ -132,11 +128,11 @@ def param_groups(
 
 def refuse_if_sparse(model: nn.Module) -> None:
     """Raise PlanError if ``model`` is sparse already."""
-    first = next(masked_layers(model), None)
+    first = next(masked_weights(model), None)
     if first is not None:
-        name, layer = first
+        name, _, mask = first
         raise PlanError(
-            f"{type(model).__name__} is sparse already ({name} is {layer._nm_mask.view.nm}); "
+            f"{type(model).__name__} is sparse already ({name} is {mask.view.nm}); "
             "fold(model) first to start over, or continue training it as it is"
         )
 
@@ -152,9 +148,8 @@ def _decide(
         return plan(model, nm, example_inputs=example_inputs, rules=rules, remainder=remainder)
     if rules or remainder != "skip":
         raise PlanError("a plan was given: give its rules and remainder to plan(), not here")
-    modules = dict(model.named_modules())
     for entry in nm.sparse:
-        weight = getattr(modules.get(entry.name), "weight", None)
+        weight = entry.find(model)
         shape = None if weight is None else tuple(weight.shape)
         if shape != entry.shape:
             raise PlanError(
@@ -166,8 +161,8 @@ def _decide(
 
 def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
-        weight = model.get_submodule(entry.name).weight
-        assert isinstance(weight, torch.Tensor)
+        weight = entry.find(model)
+        assert weight is not None
         if not weight.is_meta and not torch.isfinite(weight.detach()).all():
             raise PlanError(
                 f"{entry.name} {entry.shape} holds NaN or infinity; masks cannot be learnt from "
@@ -178,21 +173,22 @@ def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:
 def _apply(
     model: nn.Module, decided: Plan, method: Method, clock: Clock, schedule: Schedule
 ) -> None:
-    sharing: dict[int, list[tuple[str, nn.Module, BlockView]]] = defaultdict(list)
+    sharing: dict[int, list[LayerPlan]] = defaultdict(list)
     for entry in decided.sparse:
-        layer = model.get_submodule(entry.name)
-        assert entry.nm is not None
-        view = BlockView.of_layer(layer, method.pattern(entry.nm), name=entry.name)
-        sharing[id(layer._parameters["weight"])].append((entry.name, layer, view))
+        sharing[id(entry.find(model))].append(entry)
     ready = []
-    for holders in sharing.values():
-        name, first, view = holders[0]
-        mask = MaskedWeight(first, name, view, method, clock, schedule)
+    for entries in sharing.values():
+        first, holders = entries[0], [entry.holder(model) for entry in entries]
+        assert first.nm is not None
+        for entry, (module, _) in zip(entries, holders, strict=True):
+            refuse_unmaskable(entry.name, module)
+        view = BlockView(method.pattern(first.nm), first.shape, first.axis == 0, first.groups)
+        mask = MaskedWeight(*holders[0], first.name, view, method, clock, schedule)
         scores = mask.fresh_scores()
         logits = None if scores is None else nn.Parameter(scores, requires_grad=method.learns)
-        ready.append(([layer for _, layer, _ in holders], mask, logits))
-    for layers, mask, logits in ready:  # nothing that can fail comes after this line
-        attach(layers, mask, logits)
+        ready.append((holders, mask, logits))
+    for holders, mask, logits in ready:  # nothing that can fail comes after this line
+        attach(holders, mask, logits)
         if getattr(method, "rescale", False):
             mask.keep_norm()
     model.register_load_state_dict_pre_hook(check_checkpoint)
@@ -202,11 +198,16 @@ def _guide(model: nn.Module, eid: EID, watch: Watch, graph: SpikingGraph | None)
     """Give each mask its credits, and the hooks that measure them."""
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     masks: dict[int, MaskedWeight] = {}
-    for name, layer in masked_layers(model):
-        holders[id(layer._nm_mask)].append((name, layer))
-        masks[id(layer._nm_mask)] = layer._nm_mask
+    layers = {name for name, module in nn.Module.named_modules(model) if is_weight_layer(module)}
+    for name, layer, mask in masked_weights(model):
+        masks[id(mask)] = mask
+        if name in layers:
+            holders[id(mask)].append((name, layer))
+        else:
+            watch.notes[name] = "a raw parameter, multiplied by a call that no hook sees: no EID"
     for key, mask in masks.items():
-        mask.guide = Guide(eid, Observed(watch, holders[key]) if eid.needs_input else None)
+        watched = eid.needs_input and holders[key]
+        mask.guide = Guide(eid, Observed(watch, holders[key]) if watched else None)
     if graph is not None:
         watch.wire(model, graph)
     elif eid.needs_neuron:

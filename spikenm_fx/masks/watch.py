@@ -450,7 +450,7 @@ def _before_model(
 
 def remove_hooks(model: nn.Module) -> None:
     """Take away every hook of this file."""
-    for module in model.modules():
+    for module in nn.Module.modules(model):
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             ours = [
                 key

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from spikenm_fx.errors import PackError, TraceError
-from spikenm_fx.masks.layer import masked_layers
+from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.pack.choose import LayerDraft, choose
 from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pack.fused import fuse_neuron, why_not_fused
@@ -94,7 +94,7 @@ def packing(engine: nn.Module) -> PackReport:
 
 
 def _refuse(model: nn.Module) -> None:
-    masked = [name for name, _ in masked_layers(model)]
+    masked = [name for name, _, _ in masked_weights(model)]
     if masked:
         raise PackError(
             f"{masked[0]} and {len(masked) - 1} more layers still carry their masks; "

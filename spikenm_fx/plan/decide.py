@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decision for one layer: rules, roles and what is possible at all."""
+"""The decision for one weight: rules, roles and what is possible at all."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from spikenm_fx.errors import PatternError
 from spikenm_fx.pattern import NM, BlockView, Remainder
 from spikenm_fx.plan.roles import Role
 from spikenm_fx.plan.rules import Rule
+from spikenm_fx.plan.weights import RAW, Weight
 from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["Decisions", "LayerPlan"]
@@ -22,16 +22,19 @@ __all__ = ["Decisions", "LayerPlan"]
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The decision for one layer.
+    """The decision for one weight.
 
     Attributes:
-        name: qualified name.
-        kind: the torch class the layer is or inherits from, e.g. ``"Conv2d"``.
+        name: qualified name: of the layer; of the parameter where a raw one is used.
+        kind: the torch class the layer is or inherits from, e.g. ``"Conv2d"``; ``"Parameter"``
+            for a raw parameter.
         shape: of its weight; empty where the layer has none yet, or computes it.
         action: what ``sparsify`` will do.
         nm: the pattern, None where the layer stays dense.
         padded: True where the last block is shorter than the others.
         reason: why.
+        axis: the weight's axis of input channels, along which blocks lie.
+        groups: the groups that share axis 0 (transposed convolutions).
     """
 
     name: str
@@ -41,10 +44,33 @@ class LayerPlan:
     nm: NM | None
     padded: bool
     reason: str
+    axis: int = 1
+    groups: int = 1
+
+    def holder(self, model: nn.Module) -> tuple[nn.Module, str]:
+        """The module of ``model`` that holds the weight, and its key there.
+
+        Raises:
+            AttributeError: if ``model`` has no such module.
+        """
+        owner, _, key = self.name.rpartition(".") if self.kind == RAW else (self.name, "", "weight")
+        return model.get_submodule(owner), key
+
+    def subject(self, model: nn.Module) -> nn.Module | Tensor | None:
+        """What a rule's class means in ``model``: the layer, or the raw parameter itself."""
+        return self.find(model) if self.kind == RAW else self.holder(model)[0]
+
+    def find(self, model: nn.Module) -> Tensor | None:
+        """The weight parameter in ``model``; None where there is none of this name."""
+        try:
+            module, key = self.holder(model)
+        except AttributeError:
+            return None
+        return module._parameters.get(key)
 
 
 class Decisions:
-    """Rules, defaults and hard limits, applied to each layer.
+    """Rules, defaults and hard limits, applied to each weight.
 
     Precedence: impossible > ignored > first matching rule > default role > the plan's pattern.
     """
@@ -52,15 +78,15 @@ class Decisions:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        weights: Mapping[str, Weight],
         nm: NM,
         remainder: Remainder,
         rules: tuple[Rule, ...],
         graph: SpikingGraph | None,
     ) -> None:
-        self.layers, self.nm, self.remainder, self.rules = layers, nm, remainder, rules
+        self.weights, self.nm, self.remainder, self.rules = weights, nm, remainder, rules
         self.graph = graph
-        self.sharing = _sharing(model, layers)
+        self.sharing = _sharing(model, weights)
 
     def why(self, name: str) -> str:
         """What the graph knows of a layer that nothing keeps dense."""
@@ -72,108 +98,92 @@ class Decisions:
         )
 
     def all(self, roles: Mapping[str, Role]) -> tuple[LayerPlan, ...]:
-        """One entry per layer, in module order."""
-        entries = {name: self.one(name, layer, roles) for name, layer in self.layers.items()}
+        """One entry per weight, in their order."""
+        entries = {name: self.one(weight, roles) for name, weight in self.weights.items()}
         for name, (others, why_not) in self.sharing.items():
             dense = next((o for o in others if entries[o].nm != entries[name].nm), None)
             if entries[name].nm and (why_not or dense):
                 why = why_not or f"shares its weight with {dense}, which differs"
-                entries[name] = self.dense(name, self.layers[name], why)
+                entries[name] = self.dense(self.weights[name], why)
         return tuple(entries.values())
 
-    def one(self, name: str, layer: nn.Module, roles: Mapping[str, Role]) -> LayerPlan:
-        """The decision for one layer, regardless of who shares its weight."""
-        impossible = _impossible(layer)
-        if impossible:
-            return self.dense(name, layer, impossible)
-        matching = [rule for rule in self.rules if rule.matches(name, layer)]
+    def one(self, weight: Weight, roles: Mapping[str, Role]) -> LayerPlan:
+        """The decision for one weight, regardless of who shares its parameter."""
+        if weight.impossible:
+            return self.dense(weight, weight.impossible)
+        matching = [rule for rule in self.rules if rule.matches(weight.name, weight.subject)]
         ignored = next((rule for rule in matching if rule.action == "ignore"), None)
         rule = ignored or (matching[0] if matching else None)
-        if rule is None and name in roles:
-            return self.dense(name, layer, roles[name].reason)
+        if rule is None and weight.name in roles:
+            return self.dense(weight, roles[weight.name].reason)
         if rule is not None and rule.action != "sparsify":
-            return self.dense(name, layer, rule.reason or f"rule {rule.match!r}: {rule.action}")
+            return self.dense(weight, rule.reason or f"rule {rule.match!r}: {rule.action}")
         nm = (rule and rule.pattern) or self.nm
-        reason = self.why(name) if rule is None else rule.reason or f"rule {rule.match!r}"
-        return self.sparse(name, layer, nm, (rule and rule.remainder) or self.remainder, reason)
+        reason = self.why(weight.name) if rule is None else rule.reason or f"rule {rule.match!r}"
+        return self.sparse(weight, nm, (rule and rule.remainder) or self.remainder, reason)
 
-    def sparse(
-        self, name: str, layer: nn.Module, nm: NM, remainder: Remainder, reason: str
-    ) -> LayerPlan:
+    def sparse(self, weight: Weight, nm: NM, remainder: Remainder, reason: str) -> LayerPlan:
         """N:M if the shape allows."""
-        view = BlockView.of_layer(layer, nm, name=name)
-        depthwise = view.channels == 1
-        if depthwise:
-            return self.dense(name, layer, "depthwise: one input channel per output")
+        view = BlockView(nm, weight.shape, weight.axis == 0, weight.groups)
+        if view.channels == 1:
+            return self.dense(weight, "depthwise: one input channel per output")
         if view.remainder:
             seen = f"{view.channels} input channels are not a multiple of {nm.of}"
             if remainder == "error":
                 raise PatternError(
-                    f"{name} {view.shape} at {nm}: {seen}; choose remainder='pad' or 'skip', "
-                    "or give the layer a pattern of its own by a rule"
+                    f"{weight.name} {view.shape} at {nm}: {seen}; choose remainder='pad' or "
+                    "'skip', or give the layer a pattern of its own by a rule"
                 )
             if remainder == "skip":
-                return self.dense(name, layer, seen)
+                return self.dense(weight, seen)
             reason += f"; {seen}: last block padded"
-        return LayerPlan(
-            name, _kind(layer), view.shape, "sparsify", nm, bool(view.remainder), reason
-        )
+        if weight.kind == RAW:
+            reason += "; raw parameter: learns without EID"
+        return self.entry(weight, nm, bool(view.remainder), reason)
 
-    def dense(self, name: str, layer: nn.Module, reason: str) -> LayerPlan:
+    def dense(self, weight: Weight, reason: str) -> LayerPlan:
         """Stays as it is."""
-        return LayerPlan(name, _kind(layer), _shape(layer), "keep_dense", None, False, reason)
+        return self.entry(weight, None, False, reason)
 
-
-def _impossible(layer: nn.Module) -> str | None:
-    weight = layer._parameters.get("weight")
-    if weight is None:
-        return "its weight is computed (weight_norm, a parametrization), not a parameter"
-    if isinstance(weight, UninitializedParameter):
-        return "lazy: run one forward pass before planning"
-    if not weight.is_floating_point():
-        return f"its weight is {str(weight.dtype).removeprefix('torch.')}, not floating point"
-    return "its weight is empty" if weight.numel() == 0 else None
+    def entry(self, weight: Weight, nm: NM | None, padded: bool, reason: str) -> LayerPlan:
+        """The line of the plan."""
+        return LayerPlan(
+            weight.name,
+            weight.kind,
+            weight.shape,
+            "keep_dense" if nm is None else "sparsify",
+            nm,
+            padded,
+            reason,
+            weight.axis,
+            weight.groups,
+        )
 
 
 def _sharing(
-    model: nn.Module, layers: Mapping[str, nn.Module]
+    model: nn.Module, weights: Mapping[str, Weight]
 ) -> dict[str, tuple[list[str], str | None]]:
-    """Layers whose Parameter others hold too: who they are, and why one mask cannot serve all."""
-    holders: dict[int, list[tuple[str, nn.Module, str]]] = defaultdict(list)
-    for name, module in model.named_modules():
+    """Weights whose Parameter others hold too: who they are, and why one mask cannot serve all."""
+    places = {(id(weight.holder), weight.key): weight for weight in weights.values()}
+    holders: dict[int, list[tuple[str, Weight | None]]] = defaultdict(list)
+    for name, module in nn.Module.named_modules(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                holders[id(parameter)].append((name, module, key))
+                weight = places.get((id(module), key))
+                holders[id(parameter)].append((f"{name}.{key}", weight))
     sharing: dict[str, tuple[list[str], str | None]] = {}
     for held in holders.values():
-        users = [name for name, _, key in held if name in layers and key == "weight"]
+        users = [weight for _, weight in held if weight is not None]
         if len(held) == 1 or not users:
             continue
-        foreign = [f"{name}.{key}" for name, _, key in held if name not in users or key != "weight"]
-        views = {
-            BlockView.of_layer(layers[name], NM(1, 1))
-            for name in users
-            if not _impossible(layers[name])
-        }
+        foreign = [place for place, weight in held if weight is None]
         why_not = (
             f"shares its weight with {foreign[0]}, which is not a weight layer"
             if foreign
             else "shares its weight with a layer of another kind"
-            if len(views) > 1
+            if len({(weight.axis, weight.groups) for weight in users}) > 1
             else None
         )
-        for name in users:
-            sharing[name] = ([other for other in users if other != name], why_not)
+        for weight in users:
+            sharing[weight.name] = ([o.name for o in users if o is not weight], why_not)
     return sharing
-
-
-def _kind(layer: nn.Module) -> str:
-    return next(c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("torch.nn"))
-
-
-def _shape(layer: nn.Module) -> tuple[int, ...]:
-    # a computed weight is not asked for: computing may change buffers (spectral_norm)
-    weight = layer._parameters.get("weight", layer.__dict__.get("weight"))
-    if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter):
-        return ()
-    return tuple(weight.shape)

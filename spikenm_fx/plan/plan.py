@@ -10,10 +10,11 @@ from typing import Any, get_args
 from torch import nn
 
 from spikenm_fx.errors import PlanError, TraceError
-from spikenm_fx.pattern import NM, PatternLike, Remainder, is_weight_layer
+from spikenm_fx.pattern import NM, PatternLike, Remainder
 from spikenm_fx.plan.decide import Decisions, LayerPlan
 from spikenm_fx.plan.roles import default_roles
 from spikenm_fx.plan.rules import Rule, unmatched
+from spikenm_fx.plan.weights import weights_of
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.trace.values import is_scripted
@@ -27,7 +28,8 @@ class Plan:
 
     Attributes:
         model: class name of the model.
-        layers: one entry for each Linear or Conv in the module tree.
+        layers: one entry for each Linear or Conv in the module tree, then one for each raw
+            parameter that the trace saw multiplied with data.
     """
 
     model: str
@@ -66,7 +68,12 @@ def plan(
     rules: Iterable[Rule] = (),
     remainder: Remainder = "skip",
 ) -> Plan:
-    """Decide for every Linear and Conv of ``model`` whether it becomes N:M; changes nothing.
+    """Decide for every weight of ``model`` whether it becomes N:M; changes nothing.
+
+    Weights are those of Linear and Conv modules, and raw parameters (``F.conv2d(x, self.w)``,
+    ``x @ self.w``) that the trace sees multiplied with data, by the parameter's name.  Blocks of a
+    raw parameter lie along the axis that its product sums over; it stays dense, with the reason,
+    where that cannot be told or where zeros would not stay in place on the way to the product.
 
     Kept dense by default, and turned on by a rule that names them: the layer that sees the analog
     input, and the classifier head.  Depthwise convolutions stay dense: their blocks would hold one
@@ -76,6 +83,7 @@ def plan(
 
     Args:
         model: any module; layers are found by inheritance, whatever framework they come from.
+            Raw parameters need ``example_inputs``.
         nm: pattern, keep at most n of m consecutive input channels.
         example_inputs: as for :func:`spikenm_fx.trace`; without them the graph holds what the code
             alone tells.
@@ -92,15 +100,16 @@ def plan(
     pattern = NM.parse(nm)
     if remainder not in get_args(Remainder):
         raise PlanError(f"remainder {remainder!r} is not one of {get_args(Remainder)}")
-    layers = {name: module for name, module in model.named_modules() if is_weight_layer(module)}
     ordered = tuple(rules)
-    for rule in ordered:
-        if not any(rule.matches(name, layer) for name, layer in layers.items()):
-            raise unmatched(rule, layers)
-    if graph is None and layers:
+    if graph is None:
         graph = _read(model, example_inputs)
-    roles = default_roles(layers, graph)
-    decisions = Decisions(model, layers, pattern, remainder, ordered, graph)
+    weights = weights_of(model, graph)
+    subjects = {name: weight.subject for name, weight in weights.items()}
+    for rule in ordered:
+        if not any(rule.matches(name, subject) for name, subject in subjects.items()):
+            raise unmatched(rule, subjects)
+    roles = default_roles(weights, graph)
+    decisions = Decisions(model, weights, pattern, remainder, ordered, graph)
     entries = decisions.all(roles)
     if not ordered and not any(entry.nm for entry in entries):
         # a network with one hidden layer: better its input layer than nothing at all
@@ -113,7 +122,7 @@ def plan(
 
 def _hidden(model: nn.Module) -> Iterator[LayerPlan]:
     """Weights that the script compiler has taken: listed, so that nobody misses them unawares."""
-    for name, module in model.named_modules():
+    for name, module in nn.Module.named_modules(model):
         kind = str(getattr(module, "original_name", ""))
         if not is_scripted(module) or not kind.startswith(("Linear", "Conv")):
             continue
@@ -137,8 +146,9 @@ def _read(model: nn.Module, example_inputs: Any) -> SpikingGraph | None:
 def _nothing_to_do(result: Plan, nm: NM) -> str:
     if not result.layers:
         return (
-            f"{result.model} holds no Linear or Conv module, so nothing can become {nm}; "
-            "pass the module that holds the weight layers"
+            f"{result.model} holds no Linear or Conv module and no raw weight was seen in use, so "
+            f"nothing can become {nm}; pass the module that holds the weights, and example_inputs "
+            "where they are raw parameters"
         )
     first = result.layers[0]
     example = first.name or f"class:{first.kind}"

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
-
-from torch import nn
 
 from spikenm_fx.trace.graph import SpikingGraph
 
@@ -27,7 +25,7 @@ class Role:
     reason: str
 
 
-def default_roles(layers: Mapping[str, nn.Module], graph: SpikingGraph | None) -> dict[str, Role]:
+def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[str, Role]:
     """Roles from the graph; from the order of the module tree where no graph saw a layer."""
     if graph is None:
         return _by_order(list(layers))

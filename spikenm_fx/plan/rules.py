@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
-
-from torch import nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pattern import NM, PatternLike, Remainder
@@ -23,9 +22,9 @@ class Rule:
     """Which layers, and what to do with them.
 
     Attributes:
-        match: a qualified layer name (``"features.0"``), a class by name, bases included
-            (``"class:Conv2d"``), or a regular expression that must match the whole qualified name
-            (``"re:.*attn[.]q_conv"``).
+        match: a qualified name of a layer or raw parameter (``"features.0"``), a class by name,
+            bases included (``"class:Conv2d"``; raw parameters are of class ``Parameter``), or a
+            regular expression that must match the whole qualified name (``"re:.*attn[.]q_conv"``).
         nm: pattern for these layers; None for the plan's own.
         action: ``"sparsify"``, ``"keep_dense"``, or ``"ignore"``, which wins over all other rules.
         remainder: policy where the pattern does not divide the channels; None for the plan's own.
@@ -68,20 +67,20 @@ class Rule:
         """``nm``, parsed."""
         return None if self.nm is None else NM.parse(self.nm)
 
-    def matches(self, name: str, module: nn.Module) -> bool:
-        """Whether the layer ``module`` under the qualified name ``name`` is meant."""
+    def matches(self, name: str, subject: object) -> bool:
+        """Whether ``subject``, the layer or raw parameter of this qualified name, is meant."""
         if self.match.startswith("class:"):
             wanted = self.match[len("class:") :]
             return any(
                 wanted in (c.__name__, f"{c.__module__}.{c.__qualname__}")
-                for c in type(module).__mro__
+                for c in type(subject).__mro__
             )
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], name) is not None
         return name == self.match
 
 
-def unmatched(rule: Rule, layers: dict[str, nn.Module]) -> PlanError:
+def unmatched(rule: Rule, layers: Mapping[str, object]) -> PlanError:
     """The error for a rule in vain, with what it was probably meant to match."""
     if rule.match.startswith("class:"):
         known = sorted({c.__name__ for m in layers.values() for c in type(m).__mro__[:-2]})

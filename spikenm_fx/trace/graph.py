@@ -51,6 +51,10 @@ class LayerRecord:
         inside: the neuron that holds it (a recurrent weight), or None.
         is_readout: it drives no spiking neuron: what it computes leaves the model.
         is_head: no other layer comes after it.
+        axis: of a raw parameter: its axis that is summed over, the input channels; None for
+            modules, and where the calls do not tell.
+        groups: of a raw parameter: the groups that share this axis (transposed convolutions).
+        undecided: of a raw parameter: why ``axis`` is None.
     """
 
     name: str
@@ -67,6 +71,9 @@ class LayerRecord:
     inside: str | None = None
     is_readout: bool = False
     is_head: bool = False
+    axis: int | None = None
+    groups: int = 1
+    undecided: str = ""
 
     @property
     def sees_input(self) -> bool:

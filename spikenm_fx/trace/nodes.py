@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spikenm_fx.trace.graph import LayerRecord, NeuronRecord, NodeKind
 from spikenm_fx.trace.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
-from spikenm_fx.trace.values import SurrogateCall, ValueInfo
+from spikenm_fx.trace.values import SurrogateCall
 
 
 def walk(
@@ -46,26 +46,6 @@ def op_name_or_none(node: fx.Node) -> str | None:
 def unique(names: Iterable[str]) -> tuple[str, ...]:
     """Each name once, in order."""
     return tuple(dict.fromkeys(names))
-
-
-def parameter_behind(node: fx.Node, depth: int = 12) -> str | None:
-    """The matrix parameter that ``node`` is made of, if it is made of parameters only."""
-    if depth == 0 or node.op in ("placeholder", "call_module", "output"):
-        return None
-    if node.op == "get_attr":
-        info: ValueInfo | None = node.meta.get("value")
-        tensor = node.meta.get("tensor")
-        matrix = info is not None and info.shape is not None and len(info.shape) >= 2
-        return str(node.target) if matrix and isinstance(tensor, nn.Parameter) else None
-    if not node.all_input_nodes or isinstance(node.target, SurrogateCall):
-        return None
-    found = None
-    for source in node.all_input_nodes:
-        name = parameter_behind(source, depth - 1)
-        if name is None and source.op != "get_attr":
-            return None
-        found = found or name
-    return found
 
 
 def kind_of_op(name: str, inputs: int) -> NodeKind:

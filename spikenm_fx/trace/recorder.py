@@ -39,6 +39,11 @@ class Recorder(TorchDispatchMode):
         self._writers: dict[int, fx.Node] = {}
         self._leaf: fx.Node | None = None
 
+    @property
+    def in_leaf(self) -> bool:
+        """Whether what runs now is part of a leaf."""
+        return self._leaf is not None
+
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node that made ``tensor``; a constant's where none of ours did."""
         entry = self._nodes.get(id(tensor))

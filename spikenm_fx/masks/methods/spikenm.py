@@ -68,7 +68,7 @@ class SpikeNM:
         if not self.relative:
             return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
         if fade:  # undrawn weights take part, so that masks may move more
-            return Schedule(total_steps, kappa=(0.5, 2.0), fade=fade)
+            return Schedule(total_steps, kappa=(1.0, 5.0), fade=fade)
         return Schedule(total_steps)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:

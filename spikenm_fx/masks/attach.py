@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A module whose weights are masked at every access, in the user's own class and under its keys.
+
+The dense Parameter stays where it was (``_parameters["weight"]``): optimizers, weight-decay rules
+and parameter names do not change.  The module's class becomes a subclass of its own class in which
+the property ``weight`` returns the masked tensor; state dicts, pickling and copying are taught the
+difference in that subclass, so no hook is ever installed.  A raw parameter, as in
+``F.linear(x, self.w)``, is masked in the same way, by a property of its own name.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disable
+
+from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, StoredMask, meta_of
+from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.reading import read_parameter
+
+__all__ = [
+    "MaskedLayer",
+    "attach",
+    "detach",
+    "masked_layers",
+    "masked_weights",
+    "refuse_unmaskable",
+]
+
+_ROCKPOOL_LIST = "_get_attribute_family"
+"""By which rockpool's ``parameters()`` reads attributes: an optimizer needs the dense ones."""
+
+
+class MaskedLayer(StoredMask):
+    """Mixin in front of the user's class; put there by :func:`attach`, undone by ``fold``.
+
+    Its subclass for a class has three properties for each weight: ``weight``, masked, N:M at every
+    access and differentiable to the dense one; ``weight_dense``, the parameter behind it; and
+    ``weight_nm``, what a checkpoint stores of the mask.
+    """
+
+    _plain_class: type[nn.Module]
+
+    @property
+    def _nm_mask(self) -> MaskedWeight:
+        """The mask of the layer's weight; of a module with raw parameters, the first."""
+        return next(iter(self._nm_masks.values()))
+
+    def extra_repr(self) -> str:
+        """The module's own description, the patterns and the method."""
+        masks = self._nm_masks
+        patterns = [
+            f"{'nm' if key == 'weight' else key}={mask.view.nm}" for key, mask in masks.items()
+        ]
+        own = [super().extra_repr()] if super().extra_repr() else []
+        return ", ".join([*own, *patterns, f"method={self._nm_mask.method.name}"])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2:]
+        return (_new_masked, (plain_class(self), tuple(self._nm_masks)), *state)
+
+
+def attach(
+    holders: list[tuple[nn.Module, str]], mask: MaskedWeight, scores: nn.Parameter | None
+) -> None:
+    """Mask the one weight that ``holders`` share (mostly a single layer), in place.
+
+    Args:
+        holders: modules that hold the same Parameter, each with its key there.
+        mask: of that weight.
+        scores: made from :meth:`MaskedWeight.fresh_scores`.
+    """
+    for module, key in holders:
+        if scores is not None:
+            module.register_parameter(key + LOGITS, scores)
+        masks = module.__dict__.setdefault("_nm_masks", {})
+        masks[key] = mask
+        plain = plain_class(module) if isinstance(module, MaskedLayer) else type(module)
+        _give_class(module, _masked_class(cast("Any", plain), tuple(masks)))
+
+
+def refuse_unmaskable(name: str, module: nn.Module) -> None:
+    """Raise PlanError if ``module`` cannot be given a class with masks."""
+    plain = cast("Any", type(module))
+    try:
+        _give_class(module, _masked_class(plain, ()))
+        _give_class(module, plain)
+    except TypeError as error:
+        raise PlanError(
+            f"{name} is held by a {plain.__qualname__}, whose class cannot be extended in place "
+            f"({error}); keep it dense by rules=[Rule({name!r}, action='ignore')]"
+        ) from error
+
+
+def _give_class(module: nn.Module, to: type[nn.Module]) -> None:
+    object.__setattr__(module, "__class__", to)  # some frameworks register what is set
+
+
+def detach(layer: MaskedLayer) -> None:
+    """Give the layer its own class back and drop logits and masks; the weights stay as they are."""
+    _give_class(layer, plain_class(layer))
+    masks: dict[str, MaskedWeight] = layer.__dict__.pop("_nm_masks")
+    for key in masks:
+        if key + LOGITS in layer._parameters:
+            delattr(layer, key + LOGITS)  # not popped: rockpool keeps a list of its own
+
+
+def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
+    """Qualified name and module of every module with masked weights, each once."""
+    for name, module in nn.Module.named_modules(model):
+        if isinstance(module, MaskedLayer):
+            yield name, module
+
+
+def masked_weights(model: nn.Module) -> Iterator[tuple[str, MaskedLayer, MaskedWeight]]:
+    """Every masked weight, named as in a plan: by its layer, or a raw parameter by itself.
+
+    A mask that is shared comes once for each name.
+    """
+    for name, layer in masked_layers(model):
+        for key, mask in layer._nm_masks.items():
+            raw = key != "weight" or not is_weight_layer(layer)
+            yield f"{name}.{key}".lstrip(".") if raw else name, layer, mask
+
+
+def plain_class(layer: MaskedLayer) -> type[nn.Module]:
+    """The class that the user gave the layer."""
+    return type(layer)._plain_class
+
+
+@functools.cache
+def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
+    properties: dict[str, Any] = {"_plain_class": plain}
+    if hasattr(plain, _ROCKPOOL_LIST):
+        properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
+    for key in keys:
+        properties |= _properties(key)
+    # an object may only change to a class that extends the same class of C's making: rockpool's
+    # modules do not start from nn.Module, so that there the mixin must come second
+    starts = [plain]
+    while starts[-1].__base__ is not None:
+        starts.append(starts[-1].__base__)
+    bases = (MaskedLayer, plain) if nn.Module in starts else (plain, MaskedLayer)
+    return type(f"Masked{plain.__name__}", bases, properties)
+
+
+def _properties(key: str) -> dict[str, property]:
+    def masked(layer: MaskedLayer) -> Tensor:
+        return _masked(layer._nm_masks[key], layer.training)
+
+    def dense(layer: MaskedLayer) -> Tensor:
+        return layer._nm_masks[key].dense
+
+    def meta(layer: MaskedLayer) -> Tensor:
+        return meta_of(layer._nm_masks[key])
+
+    return {key: property(masked), key + DENSE: property(dense), key + META: property(meta)}
+
+
+def _listing_dense(list_attributes: Callable[..., Any]) -> Callable[..., Any]:
+    def listed(layer: MaskedLayer, *args: Any, **kwargs: Any) -> Any:
+        found = list_attributes(layer, *args, **kwargs)
+        return found | {k: mask.dense for k, mask in layer._nm_masks.items() if k in found}
+
+    return listed
+
+
+def _new_masked(plain: type[nn.Module], keys: tuple[str, ...]) -> MaskedLayer:
+    masked = _masked_class(cast("Any", plain), keys)
+    return cast("MaskedLayer", masked.__new__(masked))
+
+
+@_disable_dynamo
+def _masked(mask: MaskedWeight, training: bool) -> Tensor:
+    """Outside of compiled graphs: the step counter would recompile them at every step."""
+    parameters = (mask.dense,) if mask.scores is None else (mask.dense, mask.scores)
+    return read_parameter(parameters, lambda: mask.masked(training))

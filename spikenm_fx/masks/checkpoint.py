@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint holds of a masked layer, and which checkpoints are refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
+
+__all__ = ["DENSE", "EID_KEY", "LOGITS", "META", "StoredMask", "check_checkpoint", "meta_of"]
+
+LOGITS, DENSE, META, EID_KEY = "_logits", "_dense", "_nm", "_eid"
+"""What is stored beside a weight, under its key with these endings."""
+_META_VERSION = 1
+
+
+class StoredMask(nn.Module):
+    """The half of a masked layer that reads and writes state dicts."""
+
+    _nm_masks: dict[str, MaskedWeight]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        masks = self._nm_masks  # each counts steps and holds logits before anything is written
+        stored = {key: (meta_of(mask), mask.final_weight()) for key, mask in masks.items()}
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, (meta, final) in stored.items():
+            name = prefix + key
+            destination[name + DENSE] = destination[name]
+            destination[name] = final
+            destination[name + META] = meta
+            guide = masks[key].guide
+            if guide is not None:
+                destination[name + EID_KEY] = guide.stored(masks[key])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        # again, as this module may be the root, or be loaded by itself
+        _refuse_foreign(self, state_dict, prefix, strict)
+        metas = {
+            key: _unpack(mask, state_dict, prefix + key, strict, missing_keys)
+            for key, mask in self._nm_masks.items()
+        }
+        lent = []
+        for key, mask in self._nm_masks.items():
+            logits = prefix + key + LOGITS
+            if metas[key] is None and logits not in state_dict and mask.scores is not None:
+                # of a dense model: strictness must not ask for what it cannot have
+                state_dict[logits] = mask.scores
+                lent.append(logits)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        for logits in lent:
+            state_dict.pop(logits)
+        for key, mask in self._nm_masks.items():
+            meta = metas[key]
+            if meta is not None:
+                mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
+            else:
+                mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
+                if mask.clock.step == 0 and prefix + key in state_dict:
+                    mask.restart()
+
+
+def meta_of(mask: MaskedWeight) -> Tensor:
+    """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups]``.
+
+    ``axis`` is that of the input channels, ``groups`` the number of groups it is made of.
+    """
+    view, clock = mask.view, mask.clock
+    step = clock.settle()
+    axis, groups = (0, view.groups) if view.transposed else (1, 1)
+    return torch.tensor([_META_VERSION, view.nm.keep, view.nm.of, clock.seed, step, axis, groups])
+
+
+def _unpack(
+    mask: MaskedWeight, state_dict: Any, name: str, strict: bool, missing: list[str]
+) -> Tensor | None:
+    """Take what is the mask's out of ``state_dict``, which then holds the dense weight."""
+    mask.release()
+    dense: Tensor | None = state_dict.pop(name + DENSE, None)
+    meta: Tensor | None = state_dict.pop(name + META, None)
+    if mask.guide is not None:
+        average = state_dict.pop(name + EID_KEY, None)
+        if average is not None:
+            mask.guide.load(average)
+        elif strict and meta is not None:
+            missing.append(name + EID_KEY)
+    if dense is not None:
+        state_dict[name] = dense
+    return meta
+
+
+def check_checkpoint(
+    model: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    local_metadata: object = None,
+    strict: bool = False,
+    *_: object,
+) -> None:
+    """Load hook of the root: refuse a foreign checkpoint before a single tensor is copied.
+
+    Raises:
+        CheckpointError: if a layer's pattern or the format version is another one, or if (where
+            loaded strictly) only a part of what belongs to a mask is there.
+    """
+    if not isinstance(model, StoredMask):  # which has asked before it took its own entries out
+        _refuse_foreign(model, state_dict, prefix, strict)
+
+
+def _refuse_foreign(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool
+) -> None:
+    wrong = [
+        misfit
+        for name, layer in nn.Module.named_modules(model)
+        if isinstance(layer, StoredMask)
+        for misfit in _misfits(layer, state_dict, f"{prefix}{name}." if name else prefix, strict)
+    ]
+    if wrong:
+        raise _foreign(type(model).__name__, wrong)
+
+
+def _misfits(layer: StoredMask, state_dict: dict[str, Any], prefix: str, strict: bool) -> list[str]:
+    """Why the entries under ``prefix`` cannot be loaded into ``layer``; none where they can."""
+    found = (
+        _misfit(mask, state_dict, prefix + key, strict) for key, mask in layer._nm_masks.items()
+    )
+    return [misfit for misfit in found if misfit]
+
+
+def _misfit(mask: MaskedWeight, state_dict: dict[str, Any], name: str, strict: bool) -> str | None:
+    full = name if "." in name else mask.name or name  # of a layer that is loaded by itself
+    where = f"{full.removesuffix('.weight')} {tuple(mask.dense.shape)}"
+    endings = [DENSE, META] if mask.scores is None else [DENSE, LOGITS, META]
+    missing = [ending for ending in endings if name + ending not in state_dict]
+    if strict and 0 < len(missing) < len(endings):
+        keys = ", ".join(name.rpartition(".")[2] + ending for ending in missing)
+        return f"{where}: {keys} missing beside the others: is the file truncated?"
+    if META in missing:
+        return None
+    meta, wanted = state_dict[name + META], meta_of(mask)
+    if not isinstance(meta, Tensor) or meta.dim() != 1 or not len(meta):
+        return f"{where}: {name + META} is {meta!r}, not a list of integers"
+    if meta[0] != wanted[0] or meta.shape != wanted.shape:
+        return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
+    if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
+        return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
+    if not torch.equal(meta[5:].cpu(), wanted[5:]):
+        axes = " and ".join(f"axis {int(m[5])} in {int(m[6])} groups" for m in (meta, wanted))
+        return f"{where}: the checkpoint's blocks and the model's lie along {axes}"
+    scores, own = state_dict.get(name + LOGITS), mask.scores
+    shapes = [None if s is None else tuple(s.shape) for s in (scores, own)]
+    if shapes[0] != shapes[1] and (strict or None not in shapes):
+        return f"{where}: checkpoint of another method, its logits {shapes[0]}, here {shapes[1]}"
+    return None
+
+
+def _foreign(owner: str, wrong: list[str]) -> CheckpointError:
+    shown = "\n  ".join(wrong[:5] + ([f"... {len(wrong) - 5} more"] if len(wrong) > 5 else []))
+    return CheckpointError(
+        f"the checkpoint does not fit the masks of {owner}:\n  {shown}\n"
+        "sparsify a dense model with the checkpoint's pattern before loading it"
+    )
