@@ -96,6 +96,13 @@ class Scripted(nn.Module):
         return self.head(self.b(self.mix(self.a(x))))
 """
 
+UNCOPIED = """
+
+class Uncopied(Net):
+    def __deepcopy__(self, memo):
+        raise TypeError("one of a kind")
+"""
+
 TIMED = """
 import torch
 from torch import nn
@@ -572,6 +579,30 @@ def test_doctor_tells_signals_and_neurons(run, project: Path) -> None:
     assert run("recipe", "schema", "--json").code == 0
 
 
+@pytest.mark.parametrize("shape", ["2,4,8,8", "3,8"])
+def test_doctor_on_a_wrong_input_is_code_3(run, project: Path, shape: str) -> None:
+    """What the module tree tells is printed, with the reason; the code is that of other commands."""
+    ran = run("doctor", TARGET, "--root", project, "-i", shape, "--json")
+    assert ran.code == run("plan", TARGET, "--root", project, "-i", shape).code == 3
+    assert ran.data["runs"] is False
+    assert ran.data["packs"] is None
+    assert [layer["name"] for layer in ran.data["layers"]] == ["stem", "body", "head"]
+    (reason,) = ran.data["blocked"]
+    assert "does not run this input" in reason
+    assert run("doctor", TARGET, "--root", project, "--json").data["runs"] is None
+
+
+def test_doctor_of_a_model_that_cannot_be_packed_is_code_1(run, project: Path) -> None:
+    """It runs, and the answer to whether it packs is no."""
+    file = project / "toy_net_for_cli.py"
+    file.write_text(file.read_text() + UNCOPIED)
+    ran = run("doctor", "toy_net_for_cli:Uncopied", "--root", project, "-i", "2,3,8,8", "--json")
+    assert ran.code == 1
+    assert ran.data["runs"] is True
+    assert ran.data["packs"] is False
+    assert "one of a kind" in ran.data["blocked"][0]
+
+
 def test_doctor_says_how_layers_run_and_what_to_do(run, project: Path) -> None:
     """Kernels with measured gains are summed up; dense-by-default and hidden layers have advice."""
     file = project / "toy_net_for_cli.py"
@@ -581,7 +612,7 @@ def test_doctor_says_how_layers_run_and_what_to_do(run, project: Path) -> None:
     assert "N:M layers over dense: median" in text
     assert "{match: NAME, nm: '2:4'} [head]" in text
     ran = run("doctor", "toy_net_for_cli:Scripted", "--root", project, "-i", "2,16", "--json")
-    assert ran.code == 0
+    assert ran.code == 1  # what TorchScript compiled cannot be packed
     hidden = [layer for layer in ran.data["layers"] if layer["name"] == "mix.key"]
     assert hidden[0]["pattern"] is None
     assert "PYTORCH_JIT=0" in hidden[0]["advice"]
@@ -666,12 +697,22 @@ def test_packing_is_wrong_only_where_no_batch_agrees(
 
 
 def test_check_skips_what_is_not_here(run, project: Path) -> None:
-    """A recipe without its checkout is skipped, which is no failure."""
-    out = project / "net.yaml"
+    """Skipping a recipe without its checkout is no failure, but nothing tried is no success."""
+    out, gone, table = project / "net.yaml", project / "gone.yaml", project / "table.md"
     run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
-    ran = run("recipe", "check", out, "--in-process")
-    assert ran.code == 0
+    ran = run("recipe", "check", out, "--in-process", "--table", table)
+    assert ran.code == 3
     assert "0 ok, 0 failed, 1 skipped" in ran.out
+    assert "nothing was tried" in ran.out
+    assert "| `net`" not in table.read_text()
+    alone = run("recipe", "check", out, "--in-process", "--json")
+    assert alone.code == 3
+    assert alone.data[0]["skipped"] is True
+    text = out.read_text().replace("toy_net_for_cli:", "gone_net:").replace("local/", "other/")
+    gone.write_text(text)
+    ran = run("recipe", "check", gone, out, "--root", project, "--in-process", "--json")
+    assert [result["skipped"] for result in ran.data] == [True, False]
+    assert ran.code == 0
 
 
 def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:

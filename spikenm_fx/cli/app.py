@@ -20,9 +20,9 @@ from spikenm_fx.errors import SpikeNMError
 __all__ = ["app", "main"]
 
 EPILOG = (
-    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed); "
-    "2 wrong usage; 3 an input cannot be used (file, recipe, model); 4 internal error; "
-    "130 interrupted."
+    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed, a model cannot "
+    "be packed); 2 wrong usage; 3 an input cannot be used (file, recipe, model, input shape; no "
+    "recipe could be tried); 4 internal error; 130 interrupted."
 )
 
 app = typer.Typer(

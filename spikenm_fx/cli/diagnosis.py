@@ -69,6 +69,8 @@ class Diagnosis:
         neurons: neuron layers by framework and class.
         layers: all weight layers.
         blocked: what keeps the rest from running, with what to do.
+        runs: whether the model runs the input that was given; None without one.
+        packs: whether it packs, pruned in one shot; None where that was not tried.
     """
 
     model: str
@@ -78,6 +80,8 @@ class Diagnosis:
     neurons: dict[str, int]
     layers: tuple[LayerDiagnosis, ...]
     blocked: tuple[str, ...] = field(default=())
+    runs: bool | None = None
+    packs: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -126,19 +130,21 @@ def diagnose(loaded: Loaded) -> Diagnosis:
 
     Raises:
         PlanError: if nothing could become sparse.
-        RecipeError: if the input does not run.
     """
     blocked: list[str] = []
     graph = _traced(loaded, blocked)
     decided = spikenm_fx.plan(loaded.model, graph=graph, **loaded.recipe.plan_options())
-    kernels = _kernels(loaded, decided, blocked)
+    runs = graph is not None if loaded.knows_its_input else None
+    kernels = _kernels(loaded, decided, blocked) if runs else {}
     rules = loaded.recipe.plan_options()["rules"]
     ruled = {
         entry.name
         for entry in decided.layers
         if any(rule.matches(entry.name, entry.subject(loaded.model)) for rule in rules)
     }
-    layers = tuple(_layer(entry, graph, kernels, entry.name in ruled) for entry in decided.layers)
+    layers = tuple(
+        _layer(entry, graph, kernels or {}, entry.name in ruled) for entry in decided.layers
+    )
     neurons: dict[str, int] = {}
     for record in graph.neurons.values() if graph is not None else ():
         known = record.spec.framework != "unknown"
@@ -152,6 +158,8 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         neurons=neurons,
         layers=layers,
         blocked=tuple(blocked),
+        runs=runs,
+        packs=kernels is not None if runs else None,
     )
 
 
@@ -161,17 +169,15 @@ def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
     try:
         return loaded.graph() or trace(loaded.model)
     except SpikeNMError as error:
-        blocked.append(f"the trace failed, masks still work: {error}")
+        blocked.append(f"the model does not run this input, masks still work: {error}")
         return None
 
 
-def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice]:
-    """How layers will run, from a copy that is pruned in one shot.
+def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice] | None:
+    """How layers will run, from a copy that is pruned in one shot; None where it cannot be packed.
 
     Speed depends on firing: without a checkpoint the copy is woken first, or it would be silent.
     """
-    if not loaded.knows_its_input:
-        return {}
     try:
         twin = copy.deepcopy(loaded.model)
         if not loaded.trained:
@@ -180,7 +186,7 @@ def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, Ker
         return kernel_choices(twin, loaded.batch())
     except Exception as error:
         blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")
-        return {}
+        return None
 
 
 def _wake(twin: nn.Module, loaded: Loaded) -> None:

@@ -188,7 +188,11 @@ def doctor(
     checkpoint: Checkpoint = None,
     as_json: Json = False,
 ) -> None:
-    """Say what will happen to each layer, what blocks the rest, and what to do about it."""
+    """Say what will happen to each layer, what blocks the rest, and what to do about it.
+
+    Exit code 3 where the model does not run the input, 1 where it runs but cannot be packed; what
+    was found is printed all the same.
+    """
     from spikenm_fx.cli.diagnosis import diagnose
 
     screen = Screen(as_json)
@@ -196,3 +200,7 @@ def doctor(
         loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
         found = diagnose(loaded)
     screen.result(found.to_dict(), str(found))
+    if found.runs is False:
+        raise typer.Exit(Exit.INPUT)
+    if found.packs is False:
+        raise typer.Exit(Exit.NO)

@@ -91,7 +91,7 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Apply recipes to the real code; exit code 1 where one fails."""
+    """Apply recipes to the real code; exit code 1 where one fails, 3 where all were skipped."""
     from spikenm_fx.plan.recipe import load_recipe
 
     screen = Screen(as_json)
@@ -119,6 +119,8 @@ def check(
     screen.result(results, _summary(results))
     if any(not result["ok"] and not result["skipped"] for result in results):
         raise typer.Exit(Exit.NO)
+    if all(result["skipped"] for result in results):
+        raise typer.Exit(Exit.INPUT)
 
 
 def _files(paths: list[Path]) -> list[Path]:
@@ -202,6 +204,8 @@ def _summary(results: list[dict[str, Any]]) -> str:
     skipped = sum(result["skipped"] for result in results)
     ok = sum(result["ok"] and not result["skipped"] for result in results)
     lines.append(f"{ok} ok, {len(results) - ok - skipped} failed, {skipped} skipped")
+    if skipped == len(results):
+        lines.append("nothing was tried: install the packages or give the checkouts with --root")
     return "\n".join(lines)
 
 
