@@ -581,7 +581,7 @@ def test_doctor_tells_signals_and_neurons(run, project: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["2,4,8,8", "3,8"])
 def test_doctor_on_a_wrong_input_is_code_3(run, project: Path, shape: str) -> None:
-    """What the module tree tells is printed, with the reason; the code is that of other commands."""
+    """What the module tree tells is printed, with the reason; other commands have that code too."""
     ran = run("doctor", TARGET, "--root", project, "-i", shape, "--json")
     assert ran.code == run("plan", TARGET, "--root", project, "-i", shape).code == 3
     assert ran.data["runs"] is False
