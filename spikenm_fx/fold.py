@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
 from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, check_checkpoint
+from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.watch import remove_hooks
 
 __all__ = ["dense_state_dict", "fold"]
@@ -37,9 +38,12 @@ def fold(model: ModelT) -> ModelT:
             f"{type(model).__name__} has nothing to fold: no weight is masked; "
             "call spikenm_fx.sparsify(model) first, or it was folded before"
         )
-    final = [(mask, mask.final_weight()) for _, _, mask in masked_weights(model)]
-    for mask, weight in final:
-        mask.dense.data.copy_(weight)
+    # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
+    final = [(mask, mask.mask()) for _, _, mask in masked_weights(model)]
+    while final:
+        mask, chosen = final.pop()
+        weight = mask.dense.data
+        weight.copy_(kept(weight, chosen))
     for layer in layers:
         detach(layer)
     remove_hooks(model)

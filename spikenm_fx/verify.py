@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -278,8 +277,11 @@ def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:
 def _count(nonzero: Tensor, of: int) -> Tensor:
     """Non-zeros per block of ``of`` along the last axis; the last block may be shorter."""
     missing = -nonzero.shape[-1] % of
-    padded = torch.nn.functional.pad(nonzero, (0, missing))
-    return padded.reshape(*nonzero.shape[:-1], math.ceil(nonzero.shape[-1] / of), of).sum(-1)
+    padded = torch.nn.functional.pad(nonzero, (0, missing)) if missing else nonzero
+    counts = padded.new_zeros((*padded.shape[:-1], padded.shape[-1] // of), dtype=torch.int16)
+    for position in range(of):  # faster than a sum over a short axis, and in a byte or two
+        counts += padded[..., position::of]
+    return counts
 
 
 def _tightest(nonzero: Tensor) -> NM | None:

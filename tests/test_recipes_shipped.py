@@ -99,7 +99,7 @@ def test_recipe_of_an_installed_package_applies(
 def row(name: str, **changes: object) -> dict[str, object]:
     return {
         "recipe": name, "title": name, "origin": "o/n@abc", "layers": 5, "sparse": 3,
-        "stages": {"build": "ok", "pack": "ok"}, "firing": [2, 2], "packed_difference": 0.0,
+        "stages": {"build": "ok", "pack": "ok"}, "firing": [2, 2], "packed": None,
         "seconds": 1.0, "environment": "torch", "ok": True, "skipped": False, **changes,
     }  # fmt: skip
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -42,6 +45,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--only", default="", help="shapes whose name contains this")
+    parser.add_argument("--busy", type=int, default=0, help="other processes that compute")
     add_resuming(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
@@ -58,9 +62,25 @@ def main(arguments: list[str]) -> None:
         for pattern in options.patterns
         for rate in options.rates
     }
-    rows = measured(f"dispatch-{options.threads}t", wanted, about, _summary, options)
+    name = f"dispatch-{options.threads}t" + (f"-busy{options.busy}" if options.busy else "")
+    with _busy(options.busy):
+        rows = measured(name, wanted, about, _summary, options)
     for line, values in _summary(rows).items():
         print(f"{line:<28} " + "  ".join(f"{key} {value}" for key, value in values.items()))
+
+
+@contextmanager
+def _busy(processes: int) -> Iterator[None]:
+    """Other processes that keep one core each busy, with matrices that fill its caches."""
+    code = "import torch; torch.set_num_threads(1); a = torch.rand(512, 512)\nwhile True: a @ a"
+    started = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(processes)]
+    try:
+        time.sleep(5.0 if started else 0.0)  # until they compute
+        yield
+    finally:
+        for process in started:
+            process.terminate()
+            process.wait()
 
 
 def _row(shape: Shape, nm: NM, rate: float, options: Any) -> dict[str, Any]:

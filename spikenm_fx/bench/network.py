@@ -192,6 +192,7 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
         "spike_mismatch_to_float64": _mismatch(spikes, exact),
         "eager_mismatch_to_float64": _mismatch(wanted, exact),
         "same_predictions": float((_classes(output) == _classes(expected)).float().mean()),
+        "predictions_of_float64": float((_classes(output) == _classes(true)).float().mean()),
         "eager_predictions_of_float64": float(
             (_classes(expected) == _classes(true)).float().mean()
         ),

@@ -18,9 +18,9 @@ END = "<!-- end of results -->"
 
 _HEAD = (
     "| recipe | code | sparse / all layers | neurons firing | build, plan, sparsify, step, fold, "
-    "verify | pack (difference) | tried |"
+    "verify | pack (output off by) | spikes on the threshold | tried |"
 )
-_RULE = "|---|---|---|---|---|---|---|"
+_RULE = "|---|---|---|---|---|---|---|---|"
 
 
 def renew_table(path: Path, results: Iterable[Mapping[str, Any]]) -> None:
@@ -58,19 +58,24 @@ def _row(result: Mapping[str, Any]) -> str:
         f"{result['sparse']} / {result['layers']}",
         firing,
         "; ".join(failed) or "all ok",
-        _packed(result),
+        *_packed(result),
         f"{datetime.date.today().isoformat()}, {result['environment']}",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _packed(result: Mapping[str, Any]) -> str:
-    text, difference = result["stages"].get("pack", "-"), result.get("packed_difference")
-    if text != "ok" or difference is None:
-        return _short(text)
-    flipped = [f"{value:.2g}" for value in result.get("flipped", ())]
-    after = f"; {', '.join(flipped)} where a spike flipped" if flipped else ""
-    return f"ok ({difference:.0e}{after})" if difference or flipped else "ok"
+def _packed(result: Mapping[str, Any]) -> tuple[str, str]:
+    """What became of packing, and how many spikes were ties, with what came of them."""
+    text, found = result["stages"].get("pack", "-"), result.get("packed")
+    if text != "ok" or found is None:
+        return _short(text), "-"
+    agreed = f"ok ({found['difference']:.0e})" if found["difference"] else "ok (0)"
+    if not found["neurons"]:
+        return agreed, "no neurons to compare"
+    if not found["ties"]:
+        return agreed, "none"
+    ties = f"{found['ties']} of {found['spikes']:.1e}, at most {found['share']:.1e} at first"
+    return agreed, f"{ties}; output then off by {found['jump']:.2g}"
 
 
 def _short(text: str) -> str:

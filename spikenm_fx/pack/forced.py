@@ -9,6 +9,8 @@ and through the same kernels, and every neuron is judged on the input it had in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,9 +18,36 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
-from spikenm_fx.trace import find_neurons
+from spikenm_fx.trace import NeuronSpec, find_neurons
 
-__all__ = ["forced_mismatch"]
+__all__ = ["NeuronDifference", "forced", "forced_mismatch"]
+
+Run = Callable[[nn.Module], Any]
+
+
+@dataclass(slots=True)
+class NeuronDifference:
+    """One neuron layer of an engine, on the spikes that it would see in the model.
+
+    Attributes:
+        name: qualified name.
+        spikes: how many values it put out, zeros included.
+        others: how many of them differ from the model's.
+        steps: time steps that it ran.
+        received: largest difference of its input, relative to the largest magnitude of that input
+            in the model.
+    """
+
+    name: str
+    spikes: int = 0
+    others: int = 0
+    steps: int = 0
+    received: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of other spikes."""
+        return self.others / self.spikes
 
 
 def forced_mismatch(model: nn.Module, engine: nn.Module, *args: Any) -> dict[str, float]:
@@ -30,40 +59,66 @@ def forced_mismatch(model: nn.Module, engine: nn.Module, *args: Any) -> dict[str
         args: of one call; both must be at rest.
 
     Returns:
-        By neuron, in the order of the model's modules; neurons that are never called, or that emit
-        no spikes, are left out.  Both modules keep the state that the call leaves them in.
+        By neuron, see :func:`forced`.  Both modules keep the state that the call leaves them in.
     """
-    spiking = [name for name, spec in find_neurons(model).items() if spec.output == "spike"]
+    _, _, neurons = forced(model, engine, lambda module: module(*args))
+    return {neuron.name: neuron.share for neuron in neurons}
+
+
+def forced(
+    model: nn.Module, engine: nn.Module, run: Run
+) -> tuple[Any, Any, tuple[NeuronDifference, ...]]:
+    """Run the model, then the engine with the model's spikes in place of its own.
+
+    Args:
+        model: the eager model, in eval mode and at rest.
+        engine: what :func:`~spikenm_fx.pack.engine.pack` made of it, at rest.
+        run: calls a module on one sample, as often as that has steps outside of the module.
+
+    Returns:
+        The outputs of both, and the neurons in the order in which they first ran.  Neurons that
+        never run, or that emit no spikes, are left out.
+    """
+    spiking = {name: spec for name, spec in find_neurons(model).items() if spec.output == "spike"}
+    received: dict[str, list[Tensor]] = {name: [] for name in spiking}
     emitted: dict[str, list[Tensor]] = {name: [] for name in spiking}
-    others: dict[str, int] = {}
+    found: dict[str, NeuronDifference] = {}
 
     def record(name: str) -> Any:
-        return lambda _m, _a, out: emitted[name].append(_spikes(out).clone())
+        def hook(_module: nn.Module, args: Any, out: Any) -> None:
+            received[name].append(args[0].clone())
+            emitted[name].append(_spikes(out).clone())
 
-    def force(name: str) -> Any:
-        calls = iter(emitted[name])
+        return hook
 
-        def hook(_module: nn.Module, _args: Any, out: Any) -> Any:
-            own, wanted = _spikes(out), next(calls)
-            others[name] = others.get(name, 0) + int((own != wanted).sum())
-            forced = _as_bits(wanted, own) if isinstance(own, LazyTensor) else wanted
-            return (forced, *out[1:]) if isinstance(out, tuple) else forced
+    def force(name: str, spec: NeuronSpec) -> Any:
+        calls = zip(received[name], emitted[name], strict=True)
+
+        def hook(_module: nn.Module, args: Any, out: Any) -> Any:
+            x, wanted = next(calls)
+            own = _spikes(out)
+            each = found.setdefault(name, NeuronDifference(name))
+            each.spikes += wanted.numel()
+            each.others += int((own != wanted).sum())
+            each.steps += 1 if spec.time_axis is None else x.shape[spec.time_axis]
+            each.received = max(each.received, _difference(_values(args[0]), x))
+            given = _as_bits(wanted, own) if isinstance(own, LazyTensor) else wanted
+            return (given, *out[1:]) if isinstance(out, tuple) else given
 
         return hook
 
     with torch.no_grad():
-        _hooked(model, {name: record(name) for name in spiking}, args)
-        _hooked(engine, {name: force(name) for name in spiking}, args)
-    totals = {name: sum(spikes.numel() for spikes in calls) for name, calls in emitted.items()}
-    return {name: others[name] / total for name, total in totals.items() if total}
+        expected = _hooked(model, {name: record(name) for name in spiking}, run)
+        output = _hooked(engine, {name: force(name, spec) for name, spec in spiking.items()}, run)
+    return expected, output, tuple(each for each in found.values() if each.spikes)
 
 
-def _hooked(module: nn.Module, hooks: dict[str, Any], args: tuple[Any, ...]) -> None:
+def _hooked(module: nn.Module, hooks: dict[str, Any], run: Run) -> Any:
     handles = [
         module.get_submodule(name).register_forward_hook(hook) for name, hook in hooks.items()
     ]
     try:
-        module(*args)
+        return run(module)
     finally:
         for handle in handles:
             handle.remove()
@@ -72,6 +127,19 @@ def _hooked(module: nn.Module, hooks: dict[str, Any], args: tuple[Any, ...]) -> 
 def _spikes(out: Any) -> Tensor:
     spikes: Tensor = out[0] if isinstance(out, tuple) else out
     return spikes
+
+
+def _values(x: Tensor) -> Tensor:
+    """What a layer that waits would have put out; it still waits."""
+    return x.materialize() if isinstance(x, LazyTensor) else x
+
+
+def _difference(x: Tensor, wanted: Tensor) -> float:
+    """Largest, relative to the largest magnitude; infinity where only one of them is not finite."""
+    if not x.numel() or torch.equal(x, wanted):
+        return 0.0
+    worst = float((x - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+    return worst if worst == worst else float("inf")
 
 
 def _as_bits(spikes: Tensor, like: LazyTensor) -> Tensor:
