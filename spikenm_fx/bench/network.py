@@ -26,7 +26,7 @@ from spikenm_fx.bench.subjects import (
     spikes_from_rest,
 )
 from spikenm_fx.pack import PackReport, native_status, pack, packing
-from spikenm_fx.pack.forced import forced_mismatch
+from spikenm_fx.pack.agreement import agreement as layer_by_layer
 from spikenm_fx.pattern import NM
 
 __all__ = ["agreement", "main"]
@@ -98,7 +98,6 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         "threads": options.threads,
         "rates": rates,
         **agreement(network, engine, x),
-        "layer_mismatch": _layer_by_layer(network, engine, x),
         "channels_last_mismatch": _channels_last_mismatch(network, x),
     }
     with torch.no_grad():
@@ -179,16 +178,18 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
     """Share of other spikes than the eager model's, and of equal predictions.
 
     A membrane that lies on its threshold but for rounding fires or not by the order of a sum, and
-    networks amplify that.  Two figures tell it from an error: ``first_mismatch``, the share in the
-    first neuron that differs, whose inputs were still the same; and how far eager fp32 itself is
-    from float64.
+    networks amplify that.  Three figures tell it from an error: ``first_mismatch``, the share in
+    the first neuron that differs, whose inputs were still the same; ``layer_mismatch``, the largest
+    share in any neuron on the eager model's spikes; and how far eager fp32 is from float64.
     """
+    found = layer_by_layer(network.model, engine, lambda module: module(x), network.reset)
     expected, wanted = spikes_from_rest(network, network.model, x)
     output, spikes = spikes_from_rest(network, engine, x)
     true, exact = spikes_from_rest(network, copy.deepcopy(network.model).double(), x.double())
     return {
         "spike_mismatch": _mismatch(spikes, wanted),
-        "first_mismatch": _first_mismatch(spikes, wanted),
+        "first_mismatch": found.first.share if found.first is not None else 0.0,
+        "layer_mismatch": max(neuron.share for neuron in found.neurons),
         "spike_mismatch_to_float64": _mismatch(spikes, exact),
         "eager_mismatch_to_float64": _mismatch(wanted, exact),
         "same_predictions": float((_classes(output) == _classes(expected)).float().mean()),
@@ -198,16 +199,6 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
         ),
         "largest_difference": float((output - expected).abs().max()),
     }
-
-
-def _layer_by_layer(network: Network, engine: nn.Module, x: Tensor) -> float:
-    """The largest share of other spikes in any neuron, each fed the eager model's spikes."""
-    network.reset(network.model)
-    network.reset(engine)
-    shares = forced_mismatch(network.model, engine, x)
-    network.reset(network.model)
-    network.reset(engine)
-    return max(shares.values())
 
 
 def _channels_last_mismatch(network: Network, x: Tensor) -> float:
@@ -222,11 +213,6 @@ def _channels_last_mismatch(network: Network, x: Tensor) -> float:
 def _mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     wrong = sum(int((spikes[name] != others[name]).sum()) for name in others)
     return wrong / sum(value.numel() for value in others.values())
-
-
-def _first_mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
-    shares = (_mismatch({name: spikes[name]}, {name: others[name]}) for name in others)
-    return next((share for share in shares if share), 0.0)
 
 
 def _classes(output: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Loaded:
         spikenm_fx.sparsify(
             self.model,
             decided,
-            method=method or own.name,
+            method=own.made() if method in (None, own.name) else method,
             total_steps=own.total_steps,
             seed=own.seed,
         )

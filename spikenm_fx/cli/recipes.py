@@ -226,7 +226,8 @@ def _page(recipe: Recipe) -> str:
         + (f" x {inputs.steps}" if inputs.steps else ""),
         f"reset    {recipe.reset or 'none'}",
         f"pattern  {recipe.nm.describe()}, remainder: {recipe.remainder}",
-        f"method   {recipe.method.name}",
+        f"method   {recipe.method.name}"
+        + "".join(f", {option}: {value}" for option, value in recipe.method.options.items()),
         *(["rules    ordered, the first match wins", *rules] if rules else []),
         *([f"notes    {recipe.notes}"] if recipe.notes else []),
     ]

@@ -13,9 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
     ValidationError,
@@ -27,6 +25,7 @@ from pydantic import (
 from spikenm_fx.errors import RecipeError
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.entry_point import FRAMEWORKS, EntryPoint
+from spikenm_fx.plan.method_spec import Closed, MethodSpec
 from spikenm_fx.plan.mistakes import Mistake, explain, listing
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.plan.yaml_strict import MAX_BYTES, load_strict_yaml
@@ -95,15 +94,7 @@ FrameworkField = Annotated[str, AfterValidator(_framework_path)]
 EntryField = Annotated[str, AfterValidator(_entry_point)]
 
 
-class _Closed(BaseModel):
-    """Strict, frozen, and no key that is not named here."""
-
-    model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, arbitrary_types_allowed=True
-    )
-
-
-class Target(_Closed):
+class Target(Closed):
     """Whose model, and how it is built."""
 
     repo: str | None = Field(
@@ -169,7 +160,7 @@ class Target(_Closed):
         return self
 
 
-class Inputs(_Closed):
+class Inputs(Closed):
     """What one batch looks like and where time is."""
 
     shape: list[Annotated[int, Field(gt=0)]] = Field(
@@ -204,21 +195,7 @@ class Inputs(_Closed):
         return self
 
 
-class MethodSpec(_Closed):
-    """How the masks are learned."""
-
-    name: str = Field(
-        default="spikenm", description="spikenm, magnitude, srste, maskllm, random, ..."
-    )
-    total_steps: int | None = Field(
-        default=None,
-        gt=0,
-        description="optimizer steps of the training; temperatures anneal over them",
-    )
-    seed: int = Field(default=0, description="of the sampling noise")
-
-
-class RuleSpec(_Closed):
+class RuleSpec(Closed):
     """One decision: which layers, what is done, and why."""
 
     match: Annotated[str, AfterValidator(_regex)] = Field(
@@ -245,14 +222,14 @@ class RuleSpec(_Closed):
         return self
 
 
-class Expected(_Closed):
+class Expected(Closed):
     """What the plan came to when the recipe was tried; ``recipe check`` compares."""
 
     layers: int = Field(gt=0, description="weight layers of the model")
     sparse: int = Field(gt=0, description="how many of them become sparse")
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """How one model becomes N:M sparse."""
 
     version: Literal[1] = Field(description="of this schema")
@@ -301,7 +278,7 @@ class Recipe(_Closed):
         """Keyword arguments for :func:`spikenm_fx.sparsify`."""
         return {
             **self.plan_options(),
-            "method": self.method.name,
+            "method": self.method.made(),
             "total_steps": self.method.total_steps,
             "seed": self.method.seed,
         }

@@ -23,7 +23,7 @@ from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
-__all__ = ["METHODS", "Draw", "Method", "kept", "method_named"]
+__all__ = ["METHODS", "Draw", "Method", "kept", "method_class", "method_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,18 +125,29 @@ METHODS: Mapping[str, str] = MappingProxyType(
 """Names that ``sparsify(method=...)`` and recipes know, and where each class is."""
 
 
-def method_named(method: str | Method) -> Method:
+def method_named(method: str | Method, **options: object) -> Method:
     """The method of that name, or the given instance itself.
+
+    Args:
+        method: name or instance.
+        options: attributes of the named method that are not its defaults.
 
     Raises:
         PlanError: for an unknown name, with the nearest known one.
     """
-    if not isinstance(method, str):
-        return method
-    if method not in METHODS:
-        near = get_close_matches(method, METHODS, n=1)
+    return method if not isinstance(method, str) else method_class(method)(**options)
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of the method of that name, a dataclass.
+
+    Raises:
+        PlanError: for an unknown name, with the nearest known one.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"method {method!r} is unknown; known are {sorted(METHODS)}{hint}")
-    module, _, class_name = METHODS[method].partition(":")
-    found: Method = getattr(import_module(f"{__name__}.{module}"), class_name)()
+        raise PlanError(f"method {name!r} is unknown; known are {sorted(METHODS)}{hint}")
+    module, _, class_name = METHODS[name].partition(":")
+    found: type[Method] = getattr(import_module(f"{__name__}.{module}"), class_name)
     return found
