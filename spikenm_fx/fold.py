@@ -39,11 +39,10 @@ def fold(model: ModelT) -> ModelT:
             "call spikenm_fx.sparsify(model) first, or it was folded before"
         )
     # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
-    final = [(mask, mask.mask()) for _, _, mask in masked_weights(model)]
-    while final:
-        mask, chosen = final.pop()
-        weight = mask.dense.data
-        weight.copy_(kept(weight, chosen))
+    weights = {id(mask): mask for _, _, mask in masked_weights(model)}
+    masks = {key: mask.mask() for key, mask in weights.items()}
+    for key, mask in weights.items():
+        mask.dense.data.copy_(kept(mask.dense.data, masks.pop(key)))
     for layer in layers:
         detach(layer)
     remove_hooks(model)

@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.trace import refusal, train_sparse
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
-from spikenm_fx.errors import PlanError, TraceError
+from spikenm_fx.errors import TraceError
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import PendingGraph, SpikingGraph, trace
 
@@ -273,28 +272,12 @@ def test_time_axis_is_named() -> None:
     assert {r.time_axis for r in single.layers.values()} == {None}
 
 
-OWN_WEIGHTS = ("rockpool/lif", "hand/raw")
-"""All their weights are Parameters of their own code: no Linear or Conv module to make sparse."""
-
-
-@pytest.mark.parametrize("name", [n for n in RUNNING if n not in OWN_WEIGHTS])
+@pytest.mark.parametrize("name", RUNNING)
 def test_sparse_training_on_every_model(name: str) -> None:
     """Each model of the list can be sparsified, trained a step, folded, and is then N:M."""
     if not ZOO[name].available:
         pytest.skip(f"{ZOO[name].framework} is not installed")
     assert train_sparse(ZOO[name].build) == "ok"
-
-
-@pytest.mark.parametrize("name", OWN_WEIGHTS)
-def test_models_without_layers_are_refused_as_they_were(name: str) -> None:
-    """What has no Linear or Conv module is refused in words, and left as it was."""
-    case, _ = traced(name)
-    before = {n: p.clone() for n, p in nn.Module.named_parameters(case.model)}
-    with pytest.raises(PlanError, match="holds no Linear or Conv module"):
-        spikenm_fx.sparsify(case.model, "2:4", example_inputs=case.inputs)
-    after = dict(nn.Module.named_parameters(case.model))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[n], after[n]) for n in before)
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in RUNNING])

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
-from spikenm_fx.bench.trace import _peak
+from spikenm_fx.bench.trace import ALLOWED_BYTES, _forward, _peak
 from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import Limits, trace
@@ -334,6 +334,23 @@ def test_parameters_are_not_copied() -> None:
     model = nn.Sequential(nn.Linear(2048, 2048), SequenceLIF(), nn.Linear(2048, 4))
     x = torch.rand(2, 1, 2048)
     assert _peak(lambda: trace(model, x)) < 2**20
+
+
+MEASURED = (
+    *("spikingjelly/sew_resnet18/m", "braincog/resnet18/m", "snntorch/rleaky", "norse/recurrent"),
+    *("sinabs/recurrent", "rockpool/lif", "hand/stateful", "hand/raw", "hand/scripted"),
+)
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_memory_is_bounded(name: str) -> None:
+    """At most twice what a forward takes, and 16 KiB, which only tiny models feel."""
+    if not ZOO[name].available:
+        pytest.skip(f"{ZOO[name].framework} is not installed")
+    case = ZOO[name].build()
+    forward = _peak(lambda: _forward(case))
+    assert forward > 0
+    assert _peak(lambda: trace(case.model, case.inputs)) <= 2 * forward + ALLOWED_BYTES
 
 
 def test_no_memory_is_kept() -> None:

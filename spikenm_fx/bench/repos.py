@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.bench.livening import liven
 from spikenm_fx.bench.shims import stand_in
-from spikenm_fx.bench.zoo import Case, liven
+from spikenm_fx.bench.zoo import Case
 from spikenm_fx.plan.kernels import wkv
 
 __all__ = ["REPOS", "Checkout", "build"]

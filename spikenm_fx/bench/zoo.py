@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.bench.livening import liven, rouse
 from spikenm_fx.bench.nets import handwritten
 from spikenm_fx.bench.shims import stand_in
 
-__all__ = ["BRAINCOG_NEVER_USES", "RUNNING", "ZOO", "Case", "Entry", "liven"]
+__all__ = ["BRAINCOG_NEVER_USES", "RUNNING", "ZOO", "Case", "Entry"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,28 +60,6 @@ class Entry:
     def available(self) -> bool:
         """Whether the framework is installed."""
         return not self.framework or importlib.util.find_spec(self.framework) is not None
-
-
-def liven(
-    model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
-) -> nn.Module:
-    """Calibrate the norms on the input, so that spikes reach the last layers.
-
-    Fresh deep networks are silent, and silent networks prove nothing.  One forward in training
-    mode with momentum 1 makes each norm's statistics those of what it really receives.
-    """
-    norms = [m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [m.momentum for m in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.weight.data.fill_(2.0)
-        norm.bias.data.copy_(torch.linspace(0.5, 1.5, norm.num_features))
-    with torch.no_grad():
-        model.train()(*(x.clone() for x in inputs))
-    reset(model)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    return model.eval()
 
 
 def _no_reset(model: nn.Module) -> None:
@@ -190,7 +169,8 @@ def _snntorch(name: str) -> Callable[[], Case]:
         from spikenm_fx.bench.nets import snntorch_nets
 
         model, x = snntorch_nets.make(name)
-        return Case(model.eval(), (x,), snntorch_nets.reset)
+        reset = snntorch_nets.reset
+        return Case(rouse(model.eval(), (x,), reset), (x,), reset)
 
     return build
 
@@ -234,7 +214,8 @@ def _sinabs_from_model() -> Case:
         nn.ReLU(),
     )
     model = sinabs.from_model(ann, batch_size=2, input_shape=(2, 8, 8)).spiking_model
-    return Case(model.eval(), (torch.rand(2 * 4, 2, 8, 8).round() * 3,), _sinabs_reset)
+    x = torch.rand(2 * 4, 2, 8, 8).round() * 3
+    return Case(rouse(model.eval(), (x,), _sinabs_reset), (x,), _sinabs_reset)
 
 
 def _sinabs_squeeze() -> Case:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from spikenm_fx.errors import PackError
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.plan.weights import RAW
 
@@ -47,6 +48,9 @@ def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[in
 
     Returns:
         Dense and packed bytes of each packed weight, by layer.
+
+    Raises:
+        PackError: if raw parameters are all that is sparse.
     """
     from spikenm_fx.pack import LayerGeometry, pack_weight, save_packed
 
@@ -62,6 +66,12 @@ def pack_model(model: nn.Module, decided: Plan, out: Path) -> dict[str, tuple[in
         packed = pack_weight(weight.detach(), entry.nm, geometry=geometry, name=entry.name)
         weights[entry.name] = packed
         sizes[entry.name] = (weight.numel() * weight.element_size(), packed.nbytes)
+    if not weights:
+        raw = ", ".join(entry.name for entry in decided.sparse)
+        raise PackError(
+            f"nothing to pack: only raw parameters are N:M ({raw}), and packed files hold layers; "
+            "the checkpoint itself holds their zeros"
+        )
     taken = {f"{name}.weight" for name in weights}
     rest = {key: value for key, value in model.state_dict().items() if key not in taken}
     save_packed(out, weights, tensors=rest)

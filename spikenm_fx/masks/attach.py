@@ -52,9 +52,13 @@ class MaskedLayer(StoredMask):
         return next(iter(self._nm_masks.values()))
 
     def extra_repr(self) -> str:
-        """The layer's own description and the pattern."""
-        mask = self._nm_mask
-        return f"{super().extra_repr()}, nm={mask.view.nm}, method={mask.method.name}"
+        """The module's own description, the patterns and the method."""
+        masks = self._nm_masks
+        patterns = [
+            f"{'nm' if key == 'weight' else key}={mask.view.nm}" for key, mask in masks.items()
+        ]
+        own = [super().extra_repr()] if super().extra_repr() else []
+        return ", ".join([*own, *patterns, f"method={self._nm_mask.method.name}"])
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2:]
@@ -84,7 +88,8 @@ def refuse_unmaskable(name: str, module: nn.Module) -> None:
     """Raise PlanError if ``module`` cannot be given a class with masks."""
     plain = cast("Any", type(module))
     try:
-        _give_class(object.__new__(plain), _masked_class(plain, ()))
+        _give_class(module, _masked_class(plain, ()))
+        _give_class(module, plain)
     except TypeError as error:
         raise PlanError(
             f"{name} is held by a {plain.__qualname__}, whose class cannot be extended in place "

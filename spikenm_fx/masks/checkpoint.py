@@ -48,9 +48,8 @@ class StoredMask(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        wrong = _misfits(self, state_dict, prefix, strict)
-        if wrong:  # only where this layer or a part of the model is loaded by itself
-            raise _foreign(type(self).__name__, wrong)
+        # again, as this module may be the root, or be loaded by itself
+        _refuse_foreign(self, state_dict, prefix, strict)
         metas = {
             key: _unpack(mask, state_dict, prefix + key, strict, missing_keys)
             for key, mask in self._nm_masks.items()
@@ -120,6 +119,13 @@ def check_checkpoint(
         CheckpointError: if a layer's pattern or the format version is another one, or if (where
             loaded strictly) only a part of what belongs to a mask is there.
     """
+    if not isinstance(model, StoredMask):  # which has asked before it took its own entries out
+        _refuse_foreign(model, state_dict, prefix, strict)
+
+
+def _refuse_foreign(
+    model: nn.Module, state_dict: dict[str, Any], prefix: str, strict: bool
+) -> None:
     wrong = [
         misfit
         for name, layer in nn.Module.named_modules(model)

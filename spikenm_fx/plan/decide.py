@@ -137,6 +137,8 @@ class Decisions:
             if remainder == "skip":
                 return self.dense(weight, seen)
             reason += f"; {seen}: last block padded"
+        if weight.kind == RAW:
+            reason += "; raw parameter: learns without EID"
         return self.entry(weight, nm, bool(view.remainder), reason)
 
     def dense(self, weight: Weight, reason: str) -> LayerPlan:

@@ -88,7 +88,10 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         if record.kind != "functional" or holder is None or is_scripted(holder):
             continue  # scripted ones are listed by their modules
         axis = 1 if record.axis is None else record.axis
-        impossible = _impossible(holder._parameters.get(key)) or _unfit(record, holder)
+        if key not in holder._parameters:
+            impossible = "not registered in any module of the model"
+        else:
+            impossible = _impossible(holder._parameters[key]) or _unfit(record, holder)
         yield Weight(name, RAW, holder, key, axis, record.groups, impossible)
 
 

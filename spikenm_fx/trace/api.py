@@ -42,6 +42,10 @@ def trace(
     parameters, buffers, neuron state, gradients, training flags, hooks, random generators.  The
     user's own forward hooks are not run.
 
+    It takes at most three eager forwards and a second of processor time, and at most twice the
+    memory of a forward and 16 KiB: torch's random generator alone has a state of 5 KiB, kept for
+    the model and once more while a neuron of unknown rule is driven hard to see what it emits.
+
     Args:
         model: any module; DataParallel and compiled wrappers are looked through.
         example_inputs: a tensor, or a tuple of positional arguments, as for ``model(...)``.  None

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TypeAlias
 
 import networkx as nx
 from torch import fx, nn
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.chains import find_chains
+from spikenm_fx.trace.flow import Flow
 from spikenm_fx.trace.graph import (
     LayerRecord,
     NeuronRecord,
@@ -27,7 +27,6 @@ from spikenm_fx.trace.nodes import (
     kind_of_op,
     layer_kind,
     unique,
-    walk,
     with_layers,
 )
 from spikenm_fx.trace.ops import module_family, op_name
@@ -38,8 +37,6 @@ from spikenm_fx.trace.spec import NeuronSpec
 from spikenm_fx.trace.values import SurrogateCall, ValueInfo
 
 __all__ = ["build"]
-
-Names: TypeAlias = tuple[str, ...]
 
 
 def build(trace: Trace) -> SpikingGraph:
@@ -59,6 +56,7 @@ class _Builder:
         self.weights: dict[fx.Node, str] = {}
         self.products: dict[str, list[Product]] = {}
         self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
+        self.flow = Flow(self.ident, self.weights, self.specs)
         self.functional: set[str] = set()
         self.notes = list(trace.notes)
         self.out = SpikingGraph()
@@ -75,7 +73,7 @@ class _Builder:
         self.signals = inference.known
         self._name_surrogates()
         for node in self.nodes:
-            self.ident[node] = self._identity(node)
+            self.ident[node] = self.flow.identity(node)
         if self.trace.route != "symbolic":
             self.reader = Reader(self.trace)
             self.reader.read()
@@ -95,13 +93,6 @@ class _Builder:
         own = key == "weight" and is_weight_layer(module) and product.axis == 1
         return owner if own and not getattr(module, "transposed", False) else product.parameter
 
-    def _identity(self, node: fx.Node) -> str:
-        if node in self.ident:
-            return self.ident[node]
-        if node in self.weights:
-            return self.weights[node]
-        return str(node.target) if node.op == "call_module" else node.name
-
     def _note(self, where: str, text: str) -> None:
         note = Note(where, text)
         if note not in self.notes:
@@ -117,7 +108,7 @@ class _Builder:
                 continue
             function = getattr(node.target, "function", None)
             key = (node.meta["scope"], function, node.meta.get("at", ()))
-            layers = set(self._backward(node)[0])
+            layers = set(self.flow.backward(node)[0])
             for known_key, known_layers, members in groups:
                 if known_key == key and (known_layers & layers or not layers):
                     known_layers |= layers
@@ -147,67 +138,6 @@ class _Builder:
         self.functional.add(name)
         for node in members:
             self.ident[node] = name
-
-    # -- walking ----------------------------------------------------------------------------------
-
-    def _is_neuron(self, node: fx.Node) -> bool:
-        if is_step(node):
-            return True
-        return node.op == "call_module" and str(node.target) in self.specs
-
-    def _is_layer(self, node: fx.Node) -> bool:
-        module = node.meta.get("module")
-        return node in self.weights or (module is not None and is_weight_layer(module))
-
-    def _backward(self, node: fx.Node) -> tuple[Names, Names]:
-        """Layers, and all sources, that ``node``'s data comes from, nearest first."""
-        layers: list[str] = []
-        sources: list[str] = []
-
-        def stop(found: fx.Node) -> bool:
-            if self._is_layer(found):
-                layers.append(self._identity(found))
-                sources.append(self._identity(found))
-            elif self._is_neuron(found) or found.op == "placeholder":
-                sources.append(self._identity(found))
-            elif found.op != "get_attr":
-                return False
-            return True
-
-        starts = self._data_inputs(node) if self._is_layer(node) else node.all_input_nodes
-        walk(starts, lambda n: n.all_input_nodes, stop)
-        return unique(layers), unique(sources)
-
-    def _at(self, node: fx.Node) -> Names:
-        """Where the value of ``node`` comes from: itself, if it is a source."""
-        own = self._is_layer(node) or self._is_neuron(node) or node.op == "placeholder"
-        return (self._identity(node),) if own else self._backward(node)[1]
-
-    def _data_inputs(self, node: fx.Node) -> list[fx.Node]:
-        """A layer's inputs without its weight."""
-        if node not in self.weights:
-            return node.all_input_nodes
-        return [n for n in node.all_input_nodes if parameter_behind(n) is None]
-
-    def _forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
-        """Neurons and layers that ``node``'s output reaches, and whether it leaves the model."""
-        neurons: list[str] = []
-        layers: list[str] = []
-        left: list[bool] = []
-
-        def stop(found: fx.Node) -> bool:
-            if self._is_neuron(found):
-                neurons.append(self._identity(found))
-            elif self._is_layer(found):
-                layers.append(self._identity(found))
-            elif found.op == "output":
-                left.append(True)
-            else:
-                return False
-            return True
-
-        walk(list(node.users), lambda n: list(n.users), stop)
-        return unique(neurons), unique(layers), bool(left)
 
     # -- the networkx graph -----------------------------------------------------------------------
 
@@ -256,9 +186,9 @@ class _Builder:
     def _kind(self, node: fx.Node) -> NodeKind:
         if node.op in ("placeholder", "output"):
             return "input" if node.op == "placeholder" else "output"
-        if self._is_neuron(node):
+        if self.flow.is_neuron(node):
             return "neuron"
-        if self._is_layer(node):
+        if self.flow.is_layer(node):
             return "layer"
         module = node.meta.get("module")
         name = module_family(module) if module is not None else op_name(node)
@@ -276,7 +206,7 @@ class _Builder:
             for name, module in nn.Module.named_modules(self.trace.model)
             if is_weight_layer(module)
         }
-        for name in [self.ident[n] for n in self.nodes if self._is_layer(n)]:
+        for name in [self.ident[n] for n in self.nodes if self.flow.is_layer(n)]:
             if name not in layers:
                 layers[name] = self._layer_record(
                     name, calls[name][0].meta.get("module"), calls[name]
@@ -304,10 +234,10 @@ class _Builder:
         shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
         if not calls:
             return self._inner_record(name, kind, shape)
-        pre = unique(s for call in calls for s in self._backward(call)[1])
-        ahead = [self._forward(call) for call in calls]
+        pre = unique(s for call in calls for s in self.flow.backward(call)[1])
+        ahead = [self.flow.forward(call) for call in calls]
         post = unique(n for neurons, _, _ in ahead for n in neurons)
-        sources = [s for call in calls for s in self._data_inputs(call)[:1]]
+        sources = [s for call in calls for s in self.flow.data_inputs(call)[:1]]
         info: ValueInfo | None = sources[0].meta.get("value") if sources else None
         result: ValueInfo | None = calls[0].meta.get("value")
         spiking = [n for n in post if self.specs[n].kind != "integrator"]
@@ -385,7 +315,7 @@ class _Builder:
                 recurrent = "rec" in name
                 driving = [] if recurrent else [c.args[0] for c in calls.get(neuron, []) if c.args]
                 inputs = [source for source in driving if isinstance(source, fx.Node)]
-                pre = (neuron,) if recurrent else unique(s for n in inputs for s in self._at(n))
+                pre = (neuron,) if recurrent else unique(s for n in inputs for s in self.flow.at(n))
                 found[full] = LayerRecord(
                     full,
                     "functional",

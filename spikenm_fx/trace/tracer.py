@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.calls import PLAIN, call_site, label, tensors_held_by, written_argument
 from spikenm_fx.trace.intercept import watch_applies
 from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.reading import reading
@@ -98,7 +99,7 @@ class ValueTracer(fx.Tracer):
         self._names = {m: n for n, m in nn.Module.named_modules(model)}
         tensors = (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))
         self._tensor_names = {id(t): n for n, t in tensors}
-        self._known = _tensors_held_by(model)
+        self._known = tensors_held_by(model)
         self._handed_out: dict[int, Tensor] = {}  # by id of the parameter
         self._stands_for: dict[int, Tensor] = {}  # parameters, by id of what was handed out
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
@@ -234,7 +235,7 @@ class ValueTracer(fx.Tracer):
             return slice(*(self.create_arg(x) for x in (a.start, a.stop, a.step)))
         if isinstance(a, dict):
             return {str(k): self.create_arg(v) for k, v in a.items()}
-        return a if isinstance(a, _PLAIN) or a is None or a is ... else type(a).__name__
+        return a if isinstance(a, PLAIN) or a is None or a is ... else type(a).__name__
 
     def constant(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor that no recorded operation made: a parameter, buffer or constant.
@@ -297,16 +298,16 @@ class ValueTracer(fx.Tracer):
             if surrogate or module in self.leaf.unknown:
                 driven = self._probe(module, target, call_args, call_kwargs)
             value = self._call(module, target, call_args, call_kwargs)
-            written = _written_argument(target, args)
+            written = written_argument(target, args)
             if written is None and not holds_tensors(value):
                 return value
             node = self.create_node(
-                kind, target, self.create_arg(args), self.create_arg(kwargs), _label(target)
+                kind, target, self.create_arg(args), self.create_arg(kwargs), label(target)
             )
             info = describe(value, measure=self.measure or surrogate or module is not None)
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
             if surrogate:
-                node.meta["at"] = _call_site()
+                node.meta["at"] = call_site()
                 node.meta["steps"] = self._steps.get(target, True)
             if written is not None:
                 self._rebind(written, node)
@@ -422,62 +423,3 @@ class ValueTracer(fx.Tracer):
             )
         finally:
             self.recorder = None
-
-
-_PLAIN = (
-    bool,
-    int,
-    float,
-    complex,
-    str,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-
-
-def _tensors_held_by(model: nn.Module) -> dict[int, Tensor]:
-    """Parameters, buffers and plain tensor attributes, so that they are known as constants."""
-    held: dict[int, Tensor] = {}
-
-    def visit(value: Any, depth: int) -> None:
-        if isinstance(value, Tensor):
-            held[id(value)] = value
-        elif depth and isinstance(value, dict):
-            for item in list(value.values()):
-                visit(item, depth - 1)
-        elif depth and isinstance(value, list | tuple):
-            for item in value:
-                visit(item, depth - 1)
-
-    for module in nn.Module.modules(model):
-        visit(vars(module), 3)
-    return held
-
-
-def _written_argument(target: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """The tensor that ``x[k] = v`` writes into."""
-    return args[0] if getattr(target, "__name__", "") in ("__setitem__", "setitem") else None
-
-
-def _label(target: Any) -> str | None:
-    """A readable node name for functions that fx would name after a dunder."""
-    name = getattr(target, "__name__", "")
-    if name == "__get__":
-        return str(getattr(target.__self__, "__name__", "attribute"))
-    return name.strip("_") if name.startswith("__") else None
-
-
-def _call_site() -> tuple[int, ...]:
-    """Line numbers from the innermost module's forward down to the user's call."""
-    lines: list[int] = []
-    frame = inspect.currentframe()
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if "/torch/" not in path and "spikenm_fx/trace/" not in path:
-            lines.append(frame.f_lineno)
-            if frame.f_code.co_name == "forward":
-                break
-        frame = frame.f_back
-    return tuple(reversed(lines))

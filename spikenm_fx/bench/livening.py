@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make fresh networks spike to their last layer: silent ones prove nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from spikenm_fx.trace import SpikingGraph, trace
+
+__all__ = ["liven", "rouse"]
+
+_ROUNDS, _RATE = 40, 0.01
+
+
+def liven(
+    model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
+) -> nn.Module:
+    """Calibrate the norms on the input, then wake the neurons that are silent still.
+
+    One forward in training mode with momentum 1 makes each norm's statistics those of what it
+    really receives.
+
+    Returns:
+        ``model``, in eval mode.
+    """
+    norms = [m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.weight.data.fill_(2.0)
+        norm.bias.data.copy_(torch.linspace(-0.5, 1.0, norm.num_features))
+    with torch.no_grad():
+        model.train()(*(x.clone() for x in inputs))
+    reset(model)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return rouse(model.eval(), inputs, reset)
+
+
+@torch.no_grad()
+def rouse(
+    model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
+) -> nn.Module:
+    """Double the parameters of layers before silent neurons until these spike, front to back."""
+    graph = trace(model, inputs)
+    for _ in range(_ROUNDS):
+        silent = _silent(model, graph, inputs, reset)
+        drivers = {layer for name in silent for layer in _drivers(graph, name)}
+        if not drivers:
+            break
+        for layer in drivers:
+            owner = graph.layers[layer]
+            module = model.get_submodule(
+                layer if owner.kind != "functional" else layer.rpartition(".")[0]
+            )
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.mul_(2.0)
+    return model
+
+
+def _silent(
+    model: nn.Module,
+    graph: SpikingGraph,
+    inputs: tuple[Tensor, ...],
+    reset: Callable[[nn.Module], None],
+) -> list[str]:
+    """Neurons that hardly spike although a layer before them does receive something."""
+    rates: dict[str, float] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module, given: bool) -> None:
+        def look(_: nn.Module, args: Any, out: Any) -> None:
+            seen = args if given else out
+            first = next((t for t in tree_flatten(seen)[0] if isinstance(t, Tensor)), None)
+            if first is not None:
+                rates[name] = max(rates.get(name, 0.0), float((first != 0).double().mean()))
+
+        handles.append(module.register_forward_hook(look))
+
+    modules = dict(nn.Module.named_modules(model))
+    neurons = [n for n, record in graph.neurons.items() if n in modules and record.layers]
+    layers = {layer for n in neurons for layer in _drivers(graph, n)}
+    for name in neurons:
+        watch(name, modules[name], given=False)
+    for name in layers & modules.keys():
+        watch(name, modules[name], given=True)
+    reset(model)
+    try:
+        model(*(x.clone() for x in inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+        reset(model)
+    return [
+        name
+        for name in neurons
+        if rates.get(name, 0.0) < _RATE
+        and graph.neurons[name].spec.kind != "integrator"
+        and any(rates.get(layer, 0.0) > 0 for layer in _drivers(graph, name))
+    ]
+
+
+def _drivers(graph: SpikingGraph, neuron: str) -> list[str]:
+    """Layers of which it is the next neuron."""
+    nearest = [n for n in graph.neurons[neuron].layers if graph.layers[n].post[0] == neuron]
+    return nearest or list(graph.neurons[neuron].layers[:1])
