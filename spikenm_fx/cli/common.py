@@ -26,7 +26,17 @@ if TYPE_CHECKING:
     from spikenm_fx.plan.recipe import Recipe
     from spikenm_fx.trace import SpikingGraph
 
-__all__ = ["Checkpoint", "Exit", "Input", "Json", "Loaded", "Pattern", "RootOption", "Screen"]
+__all__ = [
+    "EPILOG",
+    "Checkpoint",
+    "Exit",
+    "Input",
+    "Json",
+    "Loaded",
+    "Pattern",
+    "RootOption",
+    "Screen",
+]
 
 
 class Exit(IntEnum):
@@ -39,6 +49,13 @@ class Exit(IntEnum):
     INTERNAL = 4
     INTERRUPTED = 130
 
+
+EPILOG = (
+    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed, kernels cannot "
+    "be tried); 2 wrong usage; 3 an input cannot be used (file, recipe, model, a shape that the "
+    "model does not run on, recipes none of whose code is here); 4 internal error; "
+    "130 interrupted."
+)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Pattern = Annotated[

@@ -70,7 +70,6 @@ class Diagnosis:
         layers: all weight layers.
         blocked: what keeps the rest from running, with what to do.
         runs: whether the model runs the input that was given; None without one.
-        packs: whether it packs, pruned in one shot; None where that was not tried.
     """
 
     model: str
@@ -81,7 +80,6 @@ class Diagnosis:
     layers: tuple[LayerDiagnosis, ...]
     blocked: tuple[str, ...] = field(default=())
     runs: bool | None = None
-    packs: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -142,9 +140,7 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         for entry in decided.layers
         if any(rule.matches(entry.name, entry.subject(loaded.model)) for rule in rules)
     }
-    layers = tuple(
-        _layer(entry, graph, kernels or {}, entry.name in ruled) for entry in decided.layers
-    )
+    layers = tuple(_layer(entry, graph, kernels, entry.name in ruled) for entry in decided.layers)
     neurons: dict[str, int] = {}
     for record in graph.neurons.values() if graph is not None else ():
         known = record.spec.framework != "unknown"
@@ -159,7 +155,6 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         layers=layers,
         blocked=tuple(blocked),
         runs=runs,
-        packs=kernels is not None if runs else None,
     )
 
 
@@ -173,8 +168,8 @@ def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
         return None
 
 
-def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice] | None:
-    """How layers will run, from a copy that is pruned in one shot; None where it cannot be packed.
+def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice]:
+    """How layers will run, from a copy that is pruned in one shot.
 
     Speed depends on firing: without a checkpoint the copy is woken first, or it would be silent.
     """
@@ -186,7 +181,7 @@ def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, Ker
         return kernel_choices(twin, loaded.batch())
     except Exception as error:
         blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")
-        return None
+        return {}
 
 
 def _wake(twin: nn.Module, loaded: Loaded) -> None:

@@ -207,8 +207,7 @@ def doctor(
 ) -> None:
     """Say what will happen to each layer, what blocks the rest, and what to do about it.
 
-    Exit code 3 where the model does not run the input, 1 where it runs but cannot be packed; what
-    was found is printed all the same.
+    Exit code 3 where the model does not run on the input, 1 where its kernels cannot be tried.
     """
     from spikenm_fx.cli.diagnosis import diagnose
 
@@ -219,5 +218,5 @@ def doctor(
     screen.result(found.to_dict(), str(found))
     if found.runs is False:
         raise typer.Exit(Exit.INPUT)
-    if found.packs is False:
+    if found.runs and found.blocked:
         raise typer.Exit(Exit.NO)

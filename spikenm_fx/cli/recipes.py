@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from spikenm_fx.cli.common import Exit, Input, Json, Pattern, RootOption, Screen
+from spikenm_fx.cli.common import EPILOG, Exit, Input, Json, Pattern, RootOption, Screen
 from spikenm_fx.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ recipes = typer.Typer(no_args_is_help=True, help="Recipes for models of other re
 _LIMIT_S = 900
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def show(
     file: Annotated[Path, typer.Argument(help="A recipe.")],
     as_json: Json = False,
@@ -39,7 +39,7 @@ def show(
     Screen(as_json).result(recipe.model_dump(mode="json"), _page(recipe))
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def schema(as_json: Json = True) -> None:
     """Print the JSON Schema of recipes, for editors; it is JSON either way."""
     from spikenm_fx.plan.recipe import recipe_json_schema
@@ -47,7 +47,7 @@ def schema(as_json: Json = True) -> None:
     Screen(as_json).json(recipe_json_schema())
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def init(
     target: Annotated[str, typer.Argument(help="module:Class of the model.")],
     shape: Input = None,
@@ -73,7 +73,7 @@ def init(
     screen.result({"recipe": text, "out": str(out)}, f"written: {out}")
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.")],
     root: RootOption = None,
@@ -123,6 +123,7 @@ def check(
     if any(not result["ok"] and not result["skipped"] for result in results):
         raise typer.Exit(Exit.NO)
     if all(result["skipped"] for result in results):
+        screen.err.print("nothing was tried: install the packages, or give the checkouts by --root")
         raise typer.Exit(Exit.INPUT)
 
 
@@ -207,8 +208,6 @@ def _summary(results: list[dict[str, Any]]) -> str:
     skipped = sum(result["skipped"] for result in results)
     ok = sum(result["ok"] and not result["skipped"] for result in results)
     lines.append(f"{ok} ok, {len(results) - ok - skipped} failed, {skipped} skipped")
-    if skipped == len(results):
-        lines.append("nothing was tried: install the packages or give the checkouts with --root")
     return "\n".join(lines)
 
 
