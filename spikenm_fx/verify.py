@@ -155,6 +155,12 @@ class _Weight:
     groups: int = 1
     nm: NM | None = None
 
+    @property
+    def channels(self) -> int:
+        """Input channels of one group."""
+        shape = self.tensor.shape
+        return shape[0] // self.groups if self.transposed else shape[1]
+
     def channels_last(self) -> Tensor:
         """Non-zeros with the input channels of one group as last axis."""
         nonzero: Tensor = self.tensor != 0
@@ -173,7 +179,9 @@ def _of_model(model: nn.Module) -> dict[str, _Weight]:
         groups = int(getattr(layer, "groups", 1)) if transposed else 1
         meta = getattr(layer, "weight_nm", None)
         nm = None if meta is None else NM(*meta.tolist()[1:3])
-        weights[name] = _Weight(weight.detach(), transposed, groups, nm)
+        # of a computed weight only where it is not zero: all of them are held at once
+        counted = weight.detach() if isinstance(weight, nn.Parameter) else weight != 0
+        weights[name] = _Weight(counted, transposed, groups, nm)
     return weights | _masked_parameters(model)
 
 
@@ -246,9 +254,7 @@ def _required(
         return {name: NM.parse(pattern) for name, pattern in nm.items()}
     pattern = NM.parse(nm)
     inner = list(weights)[1:-1] or list(weights)[:1]
-    return {
-        name: pattern for name in inner if weights[name].channels_last().shape[-1] % pattern.of == 0
-    }
+    return {name: pattern for name in inner if weights[name].channels % pattern.of == 0}
 
 
 def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -21,7 +22,9 @@ import yaml
 import spikenm_fx
 from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
+from spikenm_fx.cli.results import BEGIN, END
 from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.plan.recipe import load_recipe
 
 NET = """
 import torch
@@ -496,6 +499,65 @@ def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.M
     sys.modules.pop("timed_nets_for_cli")
 
 
+@pytest.mark.parametrize(
+    "recipe", ["spikingjelly-cifar10net", "snntorch-tutorial6-cnn", "norse-convnet"]
+)
+def test_the_pattern_asked_for_is_the_pattern(run, recipe: str) -> None:
+    """--nm holds for every layer that a shipped recipe makes sparse, rules that name 2:4 too."""
+    file = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+    package = load_recipe(file).target.package or ""
+    pytest.importorskip(package)
+    layers = run("plan", file, "--nm", "1:4", "--json").data["layers"]
+    before = run("plan", file, "--json").data["layers"]
+    for one, two in zip(layers, before, strict=True):
+        assert one["nm"] == (None if two["nm"] is None else "1:4")
+    assert {layer["nm"] for layer in before} == {None, "2:4"}
+
+
+def test_rules_with_a_pattern_of_their_own_keep_it(run, project: Path) -> None:
+    """Only rules that repeat the recipe's pattern follow --nm."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    recipe = yaml.safe_load(out.read_text())
+    recipe["rules"] = [{"match": "head", "nm": "1:8"}]
+    out.write_text(yaml.safe_dump(recipe))
+    ran = run("plan", out, "--root", project, "--nm", "1:4", "--json")
+    found = {layer["name"]: layer["nm"] for layer in ran.data["layers"]}
+    assert found == {"stem": None, "body": "1:4", "head": "1:8"}
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "report"])
+def test_an_input_that_no_memory_holds_is_code_3(run, project: Path, command: str) -> None:
+    """A typing error in a shape is no internal error."""
+    ran = run(command, TARGET, "--root", project, "-i", "2000000000,3,100000,100000")
+    assert ran.code == 3
+    assert "(2000000000, 3, 100000, 100000)" in ran.err
+
+
+def test_data_that_is_no_batch_is_code_3(run, project: Path) -> None:
+    """Missing, cut short, not numbers, code, NaN: told apart, before anything is measured."""
+    file = project / "x.npy"
+    words = ("report", TARGET, "--root", project, "-i", "2,3,8,8", "--data", file)
+    assert "no such file" in run(*words).err
+    good = numpy.random.default_rng(0).random((2, 3, 8, 8), dtype=numpy.float32)
+    numpy.save(file, good)
+    assert run(*words).code == 0
+    whole = file.read_bytes()
+    for content in (whole[:-5], whole[:50], b""):
+        file.write_bytes(content)
+        ran = run(*words)
+        assert ran.code == 3
+        assert "not an array of numbers" in ran.err
+    for bad in (numpy.array(["a"]), numpy.array([{}], dtype=object)):
+        numpy.save(file, bad)
+        assert run(*words).code == 3
+    good[1, 2, 3, 4] = numpy.nan
+    numpy.save(file, good)
+    ran = run(*words)
+    assert ran.code == 3
+    assert "NaN or infinity" in ran.err
+
+
 def test_existing_file_is_not_replaced(run, project: Path, weights: Path) -> None:
     """--out never replaces a file unless --force says so."""
     out = project / "sparse.pt"
@@ -581,7 +643,7 @@ def test_doctor_says_how_layers_run_and_what_to_do(run, project: Path) -> None:
     assert "N:M layers over dense: median" in text
     assert "{match: NAME, nm: '2:4'} [head]" in text
     ran = run("doctor", "toy_net_for_cli:Scripted", "--root", project, "-i", "2,16", "--json")
-    assert ran.code == 0
+    assert ran.code == 1  # its kernels cannot be tried
     hidden = [layer for layer in ran.data["layers"] if layer["name"] == "mix.key"]
     assert hidden[0]["pattern"] is None
     assert "PYTORCH_JIT=0" in hidden[0]["advice"]
@@ -631,47 +693,111 @@ def test_check_fails_for_a_recipe_of_another_version(run, project: Path) -> None
     assert "plan failed" in table.read_text()
 
 
-@pytest.mark.parametrize("wrong_batches", [1, 4])
-def test_packing_is_wrong_only_where_no_batch_agrees(
-    run, project: Path, monkeypatch: pytest.MonkeyPatch, wrong_batches: int
+@pytest.mark.parametrize("broken", ["", "body", "head"])
+def test_check_sees_one_wrong_packed_weight(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    """A spike that flips on its threshold spoils some batches, a wrong engine all of them."""
-    left = {"dense": wrong_batches, "fma": 0}
+    """An engine one of whose packed weights is another fails the check, which says where."""
+    from spikenm_fx.pack import pack
 
-    class Engine(torch.nn.Module):
-        def __init__(self, model: torch.nn.Module, backend: str) -> None:
-            super().__init__()
-            self.model, self.backend = model, backend
-
-        def reset(self) -> None:
-            self.model.reset()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            left[self.backend] -= 1
-            return self.model(x) * (1.02 if left[self.backend] >= 0 else 1.0)
+    def spoiled(model: torch.nn.Module, *args: object, **options: object) -> torch.nn.Module:
+        engine = pack(model, *args, **options)
+        if broken:
+            layer = engine.get_submodule(broken)
+            layer.values.view(-1)[layer.values.abs().argmax()] += 1.0
+            layer.choose(layer.choice)
+        return engine
 
     out = project / "net.yaml"
     run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
-    monkeypatch.setattr(
-        sys.modules["spikenm_fx.pack"], "pack", lambda model, _, backend: Engine(model, backend)
-    )
+    monkeypatch.setattr(sys.modules["spikenm_fx.pack"], "pack", spoiled)
     ran = run("recipe", "check", out, "--root", project, "--in-process", "--json")
     (result,) = json.loads(ran.out)
-    assert result["flipped"] == pytest.approx([0.02] * wrong_batches, rel=1e-3)
-    if wrong_batches == 1:
+    if not broken:
         assert ran.code == 0
-    else:
-        assert ran.code == 1
-        assert "each of 4 batches" in result["stages"]["pack"]
+        assert result["packed"]["neurons"] == 2
+        assert result["packed"]["difference"] < 1e-5
+        return
+    assert ran.code == 1
+    seen = {"body": "lif2 receives something else", "head": "the output differs"}
+    assert seen[broken] in result["stages"]["pack"]
 
 
-def test_check_skips_what_is_not_here(run, project: Path) -> None:
-    """A recipe without its checkout is skipped, which is no failure."""
-    out = project / "net.yaml"
+def test_check_of_nothing_that_is_here_is_code_3(run, project: Path) -> None:
+    """A recipe without its checkout is skipped; where all are, nothing was tried: code 3."""
+    out, here = project / "net.yaml", project / "here.yaml"
     run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
     ran = run("recipe", "check", out, "--in-process")
-    assert ran.code == 0
+    assert ran.code == 3
     assert "0 ok, 0 failed, 1 skipped" in ran.out
+    assert "--root" in ran.err
+    ran = run("recipe", "check", out, "--in-process", "--json")
+    assert ran.code == 3
+    assert json.loads(ran.out)[0]["skipped"]
+    here.write_text(
+        "version: 1\ntarget: {package: torch, build: 'torch.nn:Sequential', args: "
+        "[{call: 'torch.nn:Linear', args: [8, 8]}, {call: 'torch.nn:Linear', args: [8, 8]}, "
+        "{call: 'torch.nn:Linear', args: [8, 8]}]}\ninputs: {shape: [2, 8], time: none}\n"
+    )
+    ran = run("recipe", "check", out, here, "--in-process")
+    assert ran.code == 0
+    assert "1 ok, 0 failed, 1 skipped" in ran.out
+
+
+def test_doctor_on_an_input_that_does_not_run_is_code_3(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The diagnosis is printed all the same; kernels that cannot be tried are code 1."""
+    words = ("doctor", TARGET, "--root", project, "--json")
+    ran = run(*words, "-i", "2,4,8,8")
+    assert ran.code == 3
+    assert ran.data["runs"] is False
+    assert [layer["name"] for layer in ran.data["layers"]] == ["stem", "body", "head"]
+    assert any("(2, 4, 8, 8)" in text for text in ran.data["blocked"])
+    unknown = run(*words)
+    assert unknown.code == 0
+    assert unknown.data["runs"] is None
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr("spikenm_fx.cli.diagnosis.kernel_choices", fails)
+    ran = run(*words, "-i", "2,3,8,8")
+    assert ran.code == 1
+    assert any("no kernel" in text for text in ran.data["blocked"])
+
+
+def test_exit_codes_are_in_every_help_text(run) -> None:
+    """What a code means is told where users look for it."""
+    for words in ([], ["doctor"], ["recipe", "check"]):
+        assert "Exit codes: 0 done" in " ".join(run(*words, "--help").out.split())
+
+
+@pytest.mark.parametrize("table", ["nomarks.md", "swapped.md", "gone/table.md", "folder", "x.bin"])
+def test_check_looks_at_the_table_first(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """A table that cannot be renewed is told before an hour of checks, not behind it."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    (project / "folder").mkdir()
+    (project / "nomarks.md").write_text("text")
+    (project / "swapped.md").write_text(f"{END}\n{BEGIN}\n")
+    (project / "x.bin").write_bytes(b"\xff\xfe")
+    before = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
+    monkeypatch.setattr("spikenm_fx.cli.check.check_recipe", lambda *_: pytest.fail("too late"))
+    words = ("recipe", "check", out, "--in-process", "--root", project)
+    assert run(*words, "--table", project / table).code == 3
+    assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
+
+
+def test_check_refuses_a_root_that_is_not_there(run, project: Path) -> None:
+    """A typing error in --root would else skip every recipe of a repository without a word."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    ran = run("recipe", "check", out, "--root", project / "gone")
+    assert ran.code == 3
+    assert "is not a folder" in ran.err
 
 
 def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spikenm_fx.errors import RecipeError
+from spikenm_fx.masks.methods import METHODS, method_class
+from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.sparsify import sparsify
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.recipe import load_recipe, parse_recipe, recipe_json_schema
 from spikenm_fx.plan.target import build_model, example_input, forward, reset_function, root_of
@@ -220,3 +224,76 @@ def test_schema_is_json_and_closed() -> None:
     assert schema["properties"]["nm"]["type"] == "string"
     assert set(schema["required"]) == {"version", "target", "inputs"}
     assert all(part["additionalProperties"] is False for part in schema["$defs"].values())
+
+
+def method_of(text: str) -> str:
+    return GOOD + f"method: {{{text}}}\n"
+
+
+def test_options_reach_the_method() -> None:
+    """A recipe can ask for strictly N:M training, whatever the default is."""
+    chosen = parse_recipe(method_of("total_steps: 48000, options: {fade: 0.0, eid: null}"))
+    method = chosen.sparsify_options()["method"]
+    assert method == SpikeNM(fade=0.0, eid=None)
+    assert method.schedule(48000).undrawn_at(0) == 0.0
+    assert parse_recipe(GOOD).sparsify_options()["method"] == SpikeNM()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    options = {**chosen.sparsify_options(), "rules": ()}
+    sparsify(model, **options).train()(torch.rand(2, 8))
+    assert int((model[1].weight.view(8, 2, 4) != 0).sum(-1).max()) <= 2
+
+
+def test_mistakes_in_options_are_listed_at_once() -> None:
+    """Unknown options with near misses, and values of another type, beside all other mistakes."""
+    message = message_of(
+        method_of(
+            "total_steps: 0, options: {fadde: 0.0, std: x, relative: 1, eid: 3, prior: .inf, "
+            "decay: [1]}"
+        )
+    )
+    assert message.startswith("r.yaml: 7 mistakes")
+    for part in (
+        "method.total_steps: 0",
+        "method.options.fadde: spikenm has no option 'fadde'; did you mean 'fade'?",
+        "method.options.std: 'x' is not a number",
+        "method.options.relative: 1 is not true or false",
+        "method.options.eid: 3 is not null",
+        "method.options.prior: inf is not a finite number",
+        "method.options.decay: [1] is not a number or null",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: spikenn, options: {a: 1}", "method.name: method 'spikenn' is unknown"),
+        ("name: magnitude, options: {fade: 0.0}", "magnitude has no option 'fade'; known: none"),
+        ("total_steps: 5, options: {fade: 2.0}", "method.options.fade: fade=2.0"),
+        ("options: 3", "method.options: 3"),
+        ("options: {1: 3}", "1 must be text"),
+    ],
+)
+def test_what_no_method_takes_is_refused(text: str, expected: str) -> None:
+    """A wrong method, wrong options, and values out of the method's range are named."""
+    assert expected in message_of(method_of(text))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_s_own_defaults_are_valid_options(name: str) -> None:
+    """Every plain default of every method can be written down as an option."""
+    plain = {
+        each.name: each.default
+        for each in fields(method_class(name))
+        if isinstance(each.default, bool | int | float | str | None)
+    }
+    text = yaml.safe_dump({"method": {"name": name, "options": plain}})
+    assert parse_recipe(GOOD + text).method.made() == method_class(name)()
+
+
+def test_schema_of_options_takes_plain_values_only() -> None:
+    """Editors complain about a list or a mapping as an option, and about nothing plain."""
+    schema = recipe_json_schema()["$defs"]["MethodSpec"]["properties"]["options"]
+    assert schema["type"] == "object"
+    assert set(schema["additionalProperties"]["type"]) == {"number", "boolean", "string", "null"}

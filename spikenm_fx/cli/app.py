@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from spikenm_fx.cli.bench import bench
-from spikenm_fx.cli.common import Exit, Screen
+from spikenm_fx.cli.common import EPILOG, Exit, Screen
 from spikenm_fx.cli.demo import demo
 from spikenm_fx.cli.inspect import doctor, plan, report, verify
 from spikenm_fx.cli.recipes import recipes
@@ -18,13 +18,6 @@ from spikenm_fx.cli.transform import pack, sparsify
 from spikenm_fx.errors import SpikeNMError
 
 __all__ = ["app", "main"]
-
-EPILOG = (
-    "Exit codes: 0 done; 1 the answer is no (weights are not N:M, a recipe failed, kernels cannot "
-    "be tried); 2 wrong usage; 3 an input cannot be used (file, recipe, model, a shape that the "
-    "model does not run on, recipes none of whose code is here); 4 internal error; "
-    "130 interrupted."
-)
 
 app = typer.Typer(
     no_args_is_help=True,

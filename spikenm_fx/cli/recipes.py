@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from spikenm_fx.cli.common import Exit, Input, Json, Pattern, RootOption, Screen
+from spikenm_fx.cli.common import EPILOG, Exit, Input, Json, Pattern, RootOption, Screen
 from spikenm_fx.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ recipes = typer.Typer(no_args_is_help=True, help="Recipes for models of other re
 _LIMIT_S = 900
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def show(
     file: Annotated[Path, typer.Argument(help="A recipe.")],
     as_json: Json = False,
@@ -39,7 +39,7 @@ def show(
     Screen(as_json).result(recipe.model_dump(mode="json"), _page(recipe))
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def schema(as_json: Json = True) -> None:
     """Print the JSON Schema of recipes, for editors; it is JSON either way."""
     from spikenm_fx.plan.recipe import recipe_json_schema
@@ -47,7 +47,7 @@ def schema(as_json: Json = True) -> None:
     Screen(as_json).json(recipe_json_schema())
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def init(
     target: Annotated[str, typer.Argument(help="module:Class of the model.")],
     shape: Input = None,
@@ -73,7 +73,7 @@ def init(
     screen.result({"recipe": text, "out": str(out)}, f"written: {out}")
 
 
-@recipes.command()
+@recipes.command(epilog=EPILOG)
 def check(
     paths: Annotated[list[Path], typer.Argument(help="Recipes, or folders of them.")],
     root: RootOption = None,
@@ -91,7 +91,8 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Apply recipes to the real code; exit code 1 where one fails, 3 where none could be tried."""
+    """Apply recipes to the real code; exit code 1 where one fails, 3 where all were skipped."""
+    from spikenm_fx.cli.results import check_table, renew_table
     from spikenm_fx.plan.recipe import load_recipe
 
     screen = Screen(as_json)
@@ -108,19 +109,21 @@ def check(
         text = "\n".join(f"valid: {file}" for file in files)
         screen.result({"valid": [str(file) for file in files]}, text)
         return
+    if root is not None and not root.is_dir():
+        raise RecipeError(f"the root {root} is not a folder")
+    if table is not None:  # now, not after an hour
+        check_table(table)
     results = _checked(loaded, root, here, screen)
     if result is not None:
         result.write_text(json.dumps(results), encoding="utf-8")
         return
     if table is not None:
-        from spikenm_fx.cli.results import renew_table
-
         renew_table(table, results)
     screen.result(results, _summary(results))
     if any(not result["ok"] and not result["skipped"] for result in results):
         raise typer.Exit(Exit.NO)
     if all(result["skipped"] for result in results):
-        screen.err.print("none of them was tried: --root names no folder with their code")
+        screen.err.print("nothing was tried: install the packages, or give the checkouts by --root")
         raise typer.Exit(Exit.INPUT)
 
 
