@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -21,7 +22,9 @@ import yaml
 import spikenm_fx
 from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
+from spikenm_fx.cli.results import BEGIN, END
 from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.plan.recipe import load_recipe
 
 NET = """
 import torch
@@ -496,6 +499,65 @@ def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.M
     sys.modules.pop("timed_nets_for_cli")
 
 
+@pytest.mark.parametrize(
+    "recipe", ["spikingjelly-cifar10net", "snntorch-tutorial6-cnn", "norse-convnet"]
+)
+def test_the_pattern_asked_for_is_the_pattern(run, recipe: str) -> None:
+    """--nm holds for every layer that a shipped recipe makes sparse, rules that name 2:4 too."""
+    file = Path(__file__).parent.parent / "recipes" / f"{recipe}.yaml"
+    package = load_recipe(file).target.package or ""
+    pytest.importorskip(package)
+    layers = run("plan", file, "--nm", "1:4", "--json").data["layers"]
+    before = run("plan", file, "--json").data["layers"]
+    for one, two in zip(layers, before, strict=True):
+        assert one["nm"] == (None if two["nm"] is None else "1:4")
+    assert {layer["nm"] for layer in before} == {None, "2:4"}
+
+
+def test_rules_with_a_pattern_of_their_own_keep_it(run, project: Path) -> None:
+    """Only rules that repeat the recipe's pattern follow --nm."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    recipe = yaml.safe_load(out.read_text())
+    recipe["rules"] = [{"match": "head", "nm": "1:8"}]
+    out.write_text(yaml.safe_dump(recipe))
+    ran = run("plan", out, "--root", project, "--nm", "1:4", "--json")
+    found = {layer["name"]: layer["nm"] for layer in ran.data["layers"]}
+    assert found == {"stem": None, "body": "1:4", "head": "1:8"}
+
+
+@pytest.mark.parametrize("command", ["plan", "doctor", "report"])
+def test_an_input_that_no_memory_holds_is_code_3(run, project: Path, command: str) -> None:
+    """A typing error in a shape is no internal error."""
+    ran = run(command, TARGET, "--root", project, "-i", "2000000000,3,100000,100000")
+    assert ran.code == 3
+    assert "(2000000000, 3, 100000, 100000)" in ran.err
+
+
+def test_data_that_is_no_batch_is_code_3(run, project: Path) -> None:
+    """Missing, cut short, not numbers, code, NaN: told apart, before anything is measured."""
+    file = project / "x.npy"
+    words = ("report", TARGET, "--root", project, "-i", "2,3,8,8", "--data", file)
+    assert "no such file" in run(*words).err
+    good = numpy.random.default_rng(0).random((2, 3, 8, 8), dtype=numpy.float32)
+    numpy.save(file, good)
+    assert run(*words).code == 0
+    whole = file.read_bytes()
+    for content in (whole[:-5], whole[:50], b""):
+        file.write_bytes(content)
+        ran = run(*words)
+        assert ran.code == 3
+        assert "not an array of numbers" in ran.err
+    for bad in (numpy.array(["a"]), numpy.array([{}], dtype=object)):
+        numpy.save(file, bad)
+        assert run(*words).code == 3
+    good[1, 2, 3, 4] = numpy.nan
+    numpy.save(file, good)
+    ran = run(*words)
+    assert ran.code == 3
+    assert "NaN or infinity" in ran.err
+
+
 def test_existing_file_is_not_replaced(run, project: Path, weights: Path) -> None:
     """--out never replaces a file unless --force says so."""
     out = project / "sparse.pt"
@@ -709,6 +771,33 @@ def test_exit_codes_are_in_every_help_text(run) -> None:
     """What a code means is told where users look for it."""
     for words in ([], ["doctor"], ["recipe", "check"]):
         assert "Exit codes: 0 done" in " ".join(run(*words, "--help").out.split())
+
+
+@pytest.mark.parametrize("table", ["nomarks.md", "swapped.md", "gone/table.md", "folder", "x.bin"])
+def test_check_looks_at_the_table_first(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch, table: str
+) -> None:
+    """A table that cannot be renewed is told before an hour of checks, not behind it."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    (project / "folder").mkdir()
+    (project / "nomarks.md").write_text("text")
+    (project / "swapped.md").write_text(f"{END}\n{BEGIN}\n")
+    (project / "x.bin").write_bytes(b"\xff\xfe")
+    before = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
+    monkeypatch.setattr("spikenm_fx.cli.check.check_recipe", lambda *_: pytest.fail("too late"))
+    words = ("recipe", "check", out, "--in-process", "--root", project)
+    assert run(*words, "--table", project / table).code == 3
+    assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before
+
+
+def test_check_refuses_a_root_that_is_not_there(run, project: Path) -> None:
+    """A typing error in --root would else skip every recipe of a repository without a word."""
+    out = project / "net.yaml"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    ran = run("recipe", "check", out, "--root", project / "gone")
+    assert ran.code == 3
+    assert "is not a folder" in ran.err
 
 
 def test_check_lists_the_mistakes_of_all_files(run, project: Path) -> None:

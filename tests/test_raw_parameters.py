@@ -291,6 +291,9 @@ def test_weights_of_other_holders() -> None:
     assert "weight of a Embedding" in dense.pop("embedding.weight")
     assert "used by itself, beside the Linear" in dense.pop("tied.weight")
     assert not dense
+    usual = {e.name: e.reason for e in spikenm_fx.plan(model, example_inputs=x).layers}
+    assert usual["fc"] == "input is analog"  # by a use that is no call
+    assert usual["several.0"].startswith("spike from lif, drives lif")
     names = [entry.name for entry in decided.sparse]
     assert names == ["fc", "tied", "several.0", "several.1", "named.a"]
     spikenm_fx.sparsify(model, decided)

@@ -20,6 +20,7 @@ from spikenm_fx.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from spikenm_fx.pattern import NM
     from spikenm_fx.plan.entry_point import Root
     from spikenm_fx.plan.plan import Plan
     from spikenm_fx.plan.recipe import Recipe
@@ -58,7 +59,12 @@ EPILOG = (
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")]
 Pattern = Annotated[
-    str | None, typer.Option("--nm", help="Keep at most n of m; '2:4' where nothing else says.")
+    str | None,
+    typer.Option(
+        "--nm",
+        help="Keep at most n of m; replaces a recipe's pattern, also where its rules repeat it. "
+        "'2:4' where nothing else says.",
+    ),
 ]
 RootOption = Annotated[
     Path | None,
@@ -246,7 +252,7 @@ def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
         recipe = load_recipe(target)
         changes: dict[str, Any] = {}
         if nm is not None:
-            changes["nm"] = NM.parse(nm)
+            changes = _with_pattern(recipe, NM.parse(nm))
         if shape is not None:
             inputs = {**recipe.inputs.model_dump(), "shape": read_shape(shape)}
             changes["inputs"] = Inputs(**inputs)
@@ -264,6 +270,15 @@ def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
         inputs=Inputs(shape=read_shape(shape) if shape else [1], time="inside"),
         nm=NM.parse(nm or "2:4"),
     )
+
+
+def _with_pattern(recipe: Recipe, nm: NM) -> dict[str, Any]:
+    """What changes with the pattern: rules that only repeat the recipe's own follow it."""
+    rules = [
+        rule.model_copy(update={"nm": nm}) if rule.nm == recipe.nm else rule
+        for rule in recipe.rules
+    ]
+    return {"nm": nm, "rules": rules}
 
 
 def read_shape(text: str) -> list[int]:

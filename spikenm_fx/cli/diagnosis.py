@@ -69,7 +69,7 @@ class Diagnosis:
         neurons: neuron layers by framework and class.
         layers: all weight layers.
         blocked: what keeps the rest from running, with what to do.
-        runs: whether the model runs on the input that was given; None where none is known.
+        runs: whether the model runs the input that was given; None without one.
     """
 
     model: str
@@ -128,12 +128,12 @@ def diagnose(loaded: Loaded) -> Diagnosis:
 
     Raises:
         PlanError: if nothing could become sparse.
-        RecipeError: if the input does not run.
     """
     blocked: list[str] = []
     graph = _traced(loaded, blocked)
     decided = spikenm_fx.plan(loaded.model, graph=graph, **loaded.recipe.plan_options())
-    kernels = _kernels(loaded, decided, blocked)
+    runs = graph is not None if loaded.knows_its_input else None
+    kernels = _kernels(loaded, decided, blocked) if runs else {}
     rules = loaded.recipe.plan_options()["rules"]
     ruled = {
         entry.name
@@ -154,7 +154,7 @@ def diagnose(loaded: Loaded) -> Diagnosis:
         neurons=neurons,
         layers=layers,
         blocked=tuple(blocked),
-        runs=graph is not None if loaded.knows_its_input else None,
+        runs=runs,
     )
 
 
@@ -164,7 +164,7 @@ def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
     try:
         return loaded.graph() or trace(loaded.model)
     except SpikeNMError as error:
-        blocked.append(f"the trace failed, masks still work: {error}")
+        blocked.append(f"the model does not run this input, masks still work: {error}")
         return None
 
 
@@ -173,8 +173,6 @@ def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, Ker
 
     Speed depends on firing: without a checkpoint the copy is woken first, or it would be silent.
     """
-    if not loaded.knows_its_input:
-        return {}
     try:
         twin = copy.deepcopy(loaded.model)
         if not loaded.trained:

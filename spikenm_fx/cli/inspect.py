@@ -22,7 +22,7 @@ from spikenm_fx.cli.common import (
 from spikenm_fx.report.energy import PJ_PER_AC, PJ_PER_MAC, EnergyModel
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from spikenm_fx.report.model import Report
 
@@ -157,23 +157,40 @@ def measure(loaded: Loaded, data: Path | None = None, batches: int = 2, **option
     )
 
 
-def read_tensor(path: Path) -> Any:
+def read_tensor(path: Path) -> Tensor:
     """One tensor out of ``.npy``, ``.pt`` or ``.safetensors``; no code in them ever runs.
 
     Raises:
-        CheckpointError: if it cannot be read or holds several tensors.
+        CheckpointError: if it cannot be read, holds several tensors, NaN or infinity.
     """
+    import torch
+
+    from spikenm_fx.errors import CheckpointError
+
+    tensor = _read_npy(path) if path.suffix == ".npy" else _only_tensor(path)
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{path}: holds NaN or infinity; a batch of finite values is needed")
+    return tensor
+
+
+def _read_npy(path: Path) -> Tensor:
     import numpy as np
     import torch
 
+    from spikenm_fx.errors import CheckpointError
+
+    try:
+        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise CheckpointError(f"{path}: not an array of numbers: {error}") from error
+
+
+def _only_tensor(path: Path) -> Tensor:
     from spikenm_fx.checkpoint import load_state
     from spikenm_fx.errors import CheckpointError
 
-    if path.suffix == ".npy":
-        try:
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{path}: not an array of numbers: {error}") from error
     tensors = load_state(path)
     if len(tensors) != 1:
         raise CheckpointError(f"{path}: holds {len(tensors)} tensors; one batch is required")

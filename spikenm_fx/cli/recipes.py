@@ -91,7 +91,8 @@ def check(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Apply recipes to the real code; exit code 1 where one fails, 3 where none could be tried."""
+    """Apply recipes to the real code; exit code 1 where one fails, 3 where all were skipped."""
+    from spikenm_fx.cli.results import check_table, renew_table
     from spikenm_fx.plan.recipe import load_recipe
 
     screen = Screen(as_json)
@@ -108,19 +109,21 @@ def check(
         text = "\n".join(f"valid: {file}" for file in files)
         screen.result({"valid": [str(file) for file in files]}, text)
         return
+    if root is not None and not root.is_dir():
+        raise RecipeError(f"the root {root} is not a folder")
+    if table is not None:  # now, not after an hour
+        check_table(table)
     results = _checked(loaded, root, here, screen)
     if result is not None:
         result.write_text(json.dumps(results), encoding="utf-8")
         return
     if table is not None:
-        from spikenm_fx.cli.results import renew_table
-
         renew_table(table, results)
     screen.result(results, _summary(results))
     if any(not result["ok"] and not result["skipped"] for result in results):
         raise typer.Exit(Exit.NO)
     if all(result["skipped"] for result in results):
-        screen.err.print("nothing was tried: give the folder of their code by --root")
+        screen.err.print("nothing was tried: install the packages, or give the checkouts by --root")
         raise typer.Exit(Exit.INPUT)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import RecipeError
 
-__all__ = ["BEGIN", "END", "renew_table"]
+__all__ = ["BEGIN", "END", "check_table", "renew_table"]
 
 BEGIN = "<!-- results: written by spikenm-fx recipe check -->"
 END = "<!-- end of results -->"
@@ -23,16 +23,35 @@ _HEAD = (
 _RULE = "|---|---|---|---|---|---|---|---|"
 
 
+def check_table(path: Path) -> str:
+    """The text of a file whose table can be renewed; that of a new one where there is none.
+
+    Raises:
+        RecipeError: if the file cannot be read, its folder is missing, or it lacks the two marks
+            between which the table stands.
+    """
+    if not path.parent.is_dir():
+        raise RecipeError(f"{path.parent} is not a folder")
+    if not path.exists():
+        return f"{BEGIN}\n{END}\n"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise RecipeError(f"{path}: cannot be read: {reason}") from error
+    if BEGIN not in text or END not in text.partition(BEGIN)[2]:
+        raise RecipeError(f"{path} lacks the marks {BEGIN!r} and {END!r}")
+    return text
+
+
 def renew_table(path: Path, results: Iterable[Mapping[str, Any]]) -> None:
     """Replace the rows of the recipes that were tried; rows of others stay.
 
     Raises:
-        RecipeError: if the file lacks the two marks between which the table stands.
+        RecipeError: as :func:`check_table`.
+        CheckpointError: if the disk refuses.
     """
-    text = path.read_text(encoding="utf-8") if path.is_file() else f"{BEGIN}\n{END}\n"
-    if BEGIN not in text or END not in text:
-        raise RecipeError(f"{path} lacks the marks {BEGIN!r} and {END!r}")
-    head, _, rest = text.partition(BEGIN)
+    head, _, rest = check_table(path).partition(BEGIN)
     old, _, tail = rest.partition(END)
     rows = dict(_old_rows(old))
     rows |= {f"`{r['recipe']}`": _row(r) for r in results if not r["skipped"]}

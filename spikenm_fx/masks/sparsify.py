@@ -58,7 +58,8 @@ def sparsify(
     checkpoints are; ``SpikeNM(fade=0.0)`` is N:M at every step.
 
     Args:
-        model: any module; Linear and Conv layers of any framework are found by inheritance.
+        model: any module; Linear and Conv layers of any framework are found by inheritance, raw
+            parameters (``F.linear(x, self.w)``) where ``example_inputs`` show their use.
         nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
         example_inputs: see :func:`spikenm_fx.plan`; they also show which neuron each layer drives,
             which otherwise the first training forward does.

@@ -7,6 +7,8 @@ may be far apart although every layer is right.  So every layer is compared on t
 model itself sends it (see :mod:`spikenm_fx.pack.forced`).  There each neuron must receive the same
 but for rounding and emit the same but for ties, and so must the output.  Up to the first spike that
 differs this is the engine's own free run; behind it, it is what that run would be without the tie.
+Where the rule of a neuron is known, its membrane is too, and tells a tie from an error for each
+spike; else the share of spikes that differ has to be small.
 """
 
 from __future__ import annotations
@@ -17,14 +19,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.pack.forced import NeuronDifference, forced
+from spikenm_fx.pack.forced import ROUNDING, NeuronDifference, forced
 
 __all__ = ["OUTPUT", "ROUNDING", "TIES", "Agreement", "agreement"]
 
 OUTPUT = 1e-3
 """How far an output may be off, relative to its norm."""
-ROUNDING = 1e-4
-"""How far the input of a neuron may be off, relative to its largest value."""
 TIES = 1e-4
 """Share of a neuron layer's spikes that may lie on the threshold."""
 
@@ -64,6 +64,12 @@ class Agreement:
                 return (
                     f"{neuron.name} receives something else, by {neuron.received:.2g} of its "
                     f"largest input, on the same spikes; rounding explains {ROUNDING:g}"
+                )
+            if neuron.margin is not None and not neuron.margin <= ROUNDING:
+                return (
+                    f"{neuron.name} emits another spike on the same input, its membrane "
+                    f"{neuron.margin:.2g} of the largest off the threshold; rounding explains "
+                    f"{ROUNDING:g}"
                 )
             # one membrane on its threshold may also differ in all its later steps
             if neuron.others > max(TIES * neuron.spikes, neuron.steps):

@@ -18,9 +18,12 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
-from spikenm_fx.trace import NeuronSpec, find_neurons
+from spikenm_fx.trace import NeuronSpec, find_neurons, membranes
 
-__all__ = ["NeuronDifference", "forced", "forced_mismatch"]
+__all__ = ["ROUNDING", "NeuronDifference", "forced", "forced_mismatch"]
+
+ROUNDING = 1e-4
+"""How far rounding moves the input of a neuron or its membrane, relative to its largest value."""
 
 Run = Callable[[nn.Module], Any]
 
@@ -36,6 +39,9 @@ class NeuronDifference:
         steps: time steps that it ran.
         received: largest difference of its input, relative to the largest magnitude of that input
             in the model.
+        margin: largest distance of the model's membrane from the threshold where a spike of its is
+            the first that differs, relative to the largest membrane; None where none differs, or
+            where the membrane is not known.
     """
 
     name: str
@@ -43,6 +49,7 @@ class NeuronDifference:
     others: int = 0
     steps: int = 0
     received: float = 0.0
+    margin: float | None = None
 
     @property
     def share(self) -> float:
@@ -82,6 +89,7 @@ def forced(
     spiking = {name: spec for name, spec in find_neurons(model).items() if spec.output == "spike"}
     received: dict[str, list[Tensor]] = {name: [] for name in spiking}
     emitted: dict[str, list[Tensor]] = {name: [] for name in spiking}
+    differing: dict[str, list[Tensor]] = {name: [] for name in spiking}
     found: dict[str, NeuronDifference] = {}
 
     def record(name: str) -> Any:
@@ -99,7 +107,8 @@ def forced(
             own = _spikes(out)
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()
-            each.others += int((own != wanted).sum())
+            differing[name].append(_values(own) != wanted)
+            each.others += int(differing[name][-1].sum())
             each.steps += 1 if spec.time_axis is None else x.shape[spec.time_axis]
             each.received = max(each.received, _difference(_values(args[0]), x))
             given = _as_bits(wanted, own) if isinstance(own, LazyTensor) else wanted
@@ -110,7 +119,37 @@ def forced(
     with torch.no_grad():
         expected = _hooked(model, {name: record(name) for name in spiking}, run)
         output = _hooked(engine, {name: force(name, spec) for name, spec in spiking.items()}, run)
+        for name, each in found.items():
+            if each.others:
+                calls = received[name], emitted[name], differing[name]
+                each.margin = _margin(spiking[name], *calls)
     return expected, output, tuple(each for each in found.values() if each.spikes)
+
+
+def _margin(
+    spec: NeuronSpec, received: list[Tensor], emitted: list[Tensor], differing: list[Tensor]
+) -> float | None:
+    """How far off its threshold a membrane was where the first of its spikes differs.
+
+    Later spikes of the same membrane differ with its state.  None unless the rule that is known of
+    the neuron gives its spikes: then the membrane is known as well.
+    """
+    if not spec.exact or spec.folded_time or (spec.time_axis is not None and len(received) > 1):
+        return None
+    axis = spec.time_axis
+    x, spikes, differs = (
+        torch.stack(calls) if axis is None else calls[0].movedim(axis, 0)
+        for calls in (received, emitted, differing)
+    )
+    if x.shape != spikes.shape:
+        return None
+    h = membranes(spec, x)
+    fires = h > spec.threshold if spec.strict else h >= spec.threshold
+    distance = (h - spec.threshold).abs() / h.abs().max().clamp_min(1e-30)
+    if bool(((fires != spikes.bool()) & (distance > ROUNDING)).any()):
+        return None
+    first = differs & (differs.cumsum(0) == 1)
+    return float(distance[first].max())
 
 
 def _hooked(module: nn.Module, hooks: dict[str, Any], run: Run) -> Any:

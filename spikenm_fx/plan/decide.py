@@ -90,7 +90,7 @@ class Decisions:
 
     def why(self, name: str) -> str:
         """What the graph knows of a layer that nothing keeps dense."""
-        record = self.graph.layers.get(name) if self.graph is not None else None
+        record = self.graph.record(name) if self.graph is not None else None
         return (
             self.graph.why(name)
             if self.graph is not None and record and record.calls

@@ -29,7 +29,7 @@ def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[s
     """Roles from the graph; from the order of the module tree where no graph saw a layer."""
     if graph is None:
         return _by_order(list(layers))
-    seen = {name: graph.layers[name] for name in layers if name in graph.layers}
+    seen = {name: record for name in layers if (record := graph.record(name)) is not None}
     if not any(record.calls for record in seen.values()):
         return _by_order(list(layers))
     ran = graph.route not in ("symbolic", "modules")

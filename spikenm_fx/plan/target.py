@@ -174,8 +174,20 @@ def _set_attributes(model: nn.Module, values: Mapping[str, Any]) -> None:
 
 
 def example_input(inputs: Inputs, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Random input of the recipe's shape and kind; the same for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
+    """Random input of the recipe's shape and kind; the same for the same seed.
+
+    Raises:
+        RecipeError: if it does not fit into memory.
+    """
+    try:
+        return _random(inputs, torch.Generator().manual_seed(seed), dtype)
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise RecipeError(
+            f"no input of shape {tuple(inputs.shape)} can be made: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _random(inputs: Inputs, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     shape = tuple(inputs.shape)
     match inputs.kind:
         case "tokens":

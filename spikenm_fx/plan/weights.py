@@ -74,11 +74,15 @@ def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight
 
 
 def _of_layer(name: str, layer: nn.Module) -> Weight:
-    transposed = isinstance(layer, _ConvTransposeNd)
     groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 1
     kind = next(c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("torch.nn"))
     impossible = _impossible(layer._parameters.get("weight"))
-    return Weight(name, kind, layer, "weight", 1 - transposed, groups, impossible)
+    return Weight(name, kind, layer, "weight", _axis(layer), groups, impossible)
+
+
+def _axis(layer: nn.Module) -> int:
+    """The weight's axis of input channels."""
+    return 0 if isinstance(layer, _ConvTransposeNd) else 1
 
 
 def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[Weight]:
@@ -87,6 +91,8 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         holder = modules.get(owner)
         if record.kind != "functional" or holder is None or is_scripted(holder):
             continue  # scripted ones are listed by their modules
+        if key == "weight" and is_weight_layer(holder) and record.axis == _axis(holder):
+            continue  # its layer is listed, and masked as this use needs it
         axis = 1 if record.axis is None else record.axis
         if key not in holder._parameters:
             impossible = "not registered in any module of the model"
@@ -101,7 +107,7 @@ def _unfit(record: LayerRecord, holder: nn.Module) -> str:
         return record.undecided or "the axis that it is summed along was not seen"
     if is_weight_layer(holder):
         return f"used by itself, beside the {type(holder).__name__} that holds it"
-    if type(holder).__module__.startswith("torch.nn.modules."):
+    if type(holder).__module__.startswith("torch.nn."):
         kind = type(holder).__name__
         if kind not in ("ParameterList", "ParameterDict"):
             return f"it is also the weight of a {kind}, which would change with it"

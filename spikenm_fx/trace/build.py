@@ -83,15 +83,8 @@ class _Builder:
         """Where ``node`` multiplies by something made of parameters alone: it is a layer."""
         product = product_of(node)
         if product is not None:
-            self.weights[node] = self._owner_of(product)
+            self.weights[node] = product.parameter
             self.products.setdefault(product.parameter, []).append(product)
-
-    def _owner_of(self, product: Product) -> str:
-        """The parameter's name; the layer's where ``F.linear(x, self.fc.weight)`` is its own."""
-        owner, _, key = product.parameter.rpartition(".")
-        module = self.trace.model.get_submodule(owner)
-        own = key == "weight" and is_weight_layer(module) and product.axis == 1
-        return owner if own and not getattr(module, "transposed", False) else product.parameter
 
     def _note(self, where: str, text: str) -> None:
         note = Note(where, text)

@@ -186,13 +186,24 @@ class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
         """The chain that starts at ``layer``, or None where it is not one-to-one."""
         return next((c for c in self.chains if c.layer == layer), None)
 
+    def record(self, layer: str) -> LayerRecord | None:
+        """What is known of a layer: where it is never called, of its weight used by itself.
+
+        ``F.linear(x, self.fc.weight)`` uses ``fc`` without calling it.
+        """
+        own, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
+        by_itself = weight is not None and weight.axis == 1 and (own is None or not own.calls)
+        return weight if by_itself else own
+
     def of_kind(self, *kinds: NodeKind) -> list[str]:
         """Names of the nodes of these kinds, in the order of the first call."""
         return [name for name, data in self.nodes(data=True) if data.get("kind") in kinds]
 
     def why(self, layer: str) -> str:
         """One phrase about a layer for a plan's reasons, e.g. ``"feeds no neuron: readout"``."""
-        record = self.layers[layer]
+        record = self.record(layer)
+        if record is None:
+            raise KeyError(layer)
         if not record.calls and self.route not in ("modules", "symbolic"):
             return "not used in the traced forward"
         if record.sees_input and record.input_signal is not None:
