@@ -189,7 +189,7 @@ def _masked_parameters(model: nn.Module) -> dict[str, _Weight]:
     """Raw parameters that carry a mask, which their module's class tells."""
     found = {}
     for name, module in nn.Module.named_modules(model):
-        for key in module._parameters:
+        for key, _ in nn.Module.named_parameters(module, recurse=False):
             layer = key == "weight" and is_weight_layer(module)
             if not layer and isinstance(getattr(type(module), f"{key}_nm", None), property):
                 weight = _by_meta(getattr(module, key), getattr(module, f"{key}_nm"))

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import spikenm_fx
+from spikenm_fx import Rule
 from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
 from spikenm_fx.bench.trace import ALLOWED_BYTES, _forward, _peak
 from spikenm_fx.bench.zoo import ZOO
@@ -250,6 +252,8 @@ def test_scripted_parts_are_read_and_told() -> None:
     (note,) = graph.notes
     assert note.where == "2"
     assert "PYTORCH_JIT=0" in note.text
+    spikenm_fx.sparsify(model, example_inputs=torch.rand(3, 2, 4), rules=[Rule("4")])
+    assert spikenm_fx.verify(spikenm_fx.fold(model)).valid
 
 
 def test_meta_models() -> None:
