@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> None:
     print(_text(table))
     result = {"settings": _shared(rows), "sampler": _sampler(), "rows": table}
     print(save(f"accuracy-{options.name}", result, options.results))
-    plot(table, options.results / f"accuracy-{options.name}.png", f"{options.network}, {described}")
+    shown = f"{options.network}, {described['source']}, {described['train']:,} training images"
+    plot(table, options.results / f"accuracy-{options.name}.png", shown)
 
 
 def _progress(where: str, epochs: int, epoch: int, loss: float) -> None:
@@ -169,17 +170,27 @@ def plot(table: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    for method in dict.fromkeys(row["method"] for row in table):
+    methods = list(dict.fromkeys(row["method"] for row in table))
+    for place, method in enumerate(methods):
         rows = sorted((r for r in table if r["method"] == method), key=lambda r: r["density"])
+        aside = 1.02 ** (place - len(methods) / 2)  # so that bars stand side by side
         axis.errorbar(
-            [r["density"] for r in rows],
+            [r["density"] * aside for r in rows],
             [100 * r["mean"] for r in rows],
             yerr=[100 * r["sd"] for r in rows],
             marker="o",
-            capsize=3,
+            markersize=4,
+            capsize=2,
             label=method,
         )
+    patterns: dict[float, list[str]] = {}
+    for row in table:
+        names = patterns.setdefault(round(row["density"], 3), [])
+        names += [] if row["pattern"] in names else [row["pattern"]]
+    axis.set_xscale("log")
+    axis.set_xticks(list(patterns), [f"{', '.join(n)}\n{d:.2f}" for d, n in patterns.items()])
+    axis.set_xticks([], minor=True)
     axis.set(xlabel="density of all weights", ylabel="test accuracy, %", title=title)
-    axis.title.set_fontsize(8)
+    axis.title.set_fontsize(9)
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=120)
