@@ -300,6 +300,17 @@ def test_layer_that_never_ran_is_said_to() -> None:
     assert "never ran" in str(result)
 
 
+def test_weights_outside_of_layers_are_said_to_be() -> None:
+    """The recurrent weights that Norse keeps in its cell are no layer's, and are not counted."""
+    norse = pytest.importorskip("norse.torch")
+    model = norse.SequentialState(nn.Linear(6, 8), norse.LIFRecurrent(8, 8), nn.Linear(8, 3))
+    described = report(model, torch.rand(4, 2, 6) * 5, batch_dim=1)
+    assert len(described.layers) == 2
+    assert any("not counted" in note and "1." in note for note in described.notes)
+    others = report(norse_net(), torch.rand(4, 2, 12), batch_dim=1)
+    assert not any("not counted" in note for note in others.notes)
+
+
 def test_silent_network_is_said_to_be() -> None:
     """Neurons that never fire are named: SynOps of zero are no merit then."""
     net = spikingjelly_net()

@@ -147,7 +147,8 @@ def _weight_layers(model: nn.Module) -> dict[str, WeightLayer]:
     }
     if not layers:
         raise ReportError(
-            f"{type(model).__name__} has no Linear or Conv layer; there is nothing to report"
+            f"{type(model).__name__} has no Linear or Conv layer, and the products of raw "
+            "parameters are not counted; there is nothing to report"
         )
     return layers  # type: ignore[return-value]
 
@@ -304,6 +305,13 @@ def _notes(
         notes.append(
             "the model could not be traced on one sample: 'rate out' is that of the next neuron to "
             "run; pass graph=trace(model, inputs) to be sure"
+        )
+    records = graph.layers.items() if graph is not None else ()
+    raw = [name for name, record in records if record.kind == "functional"]
+    if raw:
+        notes.append(
+            f"{len(raw)} weights are multiplied outside of any Linear or Conv module and are not "
+            f"counted: {_few(raw)}"
         )
     return tuple(notes)
 
