@@ -254,6 +254,15 @@ def test_assign_loads_too():
     assert most_nonzero(model[2].weight, spikenm_fx.NM(2, 4)) <= 2
 
 
+def test_assign_loads_frozen_masks_too():
+    """Held logits of before are not written over those of a finished run, nor into the caller's."""
+    model, other = sparse(total_steps=4), sparse(seed=1, total_steps=4)
+    train(other, torch.optim.Adam(other.parameters(), 0.01), batches(5))
+    state = through_disk(other.state_dict())
+    model.load_state_dict(copy.deepcopy(state), assign=True)
+    assert equal(model.state_dict(), state)
+
+
 def test_the_state_of_a_loop_over_devices_is_plain():
     """The checkpoint holds nothing but tensors under string keys."""
     for key, value in sparse().state_dict().items():

@@ -67,6 +67,7 @@ class StoredMask(nn.Module):
         for logits in lent:
             state_dict.pop(logits)
         for key, mask in self._nm_masks.items():
+            mask.release()  # assigning asks for the old weight first, which holds the old logits
             meta = metas[key]
             if meta is not None:
                 mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
