@@ -85,7 +85,9 @@ class Verification:
             listed = "\n  ".join(map(str, wrong[:5]))
             raise VerificationError(
                 f"{len(wrong)} of {len(self.layers)} weights are not N:M:\n  {listed}\n"
-                "fold(model) writes exact zeros; writing to weights after that undoes them"
+                "fold(model) writes exact zeros, and writing to weights after that undoes them; a "
+                "model that still learns its masks is counted in the mode that it is in, and only "
+                "in evaluation mode (model.eval()) are they always N:M"
             )
         raise VerificationError(
             f"none of the {len(self.layers)} weights is N:M: is this the folded model or "

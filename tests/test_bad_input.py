@@ -115,6 +115,18 @@ def test_nan_weights(value):
     intact.check()
 
 
+@pytest.mark.parametrize("method", ["spikenm", "srste", "magnitude"])
+def test_weights_without_values(method):
+    """A model on the meta device has nothing to start from; with memory it can be made sparse."""
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(SpikeNMError, match=r"2 \(16, 16\) is on the meta device.*to_empty"):
+        spikenm_fx.sparsify(model, method=method)
+    model.to_empty(device="cpu")
+    model.load_state_dict(network(seed=4).state_dict())
+    spikenm_fx.sparsify(model, method=method)
+
+
 @pytest.mark.parametrize("model", [nn.Sequential(), nn.ReLU(), nn.BatchNorm1d(4)], ids=repr)
 def test_no_weight_layers(model):
     """A model without weight layers is refused by its class name."""

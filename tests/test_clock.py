@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import ALL_LAYERS, batches, network
+from strategies import ALL_LAYERS, batches, most_nonzero, network
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -238,6 +238,55 @@ def test_functional_calls_do_not_count():
     assert step_of(model) == 1
 
 
+def test_steps_count_where_all_calls_are_functional():
+    """Gradients by functional_call, a step on the model's own parameters: it is one step."""
+    model = sparse()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for step, x in enumerate(batches(4)):
+        lent = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+        torch.func.functional_call(model, lent, x).square().sum().backward()
+        for name, parameter in model.named_parameters():
+            parameter.grad = lent[name].grad
+        assert step_of(model) == step
+        optimizer.step()
+    assert step_of(model) == 4
+
+
+def test_lent_weights_take_no_part_in_a_fade():
+    """Nobody knows how long functional_call trains them: they are N:M from the start."""
+    model = sparse(total_steps=20)
+    lent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = batches(1)[0]
+    used = []
+    hook = model[2].register_forward_pre_hook(lambda layer, _: used.append(layer.weight))
+    torch.func.functional_call(model, lent, x)
+    hook.remove()
+    assert most_nonzero(used[0], model[2]._nm_mask.view.nm) == 2
+    assert most_nonzero(model[2].weight, model[2]._nm_mask.view.nm) > 2
+
+
+def test_warns_where_functional_training_moves_no_step():
+    """Weights trained outside of the model never move its masks: after a while we say so, once."""
+    model = sparse()
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = batches(1)[0]
+
+    def train(passes):
+        nonlocal values
+        for _ in range(passes):
+            values = {name: v.detach().requires_grad_() for name, v in values.items()}
+            torch.func.functional_call(model, values, x).square().mean().backward()
+            values = {n: v if v.grad is None else v - 0.01 * v.grad for n, v in values.items()}
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SpikeNMWarning)
+        train(400)
+    with pytest.warns(SpikeNMWarning, match="lent by functional_call") as caught:
+        train(400)
+    assert len([w for w in caught if w.category is SpikeNMWarning]) == 1
+    assert step_of(model) == 0
+
+
 def test_frozen_layers_follow_the_others():
     """A layer whose weight and logits are frozen is resampled with every step of the others."""
     model = sparse()
@@ -337,6 +386,35 @@ def test_frozen_masks_stay_frozen(set_to_none):
     assert all(torch.equal(final[0], other) for other in final)
     model.eval()
     assert same(frozen[0], masks(model))
+
+
+@pytest.mark.parametrize("how", ["copy", "replace", "module"])
+def test_frozen_logits_can_be_written_by_hand(how):
+    """Averaged or restored weights are taken as they are: only an optimizer's step is undone."""
+    model, other = sparse(total_steps=8), sparse(seed=5, total_steps=8)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    for x in batches(10):
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().sum().backward()
+        optimizer.step()
+    model.eval()
+    model(batches(1)[0])  # a validation after the last step
+    wanted = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in list(model.named_parameters()):
+            if how == "copy":
+                parameter.copy_(wanted[name])
+            elif how == "replace":
+                owner, _, key = name.rpartition(".")
+                setattr(model.get_submodule(owner), key, nn.Parameter(wanted[name]))
+            else:
+                parameter.data = wanted[name].clone()
+    for training in (False, True):
+        model.train(training)
+        model(batches(1)[0])
+        state = model.state_dict()
+        assert all(torch.equal(state[n], v) for n, v in wanted.items() if n.endswith("_logits"))
+    assert not same(masks(model), masks(other))
 
 
 def test_writing_between_forward_and_backward_is_an_error():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import spikenm_fx
+from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.masks import EID, eid_loss, masked_layers
 from spikenm_fx.masks.eid import probabilities, soft_targets
 from spikenm_fx.masks.eligibility import correlate, filtered_slopes
@@ -652,6 +653,27 @@ def test_examples_show_the_neurons_before_training() -> None:
 
 
 # -- life of the hooks ----------------------------------------------------------------------------
+
+
+def test_a_first_forward_in_a_transform_is_no_example() -> None:
+    """Tensors of torch.func cannot be traced: EID says so, and waits for a plain forward."""
+    model = sparse(nn.Sequential(nn.Linear(16, 16), nn.Softplus(), nn.Linear(16, 8)))
+    values = {name: p.detach().clone() for name, p in model.named_parameters()}
+    x = torch.rand(3, 16)
+
+    @torch.func.grad
+    def gradients(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, x).square().sum()
+
+    with pytest.warns(SpikeNMWarning, match="outside of torch.func") as caught:
+        grads = [gradients(values) for _ in range(2)][1]
+    assert len(caught) == 1
+    assert grads["0.weight"].any()
+    assert grads["0.weight_logits"].any()
+    watch = guides(model)["0"].observed.watch
+    assert not watch.connected
+    model(x)
+    assert watch.connected
 
 
 def hooks_of(model: nn.Module) -> int:

@@ -380,6 +380,38 @@ def test_the_frameworks_own_parameter_list_trains() -> None:
     assert set(case.model.parameters()["2_LinearTorch"]) == {"weight"}
 
 
+class Listed(nn.Module):
+    """Weights in the framework's own containers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.lif = nn.ParameterDict({k: torch.rand(8, 8) for k in "abc"}), lif()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight in self.weights.values():
+            x = self.lif(F.linear(x, weight))
+        return x
+
+
+def trained(model: nn.Module) -> None:
+    model(torch.rand(3, 2, 8)).sum().backward()
+
+
+@pytest.mark.parametrize("use", [nn.Module.state_dict, trained, spikenm_fx.fold])
+def test_a_masked_weight_that_is_taken_out(use: Callable[[nn.Module], object]) -> None:
+    """It is named, with the way back; put back, the model folds."""
+    model, x = Listed(), torch.rand(3, 2, 8)
+    spikenm_fx.sparsify(model, example_inputs=x, rules=EVERY)
+    taken = model.weights._parameters["b"]
+    trained(model)
+    del model.weights["b"]
+    with pytest.raises(PlanError, match=r"weights.b \(8, 8\) is masked.*put it back"):
+        use(model)
+    model.weights["b"] = taken
+    spikenm_fx.fold(model)
+    assert all(most_nonzero(weight, 1, 4) == 2 for weight in model.weights.values())
+
+
 class Slotted(nn.Module):
     """Has a slot, which a changed class must keep."""
 

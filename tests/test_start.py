@@ -87,15 +87,31 @@ def test_norm_without_the_means_to_keep_it() -> None:
     assert not torch.equal(rescaled.weight_dense, layers(sparse("srste"))[0].weight_dense)
 
 
-def test_a_loaded_checkpoint_is_taken_as_it_is() -> None:
-    """Dense weights that are loaded after sparsify are not scaled: what is loaded is there."""
-    other = network(seed=9)
-    model = sparse("spikenm")
-    model.load_state_dict(other.state_dict())
-    for name, module in other.named_modules():
-        layer = model.get_submodule(name)
-        if isinstance(layer, MaskedLayer):
-            assert torch.equal(layer.weight_dense, module.weight)
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("steps", [None, 20], ids=["open", "fade"])
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+def test_loading_and_sparsifying_commute(pattern: str, steps: int | None, assign: bool) -> None:
+    """Pretrained weights start alike, loaded before sparsify or after; theirs stay untouched."""
+    pretrained = network(seed=9).state_dict()
+    before = spikenm_fx.sparsify(network(seed=9), pattern, total_steps=steps)
+    after = spikenm_fx.sparsify(network(seed=3), pattern, total_steps=steps)
+    given = copy.deepcopy(pretrained)
+    after.load_state_dict(given, assign=assign)
+    for one, other in zip(layers(before), layers(after), strict=True):
+        assert torch.equal(one.weight_dense, other.weight_dense)
+    assert given.keys() == pretrained.keys()
+    assert all(torch.equal(given[key], pretrained[key]) for key in given)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+def test_a_fade_starts_from_the_dense_network_itself(pattern: str) -> None:
+    """Weights are scaled for the masks alone; the first step of a fade uses all of them."""
+    plain, model = network(seed=3), spikenm_fx.sparsify(network(seed=3), pattern, total_steps=20)
+    x = torch.rand(2, *SHAPE)
+    assert torch.equal(model.train()(x), plain.train()(x))
+    strict = spikenm_fx.sparsify(network(seed=3), pattern, method=SpikeNM(fade=0.0), total_steps=20)
+    for faded, scaled in zip(layers(model), layers(strict), strict=True):
+        assert scaled.weight_dense.norm() > faded.weight_dense.norm()
 
 
 @settings(deadline=None, max_examples=10)
@@ -127,23 +143,33 @@ def test_fade(pattern: str, step: int, fade: float) -> None:
     spikenm_fx.verify(twin, pattern).raise_if_invalid()
 
 
-def test_fade_begins_dense_and_learns_everywhere() -> None:
-    """The first step is that of the dense network, and undrawn weights get their gradient."""
-    model = sparse(FADING)
-    dense = network(seed=3)
-    with torch.no_grad():
-        for name, module in dense.named_modules():
-            layer = model.get_submodule(name)
-            if isinstance(layer, MaskedLayer):
-                module.weight.copy_(layer.weight_dense)
+@pytest.mark.parametrize("method", [FADING, SpikeNM(fade=0.5, eid=None, decay=None)])
+def test_undrawn_weights_learn_in_the_fade(method: SpikeNM) -> None:
+    """They get the dense gradient; without decay, as much of it as they take part."""
+    model, dense = sparse(method), network(seed=3)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    train(model, optimizer, 4)
+    optimizer.zero_grad()
     x = torch.rand(2, *SHAPE)
-    model.train()
-    dense.train()
-    assert torch.equal(model(x), dense(x))
     model(x).square().mean().backward()
-    for layer in layers(model):
-        undrawn = ~layer._nm_mask.mask(0)
-        assert layer.weight_dense.grad[undrawn].any()
+    dense.train()
+    twins = {}
+    for name, module in dense.named_modules():
+        if name and not list(module.children()):
+            layer = model.get_submodule(name)
+            for key, parameter in module.named_parameters():
+                parameter.data.copy_(getattr(layer, key))
+            if isinstance(layer, MaskedLayer):
+                twins[name] = layer, module
+    dense(x).square().mean().backward()
+    for layer, module in twins.values():
+        undrawn = ~layer._nm_mask.mask(4)
+        share = 1 - 4 / 17 / 0.5 if method.decay is None else 1.0
+        learnt = layer.weight_dense.grad[undrawn]
+        if method.decay:
+            learnt = learnt - method.decay * layer.weight_dense.detach()[undrawn]
+        torch.testing.assert_close(learnt, module.weight.grad[undrawn] * share)
+        assert learnt.any()
         assert layer.weight_logits.grad.any()
 
 

@@ -140,6 +140,14 @@ def test_what_is_required():
         verify(model, 124)
 
 
+def test_weights_of_a_fade_are_counted_as_they_are_used():
+    """In training mode they are not N:M yet; the error names the mode in which they are."""
+    model = spikenm_fx.sparsify(network(), total_steps=20)
+    with pytest.raises(VerificationError, match=r"evaluation mode \(model.eval\(\)\)"):
+        verify(model).raise_if_invalid()
+    assert verify(model.eval()).valid
+
+
 def test_checking_changes_nothing():
     """Buffers that move with each access (spectral_norm), RNG, mode and masks stay as they are."""
     model = network().train()

@@ -39,9 +39,10 @@ _ROCKPOOL_LIST = "_get_attribute_family"
 class MaskedLayer(StoredMask):
     """Mixin in front of the user's class; put there by :func:`attach`, undone by ``fold``.
 
-    Its subclass for a class has three properties for each weight: ``weight``, masked, N:M at every
-    access and differentiable to the dense one; ``weight_dense``, the parameter behind it; and
-    ``weight_nm``, what a checkpoint stores of the mask.
+    Its subclass for a class has three properties for each weight: ``weight``, masked (N:M at every
+    access but in the fade of a training schedule) and differentiable to the dense one;
+    ``weight_dense``, the parameter behind it; and ``weight_nm``, what a checkpoint stores of the
+    mask.
     """
 
     _plain_class: type[nn.Module]
@@ -82,6 +83,7 @@ def attach(
         masks[key] = mask
         plain = plain_class(module) if isinstance(module, MaskedLayer) else type(module)
         _give_class(module, _masked_class(cast("Any", plain), tuple(masks)))
+    mask.remember_own()
 
 
 def refuse_unmaskable(name: str, module: nn.Module) -> None:
@@ -151,6 +153,8 @@ def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
 
 def _properties(key: str) -> dict[str, property]:
     def masked(layer: MaskedLayer) -> Tensor:
+        if layer._parameters.get(key) is None:  # taken out: what any module says of it follows
+            raise AttributeError(key)
         return _masked(layer._nm_masks[key], layer.training)
 
     def dense(layer: MaskedLayer) -> Tensor:

@@ -15,7 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spikenm_fx.errors import SpikeNMWarning
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Clock", "version_of"]
 
+_LENT_PASSES = 500  # more than the inner steps of meta-learning, which are no steps of ours
 _IDLE_STEPS = 3  # one or two may belong to a schedule that trains weights and logits in turn
 
 
@@ -46,6 +47,7 @@ class Clock:
     _backward_seen: bool
     _scores_seen: bool
     _idle_steps: int
+    _lent_passes: int
 
     def __init__(self, seed: int, step: int = 0) -> None:
         self.seed = seed
@@ -54,8 +56,6 @@ class Clock:
 
     def now(self, asking: MaskedWeight) -> int:
         """The current step, after a look whether an optimizer has stepped since the last look."""
-        if not isinstance(asking.dense, nn.Parameter):
-            return self.step  # lent by functional_call: no optimizer knows it
         if asking not in self._seen:
             self._seen[asking] = asking.versions()
         elif self._has_stepped(asking):
@@ -65,7 +65,7 @@ class Clock:
 
     def settle(self) -> int:
         """Count a step that no forward pass has noticed yet, then the current step."""
-        if any(map(self._moved, self._seen)):
+        if any(map(self.moved, self._seen)):
             self.step += 1
             self._look()
         return self.step
@@ -75,8 +75,23 @@ class Clock:
         self.seed, self.step = seed, step
         self._reset_watch()
 
-    def note_backward(self, *, scores_too: bool) -> None:
-        """Called by every backward pass through a masked weight."""
+    def note_backward(self, *, scores_too: bool, lent: bool) -> None:
+        """Called by every backward pass through a masked weight.
+
+        Args:
+            scores_too: whether its logits got a gradient.
+            lent: whether the weight was lent by functional_call.
+        """
+        self._lent_passes += lent
+        if self._lent_passes == _LENT_PASSES * len(self._seen):
+            warnings.warn(
+                f"{_LENT_PASSES} backward passes went through weights lent by functional_call, and "
+                f"the model's own parameters did not change: its masks are still those of step "
+                f"{self.step}. Steps are counted where the model's own parameters are written to; "
+                "copy what was trained into them after each step",
+                SpikeNMWarning,
+                stacklevel=2,
+            )
         self._scores_seen |= scores_too
         self._backward_seen = True
         for weight in self._seen:
@@ -89,14 +104,15 @@ class Clock:
         mover = self._mover() if self._mover is not None else None
         if self._backward_seen or mover is None:
             self._backward_seen = False
-            return any(map(self._moved, self._seen))
+            return any(map(self.moved, self._seen))
         return (
             self._version_moved(asking)
             or self._version_moved(mover)
-            or (asking is mover and self._moved(mover))
+            or (asking is mover and self.moved(mover))
         )
 
-    def _moved(self, weight: MaskedWeight) -> bool:
+    def moved(self, weight: MaskedWeight) -> bool:
+        """Whether it was written to since the present step began."""
         return self._version_moved(weight) or any(self._probes_moved(weight))
 
     def _version_moved(self, weight: MaskedWeight) -> bool:
@@ -112,12 +128,13 @@ class Clock:
 
     def _look(self) -> None:
         self._warn_of_idle_logits()
-        mover = next(filter(self._moved, self._seen), None)
+        mover = next(filter(self.moved, self._seen), None)
         self._mover = None if mover is None else weakref.ref(mover)
         for weight in self._seen:
             self._seen[weight] = weight.versions()
         self._probes.clear()
         self._backward_seen = self._scores_seen = False
+        self._lent_passes = 0
 
     def _warn_of_idle_logits(self) -> None:
         """Tell once of an optimizer that was built before the logits existed."""
@@ -142,7 +159,7 @@ class Clock:
         self._probes = weakref.WeakKeyDictionary()
         self._mover = None
         self._backward_seen = self._scores_seen = False
-        self._idle_steps = 0
+        self._idle_steps = self._lent_passes = 0
 
     def __getstate__(self) -> dict[str, Any]:
         return {"seed": self.seed, "step": self.settle()}

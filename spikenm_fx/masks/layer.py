@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import LOGITS
 from spikenm_fx.masks.clock import Clock, version_of
 from spikenm_fx.masks.methods import Draw, Method, kept
@@ -49,21 +50,46 @@ class MaskedWeight:
         self.schedule = schedule
         self._cache: _Cached | None = None
         self._final: _Final | None = None
-        self._held: Tensor | None = None
+        self._held: tuple[Tensor, Tensor] | None = None  # frozen logits, and a copy of them
+        self._had_backward = False  # without a step after it that was seen by hold
+        self._own: tuple[Tensor, Tensor | None] | None = None
         self.last_backward: int | None = None  # step of it
         self.guide: Guide | None = None
 
     @property
     def dense(self) -> Tensor:
         """The weight parameter as the optimizer sees it."""
-        weight = self.layer._parameters[self.key]
-        assert weight is not None
+        weight = self.layer._parameters.get(self.key)
+        if weight is None:
+            raise PlanError(
+                f"{self.name} {self.view.shape} is masked, but its module has no parameter "
+                f"{self.key!r} any more: put it back, and fold(model) before you take it out"
+            )
         return weight
 
     @property
     def scores(self) -> Tensor | None:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
         return self.layer._parameters.get(self.key + LOGITS)
+
+    @property
+    def lent(self) -> bool:
+        """Whether functional_call has put other tensors in the parameters' place for now."""
+        scores = self.scores
+        own = isinstance(self.dense, nn.Parameter)
+        return not (own and (scores is None or isinstance(scores, nn.Parameter)))
+
+    @property
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and scores that an optimizer knows, also while others are lent."""
+        if not self.lent:
+            self.remember_own()
+        assert self._own is not None
+        return self._own
+
+    def remember_own(self) -> None:
+        """Take what the module holds now for its own."""
+        self._own = self.dense, self.scores
 
     def fresh_scores(self) -> Tensor | None:
         """Initial scores for the present weight."""
@@ -78,10 +104,16 @@ class MaskedWeight:
             self.scores.data.copy_(fresh)
         if self.guide is not None:
             self.guide.load(None)
+        self.keep_norm()
 
     @torch.no_grad()
     def keep_norm(self) -> None:
-        """Scale the weight so that what the first masks keep is as large as all of it was."""
+        """Scale the weight so that what the first masks keep is as large as all of it was.
+
+        Only if the method asks for it, and not before a fade, which starts with all of it.
+        """
+        if not getattr(self.method, "rescale", False) or self.schedule.undrawn_at(0):
+            return
         if self.dense.is_inference():
             return  # it may not be written to
         whole, part = (
@@ -89,16 +121,18 @@ class MaskedWeight:
         )
         factor = whole / part
         if torch.isfinite(factor) and torch.isfinite(self.dense * factor).all():
-            # .data: a state left from an earlier forward may hold a graph through this weight
-            self.dense.data.mul_(factor.to(self.dense.dtype))
+            # .data: a state left from an earlier forward may hold a graph through this weight; and
+            # not in place: the values may be those of a checkpoint that was loaded by assigning
+            self.dense.data = self.dense.data * factor.to(self.dense.dtype)
 
     def versions(self) -> tuple[int, int]:
         """In-place version counters of weight and logits."""
-        return version_of(self.dense), version_of(self.scores)
+        weight, scores = self.own
+        return version_of(weight), version_of(scores)
 
     def probe(self) -> tuple[Tensor, ...]:
         """A few values of weight and logits, spread over each: did somebody write to them?"""
-        return tuple(_few(tensor) for tensor in (self.dense, self.scores) if tensor is not None)
+        return tuple(_few(tensor) for tensor in self.own if tensor is not None)
 
     def draw(self, step: int | None) -> Draw:
         """Everything a mask depends on besides the tensors.
@@ -116,7 +150,7 @@ class MaskedWeight:
             tau=self.schedule.tau_at(step),
             frozen=final or self.schedule.frozen(step),
             present=self.view.present(self.dense.device),
-            undrawn=0.0 if final else self.schedule.undrawn_at(step),
+            undrawn=0.0 if final or self.lent else self.schedule.undrawn_at(step),
         )
 
     @torch.no_grad()
@@ -134,14 +168,19 @@ class MaskedWeight:
         """Keep frozen logits where they are.
 
         They get no gradient, but where the training loop or DistributedDataParallel makes zeros of
-        that, an optimizer's momentum goes on moving them.
+        that, an optimizer's momentum goes on moving them.  Its step follows a backward pass; what
+        is written at any other time (averaged or restored weights) is left there.
         """
-        if self.scores is None or not self.schedule.frozen(self.clock.step):
+        scores = self.scores
+        if self.lent:
+            return
+        if scores is None or not self.schedule.frozen(self.clock.step):
             self._held = None
-        elif self._held is None:
-            self._held = self.scores.detach().clone()
-        else:
-            self.scores.data.copy_(self._held)
+        elif self._held is None or self._held[0] is not scores or not self._had_backward:
+            self._held, self._had_backward = (scores, scores.detach().clone()), False
+        elif self.clock.step != self.last_backward or self.clock.moved(self):
+            scores.data.copy_(self._held[1])
+            self._had_backward = False
 
     def release(self) -> None:
         """Accept whatever the logits are now: a checkpoint was loaded."""
@@ -169,7 +208,8 @@ class MaskedWeight:
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M.
 
-        Only where a training schedule fades the undrawn weights out there are more.
+        Only where a training schedule fades the undrawn weights out there are more; weights that
+        functional_call lends do not take part in that, as nothing tells how long they train.
         """
         if not training:
             return self._of_evaluation()
@@ -177,7 +217,7 @@ class MaskedWeight:
         return self._of_step(self.clock.now(self))
 
     def _of_step(self, step: int) -> Tensor:
-        if not isinstance(self.dense, nn.Parameter):  # lent by functional_call, never the same
+        if self.lent:  # never the same tensors twice
             return self._trained(step)
         state = (
             step,
@@ -198,7 +238,7 @@ class MaskedWeight:
     def _of_evaluation(self) -> Tensor:
         """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
         dense, scores = self.dense.detach(), self._scores_now()
-        if dense.device.type != "cpu" or not isinstance(self.dense, nn.Parameter):
+        if dense.device.type != "cpu" or self.lent:
             return self._applied(
                 self.draw(None), self.mask(), training=False
             )  # cheaper than to ask
@@ -264,6 +304,7 @@ class _Context:
         "clock",
         "dense",
         "draw",
+        "lent",
         "method",
         "owner",
         "scores",
@@ -276,8 +317,8 @@ class _Context:
         self.dense, self.scores = owner.dense, owner.scores
         self.owner = weakref.ref(owner)
         self.view, self.method, self.clock = owner.view, owner.method, owner.clock
-        self.draw, self.training = draw, training
-        self.versions = owner.versions()
+        self.draw, self.training, self.lent = draw, training, owner.lent
+        self.versions = version_of(self.dense), version_of(self.scores)
 
     def gradients(
         self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
@@ -298,10 +339,11 @@ class _Context:
             grad_scores = self.method.score_grad(*blocks, self.scores.detach(), self.draw)
             if grad_scores is not None:
                 grad_scores = self._guided(grad_scores).to(self.scores.dtype)
-        self.clock.note_backward(scores_too=grad_scores is not None)
+        self.clock.note_backward(scores_too=grad_scores is not None, lent=self.lent)
+        first = self._first()
         grad_weight = None
         if of_weight:
-            grad_weight = self.method.weight_grad(grad, weight, mask, self._first())
+            grad_weight = self.method.weight_grad(grad, weight, mask, self.draw, first)
         return grad_weight, grad_scores
 
     def _first(self) -> bool:
@@ -311,6 +353,7 @@ class _Context:
             return True
         first = owner.last_backward != owner.clock.step
         owner.last_backward = owner.clock.step
+        owner._had_backward = True
         return first
 
     def _guided(self, grad_scores: Tensor) -> Tensor:

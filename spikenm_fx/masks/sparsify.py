@@ -43,8 +43,9 @@ def sparsify(
     """Make ``model`` N:M sparse, in place, and let it learn which weights to keep.
 
     From now on the weight of every planned layer has at most n non-zeros in each block of m
-    consecutive input channels, in training and evaluation.  Build the optimizer afterwards (the
-    mask logits are parameters) and train as before; then :func:`fold`.
+    consecutive input channels, in evaluation always, in training but for the fade below.  Build
+    the optimizer afterwards (the mask logits are parameters) and train as before; then
+    :func:`fold`.
 
     How the one-liner ends well without a word on schedules: the logits start from the magnitudes
     of the weights, the scale of the logits grows with each optimizer step, so that the sampling
@@ -77,7 +78,8 @@ def sparsify(
     Raises:
         PatternError: for a malformed pattern.
         PlanError: if nothing would become sparse, a rule matches nothing, the model is sparse
-            already, or a weight holds NaN or infinity.  The model is then as it was.
+            already, or a weight holds NaN or infinity, or has no values (meta device).  The model
+            is then as it was.
         TraceError: if the model cannot run on ``example_inputs``.
     """
     refuse_if_sparse(model)
@@ -88,7 +90,7 @@ def sparsify(
     chosen = method_named(method)
     schedule = schedule or chosen.schedule(total_steps)
     decided = _decide(model, nm, example_inputs, tuple(rules), remainder)
-    _refuse_non_finite(model, decided)
+    _refuse_unusable(model, decided)
     clock = Clock(seed)
     eid = getattr(chosen, "eid", None)
     traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
@@ -160,11 +162,17 @@ def _decide(
     return nm
 
 
-def _refuse_non_finite(model: nn.Module, decided: Plan) -> None:
+def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
         weight = entry.find(model)
         assert weight is not None
-        if not weight.is_meta and not torch.isfinite(weight.detach()).all():
+        if weight.is_meta:
+            raise PlanError(
+                f"{entry.name} {entry.shape} is on the meta device and has no values from which "
+                "masks could start: give the model memory and values (to_empty, then load or "
+                "initialise) before sparsify"
+            )
+        if not torch.isfinite(weight.detach()).all():
             raise PlanError(
                 f"{entry.name} {entry.shape} holds NaN or infinity; masks cannot be learnt from "
                 "it: load or initialise finite weights first"
@@ -190,8 +198,7 @@ def _apply(
         ready.append((holders, mask, logits))
     for holders, mask, logits in ready:  # nothing that can fail comes after this line
         attach(holders, mask, logits)
-        if getattr(method, "rescale", False):
-            mask.keep_norm()
+        mask.keep_norm()
     model.register_load_state_dict_pre_hook(check_checkpoint)
 
 

@@ -106,6 +106,7 @@ class Watch:
         self.notes: dict[str, str] = {}
         self.connected = not settings.needs_neuron
         self._step, self._order, self._closed = -1, 0, -1
+        self._postponed = False
 
     def connect(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the neuron behind each layer and hook it.
@@ -126,6 +127,17 @@ class Watch:
             )
             return
         self.wire(model, graph)
+
+    def postpone(self) -> None:
+        """A transform of torch.func runs, whose tensors no trace can read: say so once."""
+        if not self._postponed:
+            self._postponed = True
+            warnings.warn(
+                "EID waits for a training forward outside of torch.func's transforms, to see which "
+                "neuron each layer drives; sparsify(model, example_inputs=...) shows it at once",
+                SpikeNMWarning,
+                stacklevel=2,
+            )
 
     def wire(self, model: nn.Module, graph: SpikingGraph) -> None:
         """Hook the neurons that ``graph`` sees behind the watched layers."""
@@ -445,7 +457,10 @@ def _before_model(
     hook: RootHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     if not hook.watch.connected and module.training and (args or kwargs):
-        hook.watch.connect(module, args, kwargs)
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            hook.watch.connect(module, args, kwargs)
+        else:
+            hook.watch.postpone()
 
 
 def remove_hooks(model: nn.Module) -> None:

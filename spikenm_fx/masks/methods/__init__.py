@@ -77,7 +77,9 @@ class Method(Protocol):
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The deterministic bool mask that evaluation and ``fold`` use."""
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
+    def weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
+    ) -> Tensor:
         """Gradient of the dense weight from that of the masked one; tensors not blocked.
 
         ``first`` is True in the first backward pass of an optimizer step: what a step adds once,

@@ -42,9 +42,11 @@ class FixedRule(ABC):
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The rule."""
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
-        """Only what is kept learns."""
-        return kept(grad, mask)
+    def weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
+    ) -> Tensor:
+        """Only what is kept learns; in a fade, the rest as much as it takes part."""
+        return kept(grad, mask, draw.undrawn)
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """No scores are learnt."""

@@ -81,9 +81,11 @@ class MaskLLM:
         assert scores is not None
         return _chosen(scores, draw)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
-        """Only what is kept learns."""
-        return kept(grad, mask)
+    def weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
+    ) -> Tensor:
+        """Only what is kept learns; in a fade, the rest as much as it takes part."""
+        return kept(grad, mask, draw.undrawn)
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
         """Through the softmax over candidates (eq. 6 and 7)."""

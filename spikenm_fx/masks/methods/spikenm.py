@@ -38,10 +38,11 @@ class SpikeNM:
             the others (MaskLLM eq. 10 with magnitude as the prior mask); 0 for no prior.
         decay: with a number, weights that were not drawn learn on from the straight-through
             gradient and decay by this much (SR-STE, arXiv 2102.04010, eq. 6); None lets only drawn
-            weights learn, which starves the others at high sparsity.
+            weights learn (in a fade the others as much as they take part), which starves the others
+            at high sparsity.
         rescale: multiply each layer's weights, once, by ||W|| / ||m * W|| with the first masks m:
             without it the layers that no norm follows start with inputs too small to spike, the
-            more so the sparser they are.
+            more so the sparser they are.  Not before a fade, which starts with all weights.
         fade: of the schedule where ``total_steps`` is known, see
             :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step is N:M, as in
             the paper; coming there gradually is ours, and at high sparsity worth several points.
@@ -93,10 +94,12 @@ class SpikeNM:
         assert scores is not None
         return top_mask(scores, draw.nm.keep, draw.present)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
+    def weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
+    ) -> Tensor:
         """The dense gradient with decay of what was not drawn, or what was drawn alone."""
         if self.decay is None:
-            return kept(grad, mask)
+            return kept(grad, mask, draw.undrawn)
         return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad
 
     def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:

@@ -35,6 +35,8 @@ class SRSTE(FixedRule):
         """The N largest magnitudes of the present weight."""
         return top_mask(weight.abs(), draw.nm.keep, draw.present)
 
-    def weight_grad(self, grad: Tensor, weight: Tensor, mask: Tensor, first: bool) -> Tensor:
+    def weight_grad(
+        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
+    ) -> Tensor:
         """The dense gradient, and decay where the mask is zero."""
         return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad
