@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
-from spikenm_fx.bench.trace import refusal, train_sparse
+from spikenm_fx.bench.tracing import refusal, train_sparse
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.pattern import is_weight_layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF
-from spikenm_fx.bench.trace import other_order
+from spikenm_fx.bench.permutation import other_order
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import CoupledGroup, coupled_groups, permute_channels, trace

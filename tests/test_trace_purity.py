@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import spikenm_fx
 from spikenm_fx import Rule
 from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
-from spikenm_fx.bench.trace import ALLOWED_BYTES, _forward, _peak
+from spikenm_fx.bench.tracing import ALLOWED_BYTES, _forward, _peak
 from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import Limits, trace

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from snn_strategies import random_nets
 from torch import Tensor, nn
 
-from spikenm_fx.bench.trace import Row, _edges_by_measurement, _inputs_by_measurement
+from spikenm_fx.bench.tracing import Row, _edges_by_measurement, _inputs_by_measurement
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.trace import coupled_groups, permute_channels, trace
 from spikenm_fx.trace.signal import ANALOG, SPIKE, Signal, join

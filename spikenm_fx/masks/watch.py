@@ -8,10 +8,9 @@ user's examples, or on the first training forward of the model.
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,69 +23,24 @@ from spikenm_fx.masks.clock import Clock
 from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.eligibility import (
     correlate,
-    filtered_slopes,
-    has_known_slope,
     presynaptic_rate,
 )
-from spikenm_fx.masks.replay import Call, replayed_slopes, runs_through_time
+from spikenm_fx.masks.replay import Call
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.trace import NeuronSpec, SpikingGraph, neuron_spec, trace
+from spikenm_fx.masks.slopes import (
+    Neuron,
+    Source,
+    Use,
+    in_layer_order,
+    samples_seen,
+    slopes_at,
+    slopes_of,
+)
+from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
 
-__all__ = ["Observed", "Watch", "remove_hooks"]
-
+__all__ = ["Observed", "RootHook", "Watch", "remove_hooks"]
 
 _PROBES = (0.3719, 0.6173, 0.8317)  # no fixed points of the usual transpositions
-
-
-@dataclass(slots=True)
-class _Use:
-    """One call of a layer."""
-
-    order: int
-    inputs: Tensor
-    shape: torch.Size
-    output: Tensor | None  # with its graph, only until the layer's place is known
-
-
-@dataclass(slots=True, eq=False)
-class _Source:
-    """One watched layer and the neurons behind it."""
-
-    name: str
-    layer: nn.Module
-    posts: list[_Neuron] = field(default_factory=list)
-    uses: list[_Use] = field(default_factory=list)
-    same_order: bool | None = None  # do neuron inputs lie in memory as the layer's outputs do?
-    mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
-
-
-@dataclass(slots=True, eq=False)
-class _Neuron:
-    """One watched neuron."""
-
-    name: str
-    module: nn.Module
-    calls: list[Call] = field(default_factory=list)
-    slopes: list[Tensor] | None = None
-    failed: bool = False
-    through_time: bool | None = None
-    known: NeuronSpec | None = None  # of this step
-
-    def spec(self) -> NeuronSpec:
-        """With the values its parameters have in this step."""
-        if self.known is None:
-            self.known = neuron_spec(self.module)
-            assert self.known is not None
-        if self.through_time:
-            return replace(self.known, time_axis=0, step_mode="multi")
-        return self.known
-
-    def learn_time(self, call: Call) -> None:
-        """Find out whether a neuron that no adapter knows steps through time by itself."""
-        spec = self.spec()
-        if self.through_time is None and spec.framework == "unknown":
-            with contextlib.suppress(Exception):  # the user's code, called out of its context
-                self.through_time = runs_through_time(self.module, spec, call)
 
 
 class Watch:
@@ -101,8 +55,8 @@ class Watch:
     def __init__(self, clock: Clock, schedule: Schedule, settings: EID) -> None:
         self.clock, self.schedule, self.every = clock, schedule, settings.every
         self.needs_neuron = settings.needs_neuron
-        self.sources: list[_Source] = []
-        self.neurons: dict[str, _Neuron] = {}
+        self.sources: list[Source] = []
+        self.neurons: dict[str, Neuron] = {}
         self.notes: dict[str, str] = {}
         self.connected = not settings.needs_neuron
         self._step, self._order, self._closed = -1, 0, -1
@@ -150,7 +104,7 @@ class Watch:
                 self.notes[source.name] = f"{what} behind it: no EID"
             for name in modules:
                 if name not in self.neurons:
-                    neuron = _Neuron(name, model.get_submodule(name))
+                    neuron = Neuron(name, model.get_submodule(name))
                     self.neurons[name] = neuron
                     hook = _NeuronHook(self, neuron)
                     neuron.module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -191,12 +145,12 @@ class Watch:
         self._order += 1
         return self._order
 
-    def saw_layer(self, source: _Source, inputs: Tensor, output: Tensor) -> None:
+    def saw_layer(self, source: Source, inputs: Tensor, output: Tensor) -> None:
         """A layer was called."""
         kept = output if self.needs_neuron and not source.same_order else None
-        source.uses.append(_Use(self.order(), inputs.detach(), output.shape, kept))
+        source.uses.append(Use(self.order(), inputs.detach(), output.shape, kept))
 
-    def saw_neuron(self, neuron: _Neuron, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def saw_neuron(self, neuron: Neuron, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A neuron is about to be called."""
         if args:
             current, rest = args[0], args[1:]
@@ -215,12 +169,12 @@ class Watch:
             if neuron in source.posts and source.uses:
                 self._locate(source, neuron, spec, current)
 
-    def _locate(self, source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Tensor) -> None:
+    def _locate(self, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> None:
         if source.same_order is None:
             source.same_order = _same_order(source, neuron, spec, current)
         if source.same_order or spec.step_mode != "multi":
             return
-        slopes = _slopes(neuron, spec, neuron.calls[-1:])
+        slopes = slopes_of(neuron, spec, neuron.calls[-1:])
         outputs = [use.output for use in source.uses if use.output is not None]
         if slopes is None or not current.requires_grad:
             return
@@ -246,7 +200,7 @@ class Observed:
 
     def __init__(self, watch: Watch, layers: Iterable[tuple[str, nn.Module]]) -> None:
         self.watch = watch
-        self.sources = [_Source(name, layer) for name, layer in layers]
+        self.sources = [Source(name, layer) for name, layer in layers]
         watch.sources += self.sources
         for source in self.sources:
             source.layer.register_forward_hook(_LayerHook(watch, source))
@@ -261,11 +215,11 @@ class Observed:
             source.mapped.clear()
         return torch.stack(found).sum(0) if found else None
 
-    def _eligibility(self, source: _Source) -> Tensor | None:
-        slopes = _slopes_at(source) if source.uses and source.posts else None
+    def _eligibility(self, source: Source) -> Tensor | None:
+        slopes = slopes_at(source) if source.uses and source.posts else None
         if slopes is None:
             return None
-        sequences = sum(_sequences(neuron) for neuron in source.posts[:1])
+        sequences = sum(samples_seen(neuron) for neuron in source.posts[:1])
         credit = sum(
             correlate(source.layer, use.inputs, slope)
             for use, slope in zip(source.uses, slopes, strict=True)
@@ -274,7 +228,7 @@ class Observed:
         return credit / max(sequences, 1)
 
 
-def _root_rate(source: _Source) -> Tensor | None:
+def _root_rate(source: Source) -> Tensor | None:
     if not source.uses:
         return None
     rates = [presynaptic_rate(source.layer, use.inputs) for use in source.uses]
@@ -282,91 +236,6 @@ def _root_rate(source: _Source) -> Tensor | None:
     weight = source.layer._parameters["weight"]
     assert weight is not None
     return rate.expand(weight.shape)
-
-
-def _slopes_at(source: _Source) -> list[Tensor] | None:
-    """Slopes at the outputs of each use of the layer; None where they cannot be brought there."""
-    if source.mapped:
-        return list(source.mapped) if len(source.mapped) == len(source.uses) else None
-    if source.same_order is False:
-        return None
-    sizes = [use.shape.numel() for use in source.uses]
-    found: list[list[tuple[int, Tensor]]] = []
-    for neuron in source.posts:
-        if neuron.slopes is None and neuron.calls:
-            neuron.slopes = _slopes(neuron, neuron.spec(), neuron.calls)
-        if neuron.slopes is None:
-            return None
-        flat = [_flat(slope, neuron.spec(), len(source.uses)) for slope in neuron.slopes]
-        found.append([(c.order, s) for c, s in zip(neuron.calls, flat, strict=True)])
-    counts = [sum(len(slope) for _, slope in one) for one in found]
-    if all(count == sum(sizes) for count in counts):  # one output drives them all
-        merged = torch.stack([torch.cat([slope for _, slope in one]) for one in found]).sum(0)
-    elif sum(counts) == sum(sizes):  # a layer used in turn before several neurons
-        in_turn = sorted((pair for one in found for pair in one), key=lambda pair: pair[0])
-        merged = torch.cat([slope for _, slope in in_turn])
-    else:
-        return None
-    parts = merged.split(sizes)
-    return [part.view(use.shape) for part, use in zip(parts, source.uses, strict=True)]
-
-
-def _flat(slopes: Tensor, spec: NeuronSpec, uses: int) -> Tensor:
-    """In the order of the layer's outputs: time first where the layer was called step by step."""
-    if uses > 1 and spec.time_axis:
-        slopes = slopes.movedim(spec.time_axis, 0)
-    return slopes.flatten()
-
-
-def _slopes(neuron: _Neuron, spec: NeuronSpec, calls: list[Call]) -> list[Tensor] | None:
-    if neuron.failed:
-        return None
-    if has_known_slope(spec) and not spec.folded_time:
-        try:
-            return _known_slopes(spec, calls)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # e.g. a surrogate of another signature: the neuron itself knows it
-    try:
-        return replayed_slopes(neuron.module, spec, calls)
-    except Exception as error:  # the user's code, called out of its context
-        neuron.failed = True
-        warnings.warn(
-            f"{neuron.name} ({spec.class_name}) could not be run by itself "
-            f"({type(error).__name__}: {error}); layers before it learn without EID. "
-            "spikenm_fx.trace.register_neuron can tell its rule",
-            SpikeNMWarning,
-            stacklevel=2,
-        )
-        return None
-
-
-def _known_slopes(spec: NeuronSpec, calls: list[Call]) -> list[Tensor]:
-    if spec.time_axis is not None:
-        axis = spec.time_axis
-        return [
-            filtered_slopes(spec, call.current.movedim(axis, 0)).movedim(0, axis) for call in calls
-        ]
-    slopes: list[Tensor] = []
-    sequence: list[Tensor] = []
-    for call in calls:
-        if call.starts and sequence:
-            slopes += filtered_slopes(spec, torch.stack(sequence))
-            sequence = []
-        sequence.append(call.current)
-    return [*slopes, *filtered_slopes(spec, torch.stack(sequence))]
-
-
-def _sequences(neuron: _Neuron) -> int:
-    """Samples seen: batch sizes of all sequences, together."""
-    axis = neuron.spec().time_axis
-    total = 0
-    for call in neuron.calls:
-        if call.starts:
-            shape = list(call.current.shape)
-            if axis is not None:
-                del shape[axis]
-            total += shape[0] if len(shape) > 1 else 1
-    return total
 
 
 def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
@@ -379,7 +248,7 @@ def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
     return not any(bool(value.detach().any()) for value in tensors)
 
 
-def _same_order(source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
+def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
     """Ask the graph where three of the neuron's inputs come from; None while it cannot tell."""
     outputs = [use.output for use in source.uses if use.output is not None]
     total = sum(use.shape.numel() for use in source.uses)
@@ -388,7 +257,9 @@ def _same_order(source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Ten
         return False  # pooled or cut on the way
     if len(source.posts) > 1 or not current.requires_grad or before + current.numel() > total:
         return None
-    index = _flat(torch.arange(current.numel()).view(current.shape), spec, len(source.uses))
+    index = in_layer_order(
+        torch.arange(current.numel()).view(current.shape), spec, len(source.uses)
+    )
     places = index.tolist()
     for place in {int(share * current.numel()) for share in _PROBES}:
         try:
@@ -412,7 +283,7 @@ def _same_order(source: _Source, neuron: _Neuron, spec: NeuronSpec, current: Ten
 @dataclass(slots=True, eq=False)
 class _LayerHook:
     watch: Watch
-    source: _Source
+    source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         _after_layer(self, module, args, output)
@@ -421,7 +292,7 @@ class _LayerHook:
 @dataclass(slots=True, eq=False)
 class _NeuronHook:
     watch: Watch
-    neuron: _Neuron
+    neuron: Neuron
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         _before_neuron(self, module, args, kwargs)
