@@ -221,9 +221,10 @@ def test_the_scale_of_the_logits_does_not_matter() -> None:
         assert most_nonzero(mask, other._nm_mask.view.nm) == 2
 
 
-def test_the_default_fades_where_the_end_is_known() -> None:
+@pytest.mark.parametrize("method", ["spikenm", SRSTE(fade=0.6)], ids=["spikenm", "srste"])
+def test_fades_where_the_end_is_known(method: str | SRSTE) -> None:
     """Dense at the first step, N:M in training before the run ends; in evaluation always."""
-    model = sparse("spikenm", 10)
+    model = sparse(method, 10)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     counts = []
     for step in range(10):

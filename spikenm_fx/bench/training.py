@@ -76,12 +76,11 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-weight": SpikeNM(eid=EID("weight")),
         "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
         "spikenm-drawn": SpikeNM(decay=None),
-        "spikenm-unscaled": SpikeNM(rescale=False),
         "spikenm-strict": SpikeNM(fade=0.0),
-        "srste-rescaled": SRSTE(rescale=True),
+        "srste-fade": SRSTE(fade=SpikeNM().fade),
     }
 )
-"""One thing changed each: no EID, other credits, only drawn weights learn, the start, no fade."""
+"""One thing changed each: no EID, other credits, only drawn weights learn, no fade; a fade."""
 
 
 def method_of(name: str) -> str | Method:

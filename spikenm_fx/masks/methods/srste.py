@@ -11,6 +11,7 @@ from torch import Tensor
 from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.methods.fixed import FixedRule
 from spikenm_fx.masks.sampler import top_mask
+from spikenm_fx.masks.schedule import Schedule
 
 __all__ = ["SRSTE"]
 
@@ -25,11 +26,17 @@ class SRSTE(FixedRule):
     Attributes:
         decay: lambda_w, 2e-4 in the paper.
         rescale: as of :class:`~spikenm_fx.masks.methods.spikenm.SpikeNM`; not in the paper.
+        fade: likewise.
     """
 
     name: ClassVar[str] = "srste"
     decay: float = 2e-4
     rescale: bool = False
+    fade: float = 0.0
+
+    def schedule(self, total_steps: int | None) -> Schedule:
+        """Nothing to anneal; a fade, if one is asked for, where the run's length is known."""
+        return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest magnitudes of the present weight."""
