@@ -14,8 +14,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import ALL_LAYERS, Case, batches, cases, most_nonzero, network
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import spikenm_fx
+from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.masks import MaskedLayer
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
@@ -337,6 +339,12 @@ def test_compiled_training_equals_eager():
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def _ddp_rank(rank: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -370,10 +378,7 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
 
 def test_data_parallel_ranks_agree(tmp_path):
     """Two DDP ranks draw the same masks, end with the same model, and equal a single process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(_ddp_rank, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_rank, (free_port(), str(tmp_path)), nprocs=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(map(torch.equal, a["masks"], b["masks"]))
     assert torch.equal(a["guided"], b["guided"]), "with EID the ranks stay together as well"
@@ -389,6 +394,34 @@ def test_data_parallel_ranks_agree(tmp_path):
         torch.testing.assert_close(value, a["state"][key], rtol=1e-3, atol=1e-3)
     frozen = a["logits"][6:]
     assert all(torch.equal(frozen[0], other) for other in frozen)
+
+
+def _sharded_rank(rank: int, port: int, folder: str) -> None:
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=1)
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    said = []
+    for first in (spikenm_fx.sparsify, lambda model: fully_shard(model, mesh=mesh)):
+        model = network(seed=3)
+        first(model)
+        try:
+            if first is spikenm_fx.sparsify:
+                fully_shard(model, mesh=mesh)(batches(1)[0])
+            else:
+                spikenm_fx.sparsify(model)
+        except SpikeNMError as error:
+            said.append(str(error))
+    torch.save(said, f"{folder}/said.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    """FSDP's weights are parts of a whole: the error says what works instead."""
+    torch.multiprocessing.spawn(_sharded_rank, (free_port(), str(tmp_path)), nprocs=1)
+    said = torch.load(tmp_path / "said.pt", weights_only=True)
+    assert len(said) == 2
+    assert all("2 (16, 16) is sharded" in text and "DistributedData" in text for text in said)
 
 
 @settings(max_examples=10)

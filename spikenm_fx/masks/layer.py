@@ -22,7 +22,17 @@ from spikenm_fx.pattern import BlockView, planes
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
 
-__all__ = ["MaskedWeight"]
+__all__ = ["MaskedWeight", "refuse_sharded"]
+
+
+def refuse_sharded(name: str, weight: Tensor) -> None:
+    """Raise PlanError if ``weight`` is a DTensor, as FSDP and tensor parallelism make them."""
+    if hasattr(weight, "device_mesh"):
+        raise PlanError(
+            f"{name} {tuple(weight.shape)} is sharded over devices (a DTensor), but blocks need "
+            "the whole weight: train sparse models with DistributedDataParallel, and "
+            "fold(model) before you shard them"
+        )
 
 
 class MaskedWeight:
@@ -211,6 +221,7 @@ class MaskedWeight:
         Only where a training schedule fades the undrawn weights out there are more; weights that
         functional_call lends do not take part in that, as nothing tells how long they train.
         """
+        refuse_sharded(self.name, self.dense)
         if not training:
             return self._of_evaluation()
         self._final = None

@@ -15,7 +15,7 @@ from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.clock import Clock
 from spikenm_fx.masks.eid import EID, Guide
-from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.watch import Observed, RootHook, Watch
@@ -78,8 +78,8 @@ def sparsify(
     Raises:
         PatternError: for a malformed pattern.
         PlanError: if nothing would become sparse, a rule matches nothing, the model is sparse
-            already, or a weight holds NaN or infinity, or has no values (meta device).  The model
-            is then as it was.
+            already, or a weight holds NaN or infinity, has no values (meta device) or is sharded
+            (FSDP).  The model is then as it was.
         TraceError: if the model cannot run on ``example_inputs``.
     """
     refuse_if_sparse(model)
@@ -166,6 +166,7 @@ def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
         weight = entry.find(model)
         assert weight is not None
+        refuse_sharded(entry.name, weight)
         if weight.is_meta:
             raise PlanError(
                 f"{entry.name} {entry.shape} is on the meta device and has no values from which "
