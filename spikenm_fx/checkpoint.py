@@ -159,10 +159,16 @@ def save_state(
 def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then give it the name in one step.
 
+    A link stays a link: the file that it names is replaced.
+
     Raises:
-        CheckpointError: if writing fails (disk full, no permission); nothing half-written stays.
+        CheckpointError: if writing fails (disk full, no permission), or ``path`` is no file (a
+            folder, a device); nothing half-written stays.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device or a pipe"
+        raise CheckpointError(f"{path}: is {kind}, which a file would replace; name a file")
     part: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
