@@ -229,17 +229,20 @@ def test_nan_in_a_checkpoint_keeps_the_pattern():
     assert model[2].weight.isnan().any()
 
 
-def test_dense_checkpoints_restart_fresh_logits_only():
+@pytest.mark.parametrize("method", ["spikenm", "maskllm", "magnitude"])
+def test_dense_checkpoints_restart_fresh_logits_only(method):
     """Before the first step a dense checkpoint's magnitudes become the prior; later logits stay."""
     pretrained = network(seed=5).state_dict()
-    model = sparse()
-    fresh = copy.deepcopy(model.state_dict())
+    model = sparse(method=method)
+    fresh = model.eval()[2].weight != 0
     model.load_state_dict(pretrained)
     restarted = model[2].weight_logits.detach().clone()
-    assert not torch.equal(restarted, fresh["2.weight_logits"])
+    assert not torch.equal(model[2].weight != 0, fresh)
     reference = network(seed=5)
-    spikenm_fx.sparsify(reference, "2:4", rules=ALL_LAYERS)
+    spikenm_fx.sparsify(reference, "2:4", rules=ALL_LAYERS, method=method)
     assert torch.equal(restarted, reference[2].weight_logits)
+    assert torch.equal(model[2].weight, reference.eval()[2].weight)
+    model.train()
     train(model, torch.optim.Adam(model.parameters(), lr=0.01), batches(2))
     learnt = model[2].weight_logits.detach().clone()
     model.load_state_dict(pretrained)

@@ -71,6 +71,7 @@ class StoredMask(nn.Module):
             meta = metas[key]
             if meta is not None:
                 mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
+                mask.settled = mask.schedule.frozen(mask.clock.step)
             else:
                 mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
                 if mask.clock.step == 0 and prefix + key in state_dict:

@@ -94,7 +94,7 @@ def _entropy(mask: MaskedWeight) -> float | None:
     scores = mask.scores
     if scores is None or not mask.method.learns or scores.shape != mask.view.blocked_shape:
         return None
-    p = probabilities(scores.detach(), mask.draw(mask.clock.step).kappa, mask)
+    p = probabilities(mask, mask.draw(mask.clock.step))
     entropy = torch.special.entr(p).sum(1).mean()
     return float(entropy) / max(math.log(mask.view.nm.of), 1e-12)
 

@@ -211,7 +211,7 @@ class Guide:
         targets = self.targets(owner) if self.settings.automatic and strength else None
         if targets is None or owner.scores is None:
             return grad
-        p = probabilities(owner.scores.detach(), draw.kappa, owner)
+        p = probabilities(owner, draw)
         return grad.add_(p.sub_(targets).mul_(strength * _rms(grad)))
 
     def strength(self, owner: MaskedWeight) -> float:
@@ -225,16 +225,16 @@ def _rms(values: Tensor) -> Tensor:
     return norm.div(max(values.numel(), 1) ** 0.5)
 
 
-def probabilities(scores: Tensor, kappa: float, owner: MaskedWeight) -> Tensor:
+@torch.no_grad()
+def probabilities(owner: MaskedWeight, draw: Draw) -> Tensor:
     """The sampling distribution softmax(kappa * pi) in blocks, 0 at padded positions."""
-    return torch.softmax(planes(_scaled(scores, kappa, owner)), 0).movedim(0, 1)
+    return torch.softmax(planes(_scaled(owner, draw)), 0).movedim(0, 1)
 
 
-def _scaled(scores: Tensor, kappa: float, owner: MaskedWeight) -> Tensor:
-    scaled = scores.float() * kappa
-    present = owner.view.present(scores.device)
-    if present is not None:
-        scaled = scaled.masked_fill(~present, torch.finfo(torch.float32).min)
+def _scaled(owner: MaskedWeight, draw: Draw) -> Tensor:
+    scaled = owner.logits(draw).float() * draw.kappa
+    if draw.present is not None:
+        scaled = scaled.masked_fill(~draw.present, torch.finfo(torch.float32).min)
     return scaled
 
 
@@ -263,7 +263,7 @@ def eid_loss(model: nn.Module) -> Tensor:
         q = owner.guide.targets(owner)
         if q is None:
             continue
-        log_p = torch.log_softmax(_scaled(owner.scores, owner.draw(step).kappa, owner), 1)
+        log_p = torch.log_softmax(_scaled(owner, owner.draw(step)), 1)
         blocks = max(q.shape[0] * q.shape[2], 1)
         divergence = torch.special.xlogy(q, q) - q * log_p
         loss: Tensor = divergence.sum() / blocks

@@ -61,6 +61,7 @@ class MaskedWeight:
         self._cache: _Cached | None = None
         self._final: _Final | None = None
         self._held: tuple[Tensor, Tensor] | None = None  # frozen logits, and a copy of them
+        self.settled = False  # whether the frozen logits have taken the prior in
         self._had_backward = False  # without a step after it that was seen by hold
         self._own: tuple[Tensor, Tensor | None] | None = None
         self.last_backward: int | None = None  # step of it
@@ -81,6 +82,11 @@ class MaskedWeight:
     def scores(self) -> Tensor | None:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
         return self.layer._parameters.get(self.key + LOGITS)
+
+    def logits(self, draw: Draw) -> Tensor:
+        """What masks are drawn from, in blocks; differentiable in the scores."""
+        assert self.scores is not None
+        return self.method.logits(self.view.to_blocks(self.dense.detach()), self.scores, draw)
 
     @property
     def lent(self) -> bool:
@@ -152,27 +158,35 @@ class MaskedWeight:
         """
         final = step is None
         step = self.clock.step if step is None else step
+        spread = self._spread()
         return Draw(
             nm=self.view.nm,
             key=noise_key(self.clock.seed, step, self.name),
             start_key=noise_key(self.clock.seed, 0, self.name),
-            kappa=1.0 if final else self.schedule.kappa_at(step) * self._unit(),
+            kappa=1.0 if final else self._kappa(step, spread),
             tau=self.schedule.tau_at(step),
             frozen=final or self.schedule.frozen(step),
             present=self.view.present(self.dense.device),
             undrawn=0.0 if final or self.lent else self.schedule.undrawn_at(step),
+            spread=spread,
+            settled=self.settled,
         )
 
+    def _kappa(self, step: int, spread: float) -> float:
+        """The logit scale; relative ones are counted in one over the spread of the logits."""
+        relative = spread and getattr(self.method, "relative", False)
+        return self.schedule.kappa_at(step) / (spread if relative else 1.0)
+
     @torch.no_grad()
-    def _unit(self) -> float:
-        """What kappa is counted in: 1, or one over the spread of the logits within their blocks."""
-        if self.scores is None or not getattr(self.method, "relative", False):
-            return 1.0
+    def _spread(self) -> float:
+        """Root mean square of the logits within their blocks; 0 where nobody asks for it."""
+        if self.scores is None or not getattr(self.method, "uses_spread", False):
+            return 0.0
         values = planes(self.scores.detach().float())
         if values.numel():
             values.sub_(values.mean(0))
         spread = float(torch.linalg.vector_norm(values)) / max(values.numel(), 1) ** 0.5
-        return 1.0 / spread if 0.0 < spread < float("inf") else 1.0
+        return spread if spread < float("inf") else 0.0
 
     def hold(self) -> None:
         """Keep frozen logits where they are.
@@ -185,12 +199,21 @@ class MaskedWeight:
         if self.lent:
             return
         if scores is None or not self.schedule.frozen(self.clock.step):
-            self._held = None
+            self._held, self.settled = None, False
+        elif not self.settled:
+            self._settle(scores)
         elif self._held is None or self._held[0] is not scores or not self._had_backward:
             self._held, self._had_backward = (scores, scores.detach().clone()), False
         elif self.clock.step != self.last_backward or self.clock.moved(self):
             scores.data.copy_(self._held[1])
             self._had_backward = False
+
+    @torch.no_grad()
+    def _settle(self, scores: Tensor) -> None:
+        """The masks freeze now: from here on the logits alone decide."""
+        scores.data.copy_(self.logits(self.draw(None)))
+        self._held, self._had_backward = (scores, scores.detach().clone()), False
+        self.settled = True
 
     def release(self) -> None:
         """Accept whatever the logits are now: a checkpoint was loaded."""

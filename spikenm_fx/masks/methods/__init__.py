@@ -38,6 +38,8 @@ class Draw:
         tau: temperature of the straight-through draws.
         frozen: True once the schedule has frozen the masks.
         undrawn: what the weights outside the mask are multiplied with; 0 but in a fade.
+        spread: root mean square of the logits within their blocks; 0 where nothing asks for it.
+        settled: True once the logits alone decide, for good.
         present: bool ``(lead, M, 1)`` where the last block is padded, else None.
     """
 
@@ -49,6 +51,8 @@ class Draw:
     frozen: bool
     present: Tensor | None
     undrawn: float = 0.0
+    spread: float = 0.0
+    settled: bool = False
 
 
 class Method(Protocol):
@@ -70,6 +74,9 @@ class Method(Protocol):
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
         """Initial scores for a blocked weight, or None for a method without."""
+
+    def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """What masks are drawn from, differentiable in the scores: mostly the scores themselves."""
 
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The bool mask of one training step; exactly N of M where N are present."""

@@ -34,6 +34,10 @@ class FixedRule(ABC):
         """None are needed."""
         return None
 
+    def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """The scores themselves."""
+        return scores
+
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The same in training and evaluation."""
         return self.final_mask(weight, scores, draw)

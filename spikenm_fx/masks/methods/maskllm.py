@@ -69,6 +69,10 @@ class MaskLLM:
         overlap = torch.einsum("lmi,cm->lci", prior, candidates) - draw.nm.keep / 2
         return logits.add_(overlap, alpha=self.std * self.prior)
 
+    def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """The scores themselves."""
+        return scores
+
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The candidate that wins under Gumbel noise (eq. 5)."""
         if draw.frozen:

@@ -18,7 +18,7 @@ from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.pattern import NM
+from spikenm_fx.pattern import NM, planes
 
 __all__ = ["SpikeNM"]
 
@@ -34,8 +34,12 @@ class SpikeNM:
         relative: count the schedule's kappa in units of one over the spread of the layer's logits
             (their root mean square within the blocks).  Otherwise the learning rate and the length
             of the run decide how soon the logits outgrow the noise and the masks stop moving.
-        prior: how far, in units of ``std``, the N largest initial weights of a block start above
-            the others (MaskLLM eq. 10 with magnitude as the prior mask); 0 for no prior.
+        prior: how far, in units of the logits' spread (their root mean square within the blocks), a
+            weight of twice its block's mean magnitude lies above one of mean magnitude: masks are
+            drawn from pi + prior * spread * (|W| / mean - 1).  Unlike MaskLLM's (eq. 10) this prior
+            moves with the weights, until pi takes it in when the masks freeze.  The logits learn
+            from one sample a step which weights matter; how large a weight has grown tells it too.
+            0 for logits alone, as in the paper.
         decay: with a number, weights that were not drawn learn on from the straight-through
             gradient and decay by this much (SR-STE, arXiv 2102.04010, eq. 6); None lets only drawn
             weights learn (in a fade the others as much as they take part), which starves the others
@@ -59,6 +63,11 @@ class SpikeNM:
     fade: float = 0.6
     eid: EID | None = field(default_factory=EID)
 
+    @property
+    def uses_spread(self) -> bool:
+        """Whether the logits' spread has to be measured at each step."""
+        return self.relative or bool(self.prior)
+
     def pattern(self, nm: NM) -> NM:
         """As asked for."""
         return nm
@@ -73,26 +82,35 @@ class SpikeNM:
         return Schedule(total_steps)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
-        """Logits pi ~ N(0, std), plus the magnitude prior; float32 of the blocked shape."""
+        """Logits pi ~ N(0, std), float32 of the blocked shape."""
         generator = torch.Generator(device=weight.device).manual_seed(draw.key[0] & 0xFFFFFFFF)
         logits = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-        logits.normal_(0, self.std, generator=generator)
-        if self.prior:
-            largest = top_mask(weight.abs(), draw.nm.keep, draw.present)
-            logits.add_(largest.float() - draw.nm.density, alpha=self.prior * self.std)
-        return logits
+        return logits.normal_(0, self.std, generator=generator)
+
+    def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
+        """Pi, and until the masks freeze the prior, which moves with the weights."""
+        if not self.prior or draw.settled:
+            return scores
+        size = planes(weight.abs().float())
+        if draw.present is None:
+            mean = size.mean(0)
+        else:
+            mean = size.sum(0) / draw.present.sum(1).clamp_min(1)
+        size.div_(mean).sub_(1.0).nan_to_num_(0.0, 0.0, 0.0)  # blocks of zeros, or with infinities
+        return scores + size.movedim(0, 1).mul(self.prior * draw.spread)
 
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """Union of N draws; the N largest logits once the masks are frozen."""
         if draw.frozen:
             return self.final_mask(weight, scores, draw)
         assert scores is not None
-        return draw_mask(scores, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
+        pi = self.logits(weight, scores, draw)
+        return draw_mask(pi, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest logits of each block (MaskPro, arXiv 2506.12876)."""
         assert scores is not None
-        return top_mask(scores, draw.nm.keep, draw.present)
+        return top_mask(self.logits(weight, scores, draw), draw.nm.keep, draw.present)
 
     def weight_grad(
         self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
@@ -108,7 +126,7 @@ class SpikeNM:
             return None
         return straight_through(
             grad,
-            scores,
+            self.logits(weight, scores, draw),
             draw.nm.keep,
             weight=weight,
             kappa=draw.kappa,
