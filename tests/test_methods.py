@@ -162,3 +162,64 @@ def test_kept_equals_where(dtype, channels_last, undrawn, seed):
     torch.testing.assert_close(
         found, torch.where(mask, weight, other), rtol=0, atol=0, equal_nan=True
     )
+
+
+@given(cases())
+def test_the_prior_is_the_magnitude_over_its_blocks_mean(case):
+    """Each logit rises by prior * spread * (|W| / mean - 1): a loop over blocks agrees."""
+    model = spikenm_fx.sparsify(
+        case.model(), case.nm, method=SpikeNM(prior=2.0, std=0.5), remainder="pad"
+    )
+    mask = model[0]._nm_mask
+    draw = mask.draw(None)
+    pi = mask.scores.detach().double()
+    weight = mask.view.to_blocks(mask.dense.detach()).double().abs()
+    spread = (pi - pi.mean(1, keepdim=True)).square().mean().sqrt() if pi.numel() else 0.0
+    there = torch.ones_like(pi, dtype=torch.bool) if draw.present is None else draw.present
+    there = there.expand(pi.shape)
+    found = mask.logits(draw).detach().double()
+    for lead in range(pi.shape[0]):
+        for inner in range(pi.shape[2]):
+            real = there[lead, :, inner]
+            size = weight[lead, :, inner][real]
+            mean = float(size.mean()) if len(size) else 0.0
+            rise = 2.0 * spread * (size / mean - 1) if mean else torch.zeros_like(size)
+            expected = pi[lead, :, inner][real] + rise
+            torch.testing.assert_close(found[lead, :, inner][real], expected, rtol=1e-3, atol=1e-3)
+
+
+def grow_the_pruned(model) -> None:
+    """Make the weights that the final mask prunes the largest ones of their blocks."""
+    with torch.no_grad():
+        for i in (0, 2, 4):
+            pruned = ~model[i]._nm_mask.mask()
+            model[i].weight_dense[pruned] = 10.0
+
+
+def test_the_prior_moves_with_the_weights_until_the_freeze():
+    """Masks follow weights that grow; from the freeze on the logits hold what was chosen then."""
+    model = sparse("spikenm", total_steps=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    train(model, optimizer, batches(4))
+    before = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
+    grow_the_pruned(model)
+    moved = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
+    assert not any(map(torch.equal, before, moved))
+    train(model, optimizer, batches(5))
+    at_freeze = [model[i].weight.detach() != 0 for i in (0, 2, 4)]
+    model.eval()
+    assert all(map(torch.equal, [model[i].weight != 0 for i in (0, 2, 4)], at_freeze))
+    again = sparse("spikenm", total_steps=10).eval()
+    again.load_state_dict(copy.deepcopy(model.state_dict()))
+    for each in (model, again):
+        grow_the_pruned(each)
+        frozen = [each[i].weight != 0 for i in (0, 2, 4)]
+        assert all(map(torch.equal, frozen, at_freeze))
+
+
+def test_without_a_prior_only_logits_decide():
+    """As in the paper: however large a weight has grown, its logit alone chooses it."""
+    model = sparse(SpikeNM(prior=0.0)).eval()
+    before = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
+    grow_the_pruned(model)
+    assert all(map(torch.equal, before, [model[i]._nm_mask.mask() for i in (0, 2, 4)]))

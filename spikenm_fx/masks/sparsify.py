@@ -47,10 +47,10 @@ def sparsify(
     the optimizer afterwards (the mask logits are parameters) and train as before; then
     :func:`fold`.
 
-    How the one-liner ends well without a word on schedules: the logits start from the magnitudes
-    of the weights, the scale of the logits grows with each optimizer step, so that the sampling
-    noise fades as 1/step whatever the length of the run, and evaluation always uses the N largest
-    logits.
+    How the one-liner ends well without a word on schedules: a prior that moves with the magnitudes
+    of the weights joins the logits, their scale grows with each optimizer step, so that the
+    sampling noise fades as 1/step whatever the length of the run, and evaluation always uses the N
+    largest.
 
     With ``total_steps`` the scale rises to its final value within the run, and the masks freeze for
     the last 15 % so that weights and normalisation statistics adapt to them.  ``"spikenm"`` then

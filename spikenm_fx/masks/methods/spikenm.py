@@ -3,7 +3,7 @@
 
 Read in the paper: one vector of logits per block (O(M)), N one-hot draws without replacement, an
 at-most-N mask, sparse networks learnt from scratch.  The formulas of sampler and gradient, the
-initialisation and every constant are our choices.
+initialisation, the prior, the fade and every constant are our choices.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SpikeNM:
         return draw_mask(pi, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """The N largest logits of each block (MaskPro, arXiv 2506.12876)."""
+        """The N largest of each block, without noise (MaskPro, arXiv 2506.12876)."""
         assert scores is not None
         return top_mask(self.logits(weight, scores, draw), draw.nm.keep, draw.present)
 
