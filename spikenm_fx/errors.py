@@ -61,3 +61,14 @@ class VerificationError(SpikeNMError, AssertionError):
 
 class SpikeNMWarning(UserWarning):
     """Something works, but surely not as intended (e.g. logits that no optimizer updates)."""
+
+
+def no_module(call: str, found: object) -> str:
+    """What is said where a model is required and something else was given.
+
+    Args:
+        call: the function's name.
+        found: what was given instead of a module.
+    """
+    what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
+    return f"{call}() needs an nn.Module, the model itself, got {what}"

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
 from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, check_checkpoint
 from spikenm_fx.masks.methods import kept
@@ -32,6 +32,8 @@ def fold(model: ModelT) -> ModelT:
     Raises:
         PlanError: if the model is not sparse.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("fold", model))
     layers = [layer for _, layer in masked_layers(model)]
     if not layers:
         raise PlanError(

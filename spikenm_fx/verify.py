@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from spikenm_fx.errors import PlanError, VerificationError
+from spikenm_fx.errors import PlanError, VerificationError, no_module
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan
 from spikenm_fx.plan.weights import RAW
@@ -85,9 +85,10 @@ class Verification:
             listed = "\n  ".join(map(str, wrong[:5]))
             raise VerificationError(
                 f"{len(wrong)} of {len(self.layers)} weights are not N:M:\n  {listed}\n"
-                "fold(model) writes exact zeros, and writing to weights after that undoes them; a "
-                "model that still learns its masks is counted in the mode that it is in, and only "
-                "in evaluation mode (model.eval()) are they always N:M"
+                "fold(model) writes exact zeros, and writing to weights after that undoes them.  "
+                "Layers that the plan keeps dense are passed over where the plan is given: "
+                "verify(model, plan).  A model that still learns its masks is counted in the mode "
+                "that it is in, and is always N:M in evaluation mode (model.eval()) only"
             )
         raise VerificationError(
             f"none of the {len(self.layers)} weights is N:M: is this the folded model or "
@@ -139,8 +140,13 @@ def verify(
 
     Raises:
         PatternError: for a malformed pattern.
-        PlanError: if ``nm`` names a layer that is not there.
+        PlanError: if ``nm`` names a layer that is not there, or ``model`` is no model.
     """
+    if not isinstance(model, nn.Module | Mapping):
+        raise PlanError(
+            f"{no_module('verify', model)}; a state dict will do as well, a file after "
+            "spikenm_fx.checkpoint.load_state(path)"
+        )
     weights = _of_model(model) if isinstance(model, nn.Module) else _of_state_dict(model)
     for entry in nm.sparse if isinstance(nm, Plan) else ():
         if entry.kind == RAW:

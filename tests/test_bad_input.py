@@ -86,6 +86,11 @@ BAD_SPARSIFY = {
     "all dense": ({"rules": [Rule("re:.*", action="keep_dense")]}, ["none of the 3", "keep_dense"]),
     "no steps": ({"total_steps": 0}, ["total_steps=0", "positive integer"]),
     "steps": ({"total_steps": 10.5}, ["10.5", "positive integer"]),
+    "method class": ({"method": SpikeNM}, ["SpikeNM", "instance"]),
+    "method number": ({"method": 5}, ["method=5", "'srste'"]),
+    "one rule": ({"rules": Rule("2")}, ["list of rules"]),
+    "rule by name": ({"rules": "2"}, ["rules='2'", "list of rules"]),
+    "rules by name": ({"rules": ["2"]}, ["rules=['2']", "list of rules"]),
     "both": ({"total_steps": 10, "schedule": Schedule(10)}, ["not both"]),
     "seed": ({"seed": 1.5}, ["1.5", "integer"]),
     "large seed": ({"seed": 2**64}, [str(2**64), "64 bits"]),
@@ -103,6 +108,35 @@ def test_bad_arguments_leave_the_model_alone(name):
     for part in says:
         assert part in str(caught.value)
     intact.check()
+
+
+@pytest.mark.parametrize(
+    "call", [spikenm_fx.plan, spikenm_fx.sparsify, spikenm_fx.fold, spikenm_fx.verify]
+)
+@pytest.mark.parametrize("found", [5, "model.pt", nn.Linear, None], ids=str)
+def test_what_is_no_model(call, found):
+    """A file name, a class or nothing in the model's place is named, with what is required."""
+    with pytest.raises(SpikeNMError, match=r"needs an nn.Module"):
+        call(found)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"std": -1.0},
+        {"std": float("nan")},
+        {"prior": "3"},
+        {"decay": -0.1},
+        {"fade": None},
+        {"eid": "weight"},
+    ],
+    ids=str,
+)
+def test_bad_options_of_the_method(options):
+    """They are refused where they are given, with their name and value."""
+    ((name, value),) = options.items()
+    with pytest.raises(SpikeNMError, match=f"{name}={value!r}"):
+        SpikeNM(**options)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.clock import Clock
@@ -21,6 +21,7 @@ from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.watch import Observed, RootHook, Watch
 from spikenm_fx.pattern import BlockView, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
+from spikenm_fx.plan.rules import ordered_rules
 from spikenm_fx.trace import SpikingGraph, trace
 
 __all__ = ["param_groups", "sparsify"]
@@ -82,6 +83,8 @@ def sparsify(
             (FSDP).  The model is then as it was.
         TraceError: if the model cannot run on ``example_inputs``.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("sparsify", model))
     refuse_if_sparse(model)
     if schedule is not None and total_steps is not None:
         raise PlanError("give total_steps or schedule, not both: Schedule(total_steps=...) has it")
@@ -89,7 +92,7 @@ def sparsify(
         raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
     schedule = schedule or chosen.schedule(total_steps)
-    decided = _decide(model, nm, example_inputs, tuple(rules), remainder)
+    decided = _decide(model, nm, example_inputs, ordered_rules(rules), remainder)
     _refuse_unusable(model, decided)
     clock = Clock(seed)
     eid = getattr(chosen, "eid", None)
@@ -113,7 +116,7 @@ def param_groups(
         **options: further options of the weights' group, e.g. ``weight_decay``.
 
     Raises:
-        PlanError: if the model has no mask logits.
+        PlanError: if the model is not sparse.
     """
     logits = {id(mask.scores) for _, _, mask in masked_weights(model)}
     if not logits:

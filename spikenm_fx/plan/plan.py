@@ -9,11 +9,11 @@ from typing import Any, get_args
 
 from torch import nn
 
-from spikenm_fx.errors import PlanError, TraceError
+from spikenm_fx.errors import PlanError, TraceError, no_module
 from spikenm_fx.pattern import NM, PatternLike, Remainder
 from spikenm_fx.plan.decide import Decisions, LayerPlan
 from spikenm_fx.plan.roles import default_roles
-from spikenm_fx.plan.rules import Rule, unmatched
+from spikenm_fx.plan.rules import Rule, ordered_rules, unmatched
 from spikenm_fx.plan.weights import weights_of
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
@@ -94,13 +94,16 @@ def plan(
 
     Raises:
         PatternError: for a malformed pattern, or a remainder under policy ``"error"``.
-        PlanError: if a rule matches nothing, or if no layer at all would become N:M.
+        PlanError: if ``model`` is no module, if a rule is none or matches nothing, or if no layer
+            at all would become N:M.
         TraceError: if the model raises on the example inputs.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("plan", model))
     pattern = NM.parse(nm)
     if remainder not in get_args(Remainder):
         raise PlanError(f"remainder {remainder!r} is not one of {get_args(Remainder)}")
-    ordered = tuple(rules)
+    ordered = ordered_rules(rules)
     if graph is None:
         graph = _read(model, example_inputs)
     weights = weights_of(model, graph)

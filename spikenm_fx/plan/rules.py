@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal, get_args
@@ -12,7 +12,7 @@ from typing import Literal, get_args
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pattern import NM, PatternLike, Remainder
 
-__all__ = ["Action", "Rule", "unmatched"]
+__all__ = ["Action", "Rule", "ordered_rules", "unmatched"]
 
 Action = Literal["sparsify", "keep_dense", "ignore"]
 
@@ -78,6 +78,18 @@ class Rule:
         if self.match.startswith("re:"):
             return re.fullmatch(self.match[3:], name) is not None
         return name == self.match
+
+
+def ordered_rules(rules: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The rules as given.
+
+    Raises:
+        PlanError: if they are no list of rules.
+    """
+    listed = tuple(rules) if isinstance(rules, Iterable) else (rules,)
+    if isinstance(rules, Rule) or not all(isinstance(rule, Rule) for rule in listed):
+        raise PlanError(f"rules={rules!r}: give a list of rules, e.g. [Rule('fc1', nm='1:8')]")
+    return listed
 
 
 def unmatched(rule: Rule, layers: Mapping[str, object]) -> PlanError:

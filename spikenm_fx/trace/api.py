@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
-from spikenm_fx.errors import TraceError
+from spikenm_fx.errors import TraceError, no_module
 from spikenm_fx.trace.build import build
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
@@ -62,7 +62,7 @@ def trace(
         TraceError: if the model's own forward raises on the examples, or cannot be read at all.
     """
     if not isinstance(model, nn.Module):
-        raise TraceError(f"trace() reads an nn.Module, got {type(model).__name__}")
+        raise TraceError(no_module("trace", model))
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)

@@ -142,9 +142,15 @@ def method_named(method: str | Method, **options: object) -> Method:
         options: attributes of the named method that are not its defaults.
 
     Raises:
-        PlanError: for an unknown name, with the nearest known one.
+        PlanError: for an unknown name, with the nearest known one, and for what is no method.
     """
-    return method if not isinstance(method, str) else method_class(method)(**options)
+    if isinstance(method, str):
+        return method_class(method)(**options)
+    if isinstance(method, type) or not hasattr(method, "final_mask"):
+        raise PlanError(
+            f"method={method!r}: give a name of {sorted(METHODS)} or an instance of one"
+        )
+    return method
 
 
 def method_class(name: str) -> type[Method]:

@@ -8,12 +8,14 @@ initialisation, the prior, the fade and every constant are our choices.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
@@ -51,6 +53,9 @@ class SpikeNM:
             :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step is N:M, as in
             the paper; coming there gradually is ours, and at high sparsity worth several points.
         eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
+
+    Raises:
+        PlanError: for options that are no such numbers or settings.
     """
 
     name: ClassVar[str] = "spikenm"
@@ -62,6 +67,16 @@ class SpikeNM:
     rescale: bool = True
     fade: float = 0.6
     eid: EID | None = field(default_factory=EID)
+
+    def __post_init__(self) -> None:
+        for option in ("std", "prior", "decay", "fade"):
+            value = getattr(self, option)
+            if option == "decay" and value is None:
+                continue
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                raise PlanError(f"{option}={value!r}: needs a finite number that is not negative")
+        if self.eid is not None and not isinstance(self.eid, EID):
+            raise PlanError(f"eid={self.eid!r}: give EID(...), its settings, or None for none")
 
     @property
     def uses_spread(self) -> bool:
