@@ -166,7 +166,7 @@ def test_kept_equals_where(dtype, channels_last, undrawn, seed):
 
 @given(cases())
 def test_the_prior_is_the_magnitude_over_its_blocks_mean(case):
-    """Each logit rises by prior * spread * (|W| / mean - 1): a loop over blocks agrees."""
+    """Each logit rises by prior * spread * |W| / mean of its block: a loop over blocks agrees."""
     model = spikenm_fx.sparsify(
         case.model(), case.nm, method=SpikeNM(prior=2.0, std=0.5), remainder="pad"
     )
@@ -183,7 +183,7 @@ def test_the_prior_is_the_magnitude_over_its_blocks_mean(case):
             real = there[lead, :, inner]
             size = weight[lead, :, inner][real]
             mean = float(size.mean()) if len(size) else 0.0
-            rise = 2.0 * spread * (size / mean - 1) if mean else torch.zeros_like(size)
+            rise = 2.0 * spread * size / mean if mean else torch.zeros_like(size)
             expected = pi[lead, :, inner][real] + rise
             torch.testing.assert_close(found[lead, :, inner][real], expected, rtol=1e-3, atol=1e-3)
 

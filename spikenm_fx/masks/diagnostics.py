@@ -91,10 +91,11 @@ def _top(mask: MaskedWeight, blocks: Tensor) -> Tensor:
 
 
 def _entropy(mask: MaskedWeight) -> float | None:
-    scores = mask.scores
-    if scores is None or not mask.method.learns or scores.shape != mask.view.blocked_shape:
+    draw = mask.draw(mask.clock.step)
+    logits = mask.logits(draw)
+    if logits is None or not mask.method.learns or logits.shape != mask.view.blocked_shape:
         return None
-    p = probabilities(mask, mask.draw(mask.clock.step))
+    p = probabilities(logits.detach(), draw)
     entropy = torch.special.entr(p).sum(1).mean()
     return float(entropy) / max(math.log(mask.view.nm.of), 1e-12)
 

@@ -199,19 +199,20 @@ class Guide:
         return self._targets
 
     @torch.no_grad()
-    def pull(self, owner: MaskedWeight, grad: Tensor, draw: Draw) -> Tensor:
+    def pull(self, owner: MaskedWeight, grad: Tensor, draw: Draw, logits: Tensor) -> Tensor:
         """Add weight * rms(grad) * (p - q) to the gradient of the logits.
 
         Args:
             owner: of the logits.
             grad: task gradient ``(lead, M, inner)``; it may be overwritten.
             draw: of the forward pass.
+            logits: what its mask was drawn from.
         """
         strength = self.strength(owner)
         targets = self.targets(owner) if self.settings.automatic and strength else None
         if targets is None or owner.scores is None:
             return grad
-        p = probabilities(owner, draw)
+        p = probabilities(logits, draw)
         return grad.add_(p.sub_(targets).mul_(strength * _rms(grad)))
 
     def strength(self, owner: MaskedWeight) -> float:
@@ -225,14 +226,13 @@ def _rms(values: Tensor) -> Tensor:
     return norm.div(max(values.numel(), 1) ** 0.5)
 
 
-@torch.no_grad()
-def probabilities(owner: MaskedWeight, draw: Draw) -> Tensor:
+def probabilities(logits: Tensor, draw: Draw) -> Tensor:
     """The sampling distribution softmax(kappa * pi) in blocks, 0 at padded positions."""
-    return torch.softmax(planes(_scaled(owner, draw)), 0).movedim(0, 1)
+    return torch.softmax(planes(_scaled(logits, draw)), 0).movedim(0, 1)
 
 
-def _scaled(owner: MaskedWeight, draw: Draw) -> Tensor:
-    scaled = owner.logits(draw).float() * draw.kappa
+def _scaled(logits: Tensor, draw: Draw) -> Tensor:
+    scaled = logits.float() * draw.kappa
     if draw.present is not None:
         scaled = scaled.masked_fill(~draw.present, torch.finfo(torch.float32).min)
     return scaled
@@ -263,7 +263,10 @@ def eid_loss(model: nn.Module) -> Tensor:
         q = owner.guide.targets(owner)
         if q is None:
             continue
-        log_p = torch.log_softmax(_scaled(owner, owner.draw(step)), 1)
+        draw = owner.draw(step)
+        logits = owner.logits(draw)
+        assert logits is not None
+        log_p = torch.log_softmax(_scaled(logits, draw), 1)
         blocks = max(q.shape[0] * q.shape[2], 1)
         divergence = torch.special.xlogy(q, q) - q * log_p
         loss: Tensor = divergence.sum() / blocks

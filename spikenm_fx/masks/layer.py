@@ -83,9 +83,10 @@ class MaskedWeight:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
         return self.layer._parameters.get(self.key + LOGITS)
 
-    def logits(self, draw: Draw) -> Tensor:
+    def logits(self, draw: Draw) -> Tensor | None:
         """What masks are drawn from, in blocks; differentiable in the scores."""
-        assert self.scores is not None
+        if self.scores is None:
+            return None
         return self.method.logits(self.view.to_blocks(self.dense.detach()), self.scores, draw)
 
     @property
@@ -211,7 +212,9 @@ class MaskedWeight:
     @torch.no_grad()
     def _settle(self, scores: Tensor) -> None:
         """The masks freeze now: from here on the logits alone decide."""
-        scores.data.copy_(self.logits(self.draw(None)))
+        logits = self.logits(self.draw(None))
+        assert logits is not None
+        scores.data.copy_(logits)
         self._held, self._had_backward = (scores, scores.detach().clone()), False
         self.settled = True
 
@@ -229,8 +232,7 @@ class MaskedWeight:
     def _chosen(
         self, choose: Callable[[Tensor, Tensor | None, Draw], Tensor], draw: Draw
     ) -> Tensor:
-        scores = None if self.scores is None else self.scores.detach()
-        blocked = choose(self.view.to_blocks(self.dense.detach()), scores, draw)
+        blocked = choose(self.view.to_blocks(self.dense.detach()), self.logits(draw), draw)
         return self.view.from_blocks(blocked)
 
     @torch.no_grad()
@@ -370,9 +372,10 @@ class _Context:
         grad_scores = None
         if of_scores and self.training and self.scores is not None:
             blocks = self.view.to_blocks(grad), self.view.to_blocks(weight)
-            grad_scores = self.method.score_grad(*blocks, self.scores.detach(), self.draw)
+            logits = self.method.logits(blocks[1], self.scores.detach(), self.draw)
+            grad_scores = self.method.score_grad(*blocks, logits, self.draw)
             if grad_scores is not None:
-                grad_scores = self._guided(grad_scores).to(self.scores.dtype)
+                grad_scores = self._guided(grad_scores, logits).to(self.scores.dtype)
         self.clock.note_backward(scores_too=grad_scores is not None, lent=self.lent)
         first = self._first()
         grad_weight = None
@@ -390,12 +393,12 @@ class _Context:
         owner._had_backward = True
         return first
 
-    def _guided(self, grad_scores: Tensor) -> Tensor:
+    def _guided(self, grad_scores: Tensor, logits: Tensor) -> Tensor:
         owner = self.owner()
         if owner is None or owner.guide is None:
             return grad_scores
         owner.guide.refresh(owner, owner.clock.step)
-        return owner.guide.pull(owner, grad_scores, self.draw)
+        return owner.guide.pull(owner, grad_scores, self.draw, logits)
 
 
 class _MaskedFunction(torch.autograd.Function):

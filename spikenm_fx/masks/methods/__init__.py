@@ -79,7 +79,10 @@ class Method(Protocol):
         """What masks are drawn from, differentiable in the scores: mostly the scores themselves."""
 
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """The bool mask of one training step; exactly N of M where N are present."""
+        """The bool mask of one training step; exactly N of M where N are present.
+
+        ``scores`` are what :meth:`logits` gives, here and below.
+        """
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The deterministic bool mask that evaluation and ``fold`` use."""

@@ -20,7 +20,7 @@ from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.pattern import NM, planes
+from spikenm_fx.pattern import NM
 
 __all__ = ["SpikeNM"]
 
@@ -103,29 +103,31 @@ class SpikeNM:
         return logits.normal_(0, self.std, generator=generator)
 
     def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
-        """Pi, and until the masks freeze the prior, which moves with the weights."""
+        """Pi, and until the masks freeze the prior, which moves with the weights.
+
+        Without the - 1: what is the same for a whole block changes neither masks nor gradients.
+        """
         if not self.prior or draw.settled:
             return scores
-        size = planes(weight.abs().float())
-        if draw.present is None:
-            mean = size.mean(0)
-        else:
-            mean = size.sum(0) / draw.present.sum(1).clamp_min(1)
-        size.div_(mean).sub_(1.0).nan_to_num_(0.0, 0.0, 0.0)  # blocks of zeros, or with infinities
-        return scores + size.movedim(0, 1).mul(self.prior * draw.spread)
+        size = weight.abs().float()
+        mean = size.mean(1, keepdim=True)
+        if draw.present is not None:
+            mean *= draw.nm.of / draw.present.sum(1, keepdim=True).clamp_min(1)
+        # 0 for blocks of zeros or with infinities
+        factor = mean.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(self.prior * draw.spread)
+        return torch.addcmul(scores, size, factor)
 
     def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """Union of N draws; the N largest logits once the masks are frozen."""
         if draw.frozen:
             return self.final_mask(weight, scores, draw)
         assert scores is not None
-        pi = self.logits(weight, scores, draw)
-        return draw_mask(pi, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
+        return draw_mask(scores, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
 
     def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
         """The N largest of each block, without noise (MaskPro, arXiv 2506.12876)."""
         assert scores is not None
-        return top_mask(self.logits(weight, scores, draw), draw.nm.keep, draw.present)
+        return top_mask(scores, draw.nm.keep, draw.present)
 
     def weight_grad(
         self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
@@ -141,7 +143,7 @@ class SpikeNM:
             return None
         return straight_through(
             grad,
-            self.logits(weight, scores, draw),
+            scores,
             draw.nm.keep,
             weight=weight,
             kappa=draw.kappa,
