@@ -253,7 +253,17 @@ def _declared(path: Path, layers: str) -> None:
 
 @pytest.mark.parametrize(
     "layers",
-    ["[1]", "null", "5", '"abc"', "{", "[" * 100_000, '{"head": 5}', '{"head": []}', '{"head": {}}'],
+    [
+        "[1]",
+        "null",
+        "5",
+        '"abc"',
+        "{",
+        "[" * 100_000,
+        '{"head": 5}',
+        '{"head": []}',
+        '{"head": {}}',
+    ],
     ids=lambda text: text[:12],
 )
 def test_layers_that_are_no_description_are_refused(packed_file, layers):

@@ -176,11 +176,11 @@ def _describe(packed: PackedWeight) -> dict[str, Any]:
 def _assemble(about: Any, name: str, flat: dict[str, Tensor]) -> PackedWeight:
     if not isinstance(about, dict):
         raise TypeError(f"{name} is described by a {type(about).__name__}; an object is required")
-    geometry = LayerGeometry(
-        about["kind"],
-        *(_integers(about[key], f"{name}: {key}") for key in ("stride", "padding", "dilation")),
-        *_integers([about["groups"]], f"{name}: groups"),
+    stride, padding, dilation = (
+        _integers(about[key], f"{name}: {key}") for key in ("stride", "padding", "dilation")
     )
+    (groups,) = _integers([about["groups"]], f"{name}: groups")
+    geometry = LayerGeometry(about["kind"], stride, padding, dilation, groups)
     packed = PackedWeight(
         NM.parse(about["pattern"]),
         _integers(about["shape"], f"{name}: shape"),
