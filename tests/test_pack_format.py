@@ -333,24 +333,28 @@ def test_names_that_a_packed_file_cannot_hold(tmp_path, key, match):
 )
 def test_values_that_a_packed_file_cannot_hold(tmp_path, value):
     """What is no dense tensor is refused by its name."""
-    with pytest.raises(PackedFileError, match="x.bias"):
+    with pytest.raises(PackedFileError, match=r"x\.bias"):
         save_packed(tmp_path / "w.safetensors", {}, tensors={"x.bias": value})
     with pytest.raises(PackedFileError, match="x is a"):
         save_packed(tmp_path / "w.safetensors", {"x": value})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.bool, torch.int64])
-def test_a_dtype_is_saved_or_refused(tmp_path, dtype):
-    """Every tensor comes back as it was, or is refused before anything is written."""
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64])
+def test_other_dtypes_come_back(tmp_path, dtype):
+    """Tensors beside the weights come back as they were, whatever their dtype."""
     path, value = tmp_path / "w.safetensors", torch.ones(2, dtype=dtype)
-    try:
-        save_packed(path, {}, tensors={"x": value})
-    except PackedFileError as error:
-        assert str(dtype).removeprefix("torch.") in str(error)
-        assert list(tmp_path.iterdir()) == []
-    else:
-        assert torch.equal(load_packed(path)[1]["x"], value)
+    save_packed(path, {}, tensors={"x": value})
+    assert torch.equal(load_packed(path)[1]["x"], value)
+
+
+def test_a_dtype_that_safetensors_lacks(tmp_path):
+    """It is refused by name, before anything is written."""
+    with pytest.raises(PackedFileError, match="complex128"):
+        save_packed(
+            tmp_path / "w.safetensors", {}, tensors={"x": torch.ones(2, dtype=torch.complex128)}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_is_atomic(packed_file, monkeypatch):

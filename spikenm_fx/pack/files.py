@@ -57,7 +57,7 @@ def save_packed(
     for name, packed in weights.items():
         if not isinstance(packed, PackedWeight):
             raise PackedFileError(
-                f"{name} is a {type(packed).__name__}; a PackedWeight is required, see pack_weight()"
+                f"{name} is a {type(packed).__name__}; a PackedWeight is required: pack_weight()"
             )
         packed.check(name)
         layers[name] = _describe(packed)
