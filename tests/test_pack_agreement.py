@@ -178,3 +178,51 @@ def test_what_is_an_error(
         or (free > OUTPUT and not others)
     )
     assert bool(Agreement(free, forced, (neuron,)).disagreement) == wrong
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_a_wrong_recurrent_weight_is_seen(which: int) -> None:
+    """A weight inside a neuron, the sign of one turned, is an error although its input agrees."""
+    snntorch = pytest.importorskip("snntorch")
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inward = nn.Linear(16, 32)
+            self.lif = snntorch.RLeaky(beta=0.9, linear_features=32, init_hidden=False)
+            self.out = nn.Linear(32, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            spikes, mem = self.lif.reset_mem()
+            total: Any = 0
+            for step in x:
+                spikes, mem = self.lif(self.inward(step), spikes, mem)
+                total = total + self.out(spikes)
+            return total
+
+    torch.manual_seed(0)
+    model, x = Recurrent().eval(), torch.rand(8, 4, 16) * 3
+    case = Case(model, (x,), lambda _: None)
+    engine = pack(model, case.inputs, backend="dense")
+    right = compared(case, engine)
+    assert right.disagreement == ""
+    assert right.silent == ()
+    firing: list[Tensor] = []
+    hook = model.lif.register_forward_hook(lambda _m, _a, out: firing.append(out[0]))
+    model(x)
+    hook.remove()
+    active = torch.stack(firing[:-1]).sum((0, 1)).nonzero().flatten()
+    weight = engine.lif.recurrent.weight.data
+    weight[which, active[which % len(active)]] *= -1
+    assert "inside lif" in compared(case, engine).disagreement
+
+
+def test_silent_neurons_are_named() -> None:
+    """A sample in which nothing fires proves little, and the comparison says where."""
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    model = nn.Sequential(nn.Linear(8, 8), neuron.IFNode(), nn.Linear(8, 4)).eval()
+    case = Case(model, (torch.zeros(2, 8),), functional.reset_net)
+    found = compared(case, pack(model, case.inputs, backend="dense"))
+    assert found.disagreement == ""
+    assert found.silent == ("1",)

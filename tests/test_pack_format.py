@@ -2,6 +2,7 @@
 """The packed format: exact round trips, refusals, and files that cannot be tampered with."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,124 @@ def test_damaged_files_are_refused(packed_file, tmp_path):
     text.write_text("hello")
     with pytest.raises(PackedFileError, match="safetensors"):
         load_packed(text)
+
+
+def _declared(path: Path, layers: str) -> None:
+    """Another description of the layers, under a checksum that is right."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as handle:
+        metadata = handle.metadata() | {"layers": layers}
+    metadata.pop("checksum")
+    tensors = load_file(path)
+    metadata["checksum"] = files._checksum(metadata, tensors)
+    save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        "[1]",
+        "null",
+        "5",
+        '"abc"',
+        "{",
+        "[" * 100_000,
+        '{"head": 5}',
+        '{"head": []}',
+        '{"head": {}}',
+    ],
+    ids=lambda text: text[:12],
+)
+def test_layers_that_are_no_description_are_refused(packed_file, layers):
+    """Whatever JSON stands where the layers should be, the error is the documented one."""
+    _declared(packed_file, layers)
+    with pytest.raises(PackedFileError, match=re.escape(str(packed_file))):
+        load_packed(packed_file)
+
+
+@pytest.mark.parametrize("value", [None, True, 5, 1.5, "abc", [], [1.5], ["a"], [-1], {}, 2**70])
+@pytest.mark.parametrize("field", ["pattern", "shape", "kind", "stride", "padding", "groups"])
+def test_a_field_of_another_kind_is_refused(packed_file, field, value):
+    """No value of a wrong kind gets past loading, or makes it fail otherwise."""
+    from safetensors import safe_open
+
+    with safe_open(packed_file, "pt") as handle:
+        layers = json.loads(handle.metadata()["layers"])
+    layers["conv"][field] = value
+    _declared(packed_file, json.dumps(layers))
+    with pytest.raises(PackedFileError, match=re.escape(str(packed_file))):
+        load_packed(packed_file)
+
+
+def test_a_linear_layer_in_groups_is_refused(packed_file):
+    """Only convolutions have groups, in a file as in a geometry."""
+    from safetensors import safe_open
+
+    with pytest.raises(PackError, match="groups=2"):
+        LayerGeometry(groups=2)
+    with safe_open(packed_file, "pt") as handle:
+        layers = json.loads(handle.metadata()["layers"])
+    layers["head"]["groups"] = 2
+    _declared(packed_file, json.dumps(layers))
+    with pytest.raises(PackedFileError, match="groups=2"):
+        load_packed(packed_file)
+
+
+def test_a_folder_is_no_packed_file(tmp_path):
+    """A folder is refused by name; a missing file stays what it is for Python."""
+    with pytest.raises(PackedFileError, match=re.escape(str(tmp_path))):
+        load_packed(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_packed(tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("key", "match"),
+    [
+        ("x::values", "part of a packed"),
+        ("x::scale", "part of a packed"),
+        ("x.weight", "packed already"),
+        ("__metadata__", "__metadata__"),
+    ],
+)
+def test_names_that_a_packed_file_cannot_hold(tmp_path, key, match):
+    """A file that could not be read as it was meant is not written."""
+    packed = pack_weight(torch.zeros(8, 8), "2:4")
+    with pytest.raises(PackedFileError, match=match):
+        save_packed(tmp_path / "w.safetensors", {"x": packed}, tensors={key: torch.ones(8)})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["text", None, 3.0, torch.ones(2).to_sparse(), torch.ones(2, device="meta")],
+    ids=["text", "none", "number", "sparse", "meta"],
+)
+def test_values_that_a_packed_file_cannot_hold(tmp_path, value):
+    """What is no dense tensor is refused by its name."""
+    with pytest.raises(PackedFileError, match=r"x\.bias"):
+        save_packed(tmp_path / "w.safetensors", {}, tensors={"x.bias": value})
+    with pytest.raises(PackedFileError, match="x is a"):
+        save_packed(tmp_path / "w.safetensors", {"x": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.int64])
+def test_other_dtypes_come_back(tmp_path, dtype):
+    """Tensors beside the weights come back as they were, whatever their dtype."""
+    path, value = tmp_path / "w.safetensors", torch.ones(2, dtype=dtype)
+    save_packed(path, {}, tensors={"x": value})
+    assert torch.equal(load_packed(path)[1]["x"], value)
+
+
+def test_a_dtype_that_safetensors_lacks(tmp_path):
+    """It is refused by name, before anything is written."""
+    with pytest.raises(PackedFileError, match="complex128"):
+        save_packed(
+            tmp_path / "w.safetensors", {}, tensors={"x": torch.ones(2, dtype=torch.complex128)}
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_writing_is_atomic(packed_file, monkeypatch):

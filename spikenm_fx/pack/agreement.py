@@ -54,6 +54,11 @@ class Agreement:
         return sum(neuron.others for neuron in self.neurons)
 
     @property
+    def silent(self) -> tuple[str, ...]:
+        """Neurons that emitted nothing in the model: their readers are not tested by the sample."""
+        return tuple(neuron.name for neuron in self.neurons if not neuron.fired)
+
+    @property
     def disagreement(self) -> str:
         """What is wrong with the engine, the first of it; "" if nothing is.
 
@@ -64,6 +69,11 @@ class Agreement:
                 return (
                     f"{neuron.name} receives something else, by {neuron.received:.2g} of its "
                     f"largest input, on the same spikes; rounding explains {ROUNDING:g}"
+                )
+            if not neuron.inner <= ROUNDING:
+                return (
+                    f"a layer inside {neuron.name} gives something else, by {neuron.inner:.2g} of "
+                    f"its largest output, on the same spikes; rounding explains {ROUNDING:g}"
                 )
             if neuron.margin is not None and not neuron.margin <= ROUNDING:
                 return (

@@ -48,6 +48,10 @@ def pack(
     handing spikes on as bits.  The copy has the class, the call signature and the reset protocol
     of the model, which is left as it is.
 
+    The engine itself cannot be pickled where its neurons are fused (``torch.save(engine)`` fails).
+    Store the weights: :func:`~spikenm_fx.pack.files.save_packed` with the ``packed`` of each packed
+    layer, or the state dict, which loads into an engine packed alike.
+
     Args:
         model: on the CPU, folded (see :func:`spikenm_fx.fold`).
         example_inputs: a tensor or a tuple of arguments; needed to fuse and to measure.  Spikes of

@@ -47,12 +47,18 @@ def save_packed(
 
     Raises:
         PackError: if a weight is not valid.
-        PackedFileError: if a name in ``tensors`` collides with one of a packed weight.
+        PackedFileError: if a weight is no :class:`PackedWeight`, if ``tensors`` holds anything but
+            dense tensors that safetensors can store, or a name in it is one that a packed layer
+            has taken: ``<layer>.weight``, or the name of a part of it.
         CheckpointError: if the disk refuses.
     """
     flat: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, packed in weights.items():
+        if not isinstance(packed, PackedWeight):
+            raise PackedFileError(
+                f"{name} is a {type(packed).__name__}; a PackedWeight is required: pack_weight()"
+            )
         packed.check(name)
         layers[name] = _describe(packed)
         for part in _PARTS:
@@ -60,8 +66,7 @@ def save_packed(
             if tensor is not None:
                 flat[f"{name}::{part}"] = tensor.detach().cpu().contiguous()
     for key, tensor in (tensors or {}).items():
-        if key in flat:
-            raise PackedFileError(f"tensor {key!r} has the name of a part of a packed weight")
+        _refuse(key, tensor, weights)
         flat[key] = tensor.detach().cpu().contiguous().clone()
     metadata = {
         "format": FORMAT,
@@ -71,8 +76,34 @@ def save_packed(
         "layers": json.dumps(layers, sort_keys=True),
     }
     metadata["checksum"] = _checksum(metadata, flat)
-    content = save(flat, metadata)
+    try:
+        content = save(flat, metadata)
+    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
+        dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in flat.values()}))
+        raise PackedFileError(
+            f"safetensors cannot hold these tensors ({dtypes}): {type(error).__name__}: {error}"
+        ) from error
     write_atomically(Path(path), lambda part: part.write_bytes(content))
+
+
+def _refuse(key: object, tensor: object, weights: Mapping[str, PackedWeight]) -> None:
+    """Raise for what could not be read back as it was meant."""
+    if not isinstance(key, str) or key == "__metadata__":
+        raise PackedFileError(f"a tensor cannot be named {key!r} in a safetensors file")
+    if not isinstance(tensor, Tensor):
+        raise PackedFileError(f"{key} is a {type(tensor).__name__}; only tensors can be saved")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise PackedFileError(
+            f"{key} {tuple(tensor.shape)} has layout {tensor.layout} on {tensor.device}; dense "
+            "tensors with data can be saved: call to_dense() on a sparse one"
+        )
+    layer, separator, part = key.rpartition("::")
+    if separator and part in _PARTS and layer in weights:
+        raise PackedFileError(f"tensor {key!r} has the name of a part of a packed weight")
+    if any(key == (f"{name}.weight" if name else "weight") for name in weights):
+        raise PackedFileError(
+            f"tensor {key!r} is the weight of a layer that is packed already; leave it out"
+        )
 
 
 def is_packed(path: str | os.PathLike[str]) -> bool:
@@ -86,8 +117,8 @@ def load_packed(
     """Read what :func:`save_packed` wrote: packed weights and the further tensors.
 
     Raises:
-        PackedFileError: if the file is no packed file, of another version, or does not match its
-            checksum.
+        PackedFileError: if the file is no packed file, of another version, does not match its
+            checksum, or describes no layers that can be.
         FileNotFoundError: if it is missing.
     """
     path = Path(path)
@@ -106,8 +137,12 @@ def load_packed(
         )
     try:
         layers = json.loads(metadata["layers"])
+        if not isinstance(layers, dict):
+            raise TypeError(f"layers is a {type(layers).__name__}; an object by name is required")
         weights = {name: _assemble(about, name, flat) for name, about in layers.items()}
-    except (KeyError, TypeError, ValueError, SpikeNMError) as error:
+    except KeyError as error:
+        raise PackedFileError(f"{path} is not a valid packed file: it lacks {error}") from error
+    except (TypeError, ValueError, OverflowError, RecursionError, SpikeNMError) as error:
         raise PackedFileError(f"{path} is not a valid packed file: {error}") from error
     return weights, flat
 
@@ -117,7 +152,9 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         with safetensors.safe_open(str(path), framework="pt") as handle:
             metadata = handle.metadata() or {}
             return metadata, {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
+    except FileNotFoundError:
+        raise
+    except (OSError, safetensors.SafetensorError) as error:
         raise PackedFileError(f"{path} is not a readable safetensors file: {error}") from error
 
 
@@ -136,17 +173,17 @@ def _describe(packed: PackedWeight) -> dict[str, Any]:
     }
 
 
-def _assemble(about: dict[str, Any], name: str, flat: dict[str, Tensor]) -> PackedWeight:
-    geometry = LayerGeometry(
-        about["kind"],
-        tuple(about["stride"]),
-        tuple(about["padding"]),
-        tuple(about["dilation"]),
-        about["groups"],
+def _assemble(about: Any, name: str, flat: dict[str, Tensor]) -> PackedWeight:
+    if not isinstance(about, dict):
+        raise TypeError(f"{name} is described by a {type(about).__name__}; an object is required")
+    stride, padding, dilation = (
+        _integers(about[key], f"{name}: {key}") for key in ("stride", "padding", "dilation")
     )
+    (groups,) = _integers([about["groups"]], f"{name}: groups")
+    geometry = LayerGeometry(about["kind"], stride, padding, dilation, groups)
     packed = PackedWeight(
         NM.parse(about["pattern"]),
-        tuple(about["shape"]),
+        _integers(about["shape"], f"{name}: shape"),
         geometry,
         flat.pop(f"{name}::values"),
         flat.pop(f"{name}::indices"),
@@ -154,6 +191,12 @@ def _assemble(about: dict[str, Any], name: str, flat: dict[str, Tensor]) -> Pack
     )
     packed.check(name)
     return packed
+
+
+def _integers(value: Any, what: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(v) is not int for v in value):  # bool is an int
+        raise TypeError(f"{what} is {value!r}; integers are required")
+    return tuple(value)
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

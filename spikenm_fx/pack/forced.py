@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
+from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, find_neurons, membranes
 
 __all__ = ["ROUNDING", "NeuronDifference", "forced", "forced_mismatch"]
@@ -42,6 +43,9 @@ class NeuronDifference:
         margin: largest distance of the model's membrane from the threshold where a spike of its is
             the first that differs, relative to the largest membrane; None where none differs, or
             where the membrane is not known.
+        inner: largest difference of what the weight layers inside it (recurrent ones) give on the
+            inputs that they have in the model, relative as ``received``.
+        fired: how many of the model's spikes are not zero.
     """
 
     name: str
@@ -50,6 +54,8 @@ class NeuronDifference:
     steps: int = 0
     received: float = 0.0
     margin: float | None = None
+    inner: float = 0.0
+    fired: int = 0
 
     @property
     def share(self) -> float:
@@ -107,6 +113,7 @@ def forced(
             own = _spikes(out)
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()
+            each.fired += int(wanted.count_nonzero())
             differing[name].append(_values(own) != wanted)
             each.others += int(differing[name][-1].sum())
             each.steps += 1 if spec.time_axis is None else x.shape[spec.time_axis]
@@ -116,13 +123,34 @@ def forced(
 
         return hook
 
+    # A recurrent layer reads what its neuron emits, so that no input of the neuron shows its error.
+    inner: dict[str, list[tuple[Tensor, Tensor]]] = {
+        name: []
+        for name, module in model.named_modules()
+        if is_weight_layer(module) and any(name.startswith(f"{outer}.") for outer in spiking)
+    }
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: Any, out: Tensor) -> None:
+            inner[name].append((args[0].clone(), out.clone()))
+
+        return hook
+
     with torch.no_grad():
-        expected = _hooked(model, {name: record(name) for name in spiking}, run)
+        hooks = {name: record(name) for name in spiking} | {name: watch(name) for name in inner}
+        expected = _hooked(model, hooks, run)
         output = _hooked(engine, {name: force(name, spec) for name, spec in spiking.items()}, run)
         for name, each in found.items():
             if each.others:
                 calls = received[name], emitted[name], differing[name]
                 each.margin = _margin(spiking[name], *calls)
+        for name, seen in inner.items():
+            outer = next(n for n in spiking if name.startswith(f"{n}."))
+            layer = engine.get_submodule(name)
+            for x, wanted in seen:
+                if outer in found:
+                    worst = _difference(_values(layer(x)), wanted)
+                    found[outer].inner = max(found[outer].inner, worst)
     return expected, output, tuple(each for each in found.values() if each.spikes)
 
 

@@ -66,6 +66,8 @@ class LayerGeometry:
                 )
         if self.groups < 1:
             raise PackError(f"groups={self.groups}; at least 1 is required")
+        if self.kind == "linear" and self.groups != 1:
+            raise PackError(f"groups={self.groups} for a linear layer; only convolutions have any")
 
     @property
     def spatial(self) -> int:
