@@ -54,11 +54,6 @@ class Agreement:
         return sum(neuron.others for neuron in self.neurons)
 
     @property
-    def silent(self) -> tuple[str, ...]:
-        """Neurons that emitted nothing in the model: their readers are not tested by the sample."""
-        return tuple(neuron.name for neuron in self.neurons if not neuron.fired)
-
-    @property
     def disagreement(self) -> str:
         """What is wrong with the engine, the first of it; "" if nothing is.
 

@@ -45,7 +45,6 @@ class NeuronDifference:
             where the membrane is not known.
         inner: largest difference of what the weight layers inside it (recurrent ones) give on the
             inputs that they have in the model, relative as ``received``.
-        fired: how many of the model's spikes are not zero.
     """
 
     name: str
@@ -55,7 +54,6 @@ class NeuronDifference:
     received: float = 0.0
     margin: float | None = None
     inner: float = 0.0
-    fired: int = 0
 
     @property
     def share(self) -> float:
@@ -113,7 +111,6 @@ def forced(
             own = _spikes(out)
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()
-            each.fired += int(wanted.count_nonzero())
             differing[name].append(_values(own) != wanted)
             each.others += int(differing[name][-1].sum())
             each.steps += 1 if spec.time_axis is None else x.shape[spec.time_axis]
