@@ -51,7 +51,7 @@ class SpikeNM:
             more so the sparser they are.  Not before a fade, which starts with all weights.
         fade: of the schedule where ``total_steps`` is known, see
             :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step is N:M, as in
-            the paper; coming there gradually is ours, and at high sparsity worth several points.
+            the paper; coming there gradually is ours, and at high sparsity worth a point or two.
         eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
 
     Raises:
