@@ -567,6 +567,16 @@ def test_existing_file_is_not_replaced(run, project: Path, weights: Path) -> Non
     assert out.read_bytes() == b"precious"
     assert run(*words, "--force").code == 0
     assert run("sparsify", TARGET, "-c", weights, "-o", project / "no" / "x.pt").code == 3
+    os.mkfifo(project / "pipe.pt")
+    words = ("sparsify", TARGET, "-c", weights, "-o", project / "pipe.pt", "--root", project)
+    assert run(*words, "--force").code == 3
+    assert (project / "pipe.pt").is_fifo()
+    (project / "link.pt").symlink_to(out)
+    out.write_bytes(b"older")
+    words = ("sparsify", TARGET, "-c", weights, "-o", project / "link.pt", "--root", project)
+    assert run(*words, "--force").code == 0
+    assert (project / "link.pt").is_symlink()
+    assert out.read_bytes() != b"older"
 
 
 def test_foreign_checkpoint_is_listed(run, project: Path, weights: Path) -> None:
@@ -662,7 +672,7 @@ def test_pack_writes_what_unpacks_to_the_same(run, project: Path, weights: Path)
     assert torch.equal(unpack_weight(packed["body"]), state["body.weight"])
     assert rest.keys() | {"body.weight"} == state.keys()
     refused = run("pack", TARGET, "-c", weights, "-o", project / "x", "--root", project)
-    assert refused.code == 3
+    assert refused.code == 1
     assert not (project / "x").exists()
 
 
@@ -829,3 +839,48 @@ def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None
     wrong = run("bench", "samplr", "--json")
     assert wrong.code == 2
     assert "did you mean 'sampler'" in wrong.data["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("accuracy", "--", "--data", "nope"), 3, "nope"),
+        (("layers", "--", "--patterns", "3:2"), 3, "3:2"),
+        (("step", "--", "--threads", "0"), 2, "at least 1"),
+        (("planning", "--", "--width", "0"), 2, "at least 1"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else None,
+)
+def test_benchmarks_refuse_bad_input(run, words: tuple[str, ...], code: int, says: str) -> None:
+    """One line and a code of its own: 1 would mean that the answer is no."""
+    ran = run("bench", *words)
+    assert ran.code == code
+    assert says in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_benchmarks_write_where_they_are_told(run, tmp_path: Path) -> None:
+    """A small run of one's own does not replace the figures that came with the package."""
+    shipped = Path(spikenm_fx.__file__).parent / "bench" / "results" / "planning.json"
+    before = shipped.read_bytes()
+    options = ("--width", 64, "--depth", 1, "--repeats", 1, "--out", tmp_path)
+    assert run("bench", "planning", "--", *options).code == 0
+    assert (tmp_path / "planning.json").is_file()
+    assert shipped.read_bytes() == before
+
+
+def test_demo_looks_at_its_folder_first(run, tmp_path: Path) -> None:
+    """Before it trains for a minute."""
+    (tmp_path / "file").write_text("")
+    ran = run("demo", "--out", tmp_path / "file")
+    assert ran.code == 3
+    assert "no folder" in ran.err
+
+
+def test_dense_weights_are_the_answer_no(run, project: Path, weights: Path) -> None:
+    """What is not N:M is not packed: code 1, as for verify, and nothing is written."""
+    out = project / "packed.safetensors"
+    ran = run("pack", TARGET, "-c", weights, "-o", out, "--root", project)
+    assert ran.code == 1
+    assert "VIOLATED" in ran.err
+    assert not out.exists()

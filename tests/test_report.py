@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -328,8 +329,28 @@ def test_energy_constants_are_the_callers() -> None:
     total = usual.operations
     assert usual.picojoule * 2 == pytest.approx(0.9 * total.synops + 4.6 * total.macs)
     assert own.picojoule * 2 == pytest.approx(2 * total.synops + 10 * total.macs)
-    with pytest.raises(ValueError, match="pj_per_ac"):
-        EnergyModel(pj_per_ac=-1)
+    for wrong in (-1, float("inf"), float("nan")):
+        with pytest.raises(ReportError, match="pj_per_ac"):
+            EnergyModel(pj_per_ac=wrong)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"batches": torch.rand(0, 2, 6, 6)}, "no sample"),
+        ({"batches": torch.full((2, 2, 6, 6), torch.nan)}, "batch 0 holds NaN"),
+        ({"batch_dim": 7}, "batch_dim=7"),
+        ({"pes": 0}, "pes=0"),
+        ({"latency": True, "repeats": 0}, "repeats=0"),
+        ({"model": nn.Linear}, "needs an nn.Module"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_measured_is_refused(arguments: dict[str, Any], says: str) -> None:
+    """Nothing to count, or numbers out of their range: an error instead of a table of zeros."""
+    usual = {"model": spikingjelly_net(), "batches": torch.rand(2, 2, 6, 6)}
+    with pytest.raises(ReportError, match=says):
+        report(**{**usual, **arguments})
 
 
 def test_dict_and_json_hold_the_same_figures() -> None:

@@ -9,6 +9,7 @@ import sys
 from types import ModuleType
 
 import spikenm_fx.bench as bench
+from spikenm_fx.errors import SpikeNMError
 
 __all__ = ["benches", "main", "summary"]
 
@@ -29,7 +30,10 @@ def summary(module: ModuleType) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Run one benchmark, or list them; exit status 2 for an unknown name."""
+    """Run one benchmark, or list them.
+
+    Exit status 2 for an unknown name, 3 for a file or pattern that cannot be used.
+    """
     runnable = benches()
     name, *rest = arguments or ["--help"]
     if name not in runnable:
@@ -37,7 +41,11 @@ def main(arguments: list[str]) -> int:
         for known_name, module in runnable.items():
             print(f"  {known_name:<12}{summary(module)}")
         return 0 if name in ("-h", "--help") else 2
-    return int(runnable[name].main(rest) or 0)
+    try:
+        return int(runnable[name].main(rest) or 0)
+    except (OSError, SpikeNMError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from spikenm_fx.bench.data import Split, cifar10, digits, shrunk
-from spikenm_fx.bench.measure import RESULTS, save
+from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS
 from spikenm_fx.bench.training import VARIANTS, Run, train
 from spikenm_fx.masks import native
@@ -78,16 +78,16 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=known)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4, help="simulation time steps T")
+    parser.add_argument("--epochs", type=positive, default=12)
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--steps", type=positive, default=4, help="simulation time steps T")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", default="adam", choices=("adam", "sgd"))
     parser.add_argument("--augment", action="store_true", help="shifts and flips")
     parser.add_argument("--train-images", type=int, help="a subset, the same for all")
     parser.add_argument("--test-images", type=int)
     parser.add_argument("--size", type=int, default=32, help="of CIFAR-10 images; 16 or 8 averages")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", help="of the results; by default that of the data")
     parser.add_argument("--out", type=Path, help="folder of runs and checkpoints")

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from spikenm_fx.bench.layers import Shape, conv, linear, module_of, pruned, shapes
-from spikenm_fx.bench.measure import add_resuming, interleaved, measured
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.pack import native_status, pack, packing, unpack_weight
 from spikenm_fx.pattern import NM
 
@@ -42,8 +42,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--rates", nargs="+", type=float, default=[0.0, 0.05, 0.15, 0.30, 0.50, 1.0]
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--busy", type=int, default=0, help="other processes that compute")
     add_resuming(parser)

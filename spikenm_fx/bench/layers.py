@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import add_resuming, interleaved, measured
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.native.library import Kernel, available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedWeight, native_status, pack_weight
 from spikenm_fx.pack.backends.cpu import run_layer
@@ -69,8 +69,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench layers", description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.05, 0.10, 0.15])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=9)
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--int8", action="store_true", help="int8 weights, against oneDNN int8")
     parser.add_argument("--no-inductor", action="store_true", help="dense eager paths alone")

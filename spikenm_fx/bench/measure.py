@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["RESULTS", "add_resuming", "interleaved", "machine", "measured", "save"]
+__all__ = ["RESULTS", "add_resuming", "interleaved", "machine", "measured", "positive", "save"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,6 +67,17 @@ def save(name: str, result: Mapping[str, Any], folder: Path = RESULTS) -> Path:
     path = folder / f"{name}.json"
     path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
     return path
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, as an option of a benchmark.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def add_resuming(parser: argparse.ArgumentParser) -> None:

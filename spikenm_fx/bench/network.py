@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import add_resuming, interleaved, measured
+from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.bench.profile import where_time_goes
 from spikenm_fx.bench.subjects import (
     NETWORKS,
@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench network", description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:8"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--repeats", type=positive, default=5)
     parser.add_argument("--rate", type=float, default=0.1, help="firing rate to calibrate to")
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")

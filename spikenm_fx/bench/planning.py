@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import spikenm_fx
-from spikenm_fx.bench.measure import save
+from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.networks import LIF
 
 __all__ = ["main"]
@@ -46,12 +47,13 @@ def _transformer(width: int, depth: int) -> nn.Module:
 
 
 def main(arguments: list[str]) -> None:
-    """Time both, print, write ``results/planning.json``."""
+    """Time both, print, write ``planning.json``."""
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench planning", description=__doc__)
-    parser.add_argument("--width", type=int, default=640)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--width", type=positive, default=640)
+    parser.add_argument("--depth", type=positive, default=12)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     times = []
@@ -71,4 +73,4 @@ def main(arguments: list[str]) -> None:
         f"sparsify {sparsify_seconds:.3f} s (median of {options.repeats})"
     )
     result = {"parameters": parameters, "plan": plan_seconds, "sparsify": sparsify_seconds}
-    print(save("planning", result))
+    print(save("planning", result, options.out))

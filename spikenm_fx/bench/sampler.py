@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.bench.measure import interleaved, positive, save
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.sampler import draw_mask, straight_through
 from spikenm_fx.pattern import NM
@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8", "1:16", "4:8"]
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, default=3)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spikenm_fx
-from spikenm_fx.bench.measure import interleaved, save
+from spikenm_fx.bench.measure import interleaved, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS, build
 from spikenm_fx.bench.networks import direct_code
 from spikenm_fx.masks import EID, native
@@ -41,10 +41,10 @@ def main(arguments: Sequence[str]) -> None:
     """
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench step", description=__doc__)
     parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=4, help="simulation time steps T")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch", type=positive, default=32)
+    parser.add_argument("--steps", type=positive, default=4, help="simulation time steps T")
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--repeats", type=positive, default=15)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     images = direct_code(torch.rand(options.batch, 3, 32, 32) * 2, options.steps)

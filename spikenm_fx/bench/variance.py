@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import spikenm_fx
 from spikenm_fx.bench.data import digits
-from spikenm_fx.bench.measure import save
+from spikenm_fx.bench.measure import positive, save
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.bench.networks import direct_code
 from spikenm_fx.masks.diagnostics import logit_noise
@@ -27,8 +27,10 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench variance", description=__doc__)
     parser.add_argument("--pattern", default="1:8")
     parser.add_argument("--at", nargs="+", type=int, default=[1, 40, 80])
-    parser.add_argument("--total", type=int, default=120, help="optimizer steps of the schedule")
-    parser.add_argument("--draws", type=int, default=8)
+    parser.add_argument(
+        "--total", type=positive, default=120, help="optimizer steps of the schedule"
+    )
+    parser.add_argument("--draws", type=positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     data = digits()

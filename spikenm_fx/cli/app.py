@@ -15,7 +15,7 @@ from spikenm_fx.cli.demo import demo
 from spikenm_fx.cli.inspect import doctor, plan, report, verify
 from spikenm_fx.cli.recipes import recipes
 from spikenm_fx.cli.transform import pack, sparsify
-from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.errors import SpikeNMError, VerificationError
 
 __all__ = ["app", "main"]
 
@@ -70,6 +70,10 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(words, standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = Exit.INTERRUPTED
+    except VerificationError as error:
+        if debug:
+            raise
+        code = _fail(str(error), type(error).__name__, Exit.NO, words)
     except SpikeNMError as error:
         if debug:
             raise

@@ -288,6 +288,6 @@ def read_shape(text: str) -> list[int]:
         RecipeError: for anything else.
     """
     parts = text.replace("x", ",").split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise RecipeError(f"input shape {text!r} is not of the form 4,3,32,32")
     return [int(part) for part in parts]

@@ -25,6 +25,12 @@ def demo(
     """Watch a spiking network learn handwritten digits: dense, at 2:4 and at 1:8."""
     import torch
 
+    from spikenm_fx.errors import CheckpointError
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{out}: no folder can be made there: {error.strerror}") from error
     from spikenm_fx.demo import PATTERNS, draw_masks, run_demo, steps_of
 
     # The network is too small for more: threads that wait for each other on a busy machine stall.
@@ -50,7 +56,6 @@ def demo(
             screen.say(
                 f"verified {row.pattern}: {len(sparse)} layers, {blocks} blocks, no violation"
             )
-    out.mkdir(parents=True, exist_ok=True)
     draw_masks(rows, out / "masks.png")
     if as_json:
         screen.json(

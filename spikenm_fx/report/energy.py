@@ -8,7 +8,10 @@ updates, no control.  It compares models; it does not predict a chip's power.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+from spikenm_fx.errors import ReportError
 
 __all__ = ["PJ_PER_AC", "PJ_PER_MAC", "EnergyModel"]
 
@@ -26,6 +29,9 @@ class EnergyModel:
     Attributes:
         pj_per_ac: of one accumulation (a SynOp).
         pj_per_mac: of one multiply-accumulate.
+
+    Raises:
+        ReportError: for a negative or infinite one.
     """
 
     pj_per_ac: float = PJ_PER_AC
@@ -33,8 +39,8 @@ class EnergyModel:
 
     def __post_init__(self) -> None:
         for name in ("pj_per_ac", "pj_per_mac"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ReportError(f"{name}={getattr(self, name)!r}: give 0 or more, and finite")
 
     def picojoule(self, synops: float, macs: float) -> float:
         """Energy of ``synops`` accumulations and ``macs`` multiply-accumulates, in pJ."""

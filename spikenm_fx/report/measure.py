@@ -14,9 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from spikenm_fx.errors import ReportError, TraceError
+from spikenm_fx.errors import ReportError, TraceError, no_module
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.report.describe import describe
@@ -77,8 +77,13 @@ def report(
         repeats: timed forwards per model, after one to warm up.
 
     Raises:
-        ReportError: if there is no batch, no weight layer, or the model cannot run a batch.
+        ReportError: if there is no batch or sample, no weight layer, a batch holds NaN, the model
+            cannot run one, or a number is out of its range.
     """
+    if not isinstance(model, nn.Module):
+        raise ReportError(no_module("report", model))
+    if pes < 1 or (latency and repeats < 1):
+        raise ReportError(f"pes={pes}, repeats={repeats}: both must be 1 or more")
     name = type(model).__name__
     original, kernels = model, {}
     if is_engine(model):
@@ -106,9 +111,12 @@ def report(
             for batch in given:
                 rest(model)
                 batch = _to_device(batch, model)
+                _refuse_non_finite(batch, count)
                 _run(run, model, batch, count)
                 samples += _samples(batch, batch_dim)
                 count += 1
+        if not samples:
+            raise ReportError("the batches hold no sample: nothing could be measured")
         described = [
             describe(
                 name,
@@ -213,6 +221,12 @@ def _run(run: Forward, model: nn.Module, batch: Any, index: int) -> None:
         ) from error
 
 
+def _refuse_non_finite(batch: Any, index: int) -> None:
+    for item in tree_leaves(batch):
+        if isinstance(item, Tensor) and item.is_floating_point() and not item.isfinite().all():
+            raise ReportError(f"batch {index} holds NaN or infinity; give finite values")
+
+
 def _copied(batch: Any) -> Any:
     """The same tensors in memory of their own: some models reshape their input in place."""
     return tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, batch)
@@ -232,9 +246,14 @@ def _samples(batch: Any, batch_dim: int) -> int:
         if isinstance(target, Tensor) and target.dim() >= 1:
             return target.shape[0]
     inputs = next(iter(batch.values())) if isinstance(batch, dict) else _input_of(batch)
-    if isinstance(inputs, Tensor) and inputs.dim() > batch_dim:
-        return inputs.shape[batch_dim]
-    return 1
+    if not isinstance(inputs, Tensor) or not inputs.dim():
+        return 1
+    if not -inputs.dim() <= batch_dim < inputs.dim():
+        raise ReportError(
+            f"batch_dim={batch_dim}, but the input has shape {tuple(inputs.shape)}: name the "
+            "dimension that runs over samples"
+        )
+    return inputs.shape[batch_dim]
 
 
 def _driven(graph: SpikingGraph | None, name: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
