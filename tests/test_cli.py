@@ -875,12 +875,3 @@ def test_demo_looks_at_its_folder_first(run, tmp_path: Path) -> None:
     ran = run("demo", "--out", tmp_path / "file")
     assert ran.code == 3
     assert "no folder" in ran.err
-
-
-def test_dense_weights_are_the_answer_no(run, project: Path, weights: Path) -> None:
-    """What is not N:M is not packed: code 1, as for verify, and nothing is written."""
-    out = project / "packed.safetensors"
-    ran = run("pack", TARGET, "-c", weights, "-o", out, "--root", project)
-    assert ran.code == 1
-    assert "VIOLATED" in ran.err
-    assert not out.exists()
