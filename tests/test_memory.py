@@ -13,8 +13,9 @@ from spikenm_fx import Rule
 def alive() -> dict[int, int]:
     """Bytes of every storage that a tensor known to the garbage collector holds."""
     gc.collect()
-    kinds = (torch.Tensor, nn.Parameter)  # and no fake tensors, which have no memory
-    tensors = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    kinds = (torch.Tensor, nn.Parameter)  # and no fake or sparse tensors, which have no storage
+    found = [thing for thing in gc.get_objects() if type(thing) in kinds]
+    tensors = [tensor for tensor in found if tensor.layout is torch.strided]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
