@@ -499,6 +499,25 @@ def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.M
     sys.modules.pop("timed_nets_for_cli")
 
 
+def test_data_tells_where_time_is(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples are counted along the data's own batch axis; --input may differ in that alone."""
+    (tmp_path / "timed_nets_for_cli.py").write_text(TIMED)
+    monkeypatch.chdir(tmp_path)
+    leading = numpy.ones((4, 2, 3, 8, 8), dtype=numpy.float32)
+    second = leading.swapaxes(0, 1)
+    for name, batch in (("Leading", leading), ("StepByStep", leading), ("Second", second)):
+        numpy.save("x.npy", batch)
+        ran = run("report", f"timed_nets_for_cli:{name}", "--data", "x.npy", "--json")
+        assert ran.data["samples"] == 2
+    words = ("report", "timed_nets_for_cli:Second", "--data", "x.npy", "--json")
+    assert run(*words, "-i", "2,4,3,8,8").data["samples"] == 2
+    ran = run(*words, "-i", "2,8,3,8,8")
+    assert ran.code == 3
+    assert "2,8,3,8,8" in ran.out
+    assert "2,4,3,8,8" in ran.out
+    sys.modules.pop("timed_nets_for_cli")
+
+
 @pytest.mark.parametrize(
     "recipe", ["spikingjelly-cifar10net", "snntorch-tutorial6-cnn", "norse-convnet"]
 )

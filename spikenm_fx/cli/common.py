@@ -130,12 +130,14 @@ class Loaded:
         recipe: given or made up from the options.
         root: where its code may come from.
         trained: whether its weights are a checkpoint's.
+        data: the user's batch, which then takes the place of random input.
     """
 
     model: nn.Module
     recipe: Recipe
     root: Root
     trained: bool = False
+    data: Tensor | None = None
     _graph: SpikingGraph | None = None
 
     @classmethod
@@ -147,17 +149,21 @@ class Loaded:
         nm: str | None = None,
         shape: str | None = None,
         checkpoint: Path | None = None,
+        data: Tensor | None = None,
     ) -> Loaded:
         """The model of a recipe file or of ``module:Class``.
 
         Raises:
-            RecipeError: if it cannot be built.
+            RecipeError: if it cannot be built, or ``data`` is not of the ``shape`` given with it.
             CheckpointError: if the checkpoint does not fit.
         """
         from spikenm_fx.checkpoint import load_into, load_state
         from spikenm_fx.plan.target import build_model, provided, root_of
 
-        recipe = _recipe(target, nm, shape)
+        asked = read_shape(shape) if shape is not None else None
+        if data is not None and not data.numel():
+            raise RecipeError(f"--data holds nothing: its shape is {list(data.shape)}")
+        recipe = _recipe(target, nm, list(data.shape) if data is not None else asked)
         if _is_file(target):
             found = root_of(recipe, root)
             sys.path[:0] = [place for place in provided(recipe, root) if place not in sys.path]
@@ -168,10 +174,24 @@ class Loaded:
         model = build_model(recipe, found)
         if checkpoint is not None:
             load_into(model, load_state(checkpoint), source=str(checkpoint))
-        loaded = cls(model, recipe, found, checkpoint is not None)
+        loaded = cls(model, recipe, found, checkpoint is not None, data)
         if not _is_file(target):
             loaded.learn_time()
+        if data is not None and asked is not None:
+            loaded.refuse_other_shape(asked)
         return loaded
+
+    def refuse_other_shape(self, asked: list[int]) -> None:
+        """Raise RecipeError where the data differs from ``asked`` in more than the samples."""
+        assert self.data is not None
+        batch = 1 if self.recipe.inputs.time == "leading" else 0
+        found = list(self.data.shape)
+        sizes = [[size for axis, size in enumerate(s) if axis != batch] for s in (asked, found)]
+        if sizes[0] != sizes[1]:
+            raise RecipeError(
+                f"--input {','.join(map(str, asked))} does not fit --data, which is "
+                f"{','.join(map(str, found))}: leave --input out, the data has a shape"
+            )
 
     def learn_time(self) -> None:
         """Find out where time is in the input of a model without a recipe."""
@@ -188,11 +208,11 @@ class Loaded:
 
     @property
     def knows_its_input(self) -> bool:
-        """Whether a shape was given, by the recipe or by --input."""
-        return self.recipe.inputs.shape != [1]
+        """Whether a shape was given, by the recipe, by --input or by data."""
+        return self.data is not None or self.recipe.inputs.shape != [1]
 
     def graph(self) -> SpikingGraph | None:
-        """A trace on random input; None where no shape is known.
+        """A trace on the input; None where no shape is known.
 
         Raises:
             TraceError: if the model cannot run it.
@@ -228,13 +248,15 @@ class Loaded:
         )
 
     def batch(self, seed: int = 0) -> Tensor:
-        """Random input of the recipe's shape.
+        """The user's data, else random input of the recipe's shape.
 
         Raises:
             RecipeError: if no shape is known.
         """
         from spikenm_fx.plan.target import example_input
 
+        if self.data is not None:
+            return self.data
         if not self.knows_its_input:
             raise RecipeError("the input's shape is not known: give it, e.g. --input 4,3,32,32")
         return example_input(self.recipe.inputs, seed=seed)
@@ -244,7 +266,7 @@ def _is_file(target: str) -> bool:
     return target.endswith((".yaml", ".yml")) or Path(target).is_file()
 
 
-def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
+def _recipe(target: str, nm: str | None, shape: list[int] | None) -> Recipe:
     from spikenm_fx.pattern import NM
     from spikenm_fx.plan.recipe import Inputs, Recipe, Target, load_recipe
 
@@ -254,7 +276,7 @@ def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
         if nm is not None:
             changes = _with_pattern(recipe, NM.parse(nm))
         if shape is not None:
-            inputs = {**recipe.inputs.model_dump(), "shape": read_shape(shape)}
+            inputs = {**recipe.inputs.model_dump(), "shape": shape}
             changes["inputs"] = Inputs(**inputs)
         return recipe.model_copy(update=changes)
     if ":" not in target:
@@ -267,7 +289,7 @@ def _recipe(target: str, nm: str | None, shape: str | None) -> Recipe:
     return Recipe(
         version=1,
         target=Target(package=EntryPoint.parse(target).package, build=target),
-        inputs=Inputs(shape=read_shape(shape) if shape else [1], time="inside"),
+        inputs=Inputs(shape=shape or [1], time="inside"),
         nm=NM.parse(nm or "2:4"),
     )
 

@@ -102,13 +102,15 @@ def report(
 
     screen = Screen(as_json)
     with screen.working("running the model"):
-        loaded = Loaded.named(target, root=root, nm=nm, shape=shape, checkpoint=checkpoint)
+        batch = read_tensor(data) if data is not None else None
+        loaded = Loaded.named(
+            target, root=root, nm=nm, shape=shape, checkpoint=checkpoint, data=batch
+        )
         dense = copy.deepcopy(loaded.model) if sparse else None
         if sparse:
             loaded.sparsify(loaded.plan(), "magnitude")
         found = measure(
             loaded,
-            data,
             reference=dense,
             energy=EnergyModel(pj_per_ac, pj_per_mac),
             latency=_variants(loaded, dense) if latency else False,
@@ -132,24 +134,23 @@ def _variants(loaded: Loaded, dense: nn.Module | None) -> dict[str, nn.Module]:
     return {**before, "folded": folded, "packed": spikenm_fx.pack(folded, loaded.batch())}
 
 
-def measure(loaded: Loaded, data: Path | None = None, batches: int = 2, **options: Any) -> Report:
-    """The report of a loaded model over ``data``, or over random batches of its recipe.
+def measure(loaded: Loaded, batches: int = 2, **options: Any) -> Report:
+    """The report of a loaded model over its data, or over random batches of its recipe.
 
     Args:
         loaded: what to run, and how.
-        data: file of one batch.
-        batches: random ones, where there is no file.
+        batches: random ones, where there is no data.
         options: of :func:`spikenm_fx.report`.
     """
     from spikenm_fx.plan.target import forward, reset_function
     from spikenm_fx.report.measure import report as measured
 
     inputs = loaded.recipe.inputs
-    given = [read_tensor(data)] if data else [loaded.batch(seed) for seed in range(batches)]
+    seeds = range(batches if loaded.data is None else 1)
     reset = reset_function(loaded.recipe, loaded.root) if loaded.recipe.reset else None
     return measured(
         loaded.model,
-        given,
+        [loaded.batch(seed) for seed in seeds],
         forward=lambda model, batch: forward(model, batch, inputs),
         reset=reset,
         batch_dim=1 if inputs.time == "leading" else 0,
@@ -161,13 +162,16 @@ def read_tensor(path: Path) -> Tensor:
     """One tensor out of ``.npy``, ``.pt`` or ``.safetensors``; no code in them ever runs.
 
     Raises:
-        CheckpointError: if it cannot be read, holds several tensors, NaN or infinity.
+        CheckpointError: if it cannot be read, or holds several tensors, complex numbers, NaN or
+            infinity.
     """
     import torch
 
     from spikenm_fx.errors import CheckpointError
 
     tensor = _read_npy(path) if path.suffix == ".npy" else _only_tensor(path)
+    if tensor.is_complex():
+        raise CheckpointError(f"{path}: holds complex numbers; a batch of real values is needed")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{path}: holds NaN or infinity; a batch of finite values is needed")
     return tensor
@@ -180,7 +184,8 @@ def _read_npy(path: Path) -> Tensor:
     from spikenm_fx.errors import CheckpointError
 
     try:
-        return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+        found = torch.from_numpy(np.load(path, allow_pickle=False))
+        return found if found.is_complex() else found.float()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file") from error
     except (OSError, ValueError, TypeError, EOFError) as error:
