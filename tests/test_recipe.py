@@ -235,7 +235,7 @@ def test_options_reach_the_method() -> None:
     chosen = parse_recipe(method_of("total_steps: 48000, options: {fade: 0.0, eid: null}"))
     method = chosen.sparsify_options()["method"]
     assert method == SpikeNM(fade=0.0, eid=None)
-    assert method.schedule(48000).undrawn_at(0) == 0.0
+    assert method.schedule(48000, NM(1, 8)).undrawn_at(0) == 0.0
     assert parse_recipe(GOOD).sparsify_options()["method"] == SpikeNM()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))

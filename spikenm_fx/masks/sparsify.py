@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,7 @@ from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.watch import Observed, RootHook, Watch
-from spikenm_fx.pattern import BlockView, PatternLike, Remainder, is_weight_layer
+from spikenm_fx.pattern import NM, BlockView, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
 from spikenm_fx.plan.rules import ordered_rules
 from spikenm_fx.trace import SpikingGraph, trace
@@ -54,10 +54,11 @@ def sparsify(
     largest.
 
     With ``total_steps`` the scale rises to its final value within the run, and the masks freeze for
-    the last 15 % so that weights and normalisation statistics adapt to them.  ``"spikenm"`` then
-    also starts from the dense network: weights that are not drawn fade out over the first half of
-    the run.  Until then the weights of training mode are not N:M, those of evaluation mode and of
-    checkpoints are; ``SpikeNM(fade=0.0)`` is N:M at every step.
+    the last 15 % so that weights and normalisation statistics adapt to them.  Layers that keep less
+    than half of their weights (1:4, 1:8, not 2:4) then also start dense under ``"spikenm"``: what
+    is not drawn fades out over the first half of the run.  Until then these weights are not N:M in
+    training mode, those of evaluation mode and of checkpoints are; ``SpikeNM(fade=0.0)`` is N:M at
+    every step.
 
     Args:
         model: any module; Linear and Conv layers of any framework are found by inheritance, raw
@@ -91,16 +92,15 @@ def sparsify(
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
-    schedule = schedule or chosen.schedule(total_steps)
     decided = _decide(model, nm, example_inputs, ordered_rules(rules), remainder)
     _refuse_unusable(model, decided)
     clock = Clock(seed)
     eid = getattr(chosen, "eid", None)
     traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
     graph = trace(model, example_inputs) if traced else None
-    _apply(model, decided, chosen, clock, schedule)
+    _apply(model, decided, chosen, clock, lambda nm: schedule or chosen.schedule(total_steps, nm))
     if isinstance(eid, EID):
-        _guide(model, eid, Watch(clock, schedule, eid), graph)
+        _guide(model, eid, graph)
     return model
 
 
@@ -184,7 +184,11 @@ def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
 
 
 def _apply(
-    model: nn.Module, decided: Plan, method: Method, clock: Clock, schedule: Schedule
+    model: nn.Module,
+    decided: Plan,
+    method: Method,
+    clock: Clock,
+    schedule_of: Callable[[NM], Schedule],
 ) -> None:
     sharing: dict[int, list[LayerPlan]] = defaultdict(list)
     for entry in decided.sparse:
@@ -196,6 +200,7 @@ def _apply(
         for entry, (module, _) in zip(entries, holders, strict=True):
             refuse_unmaskable(entry.name, module)
         view = BlockView(method.pattern(first.nm), first.shape, first.axis == 0, first.groups)
+        schedule = schedule_of(view.nm)
         mask = MaskedWeight(*holders[0], first.name, view, method, clock, schedule)
         scores = mask.fresh_scores()
         logits = None if scores is None else nn.Parameter(scores, requires_grad=method.learns)
@@ -206,8 +211,10 @@ def _apply(
     model.register_load_state_dict_pre_hook(check_checkpoint)
 
 
-def _guide(model: nn.Module, eid: EID, watch: Watch, graph: SpikingGraph | None) -> None:
+def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
     """Give each mask its credits, and the hooks that measure them."""
+    _, _, first = next(masked_weights(model))
+    watch = Watch(first.clock, first.schedule, eid)  # all schedules freeze at the same step
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     masks: dict[int, MaskedWeight] = {}
     layers = {name for name, module in nn.Module.named_modules(model) if is_weight_layer(module)}

@@ -69,8 +69,8 @@ class Method(Protocol):
     def pattern(self, nm: NM) -> NM:
         """The pattern that its masks have where ``nm`` is asked for."""
 
-    def schedule(self, total_steps: int | None) -> Schedule:
-        """The schedule it uses unless the user gives one."""
+    def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
+        """The schedule it uses for layers of this pattern unless the user gives one."""
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
         """Initial scores for a blocked weight, or None for a method without."""

@@ -26,7 +26,7 @@ class FixedRule(ABC):
         """As asked for."""
         return nm
 
-    def schedule(self, total_steps: int | None) -> Schedule:
+    def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
         """No temperatures; nothing to freeze."""
         return Schedule(total_steps)
 

@@ -54,7 +54,7 @@ class MaskLLM:
             )
         return nm
 
-    def schedule(self, total_steps: int | None) -> Schedule:
+    def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
         """Scale 1e2 -> 5e2 and temperature 4 -> 0.05, linearly (Table 7), then the freeze."""
         return Schedule(total_steps, kappa=(100.0, 500.0), tau=(4.0, 0.05))
 

@@ -12,6 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.methods import method_class
+from spikenm_fx.pattern import NM
 
 __all__ = ["wrong_options"]
 
@@ -39,7 +40,7 @@ def wrong_options(
             wrong[option] = problem
     if not wrong:
         try:
-            cls(**options).schedule(total_steps)
+            cls(**options).schedule(total_steps, NM(1, 8))  # a pattern that has all of it
         except PlanError as error:
             culprit = next((each for each in options if str(error).startswith(each)), "")
             wrong[culprit] = str(error)

@@ -49,9 +49,10 @@ class SpikeNM:
         rescale: multiply each layer's weights, once, by ||W|| / ||m * W|| with the first masks m:
             without it the layers that no norm follows start with inputs too small to spike, the
             more so the sparser they are.  Not before a fade, which starts with all weights.
-        fade: of the schedule where ``total_steps`` is known, see
-            :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step is N:M, as in
-            the paper; coming there gradually is ours, and at high sparsity worth a point or two.
+        fade: of the schedule where ``total_steps`` is known and layers keep less than half of their
+            weights, see :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step
+            is N:M, as in the paper; coming there gradually is ours, worth a point at 1:8 and
+            nothing at 2:4.
         eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
 
     Raises:
@@ -87,9 +88,9 @@ class SpikeNM:
         """As asked for."""
         return nm
 
-    def schedule(self, total_steps: int | None) -> Schedule:
-        """Rising scale, then the freeze; first the fade where the length of the run is known."""
-        fade = self.fade if total_steps is not None else 0.0
+    def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
+        """Rising scale, then the freeze; at high sparsity the fade, if the run's length is known."""
+        fade = self.fade if total_steps is not None and nm.density < 0.5 else 0.0
         if not self.relative:
             return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
         if fade:  # undrawn weights take part, so that masks may move more

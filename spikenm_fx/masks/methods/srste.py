@@ -12,6 +12,7 @@ from spikenm_fx.masks.methods import Draw, kept
 from spikenm_fx.masks.methods.fixed import FixedRule
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.pattern import NM
 
 __all__ = ["SRSTE"]
 
@@ -26,7 +27,7 @@ class SRSTE(FixedRule):
     Attributes:
         decay: lambda_w, 2e-4 in the paper.
         rescale: as of :class:`~spikenm_fx.masks.methods.spikenm.SpikeNM`; not in the paper.
-        fade: likewise.
+        fade: of the schedule where ``total_steps`` is known; not in the paper.
     """
 
     name: ClassVar[str] = "srste"
@@ -34,7 +35,7 @@ class SRSTE(FixedRule):
     rescale: bool = False
     fade: float = 0.0
 
-    def schedule(self, total_steps: int | None) -> Schedule:
+    def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
         """Nothing to anneal; a fade, if one is asked for, where the run's length is known."""
         return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
 
