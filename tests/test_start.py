@@ -19,8 +19,8 @@ from spikenm_fx.masks.methods.srste import SRSTE
 FADING = SpikeNM(fade=0.5, eid=None)
 
 
-def sparse(method, steps: int | None = 20, **options) -> nn.Module:
-    return spikenm_fx.sparsify(network(seed=3), method=method, total_steps=steps, **options)
+def sparse(method, steps: int | None = 20, nm: str = "1:4") -> nn.Module:
+    return spikenm_fx.sparsify(network(seed=3), nm, method=method, total_steps=steps)
 
 
 def layers(model: nn.Module) -> list[MaskedLayer]:
@@ -103,7 +103,7 @@ def test_loading_and_sparsifying_commute(pattern: str, steps: int | None, assign
     assert all(torch.equal(given[key], pretrained[key]) for key in given)
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:8"])
+@pytest.mark.parametrize("pattern", ["1:4", "1:8"])
 def test_a_fade_starts_from_the_dense_network_itself(pattern: str) -> None:
     """Weights are scaled for the masks alone; the first step of a fade uses all of them."""
     plain, model = network(seed=3), spikenm_fx.sparsify(network(seed=3), pattern, total_steps=20)
@@ -115,7 +115,7 @@ def test_a_fade_starts_from_the_dense_network_itself(pattern: str) -> None:
 
 
 @settings(deadline=None, max_examples=10)
-@given(st.sampled_from(["2:4", "1:4", "1:8"]), st.integers(0, 20), st.sampled_from([0.3, 1.0]))
+@given(st.sampled_from(["3:8", "1:4", "1:8"]), st.integers(0, 20), st.sampled_from([0.3, 1.0]))
 def test_fade(pattern: str, step: int, fade: float) -> None:
     """Undrawn weights are scaled by a factor from 1 to 0; from its end on every step is N:M."""
     model = spikenm_fx.sparsify(
@@ -202,7 +202,21 @@ def test_open_runs_do_not_fade() -> None:
     model = sparse(FADING, None)
     model.train()
     for layer in layers(model):
-        assert most_nonzero(layer.weight.detach(), layer._nm_mask.view.nm) <= 2
+        assert most_nonzero(layer.weight.detach(), layer._nm_mask.view.nm) <= 1
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "3:4"])
+def test_where_half_is_kept_every_step_is_sparse(pattern: str) -> None:
+    """At 2:4 a fade gains nothing: training is N:M from the first step, beside layers that fade."""
+    rules = [Rule("2", nm=pattern), Rule("4", nm="1:8")]
+    model = spikenm_fx.sparsify(network(seed=3), pattern, rules=rules, total_steps=20).train()
+    strict, faded = model[2], model[4]
+    assert most_nonzero(faded.weight, faded._nm_mask.view.nm) == 8
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(20):
+        assert most_nonzero(strict.weight, strict._nm_mask.view.nm) <= int(pattern[0])
+        train(model, optimizer, 1, start=step)
+    assert most_nonzero(faded.weight, faded._nm_mask.view.nm) == 1
 
 
 def test_the_scale_of_the_logits_does_not_matter() -> None:
@@ -218,7 +232,7 @@ def test_the_scale_of_the_logits_does_not_matter() -> None:
         with torch.no_grad():
             other.weight_logits.zero_()
         mask = other._nm_mask.mask(3)  # no spread to divide by
-        assert most_nonzero(mask, other._nm_mask.view.nm) == 2
+        assert most_nonzero(mask, other._nm_mask.view.nm) == 1
 
 
 @pytest.mark.parametrize("method", ["spikenm", SRSTE(fade=0.6)], ids=["spikenm", "srste"])
@@ -229,9 +243,9 @@ def test_fades_where_the_end_is_known(method: str | SRSTE) -> None:
     counts = []
     for step in range(10):
         model.eval()
-        assert spikenm_fx.verify(model, "2:4").valid
+        assert spikenm_fx.verify(model, "1:4").valid
         model.train()
         counts.append([most_nonzero(m.weight, m._nm_mask.view.nm) for m in layers(model)])
         train(model, optimizer, 1, start=step)
     assert counts[0] == [4] * len(counts[0])
-    assert counts[-1] == [2] * len(counts[0])
+    assert counts[-1] == [1] * len(counts[0])

@@ -142,7 +142,7 @@ def test_what_is_required():
 
 def test_weights_of_a_fade_are_counted_as_they_are_used():
     """In training mode they are not N:M yet; the error names the mode in which they are."""
-    model = spikenm_fx.sparsify(network(), total_steps=20)
+    model = spikenm_fx.sparsify(network(), "1:4", total_steps=20)
     with pytest.raises(VerificationError, match=r"evaluation mode \(model.eval\(\)\)"):
         verify(model).raise_if_invalid()
     assert verify(model.eval()).valid

@@ -89,7 +89,7 @@ class SpikeNM:
         return nm
 
     def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
-        """Rising scale, then the freeze; at high sparsity the fade, if the run's length is known."""
+        """Rising scale, then the freeze; the fade at high sparsity, where the length is known."""
         fade = self.fade if total_steps is not None and nm.density < 0.5 else 0.0
         if not self.relative:
             return Schedule(total_steps, kappa=(300.0, 1500.0), fade=fade)
