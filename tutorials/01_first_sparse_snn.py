@@ -34,8 +34,9 @@ print(plan)
 #
 # `sparsify` works in place. Each layer keeps its own class behaviour, its parameter names and the
 # optimizer's references; what it *computes with* has at most two non-zeros in each block of four.
-# Because `total_steps` says how long the run will be, the others fade out over its first half
-# instead of resting from the first step. The mask logits are ordinary parameters, so build the
+# Because `total_steps` says how long the run will be, the masks settle within it and stay as they
+# are for its last part. (At 1:4 or 1:8 the other weights would also fade out over the first half
+# instead of resting from the first step.) The mask logits are ordinary parameters, so build the
 # optimizer afterwards.
 
 # %%
