@@ -8,13 +8,13 @@ always means *keep at most n of m* consecutive input channels.
 from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.fold import dense_state_dict, fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
-from spikenm_fx.pack.engine import pack
+from spikenm_fx.pack.api import pack
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.plan import Plan, plan
-from spikenm_fx.plan.recipe import load_recipe
 from spikenm_fx.plan.rules import Rule
+from spikenm_fx.recipe.schema import load_recipe
+from spikenm_fx.report.data import Report
 from spikenm_fx.report.measure import report
-from spikenm_fx.report.model import Report
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.verify import Verification, verify

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spikenm_fx.pack.format import LayerGeometry
+from spikenm_fx.pack.weights.format import LayerGeometry
 from spikenm_fx.pattern import NM, BlockView
 
 COMMON = ["2:4", "1:4", "2:8", "1:8", "1:16", "4:8", "1:2", "1:1"]

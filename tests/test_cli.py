@@ -22,9 +22,9 @@ import yaml
 import spikenm_fx
 from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
-from spikenm_fx.cli.results import BEGIN, END
 from spikenm_fx.errors import SpikeNMError
-from spikenm_fx.plan.recipe import load_recipe
+from spikenm_fx.recipe.results import BEGIN, END
+from spikenm_fx.recipe.schema import load_recipe
 
 NET = """
 import torch
@@ -790,7 +790,7 @@ def test_doctor_on_an_input_that_does_not_run_is_code_3(
     def fails(*_: object) -> None:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr("spikenm_fx.cli.diagnosis.kernel_choices", fails)
+    monkeypatch.setattr("spikenm_fx.doctor.kernel_choices", fails)
     ran = run(*words, "-i", "2,3,8,8")
     assert ran.code == 1
     assert any("no kernel" in text for text in ran.data["blocked"])
@@ -814,7 +814,7 @@ def test_check_looks_at_the_table_first(
     (project / "swapped.md").write_text(f"{END}\n{BEGIN}\n")
     (project / "x.bin").write_bytes(b"\xff\xfe")
     before = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
-    monkeypatch.setattr("spikenm_fx.cli.check.check_recipe", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr("spikenm_fx.recipe.check.check_recipe", lambda *_: pytest.fail("too late"))
     words = ("recipe", "check", out, "--in-process", "--root", project)
     assert run(*words, "--table", project / table).code == 3
     assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before

@@ -13,7 +13,7 @@ if not callable(getattr(spikenm_fx, "report", None)):
 @pytest.fixture(scope="module")
 def rows():
     """One epoch of each network, and the patterns that the progress was told of."""
-    from spikenm_fx.demo import run_demo
+    from spikenm_fx.demo.run import run_demo
 
     told: list[str] = []
     return list(run_demo(epochs=1, on_step=told.append)), told
@@ -21,7 +21,7 @@ def rows():
 
 def test_three_networks_are_compared(rows):
     """Dense, 2:4 and 1:8, in this order, each sparse one verified and smaller."""
-    from spikenm_fx.demo import steps_of
+    from spikenm_fx.demo.run import steps_of
 
     table, told = rows
     assert [row.pattern for row in table] == ["dense", "2:4", "1:8"]
@@ -43,7 +43,7 @@ def test_three_networks_are_compared(rows):
 def test_the_picture_is_written(rows, tmp_path):
     """draw_masks writes a PNG."""
     pytest.importorskip("matplotlib")
-    from spikenm_fx.demo import draw_masks
+    from spikenm_fx.demo.run import draw_masks
 
     draw_masks(rows[0], tmp_path / "masks.png")
     assert (tmp_path / "masks.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from spikenm_fx.errors import RecipeError
-from spikenm_fx.plan.entry_point import EntryPoint, Root
-from spikenm_fx.plan.recipe import parse_recipe
-from spikenm_fx.plan.target import build_model, example_input, find_checkout, forward, root_of
+from spikenm_fx.recipe.entry_point import EntryPoint, Root
+from spikenm_fx.recipe.schema import parse_recipe
+from spikenm_fx.recipe.target import build_model, example_input, find_checkout, forward, root_of
 
 
 @pytest.fixture
@@ -168,19 +168,19 @@ def test_recipe_without_its_checkout_says_what_to_clone(tmp_path: Path) -> None:
 
 def test_a_function_of_the_checkout_can_be_replaced(checkout: Path) -> None:
     """The checkout's kernel gives way to the named one; nobody else's function can."""
-    from spikenm_fx.plan.kernels import wkv
+    from spikenm_fx.recipe.rwkv import wkv
 
     text = recipe_text("net_pkg_for_test.net:Net").replace(
         "kwargs: {}", "kwargs: {}, replacements: {'net_pkg_for_test.net:broken': '%s'}"
     )
-    recipe = parse_recipe(text % "spikenm_fx.plan.kernels:wkv")
+    recipe = parse_recipe(text % "spikenm_fx.recipe.rwkv:wkv")
     build_model(recipe, root_of(recipe, checkout))
     assert sys.modules["net_pkg_for_test.net"].broken is wkv
     for old, new in (
-        ("torch.nn.functional:relu", "spikenm_fx.plan.kernels:wkv"),
-        ("net_pkg_for_test.net:Net.forward", "spikenm_fx.plan.kernels:wkv"),
+        ("torch.nn.functional:relu", "spikenm_fx.recipe.rwkv:wkv"),
+        ("net_pkg_for_test.net:Net.forward", "spikenm_fx.recipe.rwkv:wkv"),
         ("net_pkg_for_test.net:not_a_module", "os:system"),
-        ("net_pkg_for_test.net:none_such", "spikenm_fx.plan.kernels:wkv"),
+        ("net_pkg_for_test.net:none_such", "spikenm_fx.recipe.rwkv:wkv"),
     ):
         with pytest.raises(RecipeError):
             Root(checkout).replace(old, new)

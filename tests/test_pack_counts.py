@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedLayer, native_status, pack, pack_weight, packing
-from spikenm_fx.pack import layer as layer_module
-from spikenm_fx.pack.fused import FusedNeuron
-from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
+from spikenm_fx.pack.engine import layer as layer_module
+from spikenm_fx.pack.engine.fused import FusedNeuron
+from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")

@@ -18,9 +18,9 @@ from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import PackedLayer, load_packed, native_status, pack, packing, save_packed
-from spikenm_fx.pack.fused import FusedNeuron, fuse_neuron, why_not_fused
-from spikenm_fx.pack.layer import Choice
-from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
+from spikenm_fx.pack.engine.fused import FusedNeuron, fuse_neuron, why_not_fused
+from spikenm_fx.pack.engine.layer import Choice
+from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 from spikenm_fx.trace import NeuronSpec, Synapse, simulate
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from spikenm_fx.bench import subjects
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.pack import native_status, pack, packing
-from spikenm_fx.pack.forced import forced_mismatch
-from spikenm_fx.pack.lazy import LazyTensor, SpikeBits
+from spikenm_fx.pack.check.forced import forced_mismatch
+from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")

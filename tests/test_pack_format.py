@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from spikenm_fx.errors import CheckpointError, PackedFileError, PackError
-from spikenm_fx.pack import files
-from spikenm_fx.pack.backends.reference import packed_layer
-from spikenm_fx.pack.files import load_packed, save_packed
-from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
+from spikenm_fx.pack.kernels.reference import packed_layer
+from spikenm_fx.pack.weights import files
+from spikenm_fx.pack.weights.files import load_packed, save_packed
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pattern import NM
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]

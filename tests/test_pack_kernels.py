@@ -9,10 +9,10 @@ from pack_strategies import COMMON, Case, cases, prune
 from torch import Tensor
 
 from spikenm_fx.native.library import available_kernels, kernels, native_status
-from spikenm_fx.pack.backends.cpu import LayerShape, pack_spikes, run_layer
-from spikenm_fx.pack.backends.reference import dense_layer, packed_layer
-from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight
-from spikenm_fx.pack.layouts import layout_for, supports
+from spikenm_fx.pack.kernels.cpu import LayerShape, pack_spikes, run_layer
+from spikenm_fx.pack.kernels.layouts import layout_for, supports
+from spikenm_fx.pack.kernels.reference import dense_layer, packed_layer
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pattern import NM
 
 STATUS = native_status()

@@ -8,8 +8,8 @@ from torch import nn
 
 from spikenm_fx.native.library import KERNELS, available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedLayer, native_status, pack_weight
-from spikenm_fx.pack.neuron import NeuronRule
-from spikenm_fx.pack.ops import geometry_list, integrate, sparse_layer
+from spikenm_fx.pack.engine.neuron import NeuronRule
+from spikenm_fx.pack.kernels.ops import geometry_list, integrate, sparse_layer
 from spikenm_fx.pattern import NM
 from spikenm_fx.trace import NeuronSpec
 

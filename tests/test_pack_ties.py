@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.bench.zoo import ZOO, Case
-from spikenm_fx.pack.agreement import ROUNDING, TIES, agreement
-from spikenm_fx.pack.forced import forced
+from spikenm_fx.pack.check.agreement import ROUNDING, TIES, agreement
+from spikenm_fx.pack.check.forced import forced
 from spikenm_fx.trace import find_neurons
 
 FRAMEWORKS = [

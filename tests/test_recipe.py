@@ -20,9 +20,9 @@ from spikenm_fx.masks.methods import METHODS, method_class
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 from spikenm_fx.masks.sparsify import sparsify
 from spikenm_fx.pattern import NM
-from spikenm_fx.plan.recipe import load_recipe, parse_recipe, recipe_json_schema
-from spikenm_fx.plan.target import build_model, example_input, forward, reset_function, root_of
-from spikenm_fx.plan.yaml_strict import load_strict_yaml
+from spikenm_fx.recipe.schema import load_recipe, parse_recipe, recipe_json_schema
+from spikenm_fx.recipe.target import build_model, example_input, forward, reset_function, root_of
+from spikenm_fx.recipe.yaml_strict import load_strict_yaml
 
 GOOD = """
 version: 1
@@ -151,7 +151,7 @@ def test_huge_file_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "huge.yaml"
     path.write_text("a: 1\n" * 2_000_000)
     # spikenm_fx.plan is the verb; its package is found by import only
-    module = importlib.import_module("spikenm_fx.plan.recipe")
+    module = importlib.import_module("spikenm_fx.recipe.schema")
     monkeypatch.setattr(module, "parse_recipe", lambda *_, **__: pytest.fail("parsed"))
     with pytest.raises(RecipeError, match="larger than"):
         load_recipe(path)

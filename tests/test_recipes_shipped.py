@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spikenm_fx.cli import main
-from spikenm_fx.cli.results import BEGIN, END, renew_table
 from spikenm_fx.errors import RecipeError
-from spikenm_fx.plan.kernels import wkv
-from spikenm_fx.plan.recipe import Recipe, load_recipe
-from spikenm_fx.plan.stand_in import standing_in, switched_off
-from spikenm_fx.plan.target import build_model
+from spikenm_fx.recipe.results import BEGIN, END, renew_table
+from spikenm_fx.recipe.rwkv import wkv
+from spikenm_fx.recipe.schema import Recipe, load_recipe
+from spikenm_fx.recipe.stand_in import standing_in, switched_off
+from spikenm_fx.recipe.target import build_model
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -158,7 +158,7 @@ def test_alias_leads_to_the_present_path() -> None:
 
 def test_attributes_are_set_where_modules_have_them() -> None:
     """An attribute reaches every module that has it; one that none has is an error."""
-    from spikenm_fx.plan.entry_point import Root
+    from spikenm_fx.recipe.entry_point import Root
 
     def recipe(attributes: dict[str, object]) -> Recipe:
         return Recipe.model_validate(
@@ -228,7 +228,7 @@ def test_wkv_does_not_overflow() -> None:
 def test_a_silent_network_is_roused() -> None:
     """Neurons that never fire do once their drivers are enlarged; a firing one stays as it was."""
     from spikenm_fx.bench.networks import LIF
-    from spikenm_fx.cli.waking import rouse
+    from spikenm_fx.recipe.waking import rouse
     from spikenm_fx.report.measure import report
 
     def net(scale: float) -> nn.Module:

@@ -12,7 +12,7 @@ from spikenm_fx.bench.tracing import refusal, train_sparse
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace import PendingGraph, SpikingGraph, trace
+from spikenm_fx.trace import SpikingGraph, trace
 
 
 def traced(name: str) -> tuple[Case, SpikingGraph]:
@@ -239,29 +239,6 @@ def test_without_examples() -> None:
     assert set(tree.layers) == {"conv1", "conv2", "fc"}
     assert set(tree.neurons) == {"lif1", "lif2"}
     assert "example_inputs" in str(tree.notes[0])
-
-
-def test_the_first_forward_completes_the_graph() -> None:
-    """Without examples the first real call supplies them; the hook removes itself."""
-    case = ZOO["hand/module"].build()
-    expected = case.run()
-    pending = PendingGraph(case.model)
-    assert not pending.complete
-    torch.testing.assert_close(case.run(), expected)
-    assert pending.complete
-    assert pending.graph.layers["conv2"].pre == ("lif1",)
-    assert not case.model._forward_pre_hooks
-
-
-def test_a_first_forward_that_fails_is_the_users_own_error() -> None:
-    """The model's own exception reaches the caller, and the reason is kept."""
-    model = nn.Sequential(nn.Linear(4, 8), SequenceLIF(), nn.Linear(8, 2))
-    pending = PendingGraph(model)
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        model(torch.rand(3, 2, 5))
-    assert pending.error is not None
-    assert pending.graph.route == "symbolic"
-    assert not model._forward_pre_hooks
 
 
 def test_time_axis_is_named() -> None:

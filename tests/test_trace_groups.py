@@ -15,7 +15,7 @@ from spikenm_fx.bench.permutation import other_order
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import CoupledGroup, coupled_groups, permute_channels, trace
-from spikenm_fx.trace.groups import permute_members
+from spikenm_fx.trace.channels.groups import permute_members
 
 DOUBLE = [
     *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "ms_resnet18")),

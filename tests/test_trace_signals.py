@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.tracing import Row, _edges_by_measurement, _inputs_by_measurement
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.trace import coupled_groups, permute_channels, trace
-from spikenm_fx.trace.signal import ANALOG, SPIKE, Signal, join
+from spikenm_fx.trace.analysis.signal import ANALOG, SPIKE, Signal, join
 
 QUICK = [n for n in RUNNING if "vgg" not in n and "50" not in n and not n.endswith("net18/s")]
 

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 import spikenm_fx
 from spikenm_fx.bench.data import digits
-from spikenm_fx.plan.recipe import load_recipe, parse_recipe
-from spikenm_fx.plan.target import build_model, reset_function, root_of
+from spikenm_fx.recipe.schema import load_recipe, parse_recipe
+from spikenm_fx.recipe.target import build_model, reset_function, root_of
 from spikenm_fx.report import report
 
 OUT = Path("tutorial-output")

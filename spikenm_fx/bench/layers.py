@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.native.library import Kernel, available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedWeight, native_status, pack_weight
-from spikenm_fx.pack.backends.cpu import run_layer
-from spikenm_fx.pack.backends.reference import dense_layer
-from spikenm_fx.pack.layouts import Layout, layout_for, supports
+from spikenm_fx.pack.kernels.cpu import run_layer
+from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
+from spikenm_fx.pack.kernels.reference import dense_layer
 from spikenm_fx.pattern import NM, BlockView
 
 __all__ = ["Shape", "conv", "linear", "main", "module_of", "pruned", "shapes"]

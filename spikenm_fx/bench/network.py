@@ -26,7 +26,7 @@ from spikenm_fx.bench.subjects import (
     spikes_from_rest,
 )
 from spikenm_fx.pack import PackReport, native_status, pack, packing
-from spikenm_fx.pack.agreement import agreement as layer_by_layer
+from spikenm_fx.pack.check.agreement import agreement as layer_by_layer
 from spikenm_fx.pattern import NM
 
 __all__ = ["agreement", "main"]

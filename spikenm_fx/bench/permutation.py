@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 from spikenm_fx.bench.zoo import Case
 from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups
-from spikenm_fx.trace.groups import permute_members
+from spikenm_fx.trace.channels.groups import permute_members
 
 __all__ = ["count_groups", "other_order"]
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.livening import liven
 from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import Case
-from spikenm_fx.plan.kernels import wkv
+from spikenm_fx.recipe.rwkv import wkv
 
 __all__ = ["REPOS", "Checkout", "build"]
 

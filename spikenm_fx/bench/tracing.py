@@ -23,7 +23,7 @@ from spikenm_fx.bench.permutation import count_groups
 from spikenm_fx.bench.zoo import Case, Entry
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import SpikingGraph, trace
-from spikenm_fx.trace.values import measure_kind
+from spikenm_fx.trace.execution.values import measure_kind
 
 __all__ = ["Row", "measure", "refusal", "row_of", "train_sparse"]
 

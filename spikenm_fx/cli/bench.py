@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Run one of the project's benchmarks; its figures are JSON where that is asked for."""
     from spikenm_fx.bench.__main__ import benches, summary
-    from spikenm_fx.plan.mistakes import near_miss
+    from spikenm_fx.recipe.mistakes import near_miss
 
     screen, known = Screen(as_json), benches()
     if not name:

@@ -18,9 +18,9 @@ from spikenm_fx.errors import CheckpointError, PlanError
 from spikenm_fx.pack import is_packed, load_packed, unpack_weight
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.decide import LayerPlan
-from spikenm_fx.plan.mistakes import near_miss
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.plan.weights import RAW
+from spikenm_fx.recipe.mistakes import near_miss
 from spikenm_fx.verify import Verification, verify
 
 if TYPE_CHECKING:

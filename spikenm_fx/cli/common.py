@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from spikenm_fx.pattern import NM
-    from spikenm_fx.plan.entry_point import Root
     from spikenm_fx.plan.plan import Plan
-    from spikenm_fx.plan.recipe import Recipe
+    from spikenm_fx.recipe.entry_point import Root
+    from spikenm_fx.recipe.schema import Recipe
     from spikenm_fx.trace import SpikingGraph
 
 __all__ = [
@@ -158,7 +158,7 @@ class Loaded:
             CheckpointError: if the checkpoint does not fit.
         """
         from spikenm_fx.checkpoint import load_into, load_state
-        from spikenm_fx.plan.target import build_model, provided, root_of
+        from spikenm_fx.recipe.target import build_model, provided, root_of
 
         asked = read_shape(shape) if shape is not None else None
         if data is not None and not data.numel():
@@ -168,7 +168,7 @@ class Loaded:
             found = root_of(recipe, root)
             sys.path[:0] = [place for place in provided(recipe, root) if place not in sys.path]
         else:
-            from spikenm_fx.plan.entry_point import Root
+            from spikenm_fx.recipe.entry_point import Root
 
             found = Root(root or Path.cwd())
         model = build_model(recipe, found)
@@ -253,7 +253,7 @@ class Loaded:
         Raises:
             RecipeError: if no shape is known.
         """
-        from spikenm_fx.plan.target import example_input
+        from spikenm_fx.recipe.target import example_input
 
         if self.data is not None:
             return self.data
@@ -268,7 +268,7 @@ def _is_file(target: str) -> bool:
 
 def _recipe(target: str, nm: str | None, shape: list[int] | None) -> Recipe:
     from spikenm_fx.pattern import NM
-    from spikenm_fx.plan.recipe import Inputs, Recipe, Target, load_recipe
+    from spikenm_fx.recipe.schema import Inputs, Recipe, Target, load_recipe
 
     if _is_file(target):
         recipe = load_recipe(target)
@@ -284,7 +284,7 @@ def _recipe(target: str, nm: str | None, shape: list[int] | None) -> Recipe:
             f"{target!r} is neither a recipe file nor 'module:Class'; "
             "name e.g. recipes/spikformer.yaml or models.net:Net"
         )
-    from spikenm_fx.plan.entry_point import EntryPoint
+    from spikenm_fx.recipe.entry_point import EntryPoint
 
     return Recipe(
         version=1,

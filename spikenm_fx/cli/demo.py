@@ -31,7 +31,7 @@ def demo(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: no folder can be made there: {error.strerror}") from error
-    from spikenm_fx.demo import PATTERNS, draw_masks, run_demo, steps_of
+    from spikenm_fx.demo.run import PATTERNS, draw_masks, run_demo, steps_of
 
     # The network is too small for more: threads that wait for each other on a busy machine stall.
     torch.set_num_threads(1)

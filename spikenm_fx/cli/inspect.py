@@ -24,7 +24,7 @@ from spikenm_fx.report.energy import PJ_PER_AC, PJ_PER_MAC, EnergyModel
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from spikenm_fx.report.model import Report
+    from spikenm_fx.report.data import Report
 
 __all__ = ["doctor", "plan", "report", "verify"]
 
@@ -142,7 +142,7 @@ def measure(loaded: Loaded, batches: int = 2, **options: Any) -> Report:
         batches: random ones, where there is no data.
         options: of :func:`spikenm_fx.report`.
     """
-    from spikenm_fx.plan.target import forward, reset_function
+    from spikenm_fx.recipe.target import forward, reset_function
     from spikenm_fx.report.measure import report as measured
 
     inputs = loaded.recipe.inputs
@@ -214,7 +214,7 @@ def doctor(
 
     Exit code 3 where the model does not run on the input, 1 where its kernels cannot be tried.
     """
-    from spikenm_fx.cli.diagnosis import diagnose
+    from spikenm_fx.doctor import diagnose
 
     screen = Screen(as_json)
     with screen.working("examining the model"):

@@ -18,7 +18,7 @@ from spikenm_fx.cli.common import EPILOG, Exit, Input, Json, Pattern, RootOption
 from spikenm_fx.errors import RecipeError
 
 if TYPE_CHECKING:
-    from spikenm_fx.plan.recipe import Recipe
+    from spikenm_fx.recipe.schema import Recipe
 
 __all__ = ["recipes"]
 
@@ -33,7 +33,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Validate a recipe and show it; every mistake is listed at once."""
-    from spikenm_fx.plan.recipe import load_recipe
+    from spikenm_fx.recipe.schema import load_recipe
 
     recipe = load_recipe(file)
     Screen(as_json).result(recipe.model_dump(mode="json"), _page(recipe))
@@ -42,7 +42,7 @@ def show(
 @recipes.command(epilog=EPILOG)
 def schema(as_json: Json = True) -> None:
     """Print the JSON Schema of recipes, for editors; it is JSON either way."""
-    from spikenm_fx.plan.recipe import recipe_json_schema
+    from spikenm_fx.recipe.schema import recipe_json_schema
 
     Screen(as_json).json(recipe_json_schema())
 
@@ -59,7 +59,7 @@ def init(
 ) -> None:
     """Write a commented recipe for your own model, from its plan."""
     from spikenm_fx.checkpoint import write_atomically
-    from spikenm_fx.cli.draft import draft_recipe
+    from spikenm_fx.recipe.draft import draft_recipe
 
     screen = Screen(as_json)
     if out is not None and out.exists() and not force:
@@ -92,8 +92,8 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Apply recipes to the real code; exit code 1 where one fails, 3 where all were skipped."""
-    from spikenm_fx.cli.results import check_table, renew_table
-    from spikenm_fx.plan.recipe import load_recipe
+    from spikenm_fx.recipe.results import check_table, renew_table
+    from spikenm_fx.recipe.schema import load_recipe
 
     screen = Screen(as_json)
     files = _files(paths)
@@ -140,7 +140,7 @@ def _files(paths: list[Path]) -> list[Path]:
 def _checked(
     loaded: dict[Path, Recipe], root: Path | None, here: bool, screen: Screen
 ) -> list[dict[str, Any]]:
-    from spikenm_fx.cli.check import check_recipe
+    from spikenm_fx.recipe.check import check_recipe
 
     results: list[dict[str, Any]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -179,7 +179,7 @@ def _checked_apart(file: Path, recipe: Recipe, root: Path | None) -> dict[str, A
 
 
 def _no_result(file: Path, recipe: Recipe, reason: str) -> dict[str, Any]:
-    from spikenm_fx.cli.check import CheckResult
+    from spikenm_fx.recipe.check import CheckResult
 
     origin = recipe.target.repo or recipe.target.package or ""
     result = CheckResult(file.stem, recipe.name or file.stem, origin)
@@ -189,7 +189,7 @@ def _no_result(file: Path, recipe: Recipe, reason: str) -> dict[str, Any]:
 
 def _search_path(recipe: Recipe, root: Path | None) -> str:
     """The current path, and before it the packages of other versions that the root provides."""
-    from spikenm_fx.plan.target import provided
+    from spikenm_fx.recipe.target import provided
 
     return os.pathsep.join(filter(None, [*provided(recipe, root), os.environ.get("PYTHONPATH")]))
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from spikenm_fx.state.snapshot import preserved
 from spikenm_fx.trace import NeuronSpec
-from spikenm_fx.trace.snapshot import preserved
 
 __all__ = ["Call", "replayed_slopes", "runs_through_time"]
 

@@ -2,11 +2,11 @@
 """Deploy: packed N:M weights, and the kernels and the engine that run them."""
 
 from spikenm_fx.native.library import NativeStatus, native_status
-from spikenm_fx.pack.engine import pack, packing
-from spikenm_fx.pack.files import is_packed, load_packed, save_packed
-from spikenm_fx.pack.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
-from spikenm_fx.pack.layer import PackedLayer
-from spikenm_fx.pack.report import LayerReport, PackReport
+from spikenm_fx.pack.api import pack, packing
+from spikenm_fx.pack.engine.layer import PackedLayer
+from spikenm_fx.pack.summary import LayerReport, PackReport
+from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 
 __all__ = [
     "LayerGeometry",

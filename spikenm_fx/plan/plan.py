@@ -16,8 +16,8 @@ from spikenm_fx.plan.roles import default_roles
 from spikenm_fx.plan.rules import Rule, ordered_rules, unmatched
 from spikenm_fx.plan.weights import weights_of
 from spikenm_fx.trace.api import trace
+from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import SpikingGraph
-from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["LayerPlan", "Plan", "plan"]
 

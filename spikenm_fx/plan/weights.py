@@ -11,8 +11,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import LayerRecord, SpikingGraph
-from spikenm_fx.trace.values import is_scripted
 
 __all__ = ["RAW", "Weight", "weights_of"]
 

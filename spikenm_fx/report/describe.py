@@ -6,9 +6,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from spikenm_fx.pattern import NM, BlockView, WeightLayer
+from spikenm_fx.report.data import LayerReport
 from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.masks import block_histogram, detect_pattern, mask_tile, pe_utilisation
-from spikenm_fx.report.model import LayerReport
 from spikenm_fx.report.synops import LayerCounter
 
 __all__ = ["describe", "packed_bytes"]

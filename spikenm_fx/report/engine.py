@@ -12,7 +12,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.pack.layer import PackedLayer
+from spikenm_fx.pack.engine.layer import PackedLayer
 
 __all__ = ["is_engine", "kernels_of", "visible_twin"]
 

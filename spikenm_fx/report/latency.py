@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikenm_fx.report.model import LatencyReport
-from spikenm_fx.report.preserve import preserved
+from spikenm_fx.report.data import LatencyReport
+from spikenm_fx.state.rest import preserved
 
 __all__ = ["measure_latency"]
 

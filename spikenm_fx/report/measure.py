@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spikenm_fx.errors import ReportError, TraceError, no_module
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
+from spikenm_fx.report.data import LatencyReport, LayerReport, NeuronReport, Report
 from spikenm_fx.report.describe import describe
 from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
 from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
-from spikenm_fx.report.model import LatencyReport, LayerReport, NeuronReport, Report
 from spikenm_fx.report.neurons import NeuronWatch
-from spikenm_fx.report.preserve import preserved, reset_to_rest
 from spikenm_fx.report.synops import LayerCounter
+from spikenm_fx.state.rest import preserved, reset_to_rest
 from spikenm_fx.trace import trace
 from spikenm_fx.trace.graph import SpikingGraph
 

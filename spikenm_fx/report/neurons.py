@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.report.model import NeuronReport
+from spikenm_fx.report.data import NeuronReport
 from spikenm_fx.report.synops import SIGNALS, Signal, signal_kind
 
 __all__ = ["NeuronWatch"]

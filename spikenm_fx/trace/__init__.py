@@ -11,14 +11,13 @@
 >>> graph.route, graph.notes                        # how it was read, and what was unusual
 """
 
+from spikenm_fx.trace.analysis.signal import Signal
 from spikenm_fx.trace.api import trace
+from spikenm_fx.trace.channels.groups import CoupledGroup, Member, coupled_groups, permute_channels
+from spikenm_fx.trace.execution.leaves import Limits
 from spikenm_fx.trace.graph import Chain, LayerRecord, NeuronRecord, Note, SpikingGraph
-from spikenm_fx.trace.groups import CoupledGroup, Member, coupled_groups, permute_channels
-from spikenm_fx.trace.leaves import Limits
-from spikenm_fx.trace.neurons import find_neurons, neuron_spec, register_neuron
-from spikenm_fx.trace.pending import PendingGraph
-from spikenm_fx.trace.signal import Signal
-from spikenm_fx.trace.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
+from spikenm_fx.trace.neurons.find import find_neurons, neuron_spec, register_neuron
+from spikenm_fx.trace.neurons.spec import NeuronSpec, Surrogate, Synapse, membranes, simulate
 
 __all__ = [
     "Chain",
@@ -29,7 +28,6 @@ __all__ = [
     "NeuronRecord",
     "NeuronSpec",
     "Note",
-    "PendingGraph",
     "Signal",
     "SpikingGraph",
     "Surrogate",

@@ -12,15 +12,15 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_flatten
 
 from spikenm_fx.errors import TraceError, no_module
-from spikenm_fx.trace.build import build
+from spikenm_fx.state.snapshot import detach_state, preserved
+from spikenm_fx.trace.analysis.build import build
+from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
+from spikenm_fx.trace.execution.record import Trace
+from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
+from spikenm_fx.trace.execution.values import is_matrix, is_scripted, is_scripted_block
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
-from spikenm_fx.trace.leaves import LeafRule, Limits, TraceLimitReached
-from spikenm_fx.trace.neurons import find_neurons
-from spikenm_fx.trace.record import Trace
-from spikenm_fx.trace.snapshot import detach_state, preserved
-from spikenm_fx.trace.spec import NeuronSpec
-from spikenm_fx.trace.tracer import Failure, ValueTracer
-from spikenm_fx.trace.values import is_matrix, is_scripted, is_scripted_block
+from spikenm_fx.trace.neurons.find import find_neurons
+from spikenm_fx.trace.neurons.spec import NeuronSpec
 
 __all__ = ["trace"]
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import networkx as nx
 
-from spikenm_fx.trace.signal import Signal
-from spikenm_fx.trace.spec import NeuronSpec
+from spikenm_fx.trace.analysis.signal import Signal
+from spikenm_fx.trace.neurons.spec import NeuronSpec
 
 __all__ = [
     "Chain",
@@ -143,7 +143,7 @@ class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
     """Layers, norms, neurons, joins, reshapes and poolings of a model, and what flows between.
 
     Node attributes: ``kind`` (:data:`NodeKind`), ``op`` (operation or class name), ``calls``,
-    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.signal.Signal`),
+    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.analysis.signal.Signal`),
     ``measured`` (kinds seen in the example, see ``trace(measure=True)``), ``shape``,
     ``time_axis``.  A module is one node however often it is called, so loops over time make
     cycles.

@@ -18,7 +18,7 @@ typedef struct {
   int64_t step_stride, image_stride;
 } snm_geometry;
 
-// One step of a neuron, with input x (see spikenm_fx/trace/spec.py for the vocabulary):
+// One step of a neuron, with input x (see spikenm_fx/trace/neurons/spec.py for the vocabulary):
 //   current' = syn_decay * current + syn_gain * x;  x = current' or current + x   (with a synapse)
 //   h = decay * v + gain * x + drive;  s = h > threshold (or >=);  v' = h after the reset
 // Every array holds one float per output channel.

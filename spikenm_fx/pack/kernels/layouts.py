@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Execution layouts: what the native kernels read, derived from packed weights at load.
+
+Layouts are never saved.  They are the same for every ISA level; each is described where the
+kernel that reads it addresses it (``csrc/*.h``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from spikenm_fx.native.library import Kernel
+from spikenm_fx.pack.weights.format import PackedWeight, pack_weight, unpack_weight
+from spikenm_fx.pattern import NM
+
+__all__ = ["Layout", "layout_for", "supports"]
+
+
+TILE = 64  # bytes of one index plane: one per token of a tile
+FMA_MAX_BLOCK = 256
+EVENT_INPUTS = 64
+AMX_INPUTS = 256
+SMALLEST_SPLIT = 2.0**-100  # below, the third bf16 term of a weight would be flushed to zero
+INT16_MAX = 32767
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A look-up scheme of ``csrc/lut.h``: its pattern, and input channels per unit and block."""
+
+    kind: int
+    nm: NM
+    inputs: int
+    block: int
+
+
+# The sparser the scheme, the fewer look-ups: the first that a weight satisfies is taken.
+SCHEMES = (
+    Scheme(3, NM(1, 8), 32, 128),
+    Scheme(2, NM(2, 8), 16, 128),
+    Scheme(1, NM(1, 4), 16, 128),
+    Scheme(0, NM(2, 4), 8, 64),
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """Tensors that one kernel reads for one layer.
+
+    Attributes:
+        kernel: which one.
+        weights: fp32 tables or values, or int16 weights for ``event8``.
+        codes: uint8 or int16 positions; empty for the event kernels.
+        blocks: int64 ``(n, 5)``: kernel position, first channel, channels, offset, ends a segment.
+        kind: scheme (LUT) or ``keep << 16 | of`` (FMA).
+        scale: fp32 ``(O,)`` that int8 sums are multiplied by, or None.
+    """
+
+    kernel: Kernel
+    weights: Tensor
+    codes: Tensor
+    blocks: Tensor
+    kind: int
+    scale: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        tensors = (self.weights, self.codes, self.blocks, self.scale)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def supports(kernel: Kernel, packed: PackedWeight) -> bool:
+    """Whether ``kernel`` can run this weight."""
+    if kernel == "fma":
+        return packed.nm.of <= FMA_MAX_BLOCK
+    if kernel == "lut":
+        return _scheme_for(packed.nm) is not None
+    if kernel == "amx":
+        small = packed.kept().float().abs()
+        return not bool(((small > 0) & (small < SMALLEST_SPLIT)).any())
+    return kernel == "event" or packed.scale is not None
+
+
+def layout_for(kernel: Kernel, packed: PackedWeight) -> Layout:
+    """Derive the layout of ``kernel``; call :func:`supports` first.
+
+    int8 weights run dequantised to fp32, but for ``event8`` and ``amx8``, which add the integers.
+    """
+    make = {
+        "fma": _fma,
+        "lut": _lut,
+        "event": _event,
+        "event8": _event8,
+        "amx": _amx,
+        "amx8": _amx8,
+    }
+    return make[kernel](packed)
+
+
+def _implies(nm: NM, scheme: NM) -> bool:
+    """Whether every weight that is ``nm`` also is ``scheme``."""
+    if scheme.of % nm.of == 0:
+        return nm.keep * (scheme.of // nm.of) <= scheme.keep
+    return nm.of % scheme.of == 0 and nm.keep <= scheme.keep
+
+
+def _scheme_for(nm: NM) -> Scheme | None:
+    return next((scheme for scheme in SCHEMES if _implies(nm, scheme.nm)), None)
+
+
+def _blocks(packed: PackedWeight, size: int, units_of: int, per_unit: int = 1) -> Tensor:
+    """Cut each kernel position's channels into blocks; offsets count units of ``units_of``."""
+    rows, offset = [], 0
+    for tap in range(packed.taps):
+        for first in range(0, packed.group_channels, size):
+            channels = min(size, packed.group_channels - first)
+            rows.append([tap, first, channels, offset, 0])
+            offset += -(-channels // units_of) * per_unit
+    rows[-1][4] = 1
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _by_group_and_block(packed: PackedWeight, parts: Tensor, sizes: list[int]) -> Tensor:
+    """Lay out ``(O, taps * n, ...)`` as [group][block][output][...], flat.
+
+    ``sizes`` are the blocks' lengths along axis 1.
+    """
+    rows = packed.out_channels // packed.geometry.groups
+    pieces = []
+    for group in range(packed.geometry.groups):
+        of_group = parts[group * rows : (group + 1) * rows]
+        pieces += [piece.reshape(-1) for piece in torch.split(of_group, sizes, dim=1)]
+    return torch.cat(pieces).contiguous()
+
+
+def _fp32(packed: PackedWeight) -> Tensor:
+    return unpack_weight(packed).to(torch.float32)
+
+
+def _lut(packed: PackedWeight) -> Layout:
+    scheme = _scheme_for(packed.nm)
+    assert scheme is not None
+    again = pack_weight(_fp32(packed), scheme.nm, geometry=packed.geometry)
+    per_unit = scheme.inputs // scheme.nm.of
+    kept = _pad_blocks(again.kept(), per_unit)
+    positions = _pad_blocks(again.positions().to(torch.int64), per_unit, of=scheme.nm)
+    shape = (*kept.shape[:2], -1, 2, 2)  # (O, taps, unit, half, non-zero)
+    w, at = kept.reshape(shape), positions.reshape(shape)
+    zero = torch.zeros_like(w[..., 0])
+    tables = torch.stack([zero, w[..., 0], w[..., 1], w[..., 0] + w[..., 1]], dim=-1)
+    blocks = _blocks(packed, scheme.block, scheme.inputs)
+    sizes = [-(-channels // scheme.inputs) for channels in blocks[:, 2].tolist()]
+    codes = _plane_offsets(at, scheme).flatten(1, 2)
+    return Layout(
+        "lut",
+        _by_group_and_block(packed, tables.flatten(1, 2), sizes),
+        _by_group_and_block(packed, codes, sizes),
+        blocks,
+        scheme.kind,
+        None,
+    )
+
+
+def _pad_blocks(x: Tensor, multiple: int, of: NM | None = None) -> Tensor:
+    """Pad the block axis of ``(O, taps, blocks, keep)``; positions with a legal pattern."""
+    missing = -x.shape[2] % multiple
+    if not missing:
+        return x
+    filler = x.new_zeros(*x.shape[:2], missing, x.shape[3])
+    if of is not None:
+        filler += torch.arange(of.keep)
+    return torch.cat([x, filler], dim=2)
+
+
+def _plane_offsets(at: Tensor, scheme: Scheme) -> Tensor:
+    """Byte offsets of index planes inside a unit, int16 ``(O, taps, units, codes)``."""
+    m = scheme.nm.of
+    first, second = at[..., 0], at[..., 1]
+    if scheme.nm.keep == 2:  # pairs i < j, counted in lexicographic order
+        pattern = first * m - first * (first + 1) // 2 + second - first - 1
+        patterns = m * (m - 1) // 2
+    else:
+        pattern, patterns = first * m + second, m * m
+    low, high = pattern[..., 0], pattern[..., 1]
+    if scheme.kind == 0:
+        planes = (low * patterns + high)[..., None]
+    else:
+        planes = torch.stack([low, patterns + high], dim=-1)
+    return (planes * TILE).to(torch.int16)
+
+
+def _fma(packed: PackedWeight) -> Layout:
+    nm, groups = packed.nm, packed.geometry.groups
+    size = max(nm.of, (128 if nm.density <= 1 / 8 else 64) // nm.of * nm.of)
+    blocks = _blocks(packed, size, nm.of, nm.keep)
+    sizes = [-(-channels // nm.of) * nm.keep for channels in blocks[:, 2].tolist()]
+    local = torch.arange(packed.blocks) % (size // nm.of) * nm.of
+    picks = (packed.positions().to(torch.int64) + local[:, None]).to(torch.uint8)
+    return Layout(
+        "fma",
+        _paired(packed.kept().to(torch.float32).flatten(1), sizes, groups),
+        _paired(picks.flatten(1), sizes, groups),
+        blocks,
+        nm.keep << 16 | nm.of,
+        None,
+    )
+
+
+def _paired(flat: Tensor, sizes: list[int], groups: int) -> Tensor:
+    """``(O, J)`` as [group][block][output pair][non-zero][2]; odd rows get a row of zeros."""
+    rows = flat.view(groups, -1, flat.shape[1])
+    rows = F.pad(rows, [0, 0, 0, rows.shape[1] % 2])
+    pairs = rows.view(groups, -1, 2, flat.shape[1]).transpose(2, 3)
+    pieces = [piece.reshape(-1) for group in pairs for piece in torch.split(group, sizes, dim=1)]
+    return torch.cat(pieces).contiguous()
+
+
+def _event(packed: PackedWeight) -> Layout:
+    weights = _input_major(_fp32(packed), packed, outputs=128, granule=16)
+    blocks = _blocks(packed, EVENT_INPUTS, 1)
+    return Layout("event", weights, torch.empty(0, dtype=torch.uint8), blocks, 0, None)
+
+
+def _event8(packed: PackedWeight) -> Layout:
+    assert packed.scale is not None
+    integers = _integers(packed)
+    blocks = _segmented(_blocks(packed, EVENT_INPUTS, 1), integers)
+    weights = _input_major(integers.to(torch.int16), packed, outputs=256, granule=32)
+    empty = torch.empty(0, dtype=torch.uint8)
+    return Layout("event8", weights, empty, blocks, 0, packed.scale.contiguous())
+
+
+def _integers(packed: PackedWeight) -> Tensor:
+    """The dense int8 weight as fp32 integers."""
+    values = packed.values.to(torch.float32)
+    return unpack_weight(
+        PackedWeight(packed.nm, packed.shape, packed.geometry, values, packed.indices)
+    )
+
+
+def _amx(packed: PackedWeight) -> Layout:
+    weight = _fp32(packed)
+    terms = []
+    for _ in range(3):  # each term takes the next 8 bits of the significand, exactly
+        term = weight.to(torch.bfloat16)
+        weight = weight - term.float()
+        terms.append(term)
+    tiles = [_tiles(term, packed, channels=32, depth=2) for term in terms]
+    return Layout(
+        "amx",
+        torch.stack(tiles, dim=3).flatten().contiguous(),
+        torch.empty(0, dtype=torch.uint8),
+        _blocks(packed, AMX_INPUTS, 32),
+        0,
+        None,
+    )
+
+
+def _amx8(packed: PackedWeight) -> Layout:
+    assert packed.scale is not None
+    tiles = _tiles(_integers(packed).to(torch.int8), packed, channels=64, depth=4)
+    empty = torch.empty(0, dtype=torch.uint8)
+    blocks = _blocks(packed, AMX_INPUTS, 64)
+    return Layout("amx8", tiles.flatten().contiguous(), empty, blocks, 0, packed.scale.contiguous())
+
+
+def _tiles(dense: Tensor, packed: PackedWeight, *, channels: int, depth: int) -> Tensor:
+    """Dense weight as (group, 32 outputs, channel tile, 2, 16, 16 * depth).
+
+    A tile holds ``channels`` input channels of 16 outputs; ``depth`` neighbouring channels of one
+    output lie side by side.
+    """
+    groups = packed.geometry.groups
+    folded = dense.flatten(2).transpose(1, 2) if dense.dim() > 2 else dense[:, None]
+    folded = F.pad(folded, [0, -folded.shape[2] % channels])
+    rows = folded.reshape(groups, -1, folded.shape[1] * folded.shape[2])
+    rows = F.pad(rows, [0, 0, 0, -rows.shape[1] % 32])
+    split = rows.reshape(groups, -1, 2, 16, rows.shape[2] // channels, channels // depth, depth)
+    return split.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).contiguous()
+
+
+def _input_major(dense: Tensor, packed: PackedWeight, *, outputs: int, granule: int) -> Tensor:
+    """Dense weight as [group][output block][kernel position, channel][output], flat."""
+    groups = packed.geometry.groups
+    folded = dense.flatten(2).transpose(1, 2).flatten(1) if dense.dim() > 2 else dense
+    rows = folded.reshape(groups, -1, folded.shape[1])
+    rows = F.pad(rows, [0, 0, 0, -rows.shape[1] % granule])
+    pieces = [piece.t().reshape(-1) for group in rows for piece in torch.split(group, outputs)]
+    return torch.cat(pieces).contiguous()
+
+
+def _segmented(blocks: Tensor, integers: Tensor) -> Tensor:
+    """Mark where int16 sums must be flushed so that no spikes whatsoever can overflow them.
+
+    The largest sum a segment can reach is that of a row's positive weights, the smallest that of
+    its negative ones: both stay inside int16 in every segment.
+    """
+    folded = integers.flatten(2).transpose(1, 2) if integers.dim() > 2 else integers[:, None]
+    high = torch.zeros(integers.shape[0])
+    low = torch.zeros(integers.shape[0])
+    blocks[:, 4] = 0
+    for index, (tap, first, channels, _, _) in enumerate(blocks.tolist()):
+        part = folded[:, tap, first : first + channels]
+        up, down = part.clamp_min(0).sum(1), part.clamp_max(0).sum(1)
+        if index and (float((high + up).max()) > INT16_MAX or float((low + down).min()) < -32768):
+            blocks[index - 1, 4] = 1
+            high, low = torch.zeros_like(high), torch.zeros_like(low)
+        high, low = high + up, low + down
+    blocks[-1, 4] = 1
+    return blocks

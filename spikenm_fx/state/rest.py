@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run somebody's model for measuring: in eval mode, from rest, and afterwards as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikenm_fx.state.snapshot import preserved as snapshot
+
+__all__ = ["preserved", "reset_to_rest"]
+
+RESET_METHODS = ("reset", "reset_mem", "reset_states", "reset_state", "n_reset")
+"""How SNN packages name the method that forgets a neuron's state; tried in this order."""
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Within it the model may run; afterwards it and every random generator are as before.
+
+    The body sees the model in eval mode, without gradients.
+    """
+    with snapshot(model), torch.no_grad():
+        model.eval()
+        yield
+
+
+def reset_to_rest(model: nn.Module) -> None:
+    """Call each module's own reset, so that a batch starts from rest.
+
+    SpikingJelly, snnTorch, sinabs, rockpool and BrainCog name it differently but agree that it is
+    a method without arguments; models whose caller carries the state need none.
+    """
+    for module in model.modules():
+        reset = _own_reset(module)
+        if reset is not None:
+            reset()
+
+
+def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
+    for name in RESET_METHODS:
+        method: Callable[[], Any] | None = getattr(module, name, None)
+        if method is not None and callable(method) and _needs_no_argument(method):
+            return method
+    return None
+
+
+def _needs_no_argument(method: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return False
+    return all(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
+    )

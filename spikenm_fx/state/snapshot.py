@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Put a model back exactly as it was: parameters, buffers, neuron state, flags, grads, RNG."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import types
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.state.guard import Watched, watching
+from spikenm_fx.trace.execution.values import is_scripted
+
+__all__ = ["detach_state", "preserved"]
+
+_DEPTH = 4
+"""How deep state may lie in lists, dicts and plain objects of a module."""
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Restore ``model`` and the random generators on leaving, whatever happened inside.
+
+    Tensors keep their identity and, unless the block wrote into them, their version; containers
+    keep theirs.  Buffers and state are copied for the time of the block, parameters and their
+    gradients only when something is about to write into them.
+
+    Yields:
+        A function that restores at once, for another try inside the block.
+    """
+    undo = _Undo()
+    with torch.no_grad():
+        for module in list(nn.Module.modules(model)):
+            undo.remember(module, _DEPTH)
+    restore_rng = _remember_rng()
+
+    def restore() -> None:
+        with torch.no_grad():
+            undo.restore()
+        restore_rng()
+
+    try:
+        with watching(undo.watched):
+            yield restore
+    finally:
+        restore()
+
+
+def detach_state(model: nn.Module) -> None:
+    """Put copies in place of state that is still part of an autograd graph.
+
+    A framework's reset may call ``detach_()`` on it, which nothing could undo.
+    """
+    for module in nn.Module.modules(model):
+        own = vars(module)
+        holders = [h for h in (own, own.get("_buffers"), own.get("_memories")) if h is not None]
+        for holder in holders:
+            for name, value in list(holder.items()):
+                if isinstance(value, Tensor) and value.grad_fn is not None:
+                    holder[name] = value.detach().clone()
+
+
+class _Undo:
+    """What each object looked like, taken once per object."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, Any] = {}
+        self._steps: list[Callable[[], None]] = []
+        self.watched: list[Watched] = []
+
+    def restore(self) -> None:
+        for step in self._steps:
+            step()
+
+    def remember(self, value: Any, depth: int) -> None:
+        if id(value) in self._seen or depth < 0 or _is_immutable(value):
+            return
+        self._seen[id(value)] = value  # keeps it alive: ids stay unique
+        if isinstance(value, nn.Parameter) and _can_be_watched(value):
+            held = [value] if value.grad is None else [value, value.grad]
+            watched = [Watched(t) for t in held if _can_be_watched(t)]
+            self.watched += watched
+            self._steps += [_flags_undo(value), *(w.restore for w in watched)]
+        elif isinstance(value, Tensor):
+            self._steps += [_values_undo(value), _flags_undo(value)]
+        elif isinstance(value, dict):
+            self._remember_dict(value, depth)
+        elif isinstance(value, list | deque | set):
+            self._remember_sequence(value, depth)
+        elif isinstance(value, tuple):
+            self._remember_all(value, depth)
+        elif isinstance(value, np.ndarray):
+            copy = value.copy()
+            self._steps.append(lambda: np.copyto(value, copy))
+        elif isinstance(value, torch.Generator):
+            state = value.get_state()
+            self._steps.append(lambda: _forget(value.set_state(state)))
+        elif is_scripted(value):
+            self._remember_all([*value.parameters(), *value.buffers()], depth)
+        elif isinstance(value, nn.Module):
+            self._remember_dict(vars(value), _DEPTH)
+        elif isinstance(getattr(value, "__dict__", None), dict):
+            self._remember_dict(vars(value), depth)
+
+    def _remember_dict(self, value: dict[Any, Any], depth: int) -> None:
+        items = list(value.items())
+
+        def undo() -> None:
+            if len(value) != len(items) or any(
+                k not in value or value[k] is not v for k, v in items
+            ):
+                value.clear()
+                value.update(items)
+
+        self._steps.append(undo)
+        self._remember_all([v for _, v in items], depth)
+
+    def _remember_sequence(self, value: Any, depth: int) -> None:
+        items = list(value)
+
+        def undo() -> None:
+            value.clear()
+            (value.update if isinstance(value, set) else value.extend)(items)
+
+        self._steps.append(undo)
+        self._remember_all(items, depth)
+
+    def _remember_all(self, values: Any, depth: int) -> None:
+        for item in values:
+            self.remember(item, depth - 1 if not isinstance(item, Tensor) else depth)
+
+
+def _is_immutable(value: Any) -> bool:
+    return value is None or isinstance(
+        value,
+        str
+        | bytes
+        | int
+        | float
+        | complex
+        | type
+        | types.FunctionType
+        | types.BuiltinFunctionType
+        | types.MethodType
+        | types.ModuleType
+        | torch.dtype
+        | torch.device
+        | torch.Size,
+    )
+
+
+def _can_be_watched(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_meta and tensor.numel() > 0
+
+
+def _values_undo(tensor: Tensor) -> Callable[[], None]:
+    copy = tensor.detach().clone() if tensor.layout is torch.strided else None
+
+    def undo() -> None:
+        if copy is not None and not _same(tensor, copy):
+            if _fits(tensor, copy):
+                tensor.data.copy_(copy)
+            else:  # a clone: the copy must stay good for another restore
+                tensor.data = copy.clone()
+
+    return undo
+
+
+def _flags_undo(tensor: Tensor) -> Callable[[], None]:
+    """Gradient and whether one is wanted; both can only be set on leaves."""
+    leaf, required = tensor.is_leaf, tensor.requires_grad
+    grad = tensor.grad if leaf else None
+
+    def undo() -> None:
+        if leaf:
+            if tensor.requires_grad is not required:
+                tensor.requires_grad_(required)
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+    return undo
+
+
+def _fits(tensor: Tensor, copy: Tensor) -> bool:
+    return (tensor.shape, tensor.dtype, tensor.device) == (copy.shape, copy.dtype, copy.device)
+
+
+def _same(tensor: Tensor, copy: Tensor) -> bool:
+    return _fits(tensor, copy) and (tensor.is_meta or bool(torch.equal(tensor, copy)))
+
+
+def _remember_rng() -> Callable[[], None]:
+    torch_state, python_state, numpy_state = (
+        torch.get_rng_state(),
+        random.getstate(),
+        np.random.get_state(),
+    )
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+
+    def undo() -> None:
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return undo
+
+
+def _forget(_: object) -> None:
+    """Drop a result, so that an undo step returns None."""

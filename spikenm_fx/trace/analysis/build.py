@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the recorded operations to the SpikingGraph: merge calls, name signals, pair up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import networkx as nx
+from torch import fx, nn
+
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.analysis.chains import find_chains
+from spikenm_fx.trace.analysis.flow import Flow
+from spikenm_fx.trace.analysis.infer import Inference
+from spikenm_fx.trace.analysis.nodes import (
+    is_step,
+    kind_of_op,
+    layer_kind,
+    unique,
+    with_layers,
+)
+from spikenm_fx.trace.analysis.ops import module_family, op_name
+from spikenm_fx.trace.analysis.products import Product, parameter_behind, product_of
+from spikenm_fx.trace.analysis.signal import ANALOG, Signal, join, of_kind
+from spikenm_fx.trace.channels.reader import Reader
+from spikenm_fx.trace.channels.rules_nodes import is_item, name_of
+from spikenm_fx.trace.execution.record import Trace
+from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
+from spikenm_fx.trace.graph import (
+    LayerRecord,
+    NeuronRecord,
+    NodeKind,
+    Note,
+    SpikingGraph,
+)
+from spikenm_fx.trace.neurons.spec import NeuronSpec
+
+__all__ = ["build"]
+
+
+def build(trace: Trace) -> SpikingGraph:
+    """Make the graph."""
+    builder = _Builder(trace)
+    if trace.graph is not None:
+        builder.read()
+    return builder.finish()
+
+
+class _Builder:
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+        self.nodes = list(trace.graph.nodes) if trace.graph is not None else []
+        self.signals: dict[fx.Node, Signal] = {}
+        self.ident: dict[fx.Node, str] = {}
+        self.weights: dict[fx.Node, str] = {}
+        self.products: dict[str, list[Product]] = {}
+        self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
+        self.flow = Flow(self.ident, self.weights, self.specs)
+        self.functional: set[str] = set()
+        self.notes = list(trace.notes)
+        self.out = SpikingGraph()
+        self.reader: Reader | None = None
+
+    # -- reading the operations -------------------------------------------------------------------
+
+    def read(self) -> None:
+        for node in self.nodes:
+            self._note_product(node)
+        inference = Inference(self.specs, self._note)
+        for node in self.nodes:
+            inference.visit(node)
+        self.signals = inference.known
+        self._name_surrogates()
+        for node in self.nodes:
+            self.ident[node] = self.flow.identity(node)
+        if self.trace.route != "symbolic":
+            self.reader = Reader(self.trace)
+            self.reader.read()
+        self._connect()
+
+    def _note_product(self, node: fx.Node) -> None:
+        """Where ``node`` multiplies by something made of parameters alone: it is a layer."""
+        product = product_of(node)
+        if product is not None:
+            self.weights[node] = product.parameter
+            self.products.setdefault(product.parameter, []).append(product)
+
+    def _note(self, where: str, text: str) -> None:
+        note = Note(where, text)
+        if note not in self.notes:
+            self.notes.append(note)
+
+    # -- functional neurons -----------------------------------------------------------------------
+
+    def _name_surrogates(self) -> None:
+        """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
+        groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
+        for node in self.nodes:
+            if not is_step(node):
+                continue
+            function = getattr(node.target, "function", None)
+            key = (node.meta["scope"], function, node.meta.get("at", ()))
+            layers = set(self.flow.backward(node)[0])
+            for known_key, known_layers, members in groups:
+                if known_key == key and (known_layers & layers or not layers):
+                    known_layers |= layers
+                    members.append(node)
+                    break
+            else:
+                groups.append((key, layers, [node]))
+        taken: set[str] = set()
+        for (scope, function, at), _, members in groups:
+            line = at[0] if isinstance(at, tuple) and at else "?"
+            name = f"{scope}:{getattr(function, '__name__', 'Function')}@{line}".lstrip(":")
+            while name in taken:
+                name += "'"
+            taken.add(name)
+            self._add_functional(name, members)
+
+    def _add_functional(self, name: str, members: list[fx.Node]) -> None:
+        surrogate = members[0].target
+        assert isinstance(surrogate, SurrogateCall)
+        self.specs[name] = NeuronSpec(
+            framework="function",
+            class_name=surrogate.function.__name__,
+            output=self.signals[members[0]].kind,
+            state=(),
+            reset_call=None,
+        )
+        self.functional.add(name)
+        for node in members:
+            self.ident[node] = name
+
+    # -- the networkx graph -----------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        for node in self.nodes:
+            if node.op == "get_attr" or is_item(node) or parameter_behind(node) is not None:
+                continue
+            name = self.ident[node]
+            if name not in self.out:
+                self.out.add_node(name, **self._attributes(node), calls=0)
+            self.out.nodes[name]["calls"] += 1
+            for source in node.all_input_nodes:
+                self._edge(source, name)
+
+    def _edge(self, source: fx.Node, target: str) -> None:
+        origin = source
+        while is_item(origin):
+            origin = origin.args[0]  # type: ignore[assignment]
+        name = self.ident[origin]
+        if name not in self.out:
+            return  # parameters and constants are no nodes
+        info: ValueInfo | None = source.meta.get("value")
+        signal = self.signals[source]
+        measured = {info.measured} if info is not None and info.varied else set()
+        if self.out.has_edge(name, target):
+            known = self.out.edges[name, target]
+            signal, measured = join([signal, known["signal"]]), measured | known["measured"]
+        self.out.add_edge(
+            name,
+            target,
+            signal=signal,
+            measured=measured - {None},
+            shape=info.shape if info else None,
+            time_axis=self._time_axis(source),
+        )
+
+    def _time_axis(self, node: fx.Node) -> int | None:
+        return None if self.reader is None else self.reader.time_axis(node)
+
+    def _attributes(self, node: fx.Node) -> dict[str, object]:
+        info: ValueInfo | None = node.meta.get("value")
+        module = node.meta.get("module")
+        op = type(module).__name__ if module is not None else name_of(node)
+        return {"kind": self._kind(node), "op": op, "shape": info.shape if info else None}
+
+    def _kind(self, node: fx.Node) -> NodeKind:
+        if node.op in ("placeholder", "output"):
+            return "input" if node.op == "placeholder" else "output"
+        if self.flow.is_neuron(node):
+            return "neuron"
+        if self.flow.is_layer(node):
+            return "layer"
+        module = node.meta.get("module")
+        name = module_family(module) if module is not None else op_name(node)
+        return kind_of_op(name, len(node.all_input_nodes))
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def finish(self) -> SpikingGraph:
+        calls: dict[str, list[fx.Node]] = {}
+        for node in self.nodes:
+            if node.op != "get_attr":
+                calls.setdefault(self.ident[node], []).append(node)
+        layers = {
+            name: self._layer_record(name, module, calls.get(name, []))
+            for name, module in nn.Module.named_modules(self.trace.model)
+            if is_weight_layer(module)
+        }
+        for name in [self.ident[n] for n in self.nodes if self.flow.is_layer(n)]:
+            if name not in layers:
+                layers[name] = self._layer_record(
+                    name, calls[name][0].meta.get("module"), calls[name]
+                )
+        layers |= self._weights_in_neurons(layers, calls)
+        neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
+        neurons = with_layers(neurons, layers)
+        self._note_unused(layers)
+        self.out.graph |= {
+            "layers": self._with_heads(layers),
+            "neurons": neurons,
+            "chains": find_chains(calls, self.ident, self._kind),
+            "route": self.trace.route,
+            "notes": tuple(self.notes),
+            "trace": self.trace,
+            "reader": self.reader,
+        }
+        return self.out
+
+    def _layer_record(
+        self, name: str, module: nn.Module | None, calls: list[fx.Node]
+    ) -> LayerRecord:
+        kind = layer_kind(module)
+        weight = getattr(module, "weight", None)
+        shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
+        if not calls:
+            return self._inner_record(name, kind, shape)
+        pre = unique(s for call in calls for s in self.flow.backward(call)[1])
+        ahead = [self.flow.forward(call) for call in calls]
+        post = unique(n for neurons, _, _ in ahead for n in neurons)
+        sources = [s for call in calls for s in self.flow.data_inputs(call)[:1]]
+        info: ValueInfo | None = sources[0].meta.get("value") if sources else None
+        result: ValueInfo | None = calls[0].meta.get("value")
+        spiking = [n for n in post if self.specs[n].kind != "integrator"]
+        product = self._product(name)
+        return LayerRecord(
+            name=name,
+            kind=kind,
+            weight_shape=shape,
+            calls=len(calls),
+            pre=pre,
+            post=post,
+            feeds=unique(n for _, layers, _ in ahead for n in layers),
+            input_signal=join([self.signals[s] for s in sources]) if sources else None,
+            input_shape=info.shape if info else None,
+            output_shape=result.shape if result else None,
+            time_axis=self._time_axis(sources[0]) if sources else None,
+            is_readout=not spiking and any(left for _, _, left in ahead),
+            axis=product.axis,
+            groups=product.groups,
+            undecided=product.undecided,
+        )
+
+    def _product(self, name: str) -> Product:
+        """What all products with a raw parameter agree on."""
+        found = set(self.products.get(name, ()))
+        if len(found) > 1:
+            axes = sorted({str(product.axis) for product in found})
+            why = next((p.undecided for p in found if p.undecided), "")
+            return Product(name, None, undecided=why or f"summed along axes {', '.join(axes)}")
+        return found.pop() if found else Product(name, None)
+
+    def _inner_record(self, name: str, kind: str, shape: tuple[int, ...]) -> LayerRecord:
+        """A layer nobody called from outside: inside a neuron, or unused."""
+        seen = self.trace.inner.get(name)
+        if seen is None:
+            inside = next((n for n in self.specs if name.startswith(f"{n}.")), None)
+            return LayerRecord(name, kind, shape, inside=inside)
+        spec = self.specs.get(seen.inside)
+        pair = (seen.inside,) if spec is not None else ()
+        self.out.add_node(name, kind="layer", op=kind, shape=seen.output_shape, calls=seen.calls)
+        for edge in ((seen.inside, name), (name, seen.inside)) if spec is not None else ():
+            signal = of_kind(spec.output) if spec and edge[1] == name else ANALOG
+            self.out.add_edge(
+                *edge, signal=signal, measured=set(), shape=seen.input_shape, time_axis=None
+            )
+        return LayerRecord(
+            name=name,
+            kind=kind,
+            weight_shape=shape,
+            calls=seen.calls,
+            pre=pair,
+            post=pair,
+            input_signal=of_kind(spec.output) if spec is not None else ANALOG,
+            input_shape=seen.input_shape,
+            output_shape=seen.output_shape,
+            inside=seen.inside,
+        )
+
+    def _raw_shape(self, name: str) -> tuple[int, ...]:
+        tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
+        return () if tensor is None else tuple(tensor.shape)
+
+    def _weights_in_neurons(
+        self, layers: Mapping[str, LayerRecord], calls: Mapping[str, list[fx.Node]]
+    ) -> dict[str, LayerRecord]:
+        """Matrices that a neuron module multiplies by itself (Norse's recurrent cells)."""
+        found: dict[str, LayerRecord] = {}
+        modules = dict(nn.Module.named_modules(self.trace.model))
+        for neuron in self.trace.neurons:
+            for name, parameter in nn.Module.named_parameters(modules[neuron]):
+                full = f"{neuron}.{name}".lstrip(".")
+                owner = full.rpartition(".")[0]
+                if parameter.dim() < 2 or min(parameter.shape[:2]) < 2 or owner in layers:
+                    continue
+                recurrent = "rec" in name
+                driving = [] if recurrent else [c.args[0] for c in calls.get(neuron, []) if c.args]
+                inputs = [source for source in driving if isinstance(source, fx.Node)]
+                pre = (neuron,) if recurrent else unique(s for n in inputs for s in self.flow.at(n))
+                found[full] = LayerRecord(
+                    full,
+                    "functional",
+                    tuple(parameter.shape),
+                    calls=1,
+                    pre=pre,
+                    post=(neuron,),
+                    input_signal=join([self.signals[n] for n in inputs]) if inputs else None,
+                    inside=neuron,
+                    undecided=f"used inside the neuron {neuron}, which stays as it is",
+                )
+                self._note(full, f"a raw weight used inside the neuron {neuron}")
+        return found
+
+    def _neuron_record(self, name: str, calls: list[fx.Node]) -> NeuronRecord:
+        signals, shape = [], None
+        for call in calls:
+            info: ValueInfo | None = call.meta.get("value")
+            spikes = call
+            if info is not None and info.shape is None:
+                items = [u for u in call.users if is_item(u) and u.args[1] == 0]
+                spikes = items[0] if items else call
+            signals.append(self.signals[spikes])
+            own: ValueInfo | None = spikes.meta.get("value")
+            shape = shape or (own.shape if own else None)
+        return NeuronRecord(
+            name=name,
+            spec=self.specs[name],
+            calls=len(calls),
+            output=join(signals) if signals else of_kind(self.specs[name].output),
+            functional=name in self.functional,
+            shape=shape,
+        )
+
+    def _note_unused(self, layers: Mapping[str, LayerRecord]) -> None:
+        if self.trace.graph is None:
+            return
+        for record in layers.values():
+            if not record.calls:
+                self._note(record.name, "no call of this layer was seen in the traced forward")
+        named = {str(n.target) for n in self.nodes if n.op == "get_attr"}
+        owners = {r.name for r in layers.values()}
+        leaves = {str(n.target) for n in self.nodes if n.op == "call_module"}
+        for name, parameter in nn.Module.named_parameters(self.trace.model):
+            owner = name.rpartition(".")[0]
+            inside = any(name.startswith(f"{leaf}.") for leaf in leaves)
+            if parameter.dim() < 2 or owner in owners or name in named | owners or inside:
+                continue
+            self._note(name, f"parameter {tuple(parameter.shape)} was not seen in use")
+
+    def _with_heads(self, layers: dict[str, LayerRecord]) -> dict[str, LayerRecord]:
+        """Mark layers after which no other layer comes; loops over time are looked through."""
+        heads: set[str] = set()
+        loops = nx.condensation(self.out)
+        before_others: dict[int, bool] = {}
+        for loop in reversed(list(nx.topological_sort(loops))):
+            own = [
+                name
+                for name in loops.nodes[loop]["members"]
+                if name in layers and layers[name].inside is None
+            ]
+            later = any(before_others[after] for after in loops.successors(loop))
+            before_others[loop] = later or bool(own)
+            if len(own) == 1 and not later:
+                heads.add(own[0])
+        return {name: replace(record, is_head=name in heads) for name, record in layers.items()}

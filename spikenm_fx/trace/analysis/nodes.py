@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the graph's builder asks about recorded operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spikenm_fx.trace.analysis.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
+from spikenm_fx.trace.execution.values import SurrogateCall
+from spikenm_fx.trace.graph import LayerRecord, NeuronRecord, NodeKind
+
+
+def walk(
+    starts: Iterable[fx.Node],
+    ahead: Callable[[fx.Node], Iterable[fx.Node]],
+    stop: Callable[[fx.Node], bool],
+) -> None:
+    """Breadth first, so that what ``stop`` collects comes nearest first."""
+    queue, seen = list(starts), set(starts)
+    for node in queue:
+        if not stop(node):
+            for following in ahead(node):
+                if following not in seen:
+                    seen.add(following)
+                    queue.append(following)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Who uses ``node``, looking through tuples that are taken apart."""
+    return [
+        reader
+        for user in node.users
+        for reader in (readers(user) if op_name_or_none(user) == "getitem" else [user])
+    ]
+
+
+def op_name_or_none(node: fx.Node) -> str | None:
+    """The operation's name, or None for modules, inputs and the output."""
+    return op_name(node) if node.op in ("call_function", "call_method") else None
+
+
+def unique(names: Iterable[str]) -> tuple[str, ...]:
+    """Each name once, in order."""
+    return tuple(dict.fromkeys(names))
+
+
+def kind_of_op(name: str, inputs: int) -> NodeKind:
+    """The kind of graph node an operation is."""
+    if name == "norm" or name in ("batch_norm", "layer_norm", "group_norm", "native_batch_norm"):
+        return "norm"
+    if name in RESHAPES or name in MOVES:
+        return "reshape"
+    if name in POOLS or "pool" in name:
+        return "pool"
+    if name in MATMULS:
+        return "matmul"
+    joins = ("add", "sub", "mul", "cat", "stack", "maximum", "minimum", "where", "and", "or")
+    return "join" if name in joins and inputs > 1 else "op"
+
+
+def is_step(node: fx.Node) -> bool:
+    """An autograd Function that emits levels: a spike; delays and gradient scalers do not."""
+    return isinstance(node.target, SurrogateCall) and bool(node.meta.get("steps", True))
+
+
+def is_identity(node: fx.Node) -> bool:
+    """Whether it hands its input on unchanged in eval mode."""
+    module = node.meta.get("module")
+    name = module_family(module) if module is not None else op_name(node)
+    return name in ("identity", "contiguous", "dropout", "detach", "clone")
+
+
+def layer_kind(module: nn.Module | None) -> str:
+    """The torch class behind a weight layer, in lower case."""
+    if module is None:
+        return "functional"
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("torch.nn.modules") and cls not in (nn.Module, _ConvNd):
+            return cls.__name__.lower()
+    return type(module).__name__.lower()
+
+
+def with_layers(
+    neurons: Mapping[str, NeuronRecord], layers: Mapping[str, LayerRecord]
+) -> dict[str, NeuronRecord]:
+    """Give each neuron the layers that drive it, those with it nearest first."""
+    paired = {}
+    for name, record in neurons.items():
+        driving = sorted(
+            (layer for layer in layers.values() if name in layer.post),
+            key=lambda layer: layer.post.index(name),
+        )
+        paired[name] = replace(record, layers=tuple(r.name for r in driving))
+    return paired
