@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What spikenm_fx raises: every message says what was seen, what is required, and what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "CheckpointError",
     "PackError",
@@ -13,6 +16,9 @@ __all__ = [
     "SpikeNMWarning",
     "TraceError",
     "VerificationError",
+    "did_you_mean",
+    "near_misses",
+    "no_module",
 ]
 
 
@@ -72,3 +78,20 @@ def no_module(call: str, found: object) -> str:
     """
     what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
     return f"{call}() needs an nn.Module, the model itself, got {what}"
+
+
+def near_misses(word: str, words: Iterable[str], count: int = 1) -> list[str]:
+    """Which of ``words`` somebody who wrote ``word`` may have meant, the nearest first.
+
+    Args:
+        word: what was written.
+        words: what is known.
+        count: how many to name at most.
+    """
+    return get_close_matches(word, list(words), n=count, cutoff=0.5)
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``"; did you mean ...?"`` for the end of a message; empty where no word is near."""
+    found = near_misses(word, words)
+    return f"; did you mean {found[0]!r}?" if found else ""

@@ -102,7 +102,7 @@ class Scripted(nn.Module):
 TIMED = """
 import torch
 from torch import nn
-from spikenm_fx.bench.networks import LIF, OverTime
+from spikenm_fx.demo.networks import LIF, OverTime
 
 
 class Leading(nn.Module):

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikenm_fx.checkpoint import load_metadata, load_state
-from spikenm_fx.errors import CheckpointError, PlanError
+from spikenm_fx.errors import CheckpointError, PlanError, did_you_mean
 from spikenm_fx.pack import is_packed, load_packed, unpack_weight
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.decide import LayerPlan
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.plan.weights import RAW
-from spikenm_fx.recipe.mistakes import near_miss
 from spikenm_fx.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
     names += [entry.name for entry in promised if entry.kind == RAW]
     for name in without:
         if name not in names:
-            raise PlanError(f"no weight of {file} is named {name!r}{near_miss(name, names)}")
+            raise PlanError(f"no weight of {file} is named {name!r}{did_you_mean(name, names)}")
     required = _asked(state, nm) if nm is not None else promised
     required = [entry for entry in required if entry.name not in without]
     return verify(state, Plan(str(file), tuple(required)) if required else None)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import spikenm_fx
-from spikenm_fx.bench.data import Split, digits
-from spikenm_fx.bench.networks import SpikingConvNet, direct_code
+from spikenm_fx.demo.data import Split, digits
+from spikenm_fx.demo.networks import SpikingConvNet, direct_code
 
 __all__ = ["DemoRow", "draw_masks", "run_demo"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spikenm_fx.errors import RecipeError
+from spikenm_fx.errors import RecipeError, near_misses
 from spikenm_fx.recipe.stand_in import Feature, standing_in, switched_off
 
 __all__ = ["FRAMEWORKS", "EntryPoint", "Root"]
@@ -222,15 +222,13 @@ def _import(entry: EntryPoint) -> ModuleType:
 
 
 def _attribute(module: ModuleType, entry: EntryPoint) -> Any:
-    from difflib import get_close_matches
-
     found: Any = module
     for part in entry.name.split("."):
         if isinstance(found, ModuleType) and found is not module:
             raise RecipeError(f"entry point {entry} reaches through the module {found.__name__!r}")
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
-            near = get_close_matches(part, public, n=3, cutoff=0.5)
+            near = near_misses(part, public, 3)
             hint = f"; near: {', '.join(near)}" if near else ""
             raise RecipeError(f"entry point {entry}: {module.__name__!r} has no {part!r}{hint}")
         found = getattr(found, part)
