@@ -95,9 +95,8 @@ Switch = tuple[Any, str, Any]  # owner, attribute, what it is while the feature 
 
 
 def _extensions() -> tuple[Switch, ...]:
-    from torch.utils import (
-        cpp_extension,  # brings setuptools, which changes sys.path: only if asked
-    )
+    # It brings setuptools, which changes sys.path: imported only where somebody asks.
+    from torch.utils import cpp_extension
 
     return (cpp_extension, "load", _Inert()), (cpp_extension, "load_inline", _Inert())
 
