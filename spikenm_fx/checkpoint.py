@@ -8,7 +8,6 @@ import os
 import pickle
 import tempfile
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spikenm_fx.errors import CheckpointError
+from spikenm_fx.errors import CheckpointError, near_misses
 
 __all__ = ["load_into", "load_metadata", "load_state", "save_state", "write_atomically"]
 
@@ -118,8 +117,8 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
         if key in state and state[key].shape != own[key].shape
     ]
     if missing or foreign or shapes:
-        near = {key: get_close_matches(key, missing, n=1, cutoff=0.6) for key in foreign[:_SHOWN]}
-        foreign = [f"{k} (near: {near[k][0]})" if near.get(k) else k for k in foreign]
+        near = {key: near_misses(key, missing) for key in foreign[:_SHOWN]}
+        foreign = [f"{k} (near: {near[k]})" if near.get(k) else k for k in foreign]
         parts = [
             _listed("missing in the file", missing),
             _listed("in the file but not in the model", foreign),

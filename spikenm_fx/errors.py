@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What spikenm_fx raises: every message says what was seen, what is required, and what to do."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 __all__ = [
     "CheckpointError",
     "PackError",
@@ -13,6 +16,9 @@ __all__ = [
     "SpikeNMWarning",
     "TraceError",
     "VerificationError",
+    "near_misses",
+    "no_module",
+    "some_of",
 ]
 
 
@@ -72,3 +78,21 @@ def no_module(call: str, found: object) -> str:
     """
     what = f"the class {found.__name__}" if isinstance(found, type) else type(found).__name__
     return f"{call}() needs an nn.Module, the model itself, got {what}"
+
+
+def near_misses(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:
+    """What ``word`` was probably meant to be, comma-separated; "" where nothing is near.
+
+    Args:
+        word: what was seen.
+        known: what would have been right.
+        count: names at most.
+        cutoff: how alike they must be, from 0 to 1 (see :func:`difflib.get_close_matches`).
+    """
+    return ", ".join(get_close_matches(word, list(known), n=count, cutoff=cutoff))
+
+
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """The first names, comma-separated, and dots where there are more."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")
