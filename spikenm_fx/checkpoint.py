@@ -118,7 +118,7 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
     ]
     if missing or foreign or shapes:
         near = {key: near_misses(key, missing) for key in foreign[:_SHOWN]}
-        foreign = [f"{k} (near: {near[k][0]})" if near.get(k) else k for k in foreign]
+        foreign = [f"{k} (near: {near[k]})" if near.get(k) else k for k in foreign]
         parts = [
             _listed("missing in the file", missing),
             _listed("in the file but not in the model", foreign),

@@ -19,6 +19,7 @@ __all__ = [
     "did_you_mean",
     "near_misses",
     "no_module",
+    "some_of",
 ]
 
 
@@ -80,18 +81,25 @@ def no_module(call: str, found: object) -> str:
     return f"{call}() needs an nn.Module, the model itself, got {what}"
 
 
-def near_misses(word: str, words: Iterable[str], count: int = 1) -> list[str]:
-    """Which of ``words`` somebody who wrote ``word`` may have meant, the nearest first.
+def near_misses(word: str, known: Iterable[str], *, count: int = 1, cutoff: float = 0.6) -> str:
+    """What ``word`` was probably meant to be, comma-separated; "" where nothing is near.
 
     Args:
-        word: what was written.
-        words: what is known.
-        count: how many to name at most.
+        word: what was seen.
+        known: what would have been right.
+        count: names at most.
+        cutoff: how alike they must be, from 0 to 1 (see :func:`difflib.get_close_matches`).
     """
-    return get_close_matches(word, list(words), n=count, cutoff=0.5)
+    return ", ".join(get_close_matches(word, list(known), n=count, cutoff=cutoff))
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """``"; did you mean ...?"`` for the end of a message; empty where no word is near."""
-    found = near_misses(word, words)
-    return f"; did you mean {found[0]!r}?" if found else ""
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean ...?"`` for the end of a message; "" where nothing is near."""
+    near = near_misses(word, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def some_of(names: Iterable[str], most: int = 5) -> str:
+    """The first names, comma-separated, and dots where there are more."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (", ..." if len(listed) > most else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, Self, TypeAlias
 
@@ -28,6 +29,8 @@ __all__ = [
     "WeightLayer",
     "is_weight_layer",
     "planes",
+    "tightest",
+    "torch_class",
 ]
 
 Remainder = Literal["skip", "pad", "error"]
@@ -40,6 +43,12 @@ WeightLayer: TypeAlias = nn.Linear | _ConvNd
 def is_weight_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a Linear or Conv of any kind: by inheritance, never by exact type."""
     return isinstance(module, nn.Linear | _ConvNd)
+
+
+def torch_class(module: nn.Module) -> type[nn.Module]:
+    """The class of torch that ``module`` is of or inherits from first; its own where none is."""
+    classes = (c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules."))
+    return next((c for c in classes if c is not nn.Module), type(module))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +236,54 @@ class BlockView:
         block = torch.arange(lead, device=device).remainder(blocks)
         position = torch.arange(m, device=device)
         return ((block[:, None] * m + position) < self.channels).unsqueeze(-1)
+
+
+def tightest(
+    weight: Tensor,
+    patterns: Iterable[NM],
+    *,
+    transposed: bool = False,
+    groups: int = 1,
+    remainder: bool = False,
+) -> NM | None:
+    """The sparsest of ``patterns`` that the zeros of a weight obey; None where none is obeyed.
+
+    Among equally sparse ones that of the smallest block wins: a 2:4 weight is also 4:8.
+
+    Args:
+        weight: ``(O, C / groups, *kernel)``, or ``(C, O / groups, *kernel)`` where ``transposed``;
+            a mask will do.  NaN counts as non-zero.
+        patterns: the candidates.
+        transposed: the input channels are axis 0.
+        groups: that share axis 0, where ``transposed``.
+        remainder: try blocks that do not divide the channels, too; the last one is then shorter.
+    """
+    fullest: dict[int, int] = {}
+    for nm in sorted(patterns, key=lambda nm: (nm.density, nm.of)):
+        view = BlockView(nm, tuple(weight.shape), transposed, groups)
+        if view.channels < nm.of or (view.remainder and not remainder):
+            continue
+        if nm.of not in fullest:
+            fullest[nm.of] = _fullest_block(weight, view)
+        if fullest[nm.of] <= nm.keep:
+            return nm
+    return None
+
+
+def _fullest_block(weight: Tensor, view: BlockView) -> int:
+    """Non-zeros of the fullest block, a few million weights at a time."""
+    if view.transposed:
+        return _most(view.to_blocks(weight))
+    most = 0
+    for rows in weight.split(max(1, 2**22 // max(1, weight[:1].numel()))):
+        most = max(most, _most(BlockView(view.nm, tuple(rows.shape)).to_blocks(rows)))
+        if most == view.nm.of:
+            break
+    return most
+
+
+def _most(blocks: Tensor) -> int:
+    return int((blocks != 0).sum(1).amax()) if blocks.numel() else 0
 
 
 def planes(blocks: Tensor) -> Tensor:

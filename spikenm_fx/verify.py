@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from spikenm_fx.errors import PlanError, VerificationError, no_module
+from spikenm_fx.errors import PlanError, VerificationError, no_module, some_of
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan
 from spikenm_fx.plan.weights import RAW
+from spikenm_fx.table import html_table
 
 __all__ = ["LayerCheck", "Verification", "verify"]
 
@@ -34,11 +35,12 @@ class LayerCheck:
         required: the pattern it must have, or None where none is required.
         found: the tightest pattern it has among blocks of 2, 4, 8, 16, 32; None for a dense weight
             and for one of nothing but zeros.
-        density: share of non-zeros; NaN counts as non-zero.
+        density: share of non-zeros; NaN and infinity count as non-zero.
         blocks: blocks counted under ``required``.
         violations: blocks with more than ``required.keep`` non-zeros.
         first: positions of the first violations, ``(index..., non-zeros)``: the index is that of
             the weight with the channel axis moved last and cut into blocks.
+        not_finite: weights that are NaN or infinite.
     """
 
     name: str
@@ -49,23 +51,38 @@ class LayerCheck:
     blocks: int
     violations: int
     first: tuple[tuple[int, ...], ...]
+    not_finite: int = 0
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.shape))
-        text = f"{self.name} {shape}: density {self.density:.3f}, found {self.found or 'dense'}"
+        found = f"density {self.density:.3f}, found {self.found or 'dense'}"
+        return f"{self.name} {self._shape}: {found}, {self.judgement}"
+
+    @property
+    def _shape(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def judgement(self) -> str:
+        """What was required and whether it holds, in words."""
+        odd = f"; {self.not_finite} weights are NaN or infinite" if self.not_finite else ""
         if self.required is None:
-            return text + ", nothing required"
+            return "no pattern required of it" + odd
         if not self.violations:
-            return text + f", {self.required} holds in all {self.blocks} blocks"
+            return f"{self.required} holds in all {self.blocks} blocks" + odd
         where = "; ".join(f"{list(p[:-1])} has {p[-1]}" for p in self.first)
-        return text + (
-            f", {self.required} VIOLATED in {self.violations} of {self.blocks} blocks: {where}"
-        )
+        seen = f"{self.violations} of {self.blocks} blocks: {where}"
+        return f"{self.required} VIOLATED in {seen}{odd}"
 
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The counts of all weights that were looked at."""
+    """The counts of all weights that were looked at; true where they are valid.
+
+    ``assert verify(model, "2:4")`` fails for a dense model.
+
+    Attributes:
+        layers: one entry per weight, in the model's order.
+    """
 
     layers: tuple[LayerCheck, ...]
 
@@ -76,8 +93,15 @@ class Verification:
             layer.required or layer.found for layer in self.layers
         )
 
+    def __bool__(self) -> bool:
+        return self.valid
+
     def raise_if_invalid(self) -> None:
-        """Raise VerificationError with the first violations, if there are any."""
+        """Nothing where the weights are valid.
+
+        Raises:
+            VerificationError: with the first violations; or if no weight is N:M at all.
+        """
         if self.valid:
             return
         wrong = [layer for layer in self.layers if layer.violations]
@@ -110,9 +134,21 @@ class Verification:
     def __str__(self) -> str:
         return "\n".join([self._head(), *map(str, self.layers)])
 
+    def _repr_html_(self) -> str:
+        rows = [("weight", "shape", "density", "found", "required")]
+        for layer in self.layers:
+            found = str(layer.found or "dense")
+            rows.append((layer.name, layer._shape, f"{layer.density:.1%}", found, layer.judgement))
+        return html_table(rows, caption=self._head())
+
     def _head(self) -> str:
+        odd = [layer.name for layer in self.layers if layer.not_finite]
+        return self._verdict() + (f"; NaN or infinite weights in {some_of(odd)}" if odd else "")
+
+    def _verdict(self) -> str:
         if self.valid:
-            return f"valid: {len(self.layers)} weights"
+            asked = sum(layer.required is not None for layer in self.layers)
+            return f"valid: {len(self.layers)} weights, a pattern is required of {asked}"
         broken = sum(layer.violations > 0 for layer in self.layers)
         why = f"{broken} of them violate their pattern" if broken else "none of them is N:M"
         return f"NOT VALID: {len(self.layers)} weights, {why}"
@@ -162,6 +198,7 @@ class _Weight:
     transposed: bool = False
     groups: int = 1
     nm: NM | None = None
+    not_finite: int = 0
 
     @property
     def channels(self) -> int:
@@ -189,7 +226,7 @@ def _of_model(model: nn.Module) -> dict[str, _Weight]:
         nm = None if meta is None else NM(*meta.tolist()[1:3])
         # of a computed weight only where it is not zero: all of them are held at once
         counted = weight.detach() if isinstance(weight, nn.Parameter) else weight != 0
-        weights[name] = _Weight(counted, transposed, groups, nm)
+        weights[name] = _Weight(counted, transposed, groups, nm, _not_finite(weight))
     return weights | _masked_parameters(model)
 
 
@@ -214,12 +251,21 @@ def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[
         tensor = getattr(owner, key, None)
     if not isinstance(tensor, Tensor):
         return {}
-    return {entry.name: _Weight(tensor.detach(), entry.axis == 0, entry.groups)}
+    odd = _not_finite(tensor)
+    return {entry.name: _Weight(tensor.detach(), entry.axis == 0, entry.groups, None, odd)}
 
 
 def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
     _, keep, of, _, _, axis, groups = meta.tolist()
-    return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of))
+    return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), _not_finite(tensor))
+
+
+def _not_finite(weight: Tensor) -> int:
+    """How many are NaN or infinite; a sum that is finite says at once that there is none."""
+    plain = weight.detach()
+    if not plain.is_floating_point() or plain.is_meta or bool(plain.sum().isfinite()):
+        return 0
+    return int((~plain.isfinite()).sum())
 
 
 def _weight_of(layer: nn.Module) -> Tensor | None:
@@ -244,7 +290,8 @@ def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
         if last != "weight":  # a raw parameter: only a mask tells it from others
             weights |= {} if meta is None else {key: _by_meta(tensor, meta)}
         else:
-            weights[name] = _Weight(tensor.detach()) if meta is None else _by_meta(tensor, meta)
+            plain = _Weight(tensor.detach(), not_finite=_not_finite(tensor))
+            weights[name] = plain if meta is None else _by_meta(tensor, meta)
     return weights
 
 
@@ -285,6 +332,7 @@ def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:
         blocks=blocks,
         violations=violations,
         first=first,
+        not_finite=weight.not_finite,
     )
 
 

@@ -306,3 +306,49 @@ def test_planning_a_sparse_model_is_pure():
     state = copy.deepcopy(model.state_dict())
     assert [layer.name for layer in plan(model).layers] == ["0", "2", "4"]
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_plan_survives_json():
+    """What to_dict wrote, from_dict reads back equal; anything else is an error that says so."""
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.ConvTranspose2d(8, 8, 3), nn.Linear(8, 6))
+    decided = plan(model, "1:4", rules=[Rule("2", nm="2:8", remainder="pad"), Rule("0")])
+    assert spikenm_fx.Plan.from_dict(json.loads(json.dumps(decided.to_dict()))) == decided
+    for wrong in ({}, {"model": "Net", "layers": [{}]}, {"model": "Net", "layers": 3}, None):
+        with pytest.raises(PlanError, match="plan"):
+            spikenm_fx.Plan.from_dict(wrong)
+    entry = decided.to_dict()["layers"][0]
+    for changed in ({"action": "prune"}, {"colour": "red"}):
+        with pytest.raises(PlanError, match="an entry of the plan"):
+            spikenm_fx.Plan.from_dict({"model": "Net", "layers": [entry | changed]})
+
+
+def test_notebooks_show_a_table():
+    """The table of a notebook has every layer, and escapes what names may hold."""
+    model = nn.ModuleDict({"a<b": nn.Linear(8, 8), "c": nn.Linear(8, 8), "d": nn.Linear(8, 8)})
+    html = plan(model)._repr_html_()
+    assert html.count("<tr>") == 4
+    assert "a&lt;b" in html
+    assert "a<b" not in html
+
+
+def test_only_a_way_out_that_works_is_advised():
+    """A rule is recommended for layers that it can turn on, and for no others."""
+    with pytest.raises(PlanError, match="no rule can change that") as caught:
+        plan(nn.Conv2d(1, 32, 3))
+    assert "depthwise" not in str(caught.value)
+    assert "one input channel" in str(caught.value)
+    with pytest.raises(PlanError, match=r"rules=\[Rule\('1', remainder='pad'\)\]"):
+        plan(nn.Sequential(nn.Conv2d(1, 32, 3), nn.Conv2d(6, 8, 3)))
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+    with pytest.raises(PlanError, match=r"rules=\[Rule\('1'\)\]") as caught:
+        plan(model, rules=[Rule("1", action="keep_dense")])
+    assert plan(model, rules=[Rule("1")]).sparse
+
+
+def test_a_sparse_layer_is_not_explained_by_what_keeps_others_dense():
+    """The one layer of a network that can become sparse says why it does, not why it should not."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 6))
+    (only,) = plan(model, example_inputs=torch.rand(2, 8)).sparse
+    assert only.name == "0"
+    assert "input is analog" not in only.reason
+    assert "no other layer" in only.reason

@@ -175,3 +175,32 @@ def test_the_text_names_layers_and_counts():
     text = str(verify(model))
     assert text.startswith("valid: 3 weights")
     assert "2:4 holds in all 64 blocks" in text
+
+
+def test_a_verification_is_true_where_it_is_valid():
+    """`assert verify(model, '2:4')` is a check: a dense model fails it."""
+    model = network()
+    assert not verify(model, "2:4")
+    assert not verify(model)
+    spikenm_fx.fold(spikenm_fx.sparsify(model, "2:4"))
+    assert verify(model, "2:4")
+
+
+def test_weights_that_are_no_numbers_are_named():
+    """NaN counts as non-zero, and the text says that it is there."""
+    model = spikenm_fx.fold(spikenm_fx.sparsify(network(), "2:4"))
+    assert "NaN" not in str(verify(model))
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    result = verify(model)
+    assert [layer.not_finite for layer in result.layers] == [1, 0, 0]
+    assert "NaN or infinite weights in 0" in str(result)
+    assert "1 weights are NaN or infinite" in str(result.layers[0])
+    assert [layer.not_finite for layer in verify(model.state_dict()).layers] == [1, 0, 0]
+
+
+def test_notebooks_show_the_verdict():
+    """A table of all weights below the head line."""
+    result = verify(spikenm_fx.sparsify(network(), rules=ALL_LAYERS))
+    assert "valid: 3 weights" in result._repr_html_()
+    assert result._repr_html_().count("<tr>") == 4

@@ -123,10 +123,14 @@ class Decisions:
         return self.sparse(weight, nm, (rule and rule.remainder) or self.remainder, reason)
 
     def sparse(self, weight: Weight, nm: NM, remainder: Remainder, reason: str) -> LayerPlan:
-        """N:M if the shape allows."""
+        """The entry of a weight that becomes N:M, if its shape allows.
+
+        Raises:
+            PatternError: for channels that are left over where ``remainder`` is ``"error"``.
+        """
         view = BlockView(nm, weight.shape, weight.axis == 0, weight.groups)
         if view.channels == 1:
-            return self.dense(weight, "depthwise: one input channel per output")
+            return self.dense(weight, _one_channel(weight))
         if view.remainder:
             seen = f"{view.channels} input channels are not a multiple of {nm.of}"
             if remainder == "error":
@@ -141,12 +145,20 @@ class Decisions:
             reason += "; raw parameter: learns without EID"
         return self.entry(weight, nm, bool(view.remainder), reason)
 
+    def possible(self, remainder: Remainder) -> list[tuple[str, Weight]]:
+        """Weights that a rule could make N:M, whatever keeps them dense now."""
+        return [
+            (name, weight)
+            for name, weight in self.weights.items()
+            if not weight.impossible and self.sparse(weight, self.nm, remainder, "").nm
+        ]
+
     def dense(self, weight: Weight, reason: str) -> LayerPlan:
-        """Stays as it is."""
+        """The entry of a weight that stays as it is."""
         return self.entry(weight, None, False, reason)
 
     def entry(self, weight: Weight, nm: NM | None, padded: bool, reason: str) -> LayerPlan:
-        """The line of the plan."""
+        """The line of the plan for ``weight``."""
         return LayerPlan(
             weight.name,
             weight.kind,
@@ -158,6 +170,12 @@ class Decisions:
             weight.axis,
             weight.groups,
         )
+
+
+def _one_channel(weight: Weight) -> str:
+    depthwise = getattr(weight.holder, "groups", 1) > 1
+    kind = "depthwise: one input channel per output" if depthwise else "one input channel"
+    return f"{kind}: a block would hold a single weight"
 
 
 def _sharing(

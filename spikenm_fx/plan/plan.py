@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Self, get_args
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from spikenm_fx.plan.decide import Decisions, LayerPlan
 from spikenm_fx.plan.roles import default_roles
 from spikenm_fx.plan.rules import Rule, ordered_rules, unmatched
 from spikenm_fx.plan.weights import weights_of
+from spikenm_fx.table import html_table, text_table
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import SpikingGraph
@@ -45,18 +46,50 @@ class Plan:
         layers = [{**asdict(layer), "nm": layer.nm and str(layer.nm)} for layer in self.layers]
         return {"model": self.model, "layers": layers}
 
-    def __str__(self) -> str:
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The plan that :meth:`to_dict` wrote, from JSON too: equal to the one that was written.
+
+        Raises:
+            PlanError: for anything else.
+            PatternError: for a malformed pattern.
+        """
+        try:
+            layers = tuple(_read_entry(entry) for entry in data["layers"])
+            return cls(str(data["model"]), layers)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"this is no plan ({type(error).__name__}: {error}); give what Plan.to_dict() "
+                "returned: {'model': ..., 'layers': [...]}"
+            ) from error
+
+    def _rows(self) -> list[tuple[str, ...]]:
         rows = [("layer", "kind", "weight", "pattern", "reason")]
         for layer in self.layers:
             shape = "x".join(map(str, layer.shape)) or "-"
             rows.append((layer.name, layer.kind, shape, str(layer.nm or "dense"), layer.reason))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = [
-            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
-            for row in rows
-        ]
-        head = f"{self.model}: {len(self.sparse)} of {len(self.layers)} weight layers become N:M"
-        return "\n".join([head, *(line.rstrip() for line in lines)])
+        return [*rows]
+
+    def _head(self) -> str:
+        return f"{self.model}: {len(self.sparse)} of {len(self.layers)} weight layers become N:M"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows(), caption=self._head())
+
+    def __str__(self) -> str:
+        return "\n".join([self._head(), *text_table(self._rows())])
+
+
+def _read_entry(data: Mapping[str, Any]) -> LayerPlan:
+    known = [field.name for field in fields(LayerPlan)]
+    foreign = [key for key in data if key not in known]
+    if foreign or data["action"] not in ("sparsify", "keep_dense"):
+        raise PlanError(
+            f"an entry of the plan reads {dict(data)}; it takes {', '.join(known)}, and its action "
+            "is sparsify or keep_dense"
+        )
+    nm = data["nm"] and NM.parse(data["nm"])
+    return LayerPlan(**{**data, "shape": tuple(data["shape"]), "nm": nm or None})
 
 
 def plan(
@@ -117,9 +150,11 @@ def plan(
     if not ordered and not any(entry.nm for entry in entries):
         # a network with one hidden layer: better its input layer than nothing at all
         entries = decisions.all({n: role for n, role in roles.items() if role.place != "input"})
+        why = "no other layer can become N:M, so the one behind the input does"
+        entries = tuple(replace(e, reason=why) if e.nm and e.name in roles else e for e in entries)
     result = Plan(type(model).__name__, (*entries, *_hidden(model)))
     if not result.sparse:
-        raise PlanError(_nothing_to_do(result, pattern))
+        raise PlanError(_nothing_to_do(result, pattern, decisions))
     return result
 
 
@@ -146,21 +181,33 @@ def _read(model: nn.Module, example_inputs: Any) -> SpikingGraph | None:
         return None
 
 
-def _nothing_to_do(result: Plan, nm: NM) -> str:
+def _nothing_to_do(result: Plan, nm: NM, decisions: Decisions) -> str:
     if not result.layers:
         return (
             f"{result.model} holds no Linear or Conv module and no raw weight was seen in use, so "
             f"nothing can become {nm}; pass the module that holds the weights, and example_inputs "
             "where they are raw parameters"
         )
-    first = result.layers[0]
-    example = first.name or f"class:{first.kind}"
     seen = "\n  ".join(
         f"{layer.name or '(the model itself)'} {layer.kind} {layer.shape}: {layer.reason}"
         for layer in result.layers[:20]
     )
     return (
         f"none of the {len(result.layers)} weight layers of {result.model} would become {nm}:\n"
-        f"  {seen}\nturn one on by a rule, e.g. rules=[Rule({example!r})], or choose "
-        "another pattern or remainder='pad'"
+        f"  {seen}\n{_way_out(decisions)}"
     )
+
+
+def _way_out(decisions: Decisions) -> str:
+    """What would make a layer sparse: only what would."""
+    if whole := decisions.possible("skip"):
+        name, weight = whole[0]
+        match = name or f"class:{weight.kind}"
+        return f"turn one on by a rule, e.g. rules=[Rule({match!r})]"
+    if padded := decisions.possible("pad"):
+        match = padded[0][0] or f"class:{padded[0][1].kind}"
+        return (
+            "choose a pattern that divides the input channels, or a shorter last block by a rule, "
+            f"e.g. rules=[Rule({match!r}, remainder='pad')]"
+        )
+    return "no rule can change that: none of these weights can be cut into blocks"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from spikenm_fx.errors import PlanError, near_misses
+from spikenm_fx.errors import PlanError, near_misses, some_of
 from spikenm_fx.pattern import NM, PatternLike, Remainder
 
 __all__ = ["Action", "Rule", "ordered_rules", "unmatched"]
@@ -95,11 +95,11 @@ def unmatched(rule: Rule, layers: Mapping[str, object]) -> PlanError:
     """The error for a rule in vain, with what it was probably meant to match."""
     if rule.match.startswith("class:"):
         known = sorted({c.__name__ for m in layers.values() for c in type(m).__mro__[:-2]})
-        near = near_misses(rule.match[len("class:") :], known, 3)
+        near = near_misses(rule.match[len("class:") :], known, count=3, cutoff=0.4)
     else:
         known = list(layers)
-        near = near_misses(rule.match.removeprefix("re:"), known, 3)
-    shown = ", ".join(near or known[:5]) or "none"
+        near = near_misses(rule.match.removeprefix("re:"), known, count=3, cutoff=0.4)
+    shown = near or some_of(known) or "none"
     return PlanError(
         f"rule {rule.match!r} matches none of the {len(layers)} weight layers; "
         f"{'near misses' if near else 'there are e.g.'}: {shown}"

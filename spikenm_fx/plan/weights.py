@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.pattern import is_weight_layer, torch_class
 from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import LayerRecord, SpikingGraph
 
@@ -75,7 +75,7 @@ def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight
 
 def _of_layer(name: str, layer: nn.Module) -> Weight:
     groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 1
-    kind = next(c.__name__ for c in type(layer).__mro__ if c.__module__.startswith("torch.nn"))
+    kind = torch_class(layer).__name__
     impossible = _impossible(layer._parameters.get("weight"))
     return Weight(name, kind, layer, "weight", _axis(layer), groups, impossible)
 

@@ -228,8 +228,8 @@ def _attribute(module: ModuleType, entry: EntryPoint) -> Any:
             raise RecipeError(f"entry point {entry} reaches through the module {found.__name__!r}")
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
-            near = near_misses(part, public, 3)
-            hint = f"; near: {', '.join(near)}" if near else ""
+            near = near_misses(part, public, count=3, cutoff=0.5)
+            hint = f"; near: {near}" if near else ""
             raise RecipeError(f"entry point {entry}: {module.__name__!r} has no {part!r}{hint}")
         found = getattr(found, part)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from spikenm_fx.pattern import NM, BlockView, WeightLayer
+from spikenm_fx.pattern import NM, BlockView, WeightLayer, torch_class
 from spikenm_fx.report.data import LayerReport
 from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.masks import block_histogram, detect_pattern, mask_tile, pe_utilisation
@@ -46,7 +46,7 @@ def describe(
     analog = counter.signal == "analog"
     return LayerReport(
         name=name,
-        kind=_kind(layer),
+        kind=torch_class(layer).__name__,
         shape=tuple(weight.shape),
         pattern=str(nm) if nm else None,
         action=action,
@@ -107,11 +107,3 @@ def _kept(weight: Tensor, mask: Tensor, dense: Tensor | None) -> float | None:
 
 def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
-
-
-def _kind(layer: nn.Module) -> str:
-    """The torch class a layer is or inherits from."""
-    for base in type(layer).__mro__:
-        if base.__module__.startswith("torch.nn.modules"):
-            return base.__name__
-    return type(layer).__name__

@@ -9,34 +9,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
-from spikenm_fx.pattern import NM, BlockView, WeightLayer
+from spikenm_fx.pattern import NM, BlockView, WeightLayer, tightest
 
 __all__ = ["PES", "MaskTile", "block_histogram", "detect_pattern", "mask_tile", "pe_utilisation"]
 
 PES = 16
 """Processing elements that share the output channels, unless told otherwise."""
 
-_BLOCKS = (2, 4, 8, 16, 32)
+_PATTERNS = tuple(NM(keep, of) for of in (2, 4, 8, 16, 32) for keep in range(1, of))
 
 
 def detect_pattern(layer: WeightLayer, mask: Tensor) -> NM | None:
     """The tightest N:M that the zeros of a weight obey, or None where no block size helps.
 
-    Among equal densities the smallest block wins: a 2:4 weight is also 4:8.
+    Args:
+        layer: Linear, Conv or ConvTranspose.
+        mask: non-zero where the weight is, of the weight's shape.
     """
-    best: NM | None = None
-    for of in _BLOCKS:
-        view = BlockView.of_layer(layer, NM(of, of))
-        if view.channels < of or view.remainder:
-            continue
-        most = int((view.to_blocks(mask) != 0).sum(1).amax())
-        if 0 < most < of and (best is None or most / of < best.density):
-            best = NM(most, of)
-    return best
+    if not mask.any():
+        return None
+    view = BlockView.of_layer(layer, NM(1, 1))
+    return tightest(mask, _PATTERNS, transposed=view.transposed, groups=view.groups)
 
 
 def block_histogram(layer: WeightLayer, mask: Tensor, nm: NM) -> tuple[int, ...]:
-    """How many blocks hold 0, 1, ..., ``of`` non-zeros."""
+    """How many blocks hold 0, 1, ..., ``of`` non-zeros.
+
+    Args:
+        layer: Linear, Conv or ConvTranspose.
+        mask: non-zero where the weight is, of the weight's shape.
+        nm: the pattern that cuts it into blocks.
+    """
     counts = (BlockView.of_layer(layer, nm).to_blocks(mask) != 0).sum(1).flatten()
     return tuple(int(n) for n in torch.bincount(counts, minlength=nm.of + 1))
 
@@ -46,6 +49,11 @@ def pe_utilisation(layer: WeightLayer, mask: Tensor, pes: int = PES) -> float:
 
     Work is the number of non-zero weights; PEs wait for the slowest of their round, as in
     Workload-Balanced Pruning (u-Ticket, arXiv 2302.06746).  1 means no PE ever waits.
+
+    Args:
+        layer: Linear, Conv or ConvTranspose.
+        mask: non-zero where the weight is, of the weight's shape.
+        pes: processing elements.
     """
     rows = (_output_major(layer, mask) != 0).flatten(1).sum(1)
     rounds = [part for part in rows.split(pes) if int(part.max()) > 0]
@@ -70,7 +78,15 @@ class MaskTile:
 def mask_tile(
     layer: WeightLayer, mask: Tensor, of: int, *, outputs: int = 24, inputs: int = 48
 ) -> MaskTile:
-    """The corner of ``outputs`` x ``inputs`` channels at the kernel's centre."""
+    """The corner of ``outputs`` x ``inputs`` channels at the kernel's centre.
+
+    Args:
+        layer: Linear, Conv or ConvTranspose.
+        mask: non-zero where the weight is, of the weight's shape.
+        of: block size.
+        outputs: rows at most.
+        inputs: columns at most.
+    """
     matrix: Tensor = _output_major(layer, mask)
     for size in reversed(matrix.shape[2:]):
         matrix = matrix[..., size // 2]

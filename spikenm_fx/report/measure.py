@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from spikenm_fx.errors import ReportError, TraceError, no_module
+from spikenm_fx.errors import ReportError, TraceError, no_module, some_of
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.report.data import LatencyReport, LayerReport, NeuronReport, Report
@@ -313,11 +313,11 @@ def _notes(
     notes = []
     if never:
         notes.append(
-            f"{len(never)} layers never ran as modules and count as no operations: {_few(never)}"
+            f"{len(never)} layers never ran as modules and count as no operations: {some_of(never)}"
         )
     if silent:
         notes.append(
-            f"{len(silent)} of {len(neurons)} neuron layers never fired ({_few(silent)}): what "
+            f"{len(silent)} of {len(neurons)} neuron layers never fired ({some_of(silent)}): what "
             "follows them counts no SynOps. An untrained network, or batch norms that saw no data?"
         )
     if graph is None and neurons:
@@ -330,10 +330,6 @@ def _notes(
     if raw:
         notes.append(
             f"{len(raw)} weights are multiplied outside of any Linear or Conv module and are not "
-            f"counted: {_few(raw)}"
+            f"counted: {some_of(raw)}"
         )
     return tuple(notes)
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
