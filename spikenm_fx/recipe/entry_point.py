@@ -169,6 +169,7 @@ class Root:
                 f"{places[0] if places else 'an unknown place'}, the root is "
                 f"{self.folder if self.folder is not None else 'not given'}; "
                 "recipes may name code of the checkout and of known SNN frameworks only"
+                f"{_hint_of(entry, places)}"
             )
 
     def _check_home(self, found: Any, entry: EntryPoint) -> None:
@@ -197,6 +198,13 @@ class Root:
         if self.folder is None:
             return False
         return Path(place).resolve().is_relative_to(self.folder.resolve())
+
+
+def _hint_of(entry: EntryPoint, places: list[str]) -> str:
+    """How to allow an installed package; nothing for Python's own modules."""
+    if not places or entry.package in sys.stdlib_module_names:
+        return ""
+    return f"; if you trust it, point at it: --root {Path(places[0]).parent}"
 
 
 def _within(module: str, parents: tuple[str, ...]) -> bool:

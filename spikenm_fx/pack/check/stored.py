@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify FILE``: what a file of weights promises, or the user asks of it, counted block by block.
+"""Stored weights: what a file promises, or somebody asks of it, counted block by block.
 
 Nothing relies on the order of keys: safetensors files are sorted by name, and the first and last
 layer of a model are somewhere among them.
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from spikenm_fx.checkpoint import load_metadata, load_state
 from spikenm_fx.errors import CheckpointError, PlanError, did_you_mean
-from spikenm_fx.pack import is_packed, load_packed, unpack_weight
+from spikenm_fx.pack.weights.files import is_packed, load_packed
+from spikenm_fx.pack.weights.models import dense_state
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.decide import LayerPlan
 from spikenm_fx.plan.plan import Plan
@@ -57,8 +58,8 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
         PlanError: if ``without`` names no weight, or ``nm`` divides none.
     """
     if is_packed(file):
-        packed, state = load_packed(file)
-        state |= {f"{name}.weight": unpack_weight(each) for name, each in packed.items()}
+        packed, tensors = load_packed(file)
+        state = dense_state(packed, tensors)
         promised = [_layer(name, str(each.nm)) for name, each in packed.items()]
     else:
         state, promised = load_state(file), _promised(file)
