@@ -13,8 +13,8 @@ from spikenm_fx.pattern import NM
 from spikenm_fx.plan.plan import Plan, plan
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.recipe.schema import load_recipe
-from spikenm_fx.report.data import Report
 from spikenm_fx.report.measure import report
+from spikenm_fx.report.view import Report
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.verify import Verification, verify

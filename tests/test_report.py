@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,10 @@ import spikenm_fx
 from spikenm_fx.demo.networks import LIF
 from spikenm_fx.errors import ReportError
 from spikenm_fx.pattern import NM, BlockView
-from spikenm_fx.report import EnergyModel, Report, report
+from spikenm_fx.report import EnergyModel, Report, compare, report
 from spikenm_fx.report.describe import packed_bytes
 from spikenm_fx.report.masks import block_histogram, detect_pattern, mask_tile, pe_utilisation
+from spikenm_fx.report.render.units import percent
 
 
 def spikingjelly_net() -> nn.Module:
@@ -529,3 +531,70 @@ def test_mask_tile_is_the_corner() -> None:
     layer = nn.Linear(4, 2)
     tile = mask_tile(layer, torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]]), 4)
     assert tile.rows == ("1001", "0110")
+
+
+def test_words_of_the_trade_are_explained() -> None:
+    """Text and page say what their abbreviations mean, and every column of the page has a word."""
+    result = run_report(spikingjelly_net(), (2, 2, 6, 6), 1, 0)
+    for word in ("kept |w|:", "dual sparsity:", "PE util.:"):
+        assert word in str(result)
+    page = result.to_html()
+    heads = set(re.findall(r"<th[^>]*>([^<]*)</th>", page)) - {"layer"}
+    assert heads <= set(re.findall(r"<dt>([^<]*)</dt>", page))
+
+
+def test_page_is_written_to_a_file(tmp_path: Path) -> None:
+    """The file holds the page that is returned; a folder that is not there is a clear error."""
+    result = report(nn.Linear(3, 1), torch.rand(1, 3))
+    page = result.to_html(tmp_path / "page.html")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == page == result.to_html()
+    with pytest.raises(spikenm_fx.SpikeNMError, match="could not be written"):
+        result.to_html(tmp_path / "nowhere" / "page.html")
+
+
+def test_two_reports_side_by_side(tmp_path: Path) -> None:
+    """Ratios are of the second over the first; layers are matched by name; all forms agree."""
+    net = spikingjelly_net()
+    before = run_report(net, (2, 2, 6, 6), 1, 0)
+    spikenm_fx.sparsify(net, "2:4")
+    after = run_report(net, (2, 2, 6, 6), 1, 0)
+    both = compare(before, after, names=("dense", "2:4"))
+    data = json.loads(json.dumps(both.to_dict(), allow_nan=False))
+    assert data["before"]["density"] == before.density
+    assert data["ratios"]["density"] == after.density / before.density
+    assert data["ratios"]["packed_bytes"] < 1
+    assert [layer["name"] for layer in data["layers"]] == [la.name for la in before.layers]
+    changed = {layer["name"]: layer["pattern"] for layer in data["layers"]}
+    assert changed["conv2"] == [None, "2:4"]
+    for text in (str(both), both.to_html(tmp_path / "both.html"), both._repr_html_()):
+        assert "conv2" in text
+        assert percent(after.density) in text
+    tags = Tags()
+    tags.feed((tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert tags.open == []
+    assert "script" not in tags.seen
+    assert tags.links == []
+
+
+def test_models_of_other_layers_can_be_compared_too() -> None:
+    """A layer that only one of them has is listed; what is no report is refused."""
+    one = report(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.rand(1, 4))
+    two = report(nn.Sequential(nn.Linear(4, 4)), torch.rand(1, 4))
+    assert [change["density"] for change in compare(one, two).to_dict()["layers"]] == [
+        (1.0, 1.0),
+        (1.0, None),
+    ]
+    with pytest.raises(ReportError, match="two reports"):
+        compare(one, nn.Linear(4, 4))  # type: ignore[arg-type]
+    with pytest.raises(ReportError, match="names"):
+        compare(one, two, names=("a",))  # type: ignore[arg-type]
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    """NaN weights count as non-zero, and the report says where they are."""
+    net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        net[1].weight[0, 0] = float("nan")
+    result = report(net, torch.rand(1, 4))
+    assert [layer.not_finite for layer in result.layers] == [0, 1]
+    assert "1 layers hold weights that are NaN or infinite" in str(result)

@@ -24,7 +24,7 @@ from spikenm_fx.report.energy import PJ_PER_AC, PJ_PER_MAC, EnergyModel
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from spikenm_fx.report.data import Report
+    from spikenm_fx.report import Report
 
 __all__ = ["doctor", "plan", "report", "verify"]
 

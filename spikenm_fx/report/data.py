@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a report says: one record per layer, one per model, and how both become text and data."""
+"""What a report says: one record per layer, one per model, and how both become plain data."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.masks import MaskTile
 from spikenm_fx.report.synops import Operations, Signal
 
-__all__ = ["LatencyReport", "LayerReport", "NeuronReport", "Report"]
+__all__ = ["LatencyReport", "LayerChange", "LayerReport", "NeuronReport", "ReportData", "changes"]
 
 SCHEMA = 1
-"""Version of :meth:`Report.to_dict`; raised when a key changes its meaning."""
+"""Version of :meth:`ReportData.to_dict`; raised when a key changes its meaning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class LayerReport:
         packed_bytes: of the packed format; the dense size where the layer has no pattern.
         blocks: how many blocks hold 0, 1, ... non-zeros; empty for dense layers.
         tile: corner of the mask for drawing.
+        not_finite: weights that are NaN or infinite; they count as non-zero.
         note: what a reader should know, e.g. that the layer never ran.
     """
 
@@ -71,6 +72,7 @@ class LayerReport:
     packed_bytes: int
     blocks: tuple[int, ...] = ()
     tile: MaskTile | None = None
+    not_finite: int = 0
     note: str = ""
 
     @property
@@ -119,11 +121,8 @@ class LatencyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """What a model costs and where its zeros are.
-
-    ``print(report)`` shows a table, :meth:`to_dict` and :meth:`to_json` the figures,
-    :meth:`to_html` a page of its own; notebooks show the page's body.
+class ReportData:
+    """What a model costs and where its zeros are; :class:`spikenm_fx.Report` shows it, too.
 
     Attributes:
         model: class name of the model.
@@ -134,6 +133,7 @@ class Report:
         neurons: firing of each neuron layer.
         latency: measured times, where asked for.
         pes: PEs behind ``utilisation``.
+        notes: what a reader should know of the whole.
     """
 
     model: str
@@ -240,21 +240,46 @@ class Report:
         """:meth:`to_dict` as strict JSON."""
         return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
 
-    def to_html(self) -> str:
-        """One self-contained page: no network, no scripts."""
-        from spikenm_fx.report.render.html import page
 
-        return page(self)
+@dataclass(frozen=True, slots=True)
+class LayerChange:
+    """One layer in two reports; of each pair the first is before, the second after.
 
-    def _repr_html_(self) -> str:
-        from spikenm_fx.report.render.html import fragment
+    Attributes:
+        name: qualified name.
+        pattern: ``"n:m"``, None for a dense layer and where there is no such layer.
+        density: share of weights that are not zero; None where there is no such layer.
+        effective: operations per sample; None where there is no such layer.
+        picojoule: energy per sample; None where there is no such layer.
+        packed_bytes: bytes when packed; None where there is no such layer.
+    """
 
-        return fragment(self)
+    name: str
+    pattern: tuple[str | None, str | None]
+    density: tuple[float | None, float | None]
+    effective: tuple[float | None, float | None]
+    picojoule: tuple[float | None, float | None]
+    packed_bytes: tuple[int | None, int | None]
 
-    def __str__(self) -> str:
-        from spikenm_fx.report.render.text import table
 
-        return table(self)
+def changes(before: ReportData, after: ReportData) -> list[LayerChange]:
+    """The layers of two reports by name, those of ``before`` first."""
+    first, second = ({layer.name: layer for layer in r.layers} for r in (before, after))
+    found = []
+    for name in dict.fromkeys((*first, *second)):
+        pair = ((first.get(name), before.samples), (second.get(name), after.samples))
+        (a, n), (b, m) = pair
+        found.append(
+            LayerChange(
+                name,
+                (a and a.pattern, b and b.pattern),
+                (a and a.density, b and b.density),
+                (a and _ratio(a.operations.effective, n), b and _ratio(b.operations.effective, m)),
+                (a and _ratio(a.picojoule, n), b and _ratio(b.picojoule, m)),
+                (a and a.packed_bytes, b and b.packed_bytes),
+            )
+        )
+    return found
 
 
 def _ratio(part: float, whole: float) -> float:

@@ -66,6 +66,7 @@ def describe(
         packed_bytes=packed_bytes(layer, nm),
         blocks=block_histogram(layer, mask, nm) if nm else (),
         tile=mask_tile(layer, mask, nm.of if nm else _TILE_BLOCK),
+        not_finite=int((~weight.isfinite()).sum()) if weight.is_floating_point() else 0,
         note="" if counter.calls else "never ran as a module",
     )
 
@@ -73,7 +74,8 @@ def describe(
 def packed_bytes(layer: WeightLayer, nm: NM | None) -> int:
     """Bytes of the layer's weight and bias when packed: kept values and their indices.
 
-    Each block stores ``keep`` values and as many indices of ``ceil(log2(of))`` bits.
+    Without a pattern they are those of the dense layer.  Else each block stores ``keep`` values
+    and as many indices of ``ceil(log2(of))`` bits.
     """
     weight = layer.weight
     if nm is None:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from spikenm_fx.errors import ReportError, TraceError, no_module, some_of
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
-from spikenm_fx.report.data import LatencyReport, LayerReport, NeuronReport, Report
+from spikenm_fx.report.data import LatencyReport, LayerReport, NeuronReport
 from spikenm_fx.report.describe import describe
 from spikenm_fx.report.energy import EnergyModel
 from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
@@ -27,6 +27,7 @@ from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.synops import LayerCounter
+from spikenm_fx.report.view import Report
 from spikenm_fx.state.rest import preserved, reset_to_rest
 from spikenm_fx.trace import trace
 from spikenm_fx.trace.graph import SpikingGraph
@@ -327,6 +328,12 @@ def _notes(
         )
     records = graph.layers.items() if graph is not None else ()
     raw = [name for name, record in records if record.kind == "functional"]
+    odd = [layer.name for layer in layers if layer.not_finite]
+    if odd:
+        notes.append(
+            f"{len(odd)} layers hold weights that are NaN or infinite, which count as non-zero: "
+            f"{some_of(odd)}"
+        )
     if raw:
         notes.append(
             f"{len(raw)} weights are multiplied outside of any Linear or Conv module and are not "

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from spikenm_fx.report.data import LayerReport, Report
-from spikenm_fx.report.render.text import count_text, percent
+from spikenm_fx.report.data import LayerReport, ReportData
+from spikenm_fx.report.render.units import count_text, percent
 
 __all__ = ["latency_chart", "layers_chart", "mask_tiles", "neurons_chart", "waterfall"]
 
-_WIDTH = 1000
+_WIDTH = 860
 _TILES = 6  # masks drawn at most
 _MARGIN = 58  # room for "100.0%" behind the longest bar
 
 
-def waterfall(report: Report) -> str:
+def waterfall(report: ReportData) -> str:
     """Products per sample: of dense layers, with weight zeros, and with silent inputs too."""
     total, samples = report.operations, max(report.samples, 1)
-    left, scale = 170, (_WIDTH - 170 - 230) / max(total.dense, 1)
+    left, scale = 130, (_WIDTH - 130 - 230) / max(total.dense, 1)
     steps = (
         ("dense", total.dense, "grey", "every input meets every weight"),
         ("weight-sparse", total.weight_sparse, "weight", "only the weights that are not zero"),
@@ -50,7 +50,7 @@ def waterfall(report: Report) -> str:
     return _svg(_WIDTH, y, parts, "Operations per sample: dense, weight-sparse, dual-sparse")
 
 
-def layers_chart(report: Report) -> str:
+def layers_chart(report: ReportData) -> str:
     """Density, firing rate and remaining work of each layer, side by side."""
     rows = report.layers
     names = min(max((len(layer.name) for layer in rows), default=4), 30)
@@ -65,7 +65,7 @@ def layers_chart(report: Report) -> str:
     parts = [
         *bands,
         *_axis(x_density, panel, top, bottom, "weight density", 1.0),
-        *_axis(x_rate, panel, top, bottom, "firing rate: in (bar), out (ring)", peak),
+        *_axis(x_rate, panel, top, bottom, "firing rate", peak),
         _text(x_work, 16, "work left of the dense work", "strong"),
         _text(x_work, 34, f"full width = {count_text(most / max(report.samples, 1))}", "tick"),
     ]
@@ -78,14 +78,14 @@ def layers_chart(report: Report) -> str:
     return _svg(_WIDTH, bottom + 8, parts, "Density, firing rate and work by layer")
 
 
-def mask_tiles(report: Report) -> str:
+def mask_tiles(report: ReportData) -> str:
     """Corners of the masks of the sparse layers, with how their blocks are filled."""
     chosen = _spread([la for la in report.layers if la.pattern and la.tile], _TILES)
     if not chosen:
         return ""
-    cell, columns = 6.4, 3
+    cell, columns = 6.4, 2
     width = _WIDTH / columns
-    height = 24 * cell + 86
+    height = max(len(layer.tile.rows) for layer in chosen if layer.tile) * cell + 92
     parts = []
     for index, layer in enumerate(chosen):
         x, y = (index % columns) * width, (index // columns) * height
@@ -98,7 +98,7 @@ def mask_tiles(report: Report) -> str:
     return _svg(_WIDTH, rows * height, parts, "Structure of the masks")
 
 
-def neurons_chart(report: Report) -> str:
+def neurons_chart(report: ReportData) -> str:
     """Firing rate of each neuron layer, and the share that never fired."""
     rows = report.neurons
     if not rows:
@@ -124,12 +124,12 @@ def neurons_chart(report: Report) -> str:
     return _svg(_WIDTH, bottom + 8, parts, "Firing of the neuron layers")
 
 
-def latency_chart(report: Report) -> str:
+def latency_chart(report: ReportData) -> str:
     """Measured time of one batch, per variant."""
     if report.latency is None:
         return ""
     total = report.latency.total
-    most, left, step = max(total.values()) or 1.0, 170, 34
+    most, left, step = max(total.values()) or 1.0, 130, 34
     parts = []
     for index, (name, seconds) in enumerate(total.items()):
         y = 8 + step * index
