@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spikenm_fx.checkpoint import load_into, load_state
-from spikenm_fx.errors import RecipeError, TraceError
+from spikenm_fx.errors import PlanError, RecipeError, TraceError, did_you_mean
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import sparsify
 from spikenm_fx.pack import is_packed, pack, unpacked_state
@@ -30,11 +30,11 @@ from spikenm_fx.recipe.target import (
     root_of,
 )
 from spikenm_fx.recipe.time_axis import time_of
-from spikenm_fx.report.data import Report
 from spikenm_fx.report.measure import report
+from spikenm_fx.report.view import Report
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
-from spikenm_fx.verify import verify
+from spikenm_fx.verify import Verification, verify
 
 __all__ = ["LoadedModel", "load_model"]
 
@@ -104,6 +104,24 @@ class LoadedModel:
             total_steps=own.total_steps,
             seed=own.seed,
         )
+
+    def verify(self, without: Sequence[str] = ()) -> Verification:
+        """Count the blocks of the weights that the plan makes N:M.
+
+        Args:
+            without: layers of which nothing is required.
+
+        Raises:
+            PlanError: if ``without`` names no layer of the plan, or the plan is empty.
+            TraceError: if the model cannot run the input that was given.
+        """
+        decided = self.plan()
+        names = [entry.name for entry in decided.layers]
+        for name in without:
+            if name not in names:
+                raise PlanError(f"no weight of the plan is {name!r}{did_you_mean(name, names)}")
+        kept = tuple(entry for entry in decided.layers if entry.name not in without)
+        return verify(self.model, replace(decided, layers=kept))
 
     def batch(self, seed: int = 0) -> Tensor:
         """The user's data, else random input of the recipe's shape ``[T, B, ...]`` or ``[B, ...]``.
