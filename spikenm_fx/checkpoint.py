@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spikenm_fx.errors import CheckpointError, near_misses
+from spikenm_fx.errors import CheckpointError, near_misses, some_of
 
 __all__ = [
     "load_into",
@@ -29,6 +29,9 @@ __all__ = [
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
 """Keys under which training scripts keep the state dict, tried in this order."""
+
+PACKED_FORMAT = "spikenm_fx.packed"
+"""What the metadata of a packed file calls it."""
 
 _SHOWN = 5
 
@@ -45,11 +48,18 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    state = _tensors(_unwrap(_read(path)))
+    data = _read(path)
+    state = _tensors(_unwrap(data))
     if not state:
         raise CheckpointError(
-            f"{path}: holds no tensors by name; a state dict ({{key: tensor}}) is required, "
-            f"possibly under one of {', '.join(WRAPPERS)}"
+            f"{path}: holds no tensors by name{_parts(data)}; a state dict ({{key: tensor}}) is "
+            f"required, possibly under one of {', '.join(WRAPPERS)}"
+        )
+    if load_metadata(path).get("format") == PACKED_FORMAT:
+        raise CheckpointError(
+            f"{path}: is packed: its weights are kept values and indices, for running and for "
+            "verify; give the checkpoint that it was packed from, or unpack it:\n"
+            f"  save_state('dense.safetensors', spikenm_fx.pack.unpacked_state({str(path)!r}))"
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -134,11 +144,23 @@ def _first_line(error: Exception) -> str:
 
 
 def _unwrap(data: Any) -> Any:
-    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
+    """The state dict of a training script's checkpoint, which may hold a step count beside it."""
+    if isinstance(data, Mapping):
         for key in WRAPPERS:
-            if isinstance(data.get(key), Mapping):
+            if isinstance(data.get(key), Mapping) and _tensors(data[key]):
                 return data[key]
     return data
+
+
+def _parts(data: object) -> str:
+    """What lies under the keys of a checkpoint that is no state dict, for a message."""
+    if not isinstance(data, Mapping) or not data:
+        return ""
+    parts = []
+    for key, value in data.items():
+        tensors = _tensors(value)
+        parts.append(f"{key!r} ({len(tensors)} tensors)" if tensors else f"{key!r}")
+    return f", but {some_of(parts, _SHOWN)}"
 
 
 def _tensors(data: Any) -> dict[str, Tensor]:
@@ -153,6 +175,11 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
     Raises:
         CheckpointError: listing missing, foreign (with near misses) and misshapen keys at once.
     """
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"{source} holds no tensors by name{_parts(state)}; give the state dict alone, e.g. "
+            "load_into(model, checkpoint['net']), or let load_state(path) find it in the file"
+        )
     own = model.state_dict()
     missing = [key for key in own if key not in state]
     foreign = [key for key in state if key not in own]
@@ -170,9 +197,23 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
             _listed("of another shape", shapes),
         ]
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__}:\n" + "\n".join(filter(None, parts))
+            f"{source} does not fit {type(model).__name__}:\n"
+            + "\n".join(filter(None, parts))
+            + _unfolded(state, own)
         )
     model.load_state_dict(dict(state))
+
+
+def _unfolded(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """What to do with weights that carry masks, for a model that has none."""
+    masked = [key for key in state if f"{key}_nm" in state and f"{key}_nm" not in own]
+    if not masked:
+        return ""
+    return (
+        f"\n  it is of a model that still learns its masks ({some_of(masked, 3)}).  Load it into "
+        "the sparsified model, then save the dense keys:\n"
+        "  save_state('folded.safetensors', spikenm_fx.fold(model).state_dict())"
+    )
 
 
 def _listed(title: str, keys: list[str]) -> str:

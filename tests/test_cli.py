@@ -7,7 +7,9 @@ import contextlib
 import json
 import os
 import resource
+import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -895,3 +897,190 @@ def test_demo_looks_at_its_folder_first(run, tmp_path: Path) -> None:
     ran = run("demo", "--out", tmp_path / "file")
     assert ran.code == 3
     assert "no folder" in ran.err
+
+
+def test_init_without_a_shape_finds_one_that_runs(run, project: Path) -> None:
+    """The draft is accepted as it stands, by the command that init prints, from its own folder."""
+    out = project / "net.yaml"
+    ran = run("recipe", "init", TARGET, "--root", project, "-o", out, "--json")
+    assert ran.code == 0
+    assert yaml.safe_load(out.read_text())["inputs"]["shape"] == [2, 3, 32, 32]
+    program, *words = shlex.split(ran.data["next"])
+    assert program == "spikenm-fx"
+    ran = run(*words, "--in-process")
+    assert ran.code == 0, ran.out
+    assert "1 ok, 0 failed, 0 skipped" in ran.out
+
+
+def test_own_code_is_found_in_the_current_folder(
+    run, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe of one's own code needs neither a commit nor --root where the code is."""
+    monkeypatch.chdir(project)
+    assert run("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "net.yaml").code == 0
+    target = yaml.safe_load(Path("net.yaml").read_text())["target"]
+    assert target["repo"].startswith("local/")
+    assert "commit" not in target
+    assert run("plan", "net.yaml").code == 0
+
+
+def test_init_repeats_the_plan_of_its_trace(run, tmp_path: Path) -> None:
+    """A head that is defined first, or a last layer that is hidden: rules say so, check agrees."""
+    (tmp_path / "odd_order_for_cli.py").write_text(
+        NET.replace("class Net", "class Old")
+        + "\n\nclass Net(Old):\n    def __init__(self):\n        super().__init__()\n"
+        "        self.stem, body = self.stem, self.body\n        del self.body\n"
+        "        self.body = body\n"
+    )
+    out = tmp_path / "net.yaml"
+    words = ("recipe", "init", "odd_order_for_cli:Net", "--root", tmp_path, "-i", "2,3,8,8")
+    assert run(*words, "-o", out).code == 0
+    assert yaml.safe_load(out.read_text())["expected"]["sparse"] == 1
+    assert 'match: "body", nm: "2:4"' in out.read_text()
+    ran = run("recipe", "check", out, "--root", tmp_path, "--in-process")
+    sys.modules.pop("odd_order_for_cli")
+    assert ran.code == 0, ran.out
+
+
+def test_pack_takes_the_tightest_pattern(run, project: Path, weights: Path) -> None:
+    """A 1:4 checkpoint is stored as 1:4 unless another pattern is asked for."""
+    sparse = project / "sparse.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, "--nm", "1:4", "--root", project)
+    words = ("pack", TARGET, "-c", sparse, "--root", project, "--json")
+    tight = run(*words, "-o", project / "a.safetensors").data["layers"]["body"]
+    loose = run(*words, "-o", project / "b.safetensors", "--nm", "2:4").data["layers"]["body"]
+    assert (tight["pattern"], loose["pattern"]) == ("1:4", "2:4")
+    assert tight["packed_bytes"] < 0.6 * loose["packed_bytes"]
+
+
+def test_verify_by_a_recipe(run, project: Path, weights: Path) -> None:
+    """The recipe's plan is what is required, of checkpoints and of packed files."""
+    out, sparse, packed = (
+        project / name for name in ("net.yaml", "s.safetensors", "p.safetensors")
+    )
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, "--root", project)
+    run("pack", TARGET, "-c", sparse, "-o", packed, "--root", project)
+    words = ("--recipe", out, "--root", project)
+    for file in (sparse, packed):
+        ran = run("verify", file, *words, "--json")
+        assert ran.code == 0
+        required = {layer["name"]: layer["required"] for layer in ran.data["layers"]}
+        assert required == {"stem": None, "body": "2:4", "head": None}
+    assert run("verify", sparse, *words, "--nm", "1:4").code == 1
+    assert run("verify", weights, *words).code == 1
+    assert run("verify", weights, *words, "--except", "bodi").code == 3
+
+
+def test_checkpoints_of_other_kinds_are_told_apart(run, project: Path, weights: Path) -> None:
+    """Packed, wrapped and unfolded files: what was found, and what to do."""
+    sparse, packed = project / "s.safetensors", project / "p.safetensors"
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, "--root", project)
+    run("pack", TARGET, "-c", sparse, "-o", packed, "--root", project)
+    words = ("report", TARGET, "--root", project, "-i", "2,3,8,8", "-c")
+    ran = run(*words, packed)
+    assert ran.code == 3
+    assert "is packed" in ran.err
+    state = load_state(weights)
+    wrapped, odd, learning = project / "w.pt", project / "o.pt", project / "l.pt"
+    torch.save({"net": state, "opt": {"state": {}}, "epoch": torch.tensor(3)}, wrapped)
+    assert run(*words, wrapped).code == 0
+    torch.save({"weights": state, "opt": {"state": {}}}, odd)
+    ran = run(*words, odd)
+    assert ran.code == 3
+    assert "'weights' (6 tensors), 'opt'" in ran.err
+    sys.path.insert(0, str(project))
+    try:
+        net = __import__("toy_net_for_cli").Net()
+    finally:
+        sys.path.remove(str(project))
+    torch.save(spikenm_fx.sparsify(net, "2:4").state_dict(), learning)
+    ran = run(*words, learning)
+    assert ran.code == 3
+    assert "still learns its masks (body.weight)" in ran.err
+    assert "fold" in ran.err
+
+
+def test_report_says_what_is_made_up(run, project: Path, weights: Path) -> None:
+    """Noise and untrained weights are named, in the table and on the page; real ones are not."""
+    page, data = project / "r.html", project / "x.npy"
+    numpy.save(data, numpy.ones((2, 3, 8, 8), dtype=numpy.float32))
+    words = ("report", TARGET, "--root", project, "-i", "2,3,8,8", "--html", page)
+    ran = run(*words)
+    for text in (ran.out, page.read_text()):
+        assert "those of noise" in text
+        assert "no checkpoint was given" in text
+    ran = run(*words, "-c", weights, "--data", data)
+    for text in (ran.out, page.read_text()):
+        assert "noise" not in text
+        assert "no checkpoint was given" not in text
+
+
+def test_an_empty_shape_is_wrong_usage(run, project: Path) -> None:
+    """Code 2, in every command that takes one."""
+    for command in (("plan",), ("doctor",), ("report",), ("recipe", "init")):
+        assert run(*command, TARGET, "--root", project, "-i", "").code == 2
+
+
+def test_doctor_advises_only_rules_that_work(run, tmp_path: Path) -> None:
+    """No rule for a layer of one input channel, depthwise or not; the two are told apart."""
+    (tmp_path / "one_channel_for_cli.py").write_text(
+        NET.replace("nn.Conv2d(3, width", "nn.Conv2d(1, width")
+        .replace(
+            "nn.Conv2d(width, width, 3, padding=1)", "nn.Conv2d(width, width, 3, groups=width)"
+        )
+        .replace("nn.Linear(width, 5)", "nn.Sequential(nn.Linear(width, 8), nn.Linear(8, 5))")
+    )
+    words = ("doctor", "one_channel_for_cli:Net", "--root", tmp_path, "-i", "2,1,8,8", "--json")
+    layers = {layer["name"]: layer for layer in run(*words).data["layers"]}
+    sys.modules.pop("one_channel_for_cli")
+    assert "rule" not in layers["stem"]["advice"] + layers["body"]["advice"]
+    assert "depthwise" in layers["body"]["reason"]
+    assert "depthwise" not in layers["stem"]["reason"]
+    assert "rule turns it on" in layers["head.1"]["advice"]
+
+
+def test_an_installed_package_is_allowed_by_its_place(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A package that is no framework is refused with the --root that allows it, by name or recipe."""
+    place = tmp_path / "site"
+    (place / "installed_for_cli").mkdir(parents=True)
+    (place / "installed_for_cli" / "__init__.py").write_text(NET)
+    monkeypatch.syspath_prepend(place)
+    file = tmp_path / "net.yaml"
+    file.write_text(
+        "version: 1\ntarget: {package: installed_for_cli, build: 'installed_for_cli:Net'}\n"
+        "inputs: {shape: [2, 3, 8, 8], time: inside}\nreset: .reset\n"
+    )
+    for words in (("plan", "installed_for_cli:Net"), ("plan", file)):
+        ran = run(*words)
+        assert ran.code == 3
+        assert f"--root {place}" in ran.err
+        assert run(*words, "--root", place).code == 0
+    ran = run("recipe", "check", file, "--root", place, "--in-process")
+    assert ran.code == 0, ran.out
+    sys.modules.pop("installed_for_cli")
+
+
+def test_help_needs_no_torch() -> None:
+    """What people type first answers at once: neither torch nor pydantic is imported."""
+    code = (
+        "import sys, contextlib\nfrom spikenm_fx.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['--help'])\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'networkx'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_recipes_are_imported_when_one_is() -> None:
+    """``import spikenm_fx`` and its verbs need neither pydantic nor yaml; ``load_recipe`` does."""
+    code = (
+        "import sys, spikenm_fx\n"
+        "for name in set(spikenm_fx.__all__) - {'load_recipe'}:\n    getattr(spikenm_fx, name)\n"
+        "before = {'pydantic', 'yaml'} & set(sys.modules)\n"
+        "spikenm_fx.load_recipe\n"
+        "sys.exit(str(before) if before or 'pydantic' not in sys.modules else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

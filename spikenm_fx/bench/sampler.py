@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spikenm_fx.bench.measure import interleaved, positive, save
+from spikenm_fx.bench.measure import RESULTS, interleaved, positive, save
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.sampler import draw_mask, straight_through
 from spikenm_fx.pattern import NM
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = []
@@ -46,7 +48,7 @@ def main(arguments: list[str]) -> None:
             f"{pattern!s:>5}  ours {seconds['ours']:.3f} s  naive {seconds['naive']:.3f} s  "
             f"{ratio:.1f}x"
         )
-    print(save("sampler", {"weights": options.weights, "rows": rows}))
+    print(save("sampler", {"weights": options.weights, "rows": rows}, options.out))
 
 
 def _ours(logits: Tensor, grad: Tensor, keep: int) -> Tensor:

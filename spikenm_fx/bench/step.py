@@ -6,13 +6,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import spikenm_fx
-from spikenm_fx.bench.measure import interleaved, positive, save
+from spikenm_fx.bench.measure import RESULTS, interleaved, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS, build
 from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.masks import EID, native
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=positive, default=4, help="simulation time steps T")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--repeats", type=positive, default=15)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     images = direct_code(torch.rand(options.batch, 3, 32, 32) * 2, options.steps)
@@ -65,8 +67,9 @@ def main(arguments: Sequence[str]) -> None:
     for name, row in rows.items():
         print(f"{name:<26}{row['milliseconds']:8.1f} ms  {row['over_dense']:.3f}x")
     sampler = "torch" if native.kernel_for(torch.zeros(1, 4, 1), 2) is None else "native"
-    settings = {**vars(options), "sampler": sampler, "refresh_every": every}
-    print(save("step", {"settings": settings, "rows": rows}))
+    given = {key: value for key, value in vars(options).items() if key != "out"}
+    settings = {**given, "sampler": sampler, "refresh_every": every}
+    print(save("step", {"settings": settings, "rows": rows}, options.out))
 
 
 def _step(

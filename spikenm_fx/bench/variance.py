@@ -6,12 +6,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import spikenm_fx
-from spikenm_fx.bench.measure import positive, save
+from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.demo.data import digits
 from spikenm_fx.demo.networks import direct_code
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     parser.add_argument("--draws", type=positive, default=8)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result")
     options = parser.parse_args(arguments)
     data = digits()
     network = build("vgg-small", data.train_images, options.seed)
@@ -57,4 +59,6 @@ def main(arguments: Sequence[str]) -> None:
             ratio = statistics.median(v["with_eid"] / v["without_eid"] for v in layers.values())
             rows.append({"step": step, "median_ratio": ratio, "layers": layers})
             print(f"step {step:>4}  noise to signal with EID over without: {ratio:.3f}")
-    print(save("variance", {"settings": vars(options), "eid": str(method.eid), "rows": rows}))
+    settings = {key: value for key, value in vars(options).items() if key != "out"}
+    result = {"settings": settings, "eid": str(method.eid), "rows": rows}
+    print(save("variance", result, options.out))

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from spikenm_fx.checkpoint import PACKED_FORMAT as FORMAT
 from spikenm_fx.checkpoint import load_metadata, write_atomically
 from spikenm_fx.errors import PackedFileError, SpikeNMError
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight
@@ -22,7 +23,6 @@ from spikenm_fx.pattern import NM
 
 __all__ = ["FORMAT", "VERSION", "is_packed", "load_packed", "save_packed"]
 
-FORMAT = "spikenm_fx.packed"
 VERSION = "1"
 MEANING = "values kept per block of consecutive input channels, zeros included"
 
