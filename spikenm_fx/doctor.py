@@ -312,7 +312,7 @@ def _signals(layers: tuple[LayerDiagnosis, ...]) -> str:
     kinds: dict[str, int] = {}
     for layer in layers:
         kinds[layer.signal] = kinds.get(layer.signal, 0) + 1
-    return ", ".join(f"{count} layers see {kind} input" for kind, count in kinds.items())
+    return "input of layers: " + _counted({f"x {kind}": count for kind, count in kinds.items()})
 
 
 def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
@@ -320,13 +320,13 @@ def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
     ways = Counter(layer.kernel for layer in layers)
     gains = [layer.gain for layer in layers if layer.pattern and layer.gain is not None]
     rates = [layer.rate for layer in layers if layer.pattern and layer.rate is not None]
-    text = ", ".join(f"{count} layers run as {kernel}" for kernel, count in ways.most_common())
+    text = "layers run as " + ", ".join(f"{kernel} ({n})" for kernel, n in ways.most_common())
     if not gains:
         return text
     return (
         f"{text}; N:M layers over dense: median {statistics.median(gains):.2f}x, least "
         f"{min(gains):.2f}x, most {max(gains):.2f}x "
-        f"(measured here on random input, {statistics.mean(rates or [0]):.0%} of it spikes)"
+        f"(measured here on this input; {statistics.mean(rates or [0]):.0%} of what they see is spikes)"
     )
 
 

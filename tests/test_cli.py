@@ -925,9 +925,11 @@ def test_own_code_is_found_in_the_current_folder(
 
 
 def test_init_repeats_the_plan_of_its_trace(run, tmp_path: Path) -> None:
-    """A head that is defined first, or a last layer that is hidden: rules say so, check agrees."""
+    """Where the code alone cannot be read and the order misleads, rules say what the trace saw."""
     (tmp_path / "odd_order_for_cli.py").write_text(
-        NET.replace("class Net", "class Old")
+        NET.replace("class Net", "class Old").replace(
+            "out = 0", "out = 0 if float(x.sum()) < 1e9 else x"
+        )
         + "\n\nclass Net(Old):\n    def __init__(self):\n        super().__init__()\n"
         "        self.stem, body = self.stem, self.body\n        del self.body\n"
         "        self.body = body\n"
@@ -1043,7 +1045,7 @@ def test_doctor_advises_only_rules_that_work(run, tmp_path: Path) -> None:
 def test_an_installed_package_is_allowed_by_its_place(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A package that is no framework is refused with the --root that allows it, by name or recipe."""
+    """A package that is no framework is refused with the --root that allows it."""
     place = tmp_path / "site"
     (place / "installed_for_cli").mkdir(parents=True)
     (place / "installed_for_cli" / "__init__.py").write_text(NET)

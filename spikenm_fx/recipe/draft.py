@@ -130,7 +130,8 @@ def _rules(model: nn.Module, decided: Plan, nm: NM) -> list[Rule]:
 
 def _text(target: str, folder: Path, loaded: LoadedModel, ran: str, rules: list[Rule]) -> str:
     model, inputs, nm = loaded.model, loaded.recipe.inputs, loaded.recipe.nm
-    decided = plan(model, nm, rules=rules)
+    decided = plan(model, nm, rules=rules)  # as a check will see it, without a trace
+    listed = plan(model, nm, rules=rules, graph=loaded.graph())
     lines = [
         "# How one model becomes N:M sparse. Try it: spikenm-fx recipe check THIS_FILE "
         f"--root {folder}",
@@ -159,7 +160,7 @@ def _text(target: str, folder: Path, loaded: LoadedModel, ran: str, rules: list[
         *(_rule_line(rule) for rule in rules),
         *([] if rules else ["  []"]),
         "# The plan with these rules:",
-        *(f"#   {line}" for line in str(decided).splitlines()),
+        *(f"#   {line}" for line in str(listed).splitlines()),
         f"expected: {{layers: {len(decided.layers)}, sparse: {len(decided.sparse)}}}",
     ]
     return "\n".join(lines) + "\n"
