@@ -312,7 +312,7 @@ def _signals(layers: tuple[LayerDiagnosis, ...]) -> str:
     kinds: dict[str, int] = {}
     for layer in layers:
         kinds[layer.signal] = kinds.get(layer.signal, 0) + 1
-    return "input of layers: " + _counted({f"x {kind}": count for kind, count in kinds.items()})
+    return "inputs of layers: " + _counted(kinds)
 
 
 def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
@@ -326,7 +326,7 @@ def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
     return (
         f"{text}; N:M layers over dense: median {statistics.median(gains):.2f}x, least "
         f"{min(gains):.2f}x, most {max(gains):.2f}x "
-        f"(measured here on this input; {statistics.mean(rates or [0]):.0%} of what they see is spikes)"
+        f"(measured here; {statistics.mean(rates or [0]):.0%} of what they receive is spikes)"
     )
 
 

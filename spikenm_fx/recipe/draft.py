@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.errors import RecipeError, SpikeNMError
+from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
 from spikenm_fx.plan.plan import Plan, plan
 from spikenm_fx.plan.rules import Rule
@@ -119,8 +119,11 @@ def _rules(model: nn.Module, decided: Plan, nm: NM) -> list[Rule]:
         for entry in known
         if entry.nm is None
     ]
-    blind = plan(model, nm, rules=rules)
-    dense = {entry.name for entry in blind.layers if entry.nm is None}
+    try:
+        blind = plan(model, nm, rules=rules)
+        dense = {entry.name for entry in blind.layers if entry.nm is None}
+    except PlanError:  # without the trace nothing at all would be sparse
+        dense = {entry.name for entry in known}
     return rules + [
         Rule(entry.name, nm, reason=entry.reason)
         for entry in known
