@@ -53,13 +53,14 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(
             f"{path}: holds no tensors by name{_parts(data)}; a state dict ({{key: tensor}}) is "
-            f"required, possibly under one of {', '.join(WRAPPERS)}"
+            f"required, possibly under one of {', '.join(WRAPPERS)}{_alone(path, data)}"
         )
     if load_metadata(path).get("format") == PACKED_FORMAT:
         raise CheckpointError(
             f"{path}: is packed: its weights are kept values and indices, for running and for "
             "verify; give the checkpoint that it was packed from, or unpack it:\n"
-            f"  save_state('dense.safetensors', spikenm_fx.pack.unpacked_state({str(path)!r}))"
+            "  from spikenm_fx.pack import unpacked_state\n"
+            f"  save_state('dense.safetensors', unpacked_state({str(path)!r}))"
         )
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
@@ -202,6 +203,16 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
             + _unfolded(state, own)
         )
     model.load_state_dict(dict(state))
+
+
+def _alone(path: Path, data: object) -> str:
+    """How to save the state dict alone, where one lies under another key."""
+    for key, value in data.items() if isinstance(data, Mapping) else ():
+        if _tensors(value):
+            return (
+                f"; save it alone:\n  torch.save(torch.load({str(path)!r})[{key!r}], 'weights.pt')"
+            )
+    return ""
 
 
 def _unfolded(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from spikenm_fx.recipe.waking import drive_harder, drivers_of
 from spikenm_fx.trace import SpikingGraph, trace
 
 __all__ = ["liven", "rouse"]
@@ -48,19 +49,9 @@ def rouse(
 ) -> nn.Module:
     """Double the parameters of layers before silent neurons until these spike, front to back."""
     graph = trace(model, inputs)
-    for _ in range(_ROUNDS):
-        silent = _silent(model, graph, inputs, reset)
-        drivers = {layer for name in silent for layer in _drivers(graph, name)}
-        if not drivers:
-            break
-        for layer in drivers:
-            owner = graph.layers[layer]
-            module = model.get_submodule(
-                layer if owner.kind != "functional" else layer.rpartition(".")[0]
-            )
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    parameter.mul_(2.0)
+    drive_harder(
+        model, graph, lambda: _silent(model, graph, inputs, reset), factor=2.0, rounds=_ROUNDS
+    )
     return model
 
 
@@ -85,7 +76,7 @@ def _silent(
 
     modules = dict(nn.Module.named_modules(model))
     neurons = [n for n, record in graph.neurons.items() if n in modules and record.layers]
-    layers = {layer for n in neurons for layer in _drivers(graph, n)}
+    layers = {layer for n in neurons for layer in drivers_of(graph, n)}
     for name in neurons:
         watch(name, modules[name], given=False)
     for name in layers & modules.keys():
@@ -102,11 +93,5 @@ def _silent(
         for name in neurons
         if rates.get(name, 0.0) < _RATE
         and graph.neurons[name].spec.kind != "integrator"
-        and any(rates.get(layer, 0.0) > 0 for layer in _drivers(graph, name))
+        and any(rates.get(layer, 0.0) > 0 for layer in drivers_of(graph, name))
     ]
-
-
-def _drivers(graph: SpikingGraph, neuron: str) -> list[str]:
-    """Layers of which it is the next neuron."""
-    nearest = [n for n in graph.neurons[neuron].layers if graph.layers[n].post[0] == neuron]
-    return nearest or list(graph.neurons[neuron].layers[:1])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
@@ -103,10 +104,9 @@ def _usual_shapes(model: nn.Module) -> Iterator[list[int]]:
         width = first.in_features
         samples = [[width], *([1, s, s] for s in _SIDES if s * s == width)]
         samples += [[3, s, s] for s in _SIDES if 3 * s * s == width]
-    elif first is not None:
-        channels = first.weight.shape[1] * first.groups  # type: ignore[operator]
-        axes = first.weight.dim() - 2  # type: ignore[operator]
-        samples = [[int(channels), *[side] * axes] for side in _SIDES]  # type: ignore[call-overload]
+    elif isinstance(first, _ConvNd):
+        axes = len(first.kernel_size)
+        samples = [[first.in_channels, *[side] * axes] for side in _SIDES]
     for lead in ([_SAMPLES], [_STEPS, _SAMPLES]):
         yield from ([*lead, *sample] for sample in samples)
 

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import TraceError
 from spikenm_fx.report.neurons import NeuronWatch
-from spikenm_fx.trace import trace
+from spikenm_fx.trace import SpikingGraph, trace
 
-__all__ = ["firing_rates", "rouse", "wake"]
+__all__ = ["drive_harder", "drivers_of", "firing_rates", "rouse", "wake"]
 
 _STEPS = 3
 _ROUNDS, _FACTOR = 4, 4.0
@@ -67,27 +68,57 @@ def rouse(
     batch: Tensor,
     firing: Callable[[], dict[str, float]],
 ) -> None:
-    """Enlarge the weights that drive silent neurons, a few times: where no norm follows it helps.
+    """Drive the silent neurons of a model harder, a few times: where no norm follows it helps.
 
     Args:
         model: changed in place.
         batch: ``[T, B, ...]`` or ``[B, ...]``, what it is traced with, to see who drives whom.
         firing: measures the rate of each neuron layer.
     """
-    silent = {name for name, rate in firing().items() if not rate}
-    if not silent:
+
+    def silent() -> set[str]:
+        return {name for name, rate in firing().items() if not rate}
+
+    if not silent():
         return
-    try:
-        layers = trace(model, batch).layers
-    except TraceError:
-        return
-    for _ in range(_ROUNDS):
-        drivers = [name for name, record in layers.items() if silent & set(record.post)]
-        with torch.no_grad():
-            for name in drivers:
-                weight = getattr(model.get_submodule(name), "weight", None)
-                if isinstance(weight, Tensor):
-                    weight.mul_(_FACTOR)
-        silent = {name for name, rate in firing().items() if not rate}
-        if not silent or not drivers:
+    with contextlib.suppress(TraceError):
+        drive_harder(model, trace(model, batch), silent, factor=_FACTOR, rounds=_ROUNDS)
+
+
+@torch.no_grad()
+def drive_harder(
+    model: nn.Module,
+    graph: SpikingGraph,
+    silent: Callable[[], Collection[str]],
+    *,
+    factor: float,
+    rounds: int,
+) -> None:
+    """Multiply the parameters of the layers before silent neurons until these fire.
+
+    Args:
+        model: changed in place.
+        graph: of it: who drives whom.
+        silent: names the neurons that do not fire; asked before each round.
+        factor: by which weights and biases grow in a round.
+        rounds: at most.
+    """
+    for _ in range(rounds):
+        drivers = {layer for neuron in silent() for layer in drivers_of(graph, neuron)}
+        if not drivers:
             return
+        for name in drivers:
+            raw = graph.layers[name].kind == "functional"  # a parameter, not a layer
+            holder = model.get_submodule(name.rpartition(".")[0] if raw else name)
+            for parameter in holder._parameters.values():
+                if parameter is not None:
+                    parameter.mul_(factor)
+
+
+def drivers_of(graph: SpikingGraph, neuron: str) -> list[str]:
+    """Layers of which ``neuron`` is the next one; the first before it where there is none."""
+    record = graph.neurons.get(neuron)
+    if record is None:
+        return []
+    nearest = [name for name in record.layers if graph.layers[name].post[0] == neuron]
+    return nearest or list(record.layers[:1])
