@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernel
 from spikenm_fx.pack.engine.deferred import Pending, plain, rows_layout
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter, metered
+from spikenm_fx.pack.engine.protocol import Choice
 from spikenm_fx.pack.engine.spikes import WORD, SpikeBits
 from spikenm_fx.pack.kernels.cpu import LayerShape, is_channels_last, run_layer, run_spikes
 from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
@@ -26,9 +27,6 @@ __all__ = ["Choice", "PackedLayer"]
 
 LAYOUT = ("_weights", "_codes", "_blocks", "_row_scale")
 PARTS = (*LAYOUT, "_dense")
-
-Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
-"""How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
 
 
 class PackedLayer(nn.Module):
@@ -79,7 +77,7 @@ class PackedLayer(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight."""
+        """Kept values, indices and scale as one packed weight; shares this layer's memory."""
         return PackedWeight(
             self.nm, self.weight_shape, self.geometry, self.values, self.indices, self.scale
         )
@@ -176,7 +174,15 @@ class PackedLayer(nn.Module):
         return Layout(kernel, self._weights, self._codes, self._blocks, self._kind, self._row_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the layer; the result may be lazy (see :mod:`spikenm_fx.pack.engine.lazy`)."""
+        """Run the layer; the result may be lazy (see :mod:`spikenm_fx.pack.engine.lazy`).
+
+        Args:
+            x: fp32 on the CPU: ``(*, C)`` of a linear layer; of a convolution ``(C, *spatial)``,
+                ``(N, C, *spatial)`` or ``(T, N, C, *spatial)``.
+
+        Raises:
+            PackError: for any other input, or one that asks for gradients.
+        """
         if torch.compiler.is_compiling():
             return self._compiled(x)
         self._check(x)
@@ -229,7 +235,7 @@ class PackedLayer(nn.Module):
         """The layer's output for a batch; spikes that are bits already are read as such.
 
         Args:
-            x: the batch.
+            x: the batch, fp32: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
             rows: any memory format will do.  Else that of ``x``, as in the layer that this one
                 replaces; lazy values count as contiguous.
         """
@@ -259,7 +265,11 @@ class PackedLayer(nn.Module):
         return packed_layer(x, self.packed, self.bias)
 
     def shape_of(self, shape: torch.Size | tuple[int, ...]) -> LayerShape:
-        """Sizes of a call on an input of ``shape``."""
+        """Sizes of a call on an input of ``shape``.
+
+        Raises:
+            PackError: for a shape that the layer does not take.
+        """
         try:
             return LayerShape.of_call(shape, self.weight_shape, self.geometry)
         except PackError as error:
