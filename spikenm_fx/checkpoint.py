@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import CheckpointError, near_misses
 
-__all__ = ["load_into", "load_metadata", "load_state", "save_state", "write_atomically"]
+__all__ = [
+    "load_into",
+    "load_metadata",
+    "load_state",
+    "load_tensor",
+    "save_state",
+    "write_atomically",
+]
 
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
 """Keys under which training scripts keep the state dict, tried in this order."""
@@ -56,6 +63,44 @@ def load_metadata(path: str | Path) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError):
         return {}
+
+
+def load_tensor(path: str | Path) -> Tensor:
+    """One batch out of ``.npy``, ``.pt`` or ``.safetensors``; no code in them ever runs.
+
+    Returns:
+        Of the file's shape; float32 where a ``.npy`` holds real numbers.
+
+    Raises:
+        CheckpointError: if it cannot be read, or holds several tensors, complex numbers, NaN or
+            infinity.
+    """
+    path = Path(path)
+    tensor = _read_npy(path) if path.suffix == ".npy" else _only_tensor(path)
+    if tensor.is_complex():
+        raise CheckpointError(f"{path}: holds complex numbers; a batch of real values is needed")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{path}: holds NaN or infinity; a batch of finite values is needed")
+    return tensor
+
+
+def _read_npy(path: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        found = torch.from_numpy(np.load(path, allow_pickle=False))
+        return found if found.is_complex() else found.float()
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise CheckpointError(f"{path}: not an array of numbers: {error}") from error
+
+
+def _only_tensor(path: Path) -> Tensor:
+    tensors = load_state(path)
+    if len(tensors) != 1:
+        raise CheckpointError(f"{path}: holds {len(tensors)} tensors; one batch is required")
+    return next(iter(tensors.values()))
 
 
 def _read(path: Path) -> Any:

@@ -11,21 +11,26 @@ import copy
 import platform
 import statistics
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import spikenm_fx
-from spikenm_fx.cli.common import Loaded
-from spikenm_fx.cli.packing import KernelChoice, kernel_choices
-from spikenm_fx.errors import SpikeNMError
-from spikenm_fx.plan.plan import LayerPlan, Plan
-from spikenm_fx.recipe.waking import rouse, wake
+from spikenm_fx.errors import SpikeNMError, some_of
+from spikenm_fx.fold import fold
+from spikenm_fx.masks.sparsify import sparsify
+from spikenm_fx.pack import LayerReport, pack, packing
+from spikenm_fx.pattern import NM, PatternLike, Remainder
+from spikenm_fx.plan.plan import LayerPlan, Plan, plan
+from spikenm_fx.plan.rules import Rule
+from spikenm_fx.recipe.waking import firing_rates, rouse, wake
+from spikenm_fx.state.rest import reset_to_rest
+from spikenm_fx.table import text_table
 from spikenm_fx.trace import SpikingGraph, trace
 
-__all__ = ["Diagnosis", "LayerDiagnosis", "diagnose"]
+__all__ = ["Diagnosis", "LayerDiagnosis", "doctor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,7 @@ class Diagnosis:
     runs: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -96,17 +101,12 @@ class Diagnosis:
             *([f"kernels  {_speed(self.layers)}"] if any(la.gain for la in self.layers) else []),
             "",
         ]
-        rows = [_HEAD, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(8)]
-        lines = [
-            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[8]]).rstrip()
-            for row in rows
-        ]
+        lines = text_table([_HEAD, *(_row(layer) for layer in self.layers)])
         advice: dict[str, list[str]] = {}
         for layer in self.layers:
             if layer.advice:
                 advice.setdefault(layer.advice, []).append(layer.name)
-        tail = [f"- {text} [{_few(names)}]" for text, names in advice.items()]
+        tail = [f"- {text} [{some_of(names, 3)}]" for text, names in advice.items()]
         tail += [f"- {text}" for text in self.blocked]
         tail += [f"- trace: {note}" for note in self.notes]
         return "\n".join([*head, *lines, *(["", "what to do", *tail] if tail else [])])
@@ -123,95 +123,138 @@ _ROUTES = {
 }
 
 
-def diagnose(loaded: Loaded) -> Diagnosis:
-    """Examine a model; it is left as it was.
+Forward = Callable[[nn.Module, Tensor], object]
+
+
+def doctor(
+    model: nn.Module,
+    x: Tensor | None = None,
+    *,
+    nm: PatternLike = "2:4",
+    rules: Sequence[Rule] = (),
+    remainder: Remainder = "skip",
+    forward: Forward | None = None,
+    fresh: bool = False,
+) -> Diagnosis:
+    """Say what becomes of each layer, what it sees, how it runs here, and what stands in the way.
+
+    The model is left as it was.  Kernels are timed on a copy that is pruned in one shot.
+
+    Args:
+        model: dense, with the weights that it will have or fresh ones.
+        x: one batch, ``[T, B, ...]`` or ``[B, ...]`` as the model takes it; without it neither
+            signals nor kernels are known.
+        nm: the pattern, as of :func:`spikenm_fx.plan`, like the next two.
+        rules: in order.
+        remainder: where the pattern does not divide the input channels.
+        forward: how one batch runs; by default ``model(x)``.
+        fresh: the weights are the constructor's: norms of the copy then see the batch and silent
+            neurons are driven harder, because kernels are fastest on a network that never fires.
 
     Raises:
-        PlanError: if nothing could become sparse.
+        PlanError: if nothing could become sparse, or ``model`` is no module.
+        PatternError: for a malformed pattern.
     """
+    options: dict[str, Any] = {"nm": nm, "rules": tuple(rules), "remainder": remainder}
+    run = forward or _call
     blocked: list[str] = []
-    graph = _traced(loaded, blocked)
-    decided = spikenm_fx.plan(loaded.model, graph=graph, **loaded.recipe.plan_options())
-    runs = graph is not None if loaded.knows_its_input else None
-    kernels = _kernels(loaded, decided, blocked) if runs else {}
-    rules = loaded.recipe.plan_options()["rules"]
-    ruled = {
-        entry.name
-        for entry in decided.layers
-        if any(rule.matches(entry.name, entry.subject(loaded.model)) for rule in rules)
-    }
-    layers = tuple(_layer(entry, graph, kernels, entry.name in ruled) for entry in decided.layers)
-    neurons: dict[str, int] = {}
-    for record in graph.neurons.values() if graph is not None else ():
-        known = record.spec.framework != "unknown"
-        name = f"{record.spec.framework} " * known + record.spec.class_name
-        neurons[name] = neurons.get(name, 0) + 1
+    graph = _traced(model, x, blocked)
+    decided = plan(model, graph=graph, **options)
+    runs = graph is not None if x is not None else None
+    kernels: dict[str, LayerReport] = {}
+    if runs and x is not None:
+        kernels = _kernels(model, x, decided, run if fresh else None, blocked)
+    helped = _helped_by_rules(model, graph, decided, options)
     return Diagnosis(
         model=decided.model,
         machine=_machine(),
         route=graph.route if graph is not None else "none",
         notes=tuple(str(note) for note in graph.notes) if graph is not None else (),
-        neurons=neurons,
-        layers=layers,
+        neurons=_neurons(graph),
+        layers=tuple(
+            _layer(entry, graph, kernels.get(entry.name), helped.get(entry.name))
+            for entry in decided.layers
+        ),
         blocked=tuple(blocked),
         runs=runs,
     )
 
 
-def _traced(loaded: Loaded, blocked: list[str]) -> SpikingGraph | None:
-    if not loaded.knows_its_input:
+def _call(model: nn.Module, batch: Tensor) -> object:
+    return model(batch)
+
+
+def _traced(model: nn.Module, x: Tensor | None, blocked: list[str]) -> SpikingGraph | None:
+    if x is None:
         blocked.append("no input shape is known: give --input, e.g. --input 4,3,32,32, for signals")
     try:
-        return loaded.graph() or trace(loaded.model)
+        return trace(model) if x is None else trace(model, x)
     except SpikeNMError as error:
         blocked.append(f"the model does not run this input, masks still work: {error}")
         return None
 
 
-def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, KernelChoice]:
-    """How layers will run, from a copy that is pruned in one shot.
-
-    Speed depends on firing: without a checkpoint the copy is woken first, or it would be silent.
-    """
+def _kernels(
+    model: nn.Module, x: Tensor, decided: Plan, wake_by: Forward | None, blocked: list[str]
+) -> dict[str, LayerReport]:
+    """How layers will run, from a copy that is pruned in one shot; woken first where asked."""
     try:
-        twin = copy.deepcopy(loaded.model)
-        if not loaded.trained:
-            _wake(twin, loaded)
-        spikenm_fx.fold(spikenm_fx.sparsify(twin, decided, method="magnitude"))
-        return kernel_choices(twin, loaded.batch())
-    except Exception as error:
+        twin = copy.deepcopy(model)
+        if wake_by is not None:
+            _wake(twin, x, wake_by)
+        fold(sparsify(twin, decided, method="magnitude"))
+        return {layer.name: layer for layer in packing(pack(twin, x)).layers}
+    except Exception as error:  # the model's own code may raise anything
         blocked.append(f"kernels could not be tried: {type(error).__name__}: {error}")
         return {}
 
 
-def _wake(twin: nn.Module, loaded: Loaded) -> None:
-    from spikenm_fx.recipe.target import forward
-    from spikenm_fx.report import report
-    from spikenm_fx.state.rest import reset_to_rest
+def _wake(twin: nn.Module, x: Tensor, run: Forward) -> None:
+    def once(model: nn.Module) -> object:
+        return run(model, x.clone())
 
-    batch, inputs = loaded.batch(), loaded.recipe.inputs
-
-    def run(model: nn.Module, batch: Tensor) -> Tensor:
-        return forward(model, batch, inputs)
-
-    def firing() -> dict[str, float]:
-        return {each.name: each.rate for each in report(twin, [batch], forward=run).neurons}
-
-    wake(twin, lambda model: run(model, batch), reset_to_rest)
-    rouse(twin, batch, firing)
+    wake(twin, once, reset_to_rest)
+    rouse(twin, x, lambda: firing_rates(twin, once, reset_to_rest))
     reset_to_rest(twin)
 
 
+def _helped_by_rules(
+    model: nn.Module, graph: SpikingGraph | None, decided: Plan, options: dict[str, Any]
+) -> dict[str, NM]:
+    """Dense layers that a rule would make sparse, by really planning with such rules."""
+    rules: tuple[Rule, ...] = options["rules"]
+    dense = [
+        entry.name
+        for entry in decided.layers
+        if entry.nm is None
+        and entry.name
+        and "TorchScript" not in entry.reason
+        and not any(rule.matches(entry.name, entry.subject(model)) for rule in rules)
+    ]
+    if not dense:
+        return {}
+    asked = (*rules, *(Rule(name) for name in dense))
+    tried = plan(model, options["nm"], graph=graph, rules=asked, remainder="skip")
+    return {entry.name: entry.nm for entry in tried.layers if entry.nm and entry.name in dense}
+
+
+def _neurons(graph: SpikingGraph | None) -> dict[str, int]:
+    """Neuron layers by framework and class."""
+    counts: Counter[str] = Counter()
+    for record in graph.neurons.values() if graph is not None else ():
+        known = record.spec.framework != "unknown"
+        counts[f"{record.spec.framework} " * known + record.spec.class_name] += 1
+    return dict(counts)
+
+
 def _layer(
-    entry: LayerPlan,
-    graph: SpikingGraph | None,
-    kernels: dict[str, KernelChoice],
-    ruled: bool,
+    entry: LayerPlan, graph: SpikingGraph | None, packed: LayerReport | None, pattern: NM | None
 ) -> LayerDiagnosis:
+    """One line; ``pattern`` is what a rule could give the layer, where it is dense."""
     record = graph.layers.get(entry.name) if graph is not None else None
     signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
-    runs = kernels.get(entry.name, KernelChoice())
     used = record is None or record.calls > 0 or graph is None or graph.route in _UNRUN
+    note = packed.note if packed is not None and entry.nm is not None else ""
     return LayerDiagnosis(
         name=entry.name,
         weight=entry.shape,
@@ -219,18 +262,17 @@ def _layer(
         reason=entry.reason,
         signal=signal,
         feeds=record.post if record is not None else (),
-        kernel=runs.kernel,
-        gain=runs.gain,
-        rate=runs.rate,
-        advice=_advice(entry, signal, used, ruled, runs.note),
+        kernel=packed.choice if packed is not None else "-",
+        gain=packed.gain if packed is not None else None,
+        rate=packed.rate if packed is not None else None,
+        advice=_advice(entry, signal, used, pattern) or note,
     )
 
 
-_USUAL = 4  # channels of a block of 2:4
-_UNRUN = ("symbolic", "modules")
+_UNRUN = ("symbolic", "modules")  # routes that ran nothing: they cannot tell what is never called
 
 
-def _advice(entry: LayerPlan, signal: str, used: bool, ruled: bool, note: str) -> str:
+def _advice(entry: LayerPlan, signal: str, used: bool, pattern: NM | None) -> str:
     if "TorchScript" in entry.reason:
         return "hidden in TorchScript: build the model with PYTORCH_JIT=0"
     if not used:
@@ -239,9 +281,9 @@ def _advice(entry: LayerPlan, signal: str, used: bool, ruled: bool, note: str) -
         return "the pattern does not divide its channels: remainder='pad', or a pattern that does"
     if entry.nm is not None and signal == "analog":
         return "sparse but its input is analog: it saves multiplications, not spikes' additions"
-    if entry.nm is None and not ruled and entry.shape and entry.shape[1] % _USUAL == 0:
-        return "dense by default; a recipe's rule turns it on: {match: NAME, nm: '2:4'}"
-    return note if entry.nm is not None else ""
+    if pattern is not None:
+        return f"dense by default; a recipe's rule turns it on: {{match: NAME, nm: '{pattern}'}}"
+    return ""
 
 
 def _machine() -> str:
@@ -258,7 +300,7 @@ def _row(layer: LayerDiagnosis) -> tuple[str, ...]:
         "x".join(map(str, layer.weight)),
         layer.pattern or "dense",
         layer.signal,
-        _few(list(layer.feeds)) or "-",
+        some_of(layer.feeds, 3) or "-",
         layer.kernel,
         f"{layer.gain:.2f}x" if layer.gain is not None else "-",
         f"{layer.rate:.1%}" if layer.rate is not None else "-",
@@ -290,7 +332,3 @@ def _speed(layers: tuple[LayerDiagnosis, ...]) -> str:
 
 def _counted(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

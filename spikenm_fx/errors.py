@@ -16,6 +16,7 @@ __all__ = [
     "SpikeNMWarning",
     "TraceError",
     "VerificationError",
+    "did_you_mean",
     "near_misses",
     "no_module",
     "some_of",
@@ -90,6 +91,12 @@ def near_misses(word: str, known: Iterable[str], *, count: int = 1, cutoff: floa
         cutoff: how alike they must be, from 0 to 1 (see :func:`difflib.get_close_matches`).
     """
     return ", ".join(get_close_matches(word, list(known), n=count, cutoff=cutoff))
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean ...?"`` for the end of a message; "" where nothing is near."""
+    near = near_misses(word, known)
+    return f"; did you mean {near!r}?" if near else ""
 
 
 def some_of(names: Iterable[str], most: int = 5) -> str:

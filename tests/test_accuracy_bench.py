@@ -12,9 +12,10 @@ import torch
 
 import spikenm_fx
 from spikenm_fx.bench import accuracy, training
-from spikenm_fx.bench.data import Split, cifar10, shrunk
+from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.nets.cifar import NETWORKS
 from spikenm_fx.bench.training import Run, train
+from spikenm_fx.demo.data import Split
 from spikenm_fx.masks.diagnostics import diagnose, flip_rate, logit_noise
 from spikenm_fx.trace import trace
 

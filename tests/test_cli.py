@@ -23,6 +23,7 @@ import spikenm_fx
 from spikenm_fx.checkpoint import load_metadata, load_state, save_state
 from spikenm_fx.cli import main
 from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.recipe import checking, loaded, trial
 from spikenm_fx.recipe.results import BEGIN, END
 from spikenm_fx.recipe.schema import load_recipe
 
@@ -102,7 +103,7 @@ class Scripted(nn.Module):
 TIMED = """
 import torch
 from torch import nn
-from spikenm_fx.bench.networks import LIF, OverTime
+from spikenm_fx.demo.networks import LIF, OverTime
 
 
 class Leading(nn.Module):
@@ -278,7 +279,7 @@ def test_debug_shows_the_traceback(project: Path) -> None:
 
 def test_bug_is_code_4(run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nobody foresaw has a code of its own and a hint at --debug."""
-    monkeypatch.setattr(spikenm_fx, "plan", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(loaded, "plan", lambda *_, **__: 1 / 0)
     ran = run("plan", TARGET, "--root", project)
     assert ran.code == 4
     assert "--debug" in ran.err
@@ -291,7 +292,7 @@ def test_interrupting_is_code_130(run, project: Path, monkeypatch: pytest.Monkey
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(spikenm_fx, "plan", interrupted)
+    monkeypatch.setattr(loaded, "plan", interrupted)
     ran = run("plan", TARGET, "--root", project)
     assert ran.code == 130
     assert "Traceback" not in ran.err
@@ -739,7 +740,7 @@ def test_check_sees_one_wrong_packed_weight(
 
     out = project / "net.yaml"
     run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", out)
-    monkeypatch.setattr(sys.modules["spikenm_fx.pack"], "pack", spoiled)
+    monkeypatch.setattr(trial, "pack", spoiled)
     ran = run("recipe", "check", out, "--root", project, "--in-process", "--json")
     (result,) = json.loads(ran.out)
     if not broken:
@@ -790,7 +791,7 @@ def test_doctor_on_an_input_that_does_not_run_is_code_3(
     def fails(*_: object) -> None:
         raise RuntimeError("no kernel")
 
-    monkeypatch.setattr("spikenm_fx.doctor.kernel_choices", fails)
+    monkeypatch.setattr(sys.modules["spikenm_fx.doctor"], "pack", fails)
     ran = run(*words, "-i", "2,3,8,8")
     assert ran.code == 1
     assert any("no kernel" in text for text in ran.data["blocked"])
@@ -814,7 +815,7 @@ def test_check_looks_at_the_table_first(
     (project / "swapped.md").write_text(f"{END}\n{BEGIN}\n")
     (project / "x.bin").write_bytes(b"\xff\xfe")
     before = {path: path.read_bytes() for path in project.iterdir() if path.is_file()}
-    monkeypatch.setattr("spikenm_fx.recipe.check.check_recipe", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(checking, "check_recipe", lambda *_: pytest.fail("too late"))
     words = ("recipe", "check", out, "--in-process", "--root", project)
     assert run(*words, "--table", project / table).code == 3
     assert {path: path.read_bytes() for path in project.iterdir() if path.is_file()} == before

@@ -227,7 +227,7 @@ def test_wkv_does_not_overflow() -> None:
 
 def test_a_silent_network_is_roused() -> None:
     """Neurons that never fire do once their drivers are enlarged; a firing one stays as it was."""
-    from spikenm_fx.bench.networks import LIF
+    from spikenm_fx.demo.networks import LIF
     from spikenm_fx.recipe.waking import rouse
     from spikenm_fx.report.measure import report
 

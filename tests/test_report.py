@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import spikenm_fx
-from spikenm_fx.bench.networks import LIF
+from spikenm_fx.demo.networks import LIF
 from spikenm_fx.errors import ReportError
 from spikenm_fx.pattern import NM, BlockView
 from spikenm_fx.report import EnergyModel, Report, compare, report

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF, Step
-from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import BRAINCOG_NEVER_USES
+from spikenm_fx.recipe.stand_in import stand_in
 from spikenm_fx.trace import NeuronSpec, find_neurons, neuron_spec, register_neuron, simulate, trace
 
 T, N, C = 12, 3, 5

@@ -22,7 +22,7 @@ from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
 import spikenm_fx
-from spikenm_fx.bench.data import digits
+from spikenm_fx.demo.data import digits
 from spikenm_fx.report import report
 
 OUT = Path("tutorial-output")

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import spikenm_fx
-from spikenm_fx.bench.data import digits
+from spikenm_fx.demo.data import digits
 from spikenm_fx.recipe.schema import load_recipe, parse_recipe
 from spikenm_fx.recipe.target import build_model, reset_function, root_of
 from spikenm_fx.report import report

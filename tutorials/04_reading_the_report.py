@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 import spikenm_fx
-from spikenm_fx.bench.data import digits
-from spikenm_fx.bench.networks import SpikingConvNet, direct_code
+from spikenm_fx.demo.data import digits
+from spikenm_fx.demo.networks import SpikingConvNet, direct_code
 from spikenm_fx.report import report
 
 OUT = Path("tutorial-output")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import spikenm_fx
-from spikenm_fx.bench.networks import SpikingConvNet
+from spikenm_fx.demo.networks import SpikingConvNet
 from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.report import report
 

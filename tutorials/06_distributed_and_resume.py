@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import spikenm_fx
-from spikenm_fx.bench.data import digits
-from spikenm_fx.bench.networks import SpikingConvNet, direct_code
+from spikenm_fx.demo.data import digits
+from spikenm_fx.demo.networks import SpikingConvNet, direct_code
 
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from spikenm_fx.bench.data import Split, cifar10, digits, shrunk
+from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS
 from spikenm_fx.bench.training import VARIANTS, Run, train
+from spikenm_fx.demo.data import Split, digits
 from spikenm_fx.masks import native
 from spikenm_fx.pattern import NM
 

@@ -1,39 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets, split the same way every time: of installed packages, or from a folder of the user."""
+"""CIFAR-10 from a folder of the user, split the same way every time."""
 
 from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-__all__ = ["Split", "cifar10", "digits", "shrunk"]
+from spikenm_fx.demo.data import Split
 
-
-class Split(NamedTuple):
-    """Images ``[N, C, H, W]`` in [0, 1] and int64 labels ``[N]``, for training and testing."""
-
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def digits(test_share: float = 0.3) -> Split:
-    """scikit-learn's 1,797 handwritten digits, 8x8, shuffled once with a fixed seed."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
-    labels = torch.from_numpy(data.target).long()
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = images[order], labels[order]
-    cut = round(len(images) * (1 - test_share))
-    return Split(images[:cut], labels[:cut], images[cut:], labels[cut:])
+__all__ = ["cifar10", "shrunk"]
 
 
 def cifar10(folder: Path, train: int | None = None, test: int | None = None) -> Split:

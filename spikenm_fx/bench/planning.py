@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.bench.measure import RESULTS, positive, save
-from spikenm_fx.bench.networks import LIF
+from spikenm_fx.demo.networks import LIF
 
 __all__ = ["main"]
 

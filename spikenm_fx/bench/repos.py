@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.bench.livening import liven
-from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.bench.zoo import Case
 from spikenm_fx.recipe.rwkv import wkv
+from spikenm_fx.recipe.stand_in import stand_in
 
 __all__ = ["REPOS", "Checkout", "build"]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import spikenm_fx
 from spikenm_fx.bench.measure import interleaved, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS, build
-from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.masks import EID, native
 from spikenm_fx.masks.methods import Method
 from spikenm_fx.masks.methods.spikenm import SpikeNM

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spikenm_fx.bench.shims import stand_in
 from spikenm_fx.pattern import NM, BlockView, is_weight_layer
+from spikenm_fx.recipe.stand_in import stand_in
 from spikenm_fx.trace import find_neurons
 
 __all__ = ["NETWORKS", "Network", "calibrate_rates", "prune", "spikes_from_rest"]

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spikenm_fx
-from spikenm_fx.bench.data import Split
 from spikenm_fx.bench.nets.cifar import build
-from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.demo.data import Split
+from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.diagnostics import diagnose
 from spikenm_fx.masks.methods import Method

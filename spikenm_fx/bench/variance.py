@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import spikenm_fx
-from spikenm_fx.bench.data import digits
 from spikenm_fx.bench.measure import positive, save
 from spikenm_fx.bench.nets.cifar import build
-from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.demo.data import digits
+from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.masks.diagnostics import logit_noise
 from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.bench.livening import liven, rouse
 from spikenm_fx.bench.nets import handwritten
-from spikenm_fx.bench.shims import stand_in
+from spikenm_fx.recipe.stand_in import stand_in
 
 __all__ = ["BRAINCOG_NEVER_USES", "RUNNING", "ZOO", "Case", "Entry"]
 

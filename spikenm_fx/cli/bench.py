@@ -25,7 +25,7 @@ def bench(
 ) -> None:
     """Run one of the project's benchmarks; its figures are JSON where that is asked for."""
     from spikenm_fx.bench.__main__ import benches, summary
-    from spikenm_fx.recipe.mistakes import near_miss
+    from spikenm_fx.errors import did_you_mean
 
     screen, known = Screen(as_json), benches()
     if not name:
@@ -35,7 +35,7 @@ def bench(
         return
     if name not in known:
         raise typer.BadParameter(
-            f"{name!r} is no benchmark; known are {', '.join(known)}{near_miss(name, known)}"
+            f"{name!r} is no benchmark; known are {', '.join(known)}{did_you_mean(name, known)}"
         )
     code, lines = _run(name, arguments or [], screen)
     if as_json:

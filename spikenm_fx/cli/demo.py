@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from spikenm_fx.cli.common import Json, Screen
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from spikenm_fx.demo.run import DemoRow
 
 __all__ = ["demo"]
 
@@ -23,20 +25,26 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Watch a spiking network learn handwritten digits: dense, at 2:4 and at 1:8."""
-    import torch
-
     from spikenm_fx.errors import CheckpointError
 
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CheckpointError(f"{out}: no folder can be made there: {error.strerror}") from error
+    import torch
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
     from spikenm_fx.demo.run import PATTERNS, draw_masks, run_demo, steps_of
 
     # The network is too small for more: threads that wait for each other on a busy machine stall.
     torch.set_num_threads(1)
     screen = Screen(as_json)
-    console = screen.out
     columns = (
         TextColumn("{task.description:>5}"),
         BarColumn(),
@@ -57,21 +65,17 @@ def demo(
                 f"verified {row.pattern}: {len(sparse)} layers, {blocks} blocks, no violation"
             )
     draw_masks(rows, out / "masks.png")
+    picture = str(out / "masks.png")
     if as_json:
-        screen.json(
-            {
-                "rows": [
-                    {
-                        f.name: getattr(row, f.name)
-                        for f in dataclasses.fields(row)
-                        if f.name not in ("verification", "network")
-                    }
-                    for row in rows
-                ],
-                "picture": str(out / "masks.png"),
-            }
-        )
+        screen.json({"rows": [row.to_dict() for row in rows], "picture": picture})
         return
+    screen.out.print(_table(rows))
+    screen.out.print(f"learnt masks: {picture}")
+
+
+def _table(rows: list[DemoRow]) -> Table:
+    from rich.table import Table
+
     table = Table(title="Spiking CNN on 8x8 digits, T=4, folded weights")
     for heading in (
         "pattern",
@@ -93,5 +97,4 @@ def demo(
             f"{row.macs:,.0f}",
             f"{row.seconds:.1f} s",
         )
-    console.print(table)
-    console.print(f"learnt masks: {out / 'masks.png'}")
+    return table

@@ -3,23 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from spikenm_fx.cli.blocks import sparse_metadata
-from spikenm_fx.cli.common import Input, Json, Loaded, Pattern, RootOption, Screen
+from spikenm_fx.cli.common import Input, Json, Pattern, RootOption, Screen, Target, shape_of
 from spikenm_fx.errors import RecipeError
-
-if TYPE_CHECKING:
-    from spikenm_fx.plan.plan import Plan
 
 __all__ = ["pack", "sparsify"]
 
-Target = Annotated[str, typer.Argument(help="A recipe file, or module:Class.")]
 CheckpointIn = Annotated[
     Path, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
 ]
@@ -41,15 +35,20 @@ def sparsify(
     as_json: Json = False,
 ) -> None:
     """Make a dense checkpoint N:M in one shot, without training; keys stay the dense ones."""
-    import spikenm_fx
-    from spikenm_fx.checkpoint import save_state
+    screen, asked = Screen(as_json), shape_of(shape)
+    _refuse_existing(out, force)
+    with screen.working("choosing weights"):
+        from spikenm_fx.checkpoint import save_state
+        from spikenm_fx.fold import fold
+        from spikenm_fx.pack.check.stored import sparse_metadata
+        from spikenm_fx.recipe import load_model
+        from spikenm_fx.verify import verify
 
-    screen = Screen(as_json)
-    where = {"root": root, "nm": nm, "shape": shape, "checkpoint": checkpoint}
-    with _opened(screen, "choosing weights", target, out, force, where) as (loaded, decided):
+        loaded = load_model(target, root=root, nm=nm, shape=asked, checkpoint=checkpoint)
+        decided = loaded.plan()
         loaded.sparsify(decided, method)
-        spikenm_fx.fold(loaded.model)
-        found = spikenm_fx.verify(loaded.model, decided)
+        fold(loaded.model)
+        found = verify(loaded.model, decided)
         found.raise_if_invalid()
         save_state(out, loaded.model.state_dict(), metadata=sparse_metadata(decided))
     screen.result(
@@ -62,39 +61,46 @@ def pack(
     target: Target,
     checkpoint: CheckpointIn,
     out: Out,
-    nm: Pattern = None,
+    nm: Annotated[
+        str | None,
+        typer.Option("--nm", help="Store at this pattern; else the tightest that weights have."),
+    ] = None,
     root: RootOption = None,
     shape: Input = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Store an N:M checkpoint as kept values and few-bit indices."""
-    import spikenm_fx
-    from spikenm_fx.cli.packing import pack_model
+    screen, asked = Screen(as_json), shape_of(shape)
+    _refuse_existing(out, force)
+    with screen.working("packing"):
+        from spikenm_fx.pack import save_packed_model, tightest_plan
+        from spikenm_fx.recipe import load_model
+        from spikenm_fx.verify import verify
 
-    screen = Screen(as_json)
-    where = {"root": root, "nm": nm, "shape": shape, "checkpoint": checkpoint}
-    with _opened(screen, "packing", target, out, force, where) as (loaded, decided):
-        spikenm_fx.verify(loaded.model, decided).raise_if_invalid()
-        sizes = pack_model(loaded.model, decided, out)
+        loaded = load_model(target, root=root, nm=nm, shape=asked, checkpoint=checkpoint)
+        decided = loaded.plan()
+        if nm is None:
+            decided = tightest_plan(loaded.model, decided)
+        verify(loaded.model, decided).raise_if_invalid()
+        sizes = save_packed_model(out, loaded.model, decided)
+    patterns = {entry.name: str(entry.nm) for entry in decided.sparse if entry.name in sizes}
     dense, packed = sum(d for d, _ in sizes.values()), sum(p for _, p in sizes.values())
+    at = ", ".join(f"{count} at {nm}" for nm, count in Counter(patterns.values()).most_common())
     text = (
-        f"{len(sizes)} layers packed: {dense:,} bytes to {packed:,} "
+        f"layers packed: {at}; {dense:,} bytes to {packed:,} "
         f"({dense / max(packed, 1):.2f}x smaller)\nwritten: {out}"
     )
-    layers = {name: {"dense_bytes": d, "packed_bytes": p} for name, (d, p) in sizes.items()}
+    layers = {
+        name: {"pattern": patterns[name], "dense_bytes": d, "packed_bytes": p}
+        for name, (d, p) in sizes.items()
+    }
     screen.result({"out": str(out), "layers": layers}, text)
 
 
-@contextmanager
-def _opened(
-    screen: Screen, words: str, target: str, out: Path, force: bool, where: dict[str, Any]
-) -> Iterator[tuple[Loaded, Plan]]:
-    """The model and its plan, after making sure that ``out`` may be written."""
+def _refuse_existing(out: Path, force: bool) -> None:
+    """Before any work: the file may be written."""
     if out.exists() and not force:
         raise RecipeError(f"{out} exists; --force replaces it")
     if not out.parent.is_dir():
         raise RecipeError(f"{out.parent} is not a folder")
-    with screen.working(words):
-        loaded = Loaded.named(target, **where)
-        yield loaded, loaded.plan()

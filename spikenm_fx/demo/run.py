@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import spikenm_fx
-from spikenm_fx.bench.data import Split, digits
-from spikenm_fx.bench.networks import SpikingConvNet, direct_code
+from spikenm_fx.demo.data import Split, digits
+from spikenm_fx.demo.networks import SpikingConvNet, direct_code
 
 __all__ = ["DemoRow", "draw_masks", "run_demo"]
 
@@ -48,6 +49,11 @@ class DemoRow:
     seconds: float
     verification: spikenm_fx.Verification | None
     network: SpikingConvNet
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        figures = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {k: v for k, v in figures.items() if k not in ("verification", "network")}
 
 
 def run_demo(

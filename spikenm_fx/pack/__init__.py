@@ -7,6 +7,7 @@ from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.summary import PackedLayerReport, PackReport
 from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
+from spikenm_fx.pack.weights.models import save_packed_model, tightest_plan, unpacked_state
 
 __all__ = [
     "LayerGeometry",
@@ -22,5 +23,8 @@ __all__ = [
     "pack_weight",
     "packing",
     "save_packed",
+    "save_packed_model",
+    "tightest_plan",
     "unpack_weight",
+    "unpacked_state",
 ]

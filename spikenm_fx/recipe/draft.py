@@ -6,17 +6,22 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from spikenm_fx.cli.common import Loaded
 from spikenm_fx.errors import RecipeError, SpikeNMError
-from spikenm_fx.plan.plan import Plan
+from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
+from spikenm_fx.plan.plan import Plan, plan
+from spikenm_fx.plan.rules import Rule
+from spikenm_fx.plan.weights import RAW
 from spikenm_fx.recipe.entry_point import FRAMEWORKS, EntryPoint
-from spikenm_fx.recipe.schema import Inputs, Recipe, parse_recipe
-from spikenm_fx.recipe.target import example_input, forward
+from spikenm_fx.recipe.loaded import LoadedModel, load_model
+from spikenm_fx.recipe.schema import Inputs, parse_recipe
+from spikenm_fx.state.rest import RESET_METHODS, preserved
 
 __all__ = ["draft_recipe"]
 
@@ -27,53 +32,112 @@ RESETS = (
 )
 """Package of a module in the model, and the reset its framework gives."""
 
+_SIDES = (32, 28, 16, 8, 64, 128, 224)
+_STEPS, _SAMPLES = 4, 2
 
-def draft_recipe(target: str, *, shape: str | None, root: Path | None, nm: str) -> str:
-    """The text of a valid recipe with every layer's decision as a comment.
+
+def draft_recipe(
+    target: str,
+    *,
+    shape: Sequence[int] | None = None,
+    root: Path | None = None,
+    nm: PatternLike = "2:4",
+) -> str:
+    """The text of a recipe that :func:`spikenm_fx.recipe.check` accepts, with the plan in comments.
+
+    Args:
+        target: ``module:Class``, built without arguments.
+        shape: of one forward's input, time and batch included; without it, usual shapes for the
+            first layer are tried, and the first that runs is taken.
+        root: folder of the code; the current one by default.
+        nm: the pattern.
 
     Raises:
-        RecipeError: if the model cannot be built, or the shape does not run through it.
+        RecipeError: if the model cannot be built, or no shape runs through it.
+        PlanError: if nothing would become sparse.
     """
     folder = root or Path.cwd()
-    loaded = Loaded.named(target, root=folder, nm=nm, shape=shape)
-    if shape is None:
-        inputs, ran = Inputs(shape=[4, 3, 32, 32], time="inside"), "no --input was given: check it"
-    else:
-        inputs, ran = loaded.recipe.inputs, _runs(loaded.model, loaded.recipe)
-    text = _text(target, folder, inputs, ran, nm, loaded.model, loaded.plan())
+    loaded = load_model(target, root=folder, nm=nm, shape=shape)
+    loaded, output = _guessed(loaded) if shape is None else (loaded, _runs(loaded))
+    how = "guessed, it runs" if shape is None else "runs"
+    ran = f"{how}; the output's shape is {list(output.shape)}"
+    rules = _rules(loaded.model, loaded.plan(), NM.parse(nm))
+    text = _text(target, folder, loaded, ran, rules)
     parse_recipe(text, source="draft")
     return text
 
 
-def _runs(model: nn.Module, recipe: Recipe) -> str:
-    from spikenm_fx.state.rest import preserved
-
+def _runs(loaded: LoadedModel) -> Tensor:
     try:
-        with preserved(model), torch.no_grad():
-            output = forward(model, example_input(recipe.inputs), recipe.inputs)
+        with preserved(loaded.model), torch.no_grad():
+            return loaded.run(loaded.model, loaded.batch())
     except SpikeNMError as error:
         raise RecipeError(f"the input does not run: {error}") from error
-    return f"runs; the output's shape is {list(output.shape)}"
 
 
-def _text(
-    target: str,
-    folder: Path,
-    inputs: Inputs,
-    ran: str,
-    nm: str,
-    model: nn.Module,
-    decided: Plan,
-) -> str:
-    entry = EntryPoint.parse(target)
-    dense = [layer for layer in decided.layers if layer.nm is None]
-    reset = _reset(model)
+def _guessed(loaded: LoadedModel) -> tuple[LoadedModel, Tensor]:
+    """With the first usual shape that runs, and its output."""
+    tried = []
+    for shape in _usual_shapes(loaded.model):
+        inputs = Inputs(shape=shape, time="inside")
+        attempt = replace(loaded, recipe=loaded.recipe.model_copy(update={"inputs": inputs}))
+        try:
+            output = _runs(attempt)
+        except RecipeError:
+            tried.append(",".join(map(str, shape)))
+            continue
+        attempt.find_time()
+        return attempt, output
+    raise RecipeError(
+        f"the shape of the input of {type(loaded.model).__name__} is not known (tried "
+        f"{'; '.join(tried) or 'none, it has no layer that tells'}): give it, e.g. "
+        "--input 4,3,32,32"
+    )
+
+
+def _usual_shapes(model: nn.Module) -> Iterator[list[int]]:
+    """What the first layer would take: a batch of samples, then one with time before it."""
+    first = next((module for module in model.modules() if is_weight_layer(module)), None)
+    samples: list[list[int]] = []
+    if isinstance(first, nn.Linear):
+        width = first.in_features
+        samples = [[width], *([1, s, s] for s in _SIDES if s * s == width)]
+        samples += [[3, s, s] for s in _SIDES if 3 * s * s == width]
+    elif first is not None:
+        channels = first.weight.shape[1] * first.groups  # type: ignore[operator]
+        axes = first.weight.dim() - 2  # type: ignore[operator]
+        samples = [[int(channels), *[side] * axes] for side in _SIDES]  # type: ignore[call-overload]
+    for lead in ([_SAMPLES], [_STEPS, _SAMPLES]):
+        yield from ([*lead, *sample] for sample in samples)
+
+
+def _rules(model: nn.Module, decided: Plan, nm: NM) -> list[Rule]:
+    """What repeats ``decided`` without its trace: checks plan from the module tree alone."""
+    known = [entry for entry in decided.layers if entry.kind != RAW and entry.name]
+    rules = [
+        Rule(entry.name, action="keep_dense", reason=entry.reason)
+        for entry in known
+        if entry.nm is None
+    ]
+    blind = plan(model, nm, rules=rules)
+    dense = {entry.name for entry in blind.layers if entry.nm is None}
+    return rules + [
+        Rule(entry.name, nm, reason=entry.reason)
+        for entry in known
+        if entry.nm is not None and entry.name in dense
+    ]
+
+
+def _text(target: str, folder: Path, loaded: LoadedModel, ran: str, rules: list[Rule]) -> str:
+    model, inputs, nm = loaded.model, loaded.recipe.inputs, loaded.recipe.nm
+    decided = plan(model, nm, rules=rules)
     lines = [
-        "# How one model becomes N:M sparse. Try: spikenm-fx recipe check THIS_FILE --root FOLDER",
+        "# How one model becomes N:M sparse. Try it: spikenm-fx recipe check THIS_FILE "
+        f"--root {folder}",
         "version: 1",
         f"name: {json.dumps(type(model).__name__)}",
         "target:",
-        *_origin(entry, folder),
+        *_origin(EntryPoint.parse(target), folder),
         f"  build: {json.dumps(target)}",
         "  kwargs: {}                  # arguments of the constructor",
         "inputs:",
@@ -82,9 +146,9 @@ def _text(
         "  # loop: you call the model once per step (then give steps: T); none: no time. Guessed:",
         f"  time: {inputs.time}",
         "# called with the model between batches; null where it keeps no state",
-        f"reset: {json.dumps(reset)}",
+        f"reset: {json.dumps(_reset(model))}",
         "# keep at most n of m consecutive input channels; always in quotes",
-        f"nm: {json.dumps(nm)}",
+        f"nm: {json.dumps(str(nm))}",
         "remainder: skip               # or pad, error: where m does not divide the input channels",
         "method:",
         "  name: spikenm",
@@ -92,14 +156,18 @@ def _text(
         "# Ordered, the first match decides, 'ignore' wins. match is a layer's name, 're:' and a",
         "# regular expression for the whole name, or 'class:' and a class name, bases included.",
         "rules:",
-        *(f"  - {{match: {json.dumps(layer.name)}, action: keep_dense, "
-          f"reason: {json.dumps(layer.reason)}}}" for layer in dense),
-        *([] if dense else ["  []"]),
+        *(_rule_line(rule) for rule in rules),
+        *([] if rules else ["  []"]),
         "# The plan with these rules:",
         *(f"#   {line}" for line in str(decided).splitlines()),
         f"expected: {{layers: {len(decided.layers)}, sparse: {len(decided.sparse)}}}",
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _rule_line(rule: Rule) -> str:
+    what = f"nm: {json.dumps(str(rule.nm))}" if rule.nm is not None else "action: keep_dense"
+    return f"  - {{match: {json.dumps(rule.match)}, {what}, reason: {json.dumps(rule.reason)}}}"
 
 
 def _origin(entry: EntryPoint, folder: Path) -> list[str]:
@@ -111,8 +179,7 @@ def _origin(entry: EntryPoint, folder: Path) -> list[str]:
     repo = found[1] if found else f"local/{re.sub(r'[^A-Za-z0-9.-]', '-', folder.resolve().name)}"
     return [
         f"  repo: {json.dumps(repo)}",
-        f"  commit: {json.dumps(commit or '0000000')}"
-        + ("" if commit else "        # fill in where there is one"),
+        *([f"  commit: {json.dumps(commit)}"] if commit else []),
     ]
 
 
@@ -127,8 +194,12 @@ def _git(folder: Path, *words: str) -> str | None:
 
 
 def _reset(model: nn.Module) -> str | None:
+    """The framework's reset, the model's own, or that of each module by its usual name."""
     packages = [type(module).__module__ for module in model.modules()]
     for package, reset in RESETS:
         if any(name == package or name.startswith(package + ".") for name in packages):
             return reset
-    return ".reset" if callable(getattr(model, "reset", None)) else None
+    if callable(getattr(model, "reset", None)):
+        return ".reset"
+    own = any(callable(getattr(m, name, None)) for m in model.modules() for name in RESET_METHODS)
+    return "spikenm_fx.state.rest:reset_to_rest" if own else None

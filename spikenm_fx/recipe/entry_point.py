@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from spikenm_fx.errors import RecipeError
+from spikenm_fx.errors import RecipeError, near_misses
 from spikenm_fx.recipe.stand_in import Feature, standing_in, switched_off
 
 __all__ = ["FRAMEWORKS", "EntryPoint", "Root"]
@@ -169,6 +169,7 @@ class Root:
                 f"{places[0] if places else 'an unknown place'}, the root is "
                 f"{self.folder if self.folder is not None else 'not given'}; "
                 "recipes may name code of the checkout and of known SNN frameworks only"
+                f"{_hint_of(entry, places)}"
             )
 
     def _check_home(self, found: Any, entry: EntryPoint) -> None:
@@ -199,6 +200,13 @@ class Root:
         return Path(place).resolve().is_relative_to(self.folder.resolve())
 
 
+def _hint_of(entry: EntryPoint, places: list[str]) -> str:
+    """How to allow an installed package; nothing for Python's own modules."""
+    if not places or entry.package in sys.stdlib_module_names:
+        return ""
+    return f"; if you trust it, point at it: --root {Path(places[0]).parent}"
+
+
 def _within(module: str, parents: tuple[str, ...]) -> bool:
     return any(module == parent or module.startswith(parent + ".") for parent in parents)
 
@@ -222,16 +230,14 @@ def _import(entry: EntryPoint) -> ModuleType:
 
 
 def _attribute(module: ModuleType, entry: EntryPoint) -> Any:
-    from difflib import get_close_matches
-
     found: Any = module
     for part in entry.name.split("."):
         if isinstance(found, ModuleType) and found is not module:
             raise RecipeError(f"entry point {entry} reaches through the module {found.__name__!r}")
         if not hasattr(found, part):
             public = [name for name in dir(found) if not name.startswith("_")]
-            near = get_close_matches(part, public, n=3, cutoff=0.5)
-            hint = f"; near: {', '.join(near)}" if near else ""
+            near = near_misses(part, public, count=3, cutoff=0.5)
+            hint = f"; near: {near}" if near else ""
             raise RecipeError(f"entry point {entry}: {module.__name__!r} has no {part!r}{hint}")
         found = getattr(found, part)
     return found

@@ -6,13 +6,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-__all__ = ["Mistake", "Path", "explain", "format_path", "listing", "near_miss"]
+from spikenm_fx.errors import did_you_mean
+
+__all__ = ["Mistake", "Path", "explain", "format_path", "listing"]
 
 Path = tuple[str | int, ...]
 """Where in a file: keys and list positions from the top."""
@@ -79,7 +80,7 @@ def _one(detail: ErrorDetails, model: type[BaseModel], lines: Mapping[Path, int]
             return Mistake(path, "is required and missing", line)
         case "literal_error":
             choices = re.findall(r"'([^']*)'", str(detail.get("ctx", {}).get("expected", "")))
-            near = near_miss(str(value), choices)
+            near = did_you_mean(str(value), choices)
             return Mistake(path, f"{shown} is not one of {', '.join(choices) or '1'}{near}", line)
         case "string_type" if isinstance(value, bool | int | float):
             return Mistake(path, f"{shown} must be text: quote it", line)
@@ -94,14 +95,8 @@ def _one(detail: ErrorDetails, model: type[BaseModel], lines: Mapping[Path, int]
 
 def _unknown_key(path: Path, model: type[BaseModel]) -> str:
     keys = list(_model_at(path[:-1], model).model_fields)
-    near = near_miss(str(path[-1]), keys)
+    near = did_you_mean(str(path[-1]), keys)
     return f"unknown key {path[-1]!r}{near or '; known here: ' + ', '.join(keys)}"
-
-
-def near_miss(word: str, words: Iterable[str]) -> str:
-    """``"; did you mean ...?"``, or nothing where no word is near."""
-    found = get_close_matches(word, list(words), n=1, cutoff=0.6)
-    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _model_at(path: Path, model: type[BaseModel]) -> type[BaseModel]:

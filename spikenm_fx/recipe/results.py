@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of what was tried: rows of a Markdown file, renewed recipe by recipe."""
+"""What checks came to: a summary for people, and the table in a Markdown file, renewed by rows."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import RecipeError
 
-__all__ = ["BEGIN", "END", "check_table", "renew_table"]
+__all__ = ["BEGIN", "END", "check_table", "renew_table", "summary"]
 
 BEGIN = "<!-- results: written by spikenm-fx recipe check -->"
 END = "<!-- end of results -->"
@@ -21,6 +21,28 @@ _HEAD = (
     "verify | pack (output off by) | spikes on the threshold | tried |"
 )
 _RULE = "|---|---|---|---|---|---|---|---|"
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """Some lines for each recipe, and how many are fine.
+
+    Args:
+        results: of :meth:`CheckResult.to_dict`.
+    """
+    lines = []
+    for result in results:
+        verdict = "skipped" if result["skipped"] else "ok" if result["ok"] else "FAILED"
+        layers = f"{result['sparse']}/{result['layers']} layers" if result["layers"] else ""
+        firing = "{} of {} neurons fire".format(*result["firing"]) if result["firing"] else ""
+        name, seconds = result["recipe"], result["seconds"]
+        lines.append(f"{verdict:8} {name:34} {layers:16} {firing:24} {seconds:6.1f} s")
+        lines += [
+            f"         {stage}: {text}" for stage, text in result["stages"].items() if text != "ok"
+        ]
+    skipped = sum(result["skipped"] for result in results)
+    ok = sum(result["ok"] and not result["skipped"] for result in results)
+    lines.append(f"{ok} ok, {len(results) - ok - skipped} failed, {skipped} skipped")
+    return "\n".join(lines)
 
 
 def check_table(path: Path) -> str:

@@ -100,7 +100,8 @@ class Target(Closed):
     repo: str | None = Field(
         default=None,
         pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$",
-        description="owner/name of the repository the model comes from",
+        description="owner/name of the repository the model comes from; local/NAME for code of "
+        "one's own that is in none",
     )
     commit: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{7,40}$", description="the commit this recipe was tried at"
@@ -155,9 +156,14 @@ class Target(Closed):
             raise ValueError(
                 "give either 'repo' (a checkout) or 'package' (an installed distribution)"
             )
-        if self.repo is not None and self.commit is None:
+        if self.repo is not None and self.commit is None and not self.is_local:
             raise ValueError("a 'repo' needs the 'commit' that the recipe was tried at")
         return self
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is code of the user's own: nothing that could be cloned."""
+        return self.repo is not None and self.repo.startswith("local/")
 
 
 class Inputs(Closed):
@@ -259,6 +265,30 @@ class Recipe(Closed):
         if value is not None and not re.fullmatch(r"\.[A-Za-z]\w*(\.[A-Za-z]\w*)*", value):
             EntryPoint.parse(value)
         return value
+
+    def __str__(self) -> str:
+        target, inputs = self.target, self.inputs
+        at = f" at {target.commit}" if target.commit else ""
+        rules = [
+            f"  {rule.match}  ->  {rule.nm or rule.action}"
+            + (f"  ({rule.reason})" if rule.reason else "")
+            for rule in self.rules
+        ]
+        lines = [
+            self.name or target.build,
+            "origin   " + (f"{target.repo}{at}" if target.repo else f"package {target.package}"),
+            f"build    {target.build}",
+            f"needs    {', '.join(target.requires) or 'nothing further'}",
+            f"input    {inputs.kind} {inputs.shape}, time {inputs.time}"
+            + (f" x {inputs.steps}" if inputs.steps else ""),
+            f"reset    {self.reset or 'none'}",
+            f"pattern  {self.nm.describe()}, remainder: {self.remainder}",
+            f"method   {self.method.name}"
+            + "".join(f", {option}: {value}" for option, value in self.method.options.items()),
+            *(["rules    ordered, the first match wins", *rules] if rules else []),
+            *([f"notes    {self.notes}"] if self.notes else []),
+        ]
+        return "\n".join(lines)
 
     def plan_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`spikenm_fx.plan`: ``plan(model, **recipe.plan_options())``.

@@ -15,10 +15,10 @@ import importlib.machinery
 import importlib.util
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-__all__ = ["standing_in", "switched_off"]
+__all__ = ["stand_in", "standing_in", "switched_off"]
 
 
 Feature = Literal["extensions", "torchscript"]
@@ -83,28 +83,37 @@ def switched_off(features: Iterable[Feature]) -> Iterator[None]:
             (``torch.utils.cpp_extension.load``) are inert; ``"torchscript"``: ``ScriptModule`` is
             ``nn.Module`` and ``script_method`` leaves methods as they are.
     """
-    import torch
+    with contextlib.ExitStack() as stack:
+        for feature in features:
+            for owner, name, value in _SWITCHES[feature]():
+                stack.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, value)
+        yield
+
+
+Switch = tuple[Any, str, Any]  # owner, attribute, what it is while the feature is off
+
+
+def _extensions() -> tuple[Switch, ...]:
+    # It brings setuptools, which changes sys.path: imported only where somebody asks.
     from torch.utils import cpp_extension
+
+    return (cpp_extension, "load", _Inert()), (cpp_extension, "load_inline", _Inert())
+
+
+def _torchscript() -> tuple[Switch, ...]:
+    import torch
 
     def plain(method: Any) -> Any:
         return method
 
-    changes: dict[str, tuple[tuple[Any, str, Any], ...]] = {
-        "extensions": (
-            (cpp_extension, "load", _Inert()),
-            (cpp_extension, "load_inline", _Inert()),
-        ),
-        "torchscript": (
-            (torch.jit, "ScriptModule", torch.nn.Module),
-            (torch.jit, "script_method", plain),
-        ),
-    }
-    with contextlib.ExitStack() as stack:
-        for feature in features:
-            for owner, name, value in changes[feature]:
-                stack.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, value)
-        yield
+    return (torch.jit, "ScriptModule", torch.nn.Module), (torch.jit, "script_method", plain)
+
+
+_SWITCHES: dict[Feature, Callable[[], tuple[Switch, ...]]] = {
+    "extensions": _extensions,
+    "torchscript": _torchscript,
+}
 
 
 @contextlib.contextmanager
@@ -131,6 +140,17 @@ def standing_in(packages: Iterable[str], aliases: Mapping[str, str]) -> Iterator
         inert = {n for n in set(sys.modules) - before if n.partition(".")[0] in missing}
         for name in inert | added:
             sys.modules.pop(name, None)
+
+
+def stand_in(*packages: str) -> None:
+    """Let missing ``packages`` import as inert modules for the rest of the process.
+
+    Args:
+        packages: top-level packages; those that are installed stay what they are.
+    """
+    missing = frozenset(name for name in packages if not _exists(name))
+    if missing:
+        sys.meta_path.append(_Finder(missing))
 
 
 def _alias(old: str, new: str) -> set[str]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import RecipeError
-from spikenm_fx.recipe.entry_point import EntryPoint, Root
+from spikenm_fx.recipe.entry_point import FRAMEWORKS, EntryPoint, Root
 from spikenm_fx.recipe.schema import Inputs, Recipe
 
 __all__ = [
@@ -50,7 +50,9 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
 
     Args:
         recipe: the recipe.
-        folder: the checkout itself, or a folder of checkouts.
+        folder: the checkout itself, or a folder of checkouts; the current folder by default where
+            the code is the user's own (``local/NAME``); for packages that are no framework, where
+            they are installed.
 
     Raises:
         RecipeError: if the recipe needs a checkout and none is there.
@@ -61,8 +63,12 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         aliases=tuple(target.aliases.items()),
         without=frozenset(target.without),
     )
+    module = EntryPoint.parse(target.build).package
     if target.repo is None:
-        return imports
+        # An installed package that is no framework is allowed by pointing at where it is.
+        return imports if module in FRAMEWORKS else dataclasses.replace(imports, folder=folder)
+    if folder is None and target.is_local:
+        folder = Path.cwd()
     if folder is None:
         raise RecipeError(
             f"{target.repo} is code that you bring: clone it (tried at commit {target.commit}) and "
@@ -70,18 +76,19 @@ def root_of(recipe: Recipe, folder: Path | None = None) -> Root:
         )
     if not folder.is_dir():
         raise RecipeError(f"the root {folder} is not a folder")
-    checkout = find_checkout(target.repo, folder)
-    if checkout is None:
-        # The folder may be the checkout itself; then the entry point's package is in it.
-        module = EntryPoint.parse(target.build).package
-        inner = folder / target.path
-        if not ((inner / module).is_dir() or (inner / f"{module}.py").is_file()):
-            owner, _, name = target.repo.partition("/")
-            raise RecipeError(
-                f"no checkout of {target.repo} in {folder} (looked for {owner}+{name}, "
-                f"{owner}/{name}, {name}, and for {module!r} in {inner})"
-            )
+    inner = folder / target.path
+    here = (inner / module).is_dir() or (inner / f"{module}.py").is_file()
+    # The folder may be the checkout itself; then the entry point's package is in it.
+    checkout = folder if here and target.is_local else find_checkout(target.repo, folder)
+    if checkout is None and here:
         checkout = folder
+    if checkout is None:
+        owner, _, name = target.repo.partition("/")
+        raise RecipeError(
+            f"no checkout of {target.repo} in {folder} (looked for {owner}+{name}, "
+            f"{owner}/{name}, {name}, and for {module!r} in {inner}); give the folder that holds "
+            "it with --root"
+        )
     inner = (checkout / target.path).resolve()
     if not inner.is_relative_to(checkout.resolve()):
         raise RecipeError(f"target.path {target.path!r} leads outside the checkout {checkout}")

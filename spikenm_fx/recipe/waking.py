@@ -9,18 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import TraceError
+from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.trace import trace
 
-__all__ = ["rouse", "wake"]
+__all__ = ["firing_rates", "rouse", "wake"]
 
 _STEPS = 3
 _ROUNDS, _FACTOR = 4, 4.0
 
 
 def wake(
-    model: nn.Module, run: Callable[[nn.Module], Tensor], rest: Callable[[nn.Module], None]
+    model: nn.Module, run: Callable[[nn.Module], object], rest: Callable[[nn.Module], None]
 ) -> None:
-    """Let batch norms see data, so that the network fires also in eval mode."""
+    """Let batch norms see data, so that the network fires also in eval mode.
+
+    Args:
+        model: changed in place; in training mode afterwards.
+        run: one forward of a batch, ``[T, B, ...]`` or ``[B, ...]``.
+        rest: forgets the neurons' state.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
     model.train()
@@ -35,6 +42,26 @@ def wake(
     rest(model)
 
 
+def firing_rates(
+    model: nn.Module, run: Callable[[nn.Module], object], rest: Callable[[nn.Module], None]
+) -> dict[str, float]:
+    """Mean spikes per neuron and step of each neuron layer, from one forward in eval mode.
+
+    Args:
+        model: its mode is as before afterwards.
+        run: one forward of a batch.
+        rest: forgets the neurons' state; called before and after.
+    """
+    watch, training = NeuronWatch.of_model(model), model.training
+    model.eval()
+    rest(model)
+    with torch.no_grad(), watch.attached():
+        run(model)
+    rest(model)
+    model.train(training)
+    return {neuron.name: neuron.rate for neuron in watch.reports()}
+
+
 def rouse(
     model: nn.Module,
     batch: Tensor,
@@ -44,7 +71,7 @@ def rouse(
 
     Args:
         model: changed in place.
-        batch: what it is traced with, to see who drives whom.
+        batch: ``[T, B, ...]`` or ``[B, ...]``, what it is traced with, to see who drives whom.
         firing: measures the rate of each neuron layer.
     """
     silent = {name for name, rate in firing().items() if not rate}

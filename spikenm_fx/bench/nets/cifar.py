@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.networks import LIF, OverTime, SpikingConvNet
+from spikenm_fx.demo.networks import LIF, OverTime, SpikingConvNet
 
 __all__ = ["NETWORKS", "VGGSNN", "ResNet19", "Spikformer", "build"]
 

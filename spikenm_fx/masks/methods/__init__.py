@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from types import MappingProxyType
 from typing import Protocol
@@ -18,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, did_you_mean
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
@@ -163,9 +162,8 @@ def method_class(name: str) -> type[Method]:
         PlanError: for an unknown name, with the nearest known one.
     """
     if name not in METHODS:
-        near = get_close_matches(name, METHODS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PlanError(f"method {name!r} is unknown; known are {sorted(METHODS)}{hint}")
+        known = f"{sorted(METHODS)}{did_you_mean(name, METHODS)}"
+        raise PlanError(f"method {name!r} is unknown; known are {known}")
     module, _, class_name = METHODS[name].partition(":")
     found: type[Method] = getattr(import_module(f"{__name__}.{module}"), class_name)
     return found

@@ -6,11 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, did_you_mean
 from spikenm_fx.masks.methods import method_class
 from spikenm_fx.pattern import NM
 
@@ -33,9 +32,8 @@ def wrong_options(
     wrong = {}
     for option, value in options.items():
         if option not in types:
-            near = get_close_matches(option, types, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(types) or 'none'}"
-            wrong[option] = f"{name} has no option {option!r}; {hint}"
+            hint = did_you_mean(option, types) or f"; known: {', '.join(types) or 'none'}"
+            wrong[option] = f"{name} has no option {option!r}{hint}"
         elif problem := _wrong_value(value, types[option]):
             wrong[option] = problem
     if not wrong:

@@ -7,19 +7,22 @@ Each stage that fails stops the rest and says why.  Nothing is mocked; only the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError, VerificationError
+from spikenm_fx.fold import fold
+from spikenm_fx.masks.sparsify import param_groups, sparsify
+from spikenm_fx.pack import native_status, pack
 from spikenm_fx.pack.check.agreement import Agreement, agreement
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.plan.plan import Plan
+from spikenm_fx.plan.plan import Plan, plan
 from spikenm_fx.plan.weights import RAW
 from spikenm_fx.recipe.schema import Recipe
 from spikenm_fx.recipe.target import (
@@ -30,11 +33,10 @@ from spikenm_fx.recipe.target import (
     reset_function,
     root_of,
 )
-from spikenm_fx.recipe.waking import rouse, wake
-from spikenm_fx.report.data import NeuronReport
-from spikenm_fx.report.neurons import NeuronWatch
+from spikenm_fx.recipe.waking import firing_rates, rouse, wake
+from spikenm_fx.verify import verify
 
-__all__ = ["STAGES", "CheckResult", "PackedAgreement", "check_recipe"]
+__all__ = ["STAGES", "CheckResult", "PackedAgreement", "check_recipe", "origin"]
 
 STAGES = ("build", "plan", "sparsify", "train", "fold", "verify", "pack")
 
@@ -117,8 +119,17 @@ class CheckResult:
         return self.stages.get("build", "").startswith("skipped")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """Plain data, for JSON."""
         return {**asdict(self), "ok": self.ok, "skipped": self.skipped}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """What :meth:`to_dict` gave, also after it was JSON."""
+        kept = {field.name: data[field.name] for field in fields(cls)}
+        firing, packed = kept["firing"], kept["packed"]
+        kept["firing"] = None if firing is None else tuple(firing)
+        kept["packed"] = None if packed is None else PackedAgreement(**packed)
+        return cls(**kept)
 
 
 def check_recipe(recipe: Recipe, name: str, folder: Path | None, *, seed: int = 0) -> CheckResult:
@@ -130,7 +141,7 @@ def check_recipe(recipe: Recipe, name: str, folder: Path | None, *, seed: int = 
         folder: of checkouts.
         seed: of weights and data.
     """
-    result = CheckResult(name, recipe.name or name, _origin(recipe))
+    result = CheckResult(name, recipe.name or name, origin(recipe))
     result.environment = f"torch {torch.__version__.partition('+')[0]}"
     started = time.perf_counter()
     torch.manual_seed(seed)
@@ -157,21 +168,20 @@ class _Absent(Exception):
         self.stage = stage
 
 
-def _origin(recipe: Recipe) -> str:
+def origin(recipe: Recipe) -> str:
+    """Where a recipe's code is from: ``owner/name@commit``, or the package's name."""
     target = recipe.target
     if target.repo is not None:
-        return f"{target.repo}@{(target.commit or '')[:7]}"
+        return target.repo + (f"@{target.commit[:7]}" if target.commit else "")
     return target.package or ""
 
 
 def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterator[tuple[str, str]]:
-    import spikenm_fx
-
     model, run, rest = _built(recipe, folder)
     batch = example_input(recipe.inputs)
     yield "build", "ok"
 
-    decided = spikenm_fx.plan(model, **recipe.plan_options())
+    decided = plan(model, **recipe.plan_options())
     result.layers, result.sparse = len(decided.layers), len(decided.sparse)
     _check_plan(model, decided, recipe)
     yield "plan", "ok"
@@ -179,11 +189,11 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     wake(model, lambda model: run(model, batch), rest)
 
     def rates() -> dict[str, float]:
-        return {neuron.name: neuron.rate for neuron in _neurons(model, batch, run, rest)}
+        return firing_rates(model, lambda model: run(model, batch.clone()), rest)
 
     rouse(model, batch, rates)
-    spikenm_fx.sparsify(model, **recipe.sparsify_options())
-    spikenm_fx.verify(model, decided).raise_if_invalid()
+    sparsify(model, **recipe.sparsify_options())
+    verify(model, decided).raise_if_invalid()
     yield "sparsify", "ok"
 
     wake(model, lambda model: run(model, batch), rest)
@@ -194,7 +204,7 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     _check_folded(model, partial(run, batch=batch), rest)
     yield "fold", "ok"
 
-    spikenm_fx.verify(model, decided).raise_if_invalid()
+    verify(model, decided).raise_if_invalid()
     yield "verify", "ok"
 
     # Half of its weights may drive a neuron no more; enlarged ones are as much N:M as before.
@@ -207,12 +217,10 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
 
 def _check_folded(model: nn.Module, run: Run, rest: Rest) -> None:
     """Folding must leave the output as it is, bit by bit."""
-    import spikenm_fx
-
     with torch.no_grad():
         rest(model)
         before = run(model).clone()
-        spikenm_fx.fold(model)
+        fold(model)
         rest(model)
         after = run(model).clone()
     rest(model)
@@ -225,8 +233,6 @@ def _check_packed(
     model: nn.Module, recipe: Recipe, run: Run, rest: Rest, result: CheckResult
 ) -> None:
     """The packed engine must compute the folded model's output, but for spikes on a threshold."""
-    from spikenm_fx.pack import native_status, pack
-
     result.packed = PackedAgreement()
     for backend in ("dense", "fma") if native_status().available else ("dense",):
         engine = pack(model, example_input(recipe.inputs), backend=backend)
@@ -280,11 +286,9 @@ def _train_one_step(
     model: nn.Module, run: Callable[[nn.Module], Tensor], rest: Rest, decided: Plan
 ) -> None:
     """An ordinary step; weights must move, and stay N:M."""
-    import spikenm_fx
-
     model.train()
     rest(model)
-    optimizer = torch.optim.SGD(spikenm_fx.param_groups(model, 0.01))
+    optimizer = torch.optim.SGD(param_groups(model, 0.01))
     loss = (run(model).float() - 1.0).square().mean()
     optimizer.zero_grad()
     loss.backward()
@@ -294,7 +298,7 @@ def _train_one_step(
     optimizer.step()
     model.zero_grad()  # sets them to None: as large as weights and logits
     rest(model)
-    spikenm_fx.verify(model, decided).raise_if_invalid()
+    verify(model, decided).raise_if_invalid()
 
 
 def _has_gradient(layer: nn.Module) -> bool:
@@ -302,15 +306,3 @@ def _has_gradient(layer: nn.Module) -> bool:
         p.grad is not None and bool(torch.isfinite(p.grad).all()) and bool((p.grad != 0).any())
         for p in layer.parameters(recurse=False)
     )
-
-
-def _neurons(model: nn.Module, batch: Tensor, run: Run, rest: Rest) -> tuple[NeuronReport, ...]:
-    """The neurons of one forward in eval mode, without what else a report measures."""
-    watch, training = NeuronWatch.of_model(model), model.training
-    model.eval()
-    rest(model)
-    with torch.no_grad(), watch.attached():
-        run(model, batch.clone())
-    rest(model)
-    model.train(training)
-    return watch.reports()

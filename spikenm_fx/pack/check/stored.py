@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify FILE``: what a file of weights promises, or the user asks of it, counted block by block.
+"""Stored weights: what a file promises, or somebody asks of it, counted block by block.
 
 Nothing relies on the order of keys: safetensors files are sorted by name, and the first and last
 layer of a model are somewhere among them.
@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikenm_fx.checkpoint import load_metadata, load_state
-from spikenm_fx.errors import CheckpointError, PlanError
-from spikenm_fx.pack import is_packed, load_packed, unpack_weight
+from spikenm_fx.errors import CheckpointError, PlanError, did_you_mean
+from spikenm_fx.pack.weights.files import is_packed, load_packed
+from spikenm_fx.pack.weights.models import dense_state
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan.decide import LayerPlan
 from spikenm_fx.plan.plan import Plan
 from spikenm_fx.plan.weights import RAW
-from spikenm_fx.recipe.mistakes import near_miss
 from spikenm_fx.verify import Verification, verify
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
         PlanError: if ``without`` names no weight, or ``nm`` divides none.
     """
     if is_packed(file):
-        packed, state = load_packed(file)
-        state |= {f"{name}.weight": unpack_weight(each) for name, each in packed.items()}
+        packed, tensors = load_packed(file)
+        state = dense_state(packed, tensors)
         promised = [_layer(name, str(each.nm)) for name, each in packed.items()]
     else:
         state, promised = load_state(file), _promised(file)
@@ -67,7 +67,7 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
     names += [entry.name for entry in promised if entry.kind == RAW]
     for name in without:
         if name not in names:
-            raise PlanError(f"no weight of {file} is named {name!r}{near_miss(name, names)}")
+            raise PlanError(f"no weight of {file} is named {name!r}{did_you_mean(name, names)}")
     required = _asked(state, nm) if nm is not None else promised
     required = [entry for entry in required if entry.name not in without]
     return verify(state, Plan(str(file), tuple(required)) if required else None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Spiking networks for demo and benchmarks, written by hand: plain torch, no SNN framework."""
+"""A spiking network written by hand, in plain torch: no SNN framework is needed to try it."""
 
 from __future__ import annotations
 
