@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from spikenm_fx import surgery
 from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.pack.engine.choose import LayerDraft
 from spikenm_fx.pack.engine.fused import fuse_neuron, why_not_fused
@@ -19,6 +20,7 @@ from spikenm_fx.pack.engine.norms import (
     neurons_behind_pools,
     norms_behind_layers,
 )
+from spikenm_fx.pack.kernels.reference import dense_layer
 from spikenm_fx.pack.summary import PackedLayerReport, PackReport
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pattern import NM, is_weight_layer, tightest, torch_class
@@ -78,6 +80,7 @@ class EngineBuilder:
                 self.skipped[name] = (tuple(layer.weight.shape), reason)
                 continue
             packed = self._pack(layer, name, folded.get(name))
+            packed.stand_for(layer)
             weight: Any = layer.weight
             self.layers[name] = LayerDraft(packed, weight.numel() * 4)
             _replace(self.engine, name, layer, packed)
@@ -92,13 +95,15 @@ class EngineBuilder:
             return f"a {type(layer).__name__} has no packed form"
         if layer.weight.dtype != torch.float32:
             return f"its weight is {layer.weight.dtype}, kernels compute in float32"
-        if not _plain_forward(layer):
-            return f"{type(layer).__name__} has a forward of its own"
+        if "forward" in vars(layer):
+            return "its forward was replaced on the instance"
         try:
             LayerGeometry.of_layer(layer, name=name)
         except PackError as error:
             return str(error)
-        return ""
+        if not _plain_forward(layer):
+            return f"{type(layer).__name__} has a forward of its own, which computes something else"
+        return surgery.why_not_extended(layer, PackedLayer, leading=True)
 
     def _pack(self, layer: Any, name: str, affine: tuple[Tensor, Tensor] | None) -> PackedLayer:
         weight, bias = layer.weight.detach(), layer.bias
@@ -123,6 +128,8 @@ class EngineBuilder:
         for layer_name, norm_name in pairs.items():
             norm, layer = self._module(norm_name), self._module(layer_name)
             if norm is None or layer is None or self._why_kept(layer, layer_name):
+                continue
+            if _hooked(norm) or _hooked(layer):  # they see what is between the two
                 continue
             affine = affine_of(norm, layer)
             if affine is not None:
@@ -182,12 +189,37 @@ class EngineBuilder:
         return PackReport(tuple(rows))
 
 
-def _plain_forward(layer: nn.Module) -> bool:
-    """Whether its class computes what torch's own computes, time axes aside."""
-    cls = type(layer)
-    if cls.__module__.startswith(("torch.nn.", "spikingjelly.")):
+def _plain_forward(layer: Any) -> bool:
+    """Whether the layer computes what torch's own computes, time axes aside."""
+    cls, base = type(layer), torch_class(layer)
+    inherited = (
+        getattr(cls, n, None) is getattr(base, n, None) for n in ("forward", "_conv_forward")
+    )
+    if all(inherited):
         return True
-    return bool(cls.forward is torch_class(layer).forward)
+    return cls.__module__.startswith("spikingjelly.") and _agrees(layer)
+
+
+def _agrees(layer: Any) -> bool:
+    """Whether a forward that handles time gives what torch's gives: some do more than that."""
+    geometry = LayerGeometry.of_layer(layer)
+    sizes = [
+        d * (k - 1) + 2 for d, k in zip(geometry.dilation, layer.weight.shape[2:], strict=True)
+    ]
+    channels = layer.weight.shape[1] * geometry.groups
+    probe = torch.randn(2, channels, *sizes, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = dense_layer(probe, layer.weight, layer.bias, geometry)
+        try:
+            multi = getattr(layer, "step_mode", "s") == "m"
+            seen = layer.forward(probe[None])[0] if multi else layer.forward(probe)
+        except Exception:  # whatever a foreign forward dislikes, it is not packed
+            return False
+    return seen.shape == expected.shape and torch.allclose(seen, expected, rtol=1e-4, atol=1e-5)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _replace(root: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx import surgery
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
 from spikenm_fx.pack.engine.deferred import Pending, plain, rows_layout
@@ -27,6 +28,9 @@ __all__ = ["Choice", "PackedLayer"]
 
 LAYOUT = ("_weights", "_codes", "_blocks", "_row_scale")
 PARTS = (*LAYOUT, "_dense")
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+"""Endings of nn.Module's attributes that hold what runs before and after a forward."""
 
 
 class PackedLayer(nn.Module):
@@ -62,10 +66,12 @@ class PackedLayer(nn.Module):
         self.geometry = packed.geometry
         self.waits = False  # for a neuron that is fused with it
         self.meter: Meter | None = None  # while choices are measured
-        self.register_buffer("values", packed.values)
+        # parameters, as forwards ask next(self.parameters()) for a device
+        self.register_parameter("values", _frozen(packed.values))
         self.register_buffer("indices", packed.indices)
         self.register_buffer("scale", packed.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        own_bias = None if bias is None else _frozen(bias.detach().float().clone())
+        self.register_parameter("bias", own_bias)
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
         self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
@@ -74,6 +80,29 @@ class PackedLayer(nn.Module):
         self.choice: Choice = "dense"
         self.choose(choice)
         super().train(False)
+
+    def stand_for(self, layer: nn.Module) -> None:
+        """Become an instance of the class of ``layer`` too, with its attributes and its hooks.
+
+        Forwards that ask ``isinstance(layer, nn.Linear)`` or read ``layer.out_features`` then run
+        as they did.
+
+        Args:
+            layer: the one whose place this layer takes.
+
+        Raises:
+            TypeError: if the class of ``layer`` cannot be extended.
+        """
+        surgery.give_class(self, surgery.extended_class(type(layer), PackedLayer, prefix="Packed"))
+        hooks = [key for key in layer.__dict__ if key.endswith(_HOOKS)]
+        self.__dict__.update({key: layer.__dict__[key] for key in hooks})
+        own = self.__dict__
+        own.update({key: value for key, value in layer.__dict__.items() if key not in own})
+
+    @property
+    def weight_nm(self) -> Tensor | None:
+        """What a checkpoint says of an N:M weight: ``(version, keep, of)``; None of a dense one."""
+        return None if self.nm.keep == self.nm.of else torch.tensor([1, self.nm.keep, self.nm.of])
 
     @property
     def packed(self) -> PackedWeight:
@@ -91,7 +120,8 @@ class PackedLayer(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
         counting = sum(layout.nbytes for layout in self._counting.values())
-        return counting + sum(b.numel() * b.element_size() for b in self.buffers())
+        held = (*self.parameters(), *self.buffers())
+        return counting + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def candidates(self) -> list[Choice]:
         """Ways to run this layer here."""
@@ -242,7 +272,7 @@ class PackedLayer(nn.Module):
         rows = rows or self.geometry.kind == "linear"
         dense = self._buffers["_dense"]  # not by attribute: tiny layers take microseconds
         if dense is not None and type(x) is Tensor:
-            plainly = dense_layer(x, dense, self._buffers["bias"], self.geometry)
+            plainly = dense_layer(x, dense, self._parameters["bias"], self.geometry)
             return plainly if rows or is_channels_last(x) else plainly.contiguous()
         bits = None if self.choice in ("dense", "reference", "fma") else self.bits_of(x)
         if bits is not None:
@@ -331,6 +361,10 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.geometry.kind} {self.weight_shape} at {self.nm}, runs as {self.choice}"
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _prepare_again(layer: PackedLayer, _incompatible: Any) -> None:
