@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spikenm_fx.errors import CheckpointError, near_misses
+from spikenm_fx.errors import CheckpointError, near_misses, some_of
 
 __all__ = [
     "load_into",
@@ -30,6 +30,9 @@ __all__ = [
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
 """Keys under which training scripts keep the state dict, tried in this order."""
 
+PREFIXES = ("module.", "_orig_mod.", "module.")
+"""What DataParallel and torch.compile put before every key, in either order."""
+
 _SHOWN = 5
 
 
@@ -37,22 +40,25 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by key, on the CPU.
 
     Reads safetensors, and torch files with ``weights_only=True``: no code in them ever runs.  A
-    wrapping (``{"state_dict": ...}``) and a ``module.`` prefix of DataParallel are taken off.
+    wrapping (``{"state_dict": ..., "optimizer": ...}``) and the prefixes of DataParallel and
+    torch.compile are taken off.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, holds code, or holds no tensors.
+        CheckpointError: if the file is missing, truncated, holds code, holds no tensors, or several
+            state dicts under names that do not tell which one is meant.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    state = _tensors(_unwrap(_read(path)))
+    state = _tensors(_unwrap(_read(path), path))
     if not state:
         raise CheckpointError(
             f"{path}: holds no tensors by name; a state dict ({{key: tensor}}) is required, "
             f"possibly under one of {', '.join(WRAPPERS)}"
         )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -133,12 +139,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _unwrap(data: Any) -> Any:
-    if isinstance(data, Mapping) and not any(isinstance(v, Tensor) for v in data.values()):
-        for key in WRAPPERS:
-            if isinstance(data.get(key), Mapping):
-                return data[key]
-    return data
+def _unwrap(data: Any, path: Path) -> Any:
+    """The state dict in what a training script saved; state dicts themselves hold none inside."""
+    if not isinstance(data, Mapping):
+        return data
+    inner = {key: value for key, value in data.items() if _tensors(value)}
+    for key in WRAPPERS:
+        if key in inner:
+            return inner[key]
+    if len(inner) > 1:
+        raise CheckpointError(
+            f"{path}: holds several state dicts, {some_of(map(repr, inner))}; save the one that is "
+            "meant by itself, or under the key 'state_dict'"
+        )
+    return next(iter(inner.values()), data)
 
 
 def _tensors(data: Any) -> dict[str, Tensor]:
@@ -150,10 +164,26 @@ def _tensors(data: Any) -> dict[str, Tensor]:
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "checkpoint") -> None:
     """Load ``state`` strictly; nothing is copied unless all of it fits.
 
+    Three kinds of keys may differ: a prefix before all of them (``model.``) is taken off, masks in
+    the file of a model that has none are left out, as its weights are masked already, and masks of
+    the model that the file does not have start from its weights.
+
+    Args:
+        model: a dense, sparse or folded model.
+        state: tensors by key, each of its parameter's or buffer's shape.
+        source: what to call ``state`` in messages.
+
     Raises:
         CheckpointError: listing missing, foreign (with near misses) and misshapen keys at once.
     """
     own = model.state_dict()
+    state = _without_prefix(state, own)
+    if not _masks(own):
+        masks = _masks(state)
+        state = {key: value for key, value in state.items() if key not in masks or key in own}
+    elif not _masks(state):
+        masks = _masks(own)
+        own = {key: value for key, value in own.items() if key not in masks}
     missing = [key for key in own if key not in state]
     foreign = [key for key in state if key not in own]
     shapes = [
@@ -173,6 +203,25 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
             f"{source} does not fit {type(model).__name__}:\n" + "\n".join(filter(None, parts))
         )
     model.load_state_dict(dict(state))
+
+
+def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state`` without what stands before all of its keys, if ``own`` has them without it."""
+    first = next(iter(state), "")
+    for dots in range(1, first.count(".") + 1):
+        prefix = ".".join(first.split(".")[:dots]) + "."
+        if not all(key.startswith(prefix) and key not in own for key in state):
+            break
+        if any(key.removeprefix(prefix) in own for key in state):
+            return {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _masks(state: Mapping[str, Tensor]) -> set[str]:
+    """Keys of what a sparse checkpoint holds beside its weights: ``w_nm`` and others of ``w_``."""
+    weights = [key.removesuffix("_nm") for key in state if key.endswith("_nm")]
+    own = [f"{weight}_" for weight in weights if weight in state]
+    return {key for key in state if any(key.startswith(start) for start in own)}
 
 
 def _listed(title: str, keys: list[str]) -> str:

@@ -376,7 +376,7 @@ def _own_forward(conv):
     conv.forward = lambda x: nn.functional.conv2d(x, 2 * conv.weight, conv.bias, padding=1)
 
 
-@pytest.mark.parametrize("change", [_hook, _pre_hook, _own_forward, None], ids=str)
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _own_forward, None])
 @pytest.mark.parametrize("conv", [nn.Conv2d, _Doubling, layer.WSConv2d])
 def test_what_a_layer_does_beside_its_product_is_kept(conv, change):
     """Hooks come along; a layer that computes something else stays torch's, with the reason."""
