@@ -98,7 +98,14 @@ class Pending:
     def integrated(
         self, steps: int, neuron: NeuronCall, bits: Tensor, pooling: Pooling | None = None
     ) -> None:
-        """The layer first, the neuron on its output afterwards; all steps at once if alike."""
+        """The layer first, the neuron on its output afterwards; all steps at once if alike.
+
+        Args:
+            steps: time steps, which lead the batch.
+            neuron: whose state is updated in place.
+            bits: filled with the spikes: int64 ``(rows, words)``, a row per pixel of the output.
+            pooling: of the output before the neuron.
+        """
         repeats = self._repeats(steps)
         x = self.x[: self.x.shape[0] // steps] if repeats else self.x
         y = self._dense(x)
@@ -212,7 +219,7 @@ def rows_layout(
 
 
 def plain(x: Tensor) -> Tensor:
-    """The values of an input, in whatever order costs least."""
+    """The values of an input of any shape, in whatever memory order costs least."""
     return x.in_rows() if isinstance(x, LazyTensor) else x
 
 

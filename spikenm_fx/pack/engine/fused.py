@@ -101,7 +101,13 @@ class FusedNeuron(nn.Module):
     _spikenm_fusion: _Fusion
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Native where the rule covers the call, else the neuron's own forward."""
+        """Native where the rule covers the call, else the neuron's own forward.
+
+        Args:
+            x: of any shape that the neuron's own forward takes.
+            args: as the neuron's own forward takes them.
+            kwargs: as the neuron's own forward takes them.
+        """
         fusion = self._spikenm_fusion
         if torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)

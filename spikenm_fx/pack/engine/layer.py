@@ -306,7 +306,11 @@ class PackedLayer(nn.Module):
             raise PackError(f"{self.name}: {error}") from error
 
     def bits_of(self, x: Tensor) -> SpikeBits | None:
-        """The bits of a lazy input, if this layer can read their rows as they lie."""
+        """The bits of a lazy input, if this layer can read their rows as they lie.
+
+        Args:
+            x: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
+        """
         if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits) or not x.fusable:
             return None
         source, axis = x.source, 1 if self.geometry.spatial else -1
@@ -317,7 +321,13 @@ class PackedLayer(nn.Module):
         return source
 
     def call(self, source: SpikeBits | Tensor, shape: LayerShape, **wanted: object) -> bool:
-        """Run the chosen kernel on bits, or rows of floats for FMA; False where it cannot."""
+        """Run the chosen kernel; False where it cannot.
+
+        Args:
+            source: bits, or for FMA fp32 ``(rows, channels)``, one row per pixel.
+            shape: sizes of the call.
+            wanted: outputs and neuron, as :func:`~spikenm_fx.pack.kernels.cpu.run_spikes` takes.
+        """
         native = kernels()
         assert native is not None
         layout = self.layout()

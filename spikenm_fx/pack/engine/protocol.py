@@ -31,10 +31,13 @@ class WaitingLayer(Protocol):
     meter: Meter | None
 
     def run(self, x: Tensor, *, rows: bool = False) -> Tensor:
-        """The output for a batch, fp32; in any memory format where ``rows``."""
+        """The output for a batch of the layer's input shape, fp32.
+
+        In any memory format where ``rows``, else in that of ``x``.
+        """
 
     def bits_of(self, x: Tensor) -> SpikeBits | None:
-        """The bits of a lazy input, if the layer can read them; else None."""
+        """The bits of a lazy input of the layer's input shape, if it can read them; else None."""
 
     def call(self, source: SpikeBits | Tensor, shape: LayerShape, **wanted: object) -> bool:
-        """Run the chosen kernel on bits or rows of floats; False where it cannot."""
+        """Run the chosen kernel on bits or ``(rows, channels)`` floats; False where it cannot."""
