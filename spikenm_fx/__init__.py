@@ -4,7 +4,9 @@
 ``sparsify`` a model, train it with your own loop, ``fold`` it, ``verify`` it, ``pack`` it.  ``n:m``
 always means *keep at most n of m* consecutive input channels.
 
-Each name is imported when it is first used: the command line prints its help without torch.
+Each verb is imported when it is first used.  ``spikenm_fx.pack`` is always the verb, as are
+``trace``, ``plan``, ``fold``, ``verify``, ``report`` and ``doctor``; what else the module of that
+name holds is reached by ``from spikenm_fx.pack import ...``, whatever was imported before.
 """
 
 from typing import TYPE_CHECKING
@@ -12,64 +14,48 @@ from typing import TYPE_CHECKING
 from spikenm_fx._lazy import attach
 
 if TYPE_CHECKING:
-    from spikenm_fx.doctor import Diagnosis, doctor
+    from spikenm_fx.doctor import doctor
     from spikenm_fx.errors import SpikeNMError
     from spikenm_fx.fold import dense_state_dict, fold
     from spikenm_fx.masks.sparsify import param_groups, sparsify
-    from spikenm_fx.pack.api import pack
+    from spikenm_fx.native.library import native_status
+    from spikenm_fx.pack.api import pack, packing
+    from spikenm_fx.pack.weights.files import load_packed, save_packed
     from spikenm_fx.pattern import NM
     from spikenm_fx.plan.plan import Plan, plan
     from spikenm_fx.plan.rules import Rule
     from spikenm_fx.recipe.schema import load_recipe
     from spikenm_fx.report.measure import report
-    from spikenm_fx.report.view import Report
+    from spikenm_fx.report.view import Report, compare
     from spikenm_fx.trace.api import trace
     from spikenm_fx.trace.graph import SpikingGraph
     from spikenm_fx.verify import Verification, verify
 
-__all__ = [
-    "NM",
-    "Diagnosis",
-    "Plan",
-    "Report",
-    "Rule",
-    "SpikeNMError",
-    "SpikingGraph",
-    "Verification",
-    "dense_state_dict",
-    "doctor",
-    "fold",
-    "load_recipe",
-    "pack",
-    "param_groups",
-    "plan",
-    "report",
-    "sparsify",
-    "trace",
-    "verify",
-]
+__version__ = "0.1.0.dev0"
 
-attach(
-    __name__,
-    {
-        "NM": "spikenm_fx.pattern",
-        "Diagnosis": "spikenm_fx.doctor",
-        "Plan": "spikenm_fx.plan.plan",
-        "Report": "spikenm_fx.report.view",
-        "Rule": "spikenm_fx.plan.rules",
-        "SpikeNMError": "spikenm_fx.errors",
-        "SpikingGraph": "spikenm_fx.trace.graph",
-        "Verification": "spikenm_fx.verify",
-        "dense_state_dict": "spikenm_fx.fold",
-        "doctor": "spikenm_fx.doctor",
-        "fold": "spikenm_fx.fold",
-        "load_recipe": "spikenm_fx.recipe.schema",
-        "pack": "spikenm_fx.pack.api",
-        "param_groups": "spikenm_fx.masks.sparsify",
-        "plan": "spikenm_fx.plan.plan",
-        "report": "spikenm_fx.report.measure",
-        "sparsify": "spikenm_fx.masks.sparsify",
-        "trace": "spikenm_fx.trace.api",
-        "verify": "spikenm_fx.verify",
-    },
-)
+__all__ = [
+    "NM", "Plan", "Report", "Rule", "SpikeNMError", "SpikingGraph", "Verification", "__version__",
+    "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe", "native_status",
+    "pack", "packing", "param_groups", "plan", "report", "save_packed", "sparsify", "trace",
+    "verify",
+]  # fmt: skip
+
+_HOMES = {
+    "doctor": "doctor",
+    "errors": "SpikeNMError",
+    "fold": "dense_state_dict fold",
+    "masks.sparsify": "param_groups sparsify",
+    "native.library": "native_status",
+    "pack.api": "pack packing",
+    "pack.weights.files": "load_packed save_packed",
+    "pattern": "NM",
+    "plan.plan": "Plan plan",
+    "plan.rules": "Rule",
+    "recipe.schema": "load_recipe",
+    "report.measure": "report",
+    "report.view": "Report compare",
+    "trace.api": "trace",
+    "trace.graph": "SpikingGraph",
+    "verify": "Verification verify",
+}
+attach(__name__, {n: f"{__name__}.{home}" for home, names in _HOMES.items() for n in names.split()})

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Mapping
 from types import ModuleType
@@ -16,7 +17,8 @@ def attach(package: str, homes: Mapping[str, str]) -> None:
     """Let ``package`` have the names of ``homes``, each imported from its module at first use.
 
     A name may be that of the module it lives in (``fold`` of ``fold``): it is the function, also
-    after somebody imported the module, which Python would else put in its place.
+    after somebody imported the module, which Python would else put in its place.  Modules of the
+    package that are no such names are imported when they are asked for, too.
 
     Args:
         package: ``__name__`` of the package, from its own ``__init__``.
@@ -26,7 +28,10 @@ def attach(package: str, homes: Mapping[str, str]) -> None:
     class Lazy(ModuleType):
         def __getattr__(self, name: str) -> Any:
             if name not in homes:
-                raise AttributeError(f"module {package!r} has no attribute {name!r}")
+                inner = f"{package}.{name}"
+                if name.startswith("_") or importlib.util.find_spec(inner) is None:
+                    raise AttributeError(f"module {package!r} has no attribute {name!r}")
+                return importlib.import_module(inner)
             found = getattr(importlib.import_module(homes[name]), name)
             super().__setattr__(name, found)
             return found

@@ -30,6 +30,9 @@ __all__ = [
 WRAPPERS = ("state_dict", "model", "model_state_dict", "net", "network", "module", "params")
 """Keys under which training scripts keep the state dict, tried in this order."""
 
+PREFIXES = ("module.", "_orig_mod.", "module.")
+"""What DataParallel and torch.compile put before every key, in either order."""
+
 PACKED_FORMAT = "spikenm_fx.packed"
 """What the metadata of a packed file calls it."""
 
@@ -40,20 +43,21 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by key, on the CPU.
 
     Reads safetensors, and torch files with ``weights_only=True``: no code in them ever runs.  A
-    wrapping (``{"state_dict": ...}``) and a ``module.`` prefix of DataParallel are taken off.
+    wrapping (``{"state_dict": ..., "optimizer": ...}``) and the prefixes of DataParallel and
+    torch.compile are taken off.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, holds code, or holds no tensors.
+        CheckpointError: if the file is missing, truncated, packed, holds code, holds no tensors, or
+            several state dicts under names that do not tell which one is meant.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    data = _read(path)
-    state = _tensors(_unwrap(data))
+    state = _tensors(_unwrap(_read(path), path))
     if not state:
         raise CheckpointError(
-            f"{path}: holds no tensors by name{_parts(data)}; a state dict ({{key: tensor}}) is "
-            f"required, possibly under one of {', '.join(WRAPPERS)}{_alone(path, data)}"
+            f"{path}: holds no tensors by name; a state dict ({{key: tensor}}) is required, "
+            f"possibly under one of {', '.join(WRAPPERS)}"
         )
     if load_metadata(path).get("format") == PACKED_FORMAT:
         raise CheckpointError(
@@ -62,8 +66,9 @@ def load_state(path: str | Path) -> dict[str, Tensor]:
             "  from spikenm_fx.pack import unpacked_state\n"
             f"  save_state('dense.safetensors', unpacked_state({str(path)!r}))"
         )
-    if all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
     return state
 
 
@@ -144,24 +149,20 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _unwrap(data: Any) -> Any:
-    """The state dict of a training script's checkpoint, which may hold a step count beside it."""
-    if isinstance(data, Mapping):
-        for key in WRAPPERS:
-            if isinstance(data.get(key), Mapping) and _tensors(data[key]):
-                return data[key]
-    return data
-
-
-def _parts(data: object) -> str:
-    """What lies under the keys of a checkpoint that is no state dict, for a message."""
-    if not isinstance(data, Mapping) or not data:
-        return ""
-    parts = []
-    for key, value in data.items():
-        tensors = _tensors(value)
-        parts.append(f"{key!r} ({len(tensors)} tensors)" if tensors else f"{key!r}")
-    return f", but {some_of(parts, _SHOWN)}"
+def _unwrap(data: Any, path: Path) -> Any:
+    """The state dict in what a training script saved; state dicts themselves hold none inside."""
+    if not isinstance(data, Mapping):
+        return data
+    inner = {key: value for key, value in data.items() if _tensors(value)}
+    for key in WRAPPERS:
+        if key in inner:
+            return inner[key]
+    if len(inner) > 1:
+        raise CheckpointError(
+            f"{path}: holds several state dicts, {some_of(map(repr, inner))}; save the one that is "
+            "meant by itself, or under the key 'state_dict'"
+        )
+    return next(iter(inner.values()), data)
 
 
 def _tensors(data: Any) -> dict[str, Tensor]:
@@ -173,15 +174,26 @@ def _tensors(data: Any) -> dict[str, Tensor]:
 def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "checkpoint") -> None:
     """Load ``state`` strictly; nothing is copied unless all of it fits.
 
+    Three kinds of keys may differ: a prefix before all of them (``model.``) is taken off, masks in
+    the file of a model that has none are left out, as its weights are masked already, and masks of
+    the model that the file does not have start from its weights.
+
+    Args:
+        model: a dense, sparse or folded model.
+        state: tensors by key, each of its parameter's or buffer's shape.
+        source: what to call ``state`` in messages.
+
     Raises:
         CheckpointError: listing missing, foreign (with near misses) and misshapen keys at once.
     """
-    if not any(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(
-            f"{source} holds no tensors by name{_parts(state)}; give the state dict alone, e.g. "
-            "load_into(model, checkpoint['net']), or let load_state(path) find it in the file"
-        )
     own = model.state_dict()
+    state = _without_prefix(state, own)
+    if not _masks(own):
+        masks = _masks(state)
+        state = {key: value for key, value in state.items() if key not in masks or key in own}
+    elif not _masks(state):
+        masks = _masks(own)
+        own = {key: value for key, value in own.items() if key not in masks}
     missing = [key for key in own if key not in state]
     foreign = [key for key in state if key not in own]
     shapes = [
@@ -198,33 +210,28 @@ def load_into(model: nn.Module, state: Mapping[str, Tensor], *, source: str = "c
             _listed("of another shape", shapes),
         ]
         raise CheckpointError(
-            f"{source} does not fit {type(model).__name__}:\n"
-            + "\n".join(filter(None, parts))
-            + _unfolded(state, own)
+            f"{source} does not fit {type(model).__name__}:\n" + "\n".join(filter(None, parts))
         )
     model.load_state_dict(dict(state))
 
 
-def _alone(path: Path, data: object) -> str:
-    """How to save the state dict alone, where one lies under another key."""
-    for key, value in data.items() if isinstance(data, Mapping) else ():
-        if _tensors(value):
-            return (
-                f"; save it alone:\n  torch.save(torch.load({str(path)!r})[{key!r}], 'weights.pt')"
-            )
-    return ""
+def _without_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """``state`` without what stands before all of its keys, if ``own`` has them without it."""
+    first = next(iter(state), "")
+    for dots in range(1, first.count(".") + 1):
+        prefix = ".".join(first.split(".")[:dots]) + "."
+        if not all(key.startswith(prefix) and key not in own for key in state):
+            break
+        if any(key.removeprefix(prefix) in own for key in state):
+            return {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
 
 
-def _unfolded(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """What to do with weights that carry masks, for a model that has none."""
-    masked = [key for key in state if f"{key}_nm" in state and f"{key}_nm" not in own]
-    if not masked:
-        return ""
-    return (
-        f"\n  it is of a model that still learns its masks ({some_of(masked, 3)}).  Load it into "
-        "the sparsified model, then save the dense keys:\n"
-        "  save_state('folded.safetensors', spikenm_fx.fold(model).state_dict())"
-    )
+def _masks(state: Mapping[str, Tensor]) -> set[str]:
+    """Keys of what a sparse checkpoint holds beside its weights: ``w_nm`` and others of ``w_``."""
+    weights = [key.removesuffix("_nm") for key in state if key.endswith("_nm")]
+    own = [f"{weight}_" for weight in weights if weight in state]
+    return {key for key in state if any(key.startswith(start) for start in own)}
 
 
 def _listed(title: str, keys: list[str]) -> str:

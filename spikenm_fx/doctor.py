@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import SpikeNMError, some_of
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import sparsify
-from spikenm_fx.pack import LayerReport, pack, packing
+from spikenm_fx.pack import PackedLayerReport, pack, packing
 from spikenm_fx.pattern import NM, PatternLike, Remainder
 from spikenm_fx.plan.plan import LayerPlan, Plan, plan
 from spikenm_fx.plan.rules import Rule
@@ -161,7 +161,7 @@ def doctor(
     graph = _traced(model, x, blocked)
     decided = plan(model, graph=graph, **options)
     runs = graph is not None if x is not None else None
-    kernels: dict[str, LayerReport] = {}
+    kernels: dict[str, PackedLayerReport] = {}
     if runs and x is not None:
         kernels = _kernels(model, x, decided, run if fresh else None, blocked)
     helped = _helped_by_rules(model, graph, decided, options)
@@ -196,7 +196,7 @@ def _traced(model: nn.Module, x: Tensor | None, blocked: list[str]) -> SpikingGr
 
 def _kernels(
     model: nn.Module, x: Tensor, decided: Plan, wake_by: Forward | None, blocked: list[str]
-) -> dict[str, LayerReport]:
+) -> dict[str, PackedLayerReport]:
     """How layers will run, from a copy that is pruned in one shot; woken first where asked."""
     try:
         twin = copy.deepcopy(model)
@@ -248,7 +248,10 @@ def _neurons(graph: SpikingGraph | None) -> dict[str, int]:
 
 
 def _layer(
-    entry: LayerPlan, graph: SpikingGraph | None, packed: LayerReport | None, pattern: NM | None
+    entry: LayerPlan,
+    graph: SpikingGraph | None,
+    packed: PackedLayerReport | None,
+    pattern: NM | None,
 ) -> LayerDiagnosis:
     """One line; ``pattern`` is what a rule could give the layer, where it is dense."""
     record = graph.layers.get(entry.name) if graph is not None else None

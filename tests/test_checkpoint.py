@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import spikenm_fx
 from spikenm_fx.checkpoint import load_into, load_state, save_state, write_atomically
 from spikenm_fx.errors import CheckpointError
 
@@ -148,3 +149,49 @@ def test_file_gets_the_usual_permissions(tmp_path: Path) -> None:
     (tmp_path / "usual").write_text("")
     save_state(tmp_path / "w.pt", net().state_dict())
     assert (tmp_path / "w.pt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_what_training_scripts_save_beside_the_weights(tmp_path: Path) -> None:
+    """The state dict is found whatever it is called; where several might be meant, that is said."""
+    model, path = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), tmp_path / "file.pt"
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.rand(2, 4)).sum().backward()
+    optimizer.step()
+    state, states = model.state_dict(), optimizer.state_dict()
+    for saved in (
+        {"net": state, "opt": states},
+        {"student": state, "opt": states, "epoch": torch.tensor(3)},
+        {"net": state, "epoch": torch.tensor(3)},
+        {f"_orig_mod.module.{key}": value for key, value in state.items()},
+        {f"module._orig_mod.{key}": value for key, value in state.items()},
+        {f"model.{key}": value for key, value in state.items()},
+        {"state_dict": {f"net.body.{key}": value for key, value in state.items()}},
+    ):
+        torch.save(saved, path)
+        other = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        load_into(other, load_state(path))
+        pairs = zip(other.parameters(), model.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    torch.save({"ema": state, "student": state}, path)
+    with pytest.raises(CheckpointError, match="'ema', 'student'"):
+        load_state(path)
+
+
+def test_sparse_and_dense_checkpoints_load_into_either() -> None:
+    """Masks are no keys that miss: a dense model gets masked weights, a sparse one dense ones."""
+
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+
+    sparse, dense = spikenm_fx.sparsify(network(), "2:4"), network()
+    state = sparse.state_dict()
+    load_into(dense, state)
+    assert torch.equal(dense[1].weight, state["1.weight"])
+    assert spikenm_fx.verify(dense, {"1": "2:4"})
+    plain = network().state_dict()
+    load_into(sparse, plain)
+    sparse.eval()
+    kept = sparse[1].weight != 0
+    assert torch.equal(sparse[1].weight[kept], sparse[1].weight_dense[kept])
+    with pytest.raises(CheckpointError, match="1 missing in the file"):
+        load_into(dense, {key: value for key, value in state.items() if key != "2.bias"})

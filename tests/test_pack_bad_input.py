@@ -10,6 +10,7 @@ from pack_strategies import prune
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import spikenm_fx
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import PackedLayer, native_status, pack
 from spikenm_fx.pattern import NM
@@ -307,3 +308,86 @@ def test_forcing_a_kernel_on_a_layer_that_cannot():
     model.body.weight.data = torch.randn_like(model.body.weight)
     with pytest.raises(PackError, match=r"body .* cannot run as 'event8'; possible here: dense"):
         pack(model, x, backend={"body": "event8"})
+
+
+class _Asking(nn.Module):
+    """A forward that asks its layers what they are, and the model where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(16, 64), nn.Conv1d(1, 8, 3, padding=1, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            if isinstance(layer, nn.Linear):
+                x = layer(x) + torch.zeros(layer.out_features, device=layer.weight.device)
+            elif isinstance(layer, nn.Conv1d):
+                x = layer(x[:, None]) + layer.kernel_size[0] + layer.out_channels
+        return x.to(next(self.parameters()).device)
+
+
+@backends
+def test_packed_layers_are_instances_of_what_they_replace(backend):
+    """isinstance, attributes, class name, device and state-dict keys hold in an engine."""
+    torch.manual_seed(0)
+    net, x = _Asking().eval(), torch.rand(4, 16)
+    engine = pack(net, x, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(x), net(x))
+    for before, after in zip(net.layers, engine.layers, strict=True):
+        assert isinstance(after, PackedLayer)
+        assert isinstance(after, type(before))
+        assert type(after).__name__ == f"Packed{type(before).__name__}"
+        assert torch.equal(after.weight, before.weight)
+        assert vars(before).keys() <= vars(after).keys()
+        again = pickle.loads(pickle.dumps(after))
+        assert type(again) is type(after)
+    assert spikenm_fx.verify(engine).layers[0].found is None
+
+
+@backends
+def test_an_engine_is_verified_by_what_its_layers_are_packed_to(backend):
+    """Counted are the weights that an engine multiplies; each must be of its own pattern."""
+    model, x = _net()
+    engine = pack(model, x, backend=backend)
+    found = spikenm_fx.verify(engine)
+    layers = {n: m for n, m in engine.named_modules() if isinstance(m, PackedLayer)}
+    required = {check.name: check.required for check in found.layers}
+    packed_to = {n: m.nm if m.nm.keep < m.nm.of else None for n, m in layers.items()}
+    assert {name: required[name] for name in layers} == packed_to
+    assert found.valid
+    assert not spikenm_fx.verify(pack(nn.Linear(8, 8), backend=backend))
+
+
+class _Doubling(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 2 * weight, bias)
+
+
+def _hook(conv):
+    conv.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+def _pre_hook(conv):
+    conv.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+
+
+def _own_forward(conv):
+    conv.forward = lambda x: nn.functional.conv2d(x, 2 * conv.weight, conv.bias, padding=1)
+
+
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _own_forward, None])
+@pytest.mark.parametrize("conv", [nn.Conv2d, _Doubling, layer.WSConv2d])
+def test_what_a_layer_does_beside_its_product_is_kept(conv, change):
+    """Hooks come along; a layer that computes something else stays torch's, with the reason."""
+    torch.manual_seed(0)
+    body = [conv(4, 16, 3, padding=1), nn.BatchNorm2d(16), neuron.IFNode(), nn.Conv2d(16, 8, 3)]
+    model, x = nn.Sequential(*body).eval(), 4 * torch.rand(2, 4, 8, 8)
+    if change is not None:
+        change(model[0])
+    with torch.no_grad():
+        expected = model(x)
+        functional.reset_net(model)
+        engine = pack(model, x)
+        functional.reset_net(engine)
+        torch.testing.assert_close(engine(x), expected, rtol=1e-4, atol=1e-4)

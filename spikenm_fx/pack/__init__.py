@@ -4,17 +4,17 @@
 from spikenm_fx.native.library import NativeStatus, native_status
 from spikenm_fx.pack.api import pack, packing
 from spikenm_fx.pack.engine.layer import PackedLayer
-from spikenm_fx.pack.summary import LayerReport, PackReport
+from spikenm_fx.pack.summary import PackedLayerReport, PackReport
 from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pack.weights.models import save_packed_model, tightest_plan, unpacked_state
 
 __all__ = [
     "LayerGeometry",
-    "LayerReport",
     "NativeStatus",
     "PackReport",
     "PackedLayer",
+    "PackedLayerReport",
     "PackedWeight",
     "is_packed",
     "load_packed",

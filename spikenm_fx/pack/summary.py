@@ -6,12 +6,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-__all__ = ["LayerReport", "PackReport"]
+from spikenm_fx.table import html_table, text_table
+
+__all__ = ["PackReport", "PackedLayerReport"]
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReport:
-    """One weight layer.
+class PackedLayerReport:
+    """What became of one weight layer.
 
     Attributes:
         name: qualified.
@@ -53,7 +55,7 @@ class LayerReport:
 class PackReport:
     """All layers of a packed engine, in the order of the module tree."""
 
-    layers: tuple[LayerReport, ...]
+    layers: tuple[PackedLayerReport, ...]
 
     @property
     def choices(self) -> dict[str, str]:
@@ -64,15 +66,20 @@ class PackReport:
         """Plain containers, for JSON."""
         return {"layers": [asdict(layer) | {"gain": layer.gain} for layer in self.layers]}
 
-    def __str__(self) -> str:
+    def _rows(self) -> list[tuple[str, ...]]:
         head = ("layer", "weight", "N:M", "runs as", "rate", "gain", "neuron", "note")
-        rows = [head, *(_row(layer) for layer in self.layers)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join(line.rstrip() for line in lines)
+        return [head, *(_row(layer) for layer in self.layers)]
+
+    def _repr_html_(self) -> str:
+        packed = sum(bool(layer.pattern) for layer in self.layers)
+        smaller = f"{packed} of {len(self.layers)} weight layers are packed"
+        return html_table(self._rows(), caption=smaller)
+
+    def __str__(self) -> str:
+        return "\n".join(text_table(self._rows()))
 
 
-def _row(layer: LayerReport) -> tuple[str, ...]:
+def _row(layer: PackedLayerReport) -> tuple[str, ...]:
     rate = "" if layer.rate is None else f"{layer.rate:.1%}"
     if layer.planes > 1:
         rate += f" x{layer.planes}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PatternError
 from spikenm_fx.pattern import NM, BlockView, Remainder
-from spikenm_fx.plan.roles import Role
+from spikenm_fx.plan.roles import DefaultRole
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.plan.weights import RAW, Weight
 from spikenm_fx.trace.graph import SpikingGraph
@@ -97,7 +97,7 @@ class Decisions:
             else "default"
         )
 
-    def all(self, roles: Mapping[str, Role]) -> tuple[LayerPlan, ...]:
+    def all(self, roles: Mapping[str, DefaultRole]) -> tuple[LayerPlan, ...]:
         """One entry per weight, in their order."""
         entries = {name: self.one(weight, roles) for name, weight in self.weights.items()}
         for name, (others, why_not) in self.sharing.items():
@@ -107,7 +107,7 @@ class Decisions:
                 entries[name] = self.dense(self.weights[name], why)
         return tuple(entries.values())
 
-    def one(self, weight: Weight, roles: Mapping[str, Role]) -> LayerPlan:
+    def one(self, weight: Weight, roles: Mapping[str, DefaultRole]) -> LayerPlan:
         """The decision for one weight, regardless of who shares its parameter."""
         if weight.impossible:
             return self.dense(weight, weight.impossible)

@@ -9,11 +9,11 @@ from typing import Literal
 
 from spikenm_fx.trace.graph import SpikingGraph
 
-__all__ = ["Role", "default_roles"]
+__all__ = ["DefaultRole", "default_roles"]
 
 
 @dataclass(frozen=True, slots=True)
-class Role:
+class DefaultRole:
     """A layer's place in its model.
 
     Attributes:
@@ -25,7 +25,7 @@ class Role:
     reason: str
 
 
-def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[str, Role]:
+def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[str, DefaultRole]:
     """Roles from the graph; from the order of the module tree where no graph saw a layer."""
     if graph is None:
         return _by_order(list(layers))
@@ -34,25 +34,25 @@ def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[s
         return _by_order(list(layers))
     ran = graph.route not in ("symbolic", "modules")
     sources = set(graph.of_kind("input"))
-    roles: dict[str, Role] = {}
+    roles: dict[str, DefaultRole] = {}
     for name, record in seen.items():
         signal = record.input_signal.kind if record.input_signal else "analog"
         if not record.calls:
             if ran:
-                roles[name] = Role("unused", "not used in the traced forward")
+                roles[name] = DefaultRole("unused", "not used in the traced forward")
         elif signal != "spike" and not sources.isdisjoint(record.pre):
             image = " image" if signal == "analog" and record.kind == "conv2d" else ""
-            roles[name] = Role("input", f"input is {signal}{image}")
+            roles[name] = DefaultRole("input", f"input is {signal}{image}")
         elif record.is_head:
             what = "classifier head" if record.post else "feeds no neuron: readout"
-            roles[name] = Role("head", what)
+            roles[name] = DefaultRole("head", what)
     return roles
 
 
-def _by_order(names: list[str]) -> dict[str, Role]:
+def _by_order(names: list[str]) -> dict[str, DefaultRole]:
     if not names:
         return {}
     return {
-        names[-1]: Role("head", "classifier head: last in the module tree"),
-        names[0]: Role("input", "sees the analog input: first in the module tree"),
+        names[-1]: DefaultRole("head", "classifier head: last in the module tree"),
+        names[0]: DefaultRole("input", "sees the analog input: first in the module tree"),
     }

@@ -265,18 +265,21 @@ class LayerChange:
 def changes(before: ReportData, after: ReportData) -> list[LayerChange]:
     """The layers of two reports by name, those of ``before`` first."""
     first, second = ({layer.name: layer for layer in r.layers} for r in (before, after))
+    samples = max(before.samples, 1), max(after.samples, 1)
     found = []
     for name in dict.fromkeys((*first, *second)):
-        pair = ((first.get(name), before.samples), (second.get(name), after.samples))
-        (a, n), (b, m) = pair
+        a, b = first.get(name), second.get(name)
         found.append(
             LayerChange(
                 name,
-                (a and a.pattern, b and b.pattern),
-                (a and a.density, b and b.density),
-                (a and _ratio(a.operations.effective, n), b and _ratio(b.operations.effective, m)),
-                (a and _ratio(a.picojoule, n), b and _ratio(b.picojoule, m)),
-                (a and a.packed_bytes, b and b.packed_bytes),
+                (a.pattern if a else None, b.pattern if b else None),
+                (a.density if a else None, b.density if b else None),
+                (
+                    a.operations.effective / samples[0] if a else None,
+                    b.operations.effective / samples[1] if b else None,
+                ),
+                (a.picojoule / samples[0] if a else None, b.picojoule / samples[1] if b else None),
+                (a.packed_bytes if a else None, b.packed_bytes if b else None),
             )
         )
     return found

@@ -34,7 +34,7 @@ def describe(
         layer: the layer, in eval mode.
         counter: what went through it.
         rate_out: firing rate behind it.
-        dense: its weight before masking, where known.
+        dense: its weight before masking, of the weight's shape; None where it is not known.
         decision: the plan's action and reason, where known.
         energy: picojoule per operation.
         pes: processing elements of the utilisation figure.

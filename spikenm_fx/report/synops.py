@@ -71,7 +71,11 @@ class Operations:
 
 
 def signal_kind(values: Tensor) -> Signal:
-    """What kind of signal a tensor is: ``spike`` {0,1}, ``integer`` (small counts), ``analog``."""
+    """What kind of signal a tensor is: ``spike`` {0,1}, ``integer`` (small counts), ``analog``.
+
+    Args:
+        values: of any shape and dtype.
+    """
     if values.dtype == torch.bool or values.numel() == 0:
         return "spike"
     if bool(((values == 0) | (values == 1)).all()):
@@ -186,7 +190,12 @@ class LayerCounter:
     _seen: dict[tuple[tuple[int, ...], tuple[int, ...]], _Seen] = field(default_factory=dict)
 
     def add(self, inputs: Tensor, output: Tensor) -> None:
-        """Take in one call: ``inputs`` of any number of leading dimensions, and its output."""
+        """Take in one call of the layer.
+
+        Args:
+            inputs: ``(*, C)`` of a linear layer, ``(*, C, *spatial)`` of a convolution.
+            output: of the same leading shape.
+        """
         dims = self._sample_dims()
         if inputs.dim() < dims:
             return

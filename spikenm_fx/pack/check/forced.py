@@ -57,7 +57,7 @@ class NeuronDifference:
 
     @property
     def share(self) -> float:
-        """Share of other spikes."""
+        """Share of the spikes that differ."""
         return self.others / self.spikes
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +14,10 @@ from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter, metered
 from spikenm_fx.pack.engine.neuron import NeuronCall
+from spikenm_fx.pack.engine.protocol import WaitingLayer
 from spikenm_fx.pack.engine.spikes import SpikeBits
 from spikenm_fx.pack.kernels.cpu import LayerShape, pack_spikes
 from spikenm_fx.pack.kernels.integrate import Pooling, run_integrate
-
-if TYPE_CHECKING:
-    from spikenm_fx.pack.engine.layer import PackedLayer
 
 __all__ = ["Pending", "PooledSums", "plain", "rows_layout"]
 
@@ -39,7 +36,7 @@ class Pending:
         version: of a plain input, which must not be written to before it is used.
     """
 
-    layer: PackedLayer
+    layer: WaitingLayer
     x: Tensor
     shape: LayerShape
     exposed: Tensor | None = None
@@ -58,20 +55,20 @@ class Pending:
 
     @property
     def channels(self) -> int:
-        """Of the output."""
+        """Channels of the output."""
         return self.shape.outputs
 
     @property
     def meter(self) -> Meter | None:
-        """Of the layer."""
+        """What counts the layer's time; None unless choices are being measured."""
         return self.layer.meter
 
     def dense(self) -> Tensor:
-        """Run the layer alone."""
+        """The layer's output, fp32, laid out as ``layout``: it runs without its neuron."""
         return self._dense(self.x)
 
     def values(self) -> Tensor:
-        """Run the layer alone, as the layer that it replaces would."""
+        """The same, contiguous, as the layer that it replaces would give it."""
         self._check()
         return self.layer.run(self.x).reshape(self.layout.shape)
 
@@ -101,7 +98,14 @@ class Pending:
     def integrated(
         self, steps: int, neuron: NeuronCall, bits: Tensor, pooling: Pooling | None = None
     ) -> None:
-        """The layer first, the neuron on its output afterwards; all steps at once if alike."""
+        """The layer first, the neuron on its output afterwards; all steps at once if alike.
+
+        Args:
+            steps: time steps, which lead the batch.
+            neuron: whose state is updated in place.
+            bits: filled with the spikes: int64 ``(rows, words)``, a row per pixel of the output.
+            pooling: of the output before the neuron.
+        """
         repeats = self._repeats(steps)
         x = self.x[: self.x.shape[0] // steps] if repeats else self.x
         y = self._dense(x)
@@ -164,12 +168,12 @@ class PooledSums:
 
     @property
     def channels(self) -> int:
-        """Of the output."""
+        """Channels of the output."""
         return self.pending.channels
 
     @property
     def meter(self) -> Meter | None:
-        """Of the layer."""
+        """What counts the layer's time; None unless choices are being measured."""
         return self.pending.layer.meter
 
     @property
@@ -215,7 +219,7 @@ def rows_layout(
 
 
 def plain(x: Tensor) -> Tensor:
-    """The values of an input, in whatever order costs least."""
+    """The values of an input of any shape, in whatever memory order costs least."""
     return x.in_rows() if isinstance(x, LazyTensor) else x
 
 

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Neurons that run inside the kernel of the layer before them.
 
-A module of the user's model keeps its identity: its class becomes a subclass of its own that
-overrides ``forward`` alone.  State stays in the attribute where the framework keeps it, so that
-every reset protocol goes on working, and whatever the native rule does not cover is left to the
-original ``forward``.
+A module of the user's model keeps its identity: its class becomes a subclass of its own (see
+:mod:`spikenm_fx.surgery`) that overrides ``forward`` alone.  State stays in the attribute where the
+framework keeps it, so that every reset protocol goes on working, and whatever the native rule does
+not cover is left to the original ``forward``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx import surgery
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.engine.deferred import Pending, PooledSums
@@ -46,6 +46,7 @@ class _Fusion:
     rules: dict[int, NeuronRule | None] = field(default_factory=dict)
 
     def rule(self, channels: int) -> NeuronRule | None:
+        """The rule for ``channels`` channels, made once; None where it is not per channel."""
         if channels not in self.rules:
             self.rules[channels] = NeuronRule.of(self.spec, channels)
         return self.rules[channels]
@@ -76,15 +77,22 @@ def why_not_fused(module: nn.Module, spec: NeuronSpec, *, state_read: bool) -> s
         return "it keeps a synaptic current between calls"
     if not spec.returns_state and not spec.state:
         return "it is not known where it keeps its state"
-    return ""
+    return surgery.why_not_extended(module, FusedNeuron, leading=True)
 
 
 def fuse_neuron(module: nn.Module, spec: NeuronSpec) -> None:
-    """Make ``module`` run natively; call :func:`why_not_fused` first."""
+    """Make ``module`` run natively, in place; call :func:`why_not_fused` first.
+
+    Args:
+        module: a neuron.
+        spec: its update rule.
+
+    Raises:
+        TypeError: if the module's class cannot be extended in place.
+    """
     forgets = spec.returns_state and spec.time_axis == 0
     module.__dict__["_spikenm_fusion"] = _Fusion(spec, forgets)
-    plain: Any = type(module)
-    module.__class__ = _fused_class(plain)
+    surgery.extend(module, FusedNeuron)
 
 
 class FusedNeuron(nn.Module):
@@ -93,7 +101,13 @@ class FusedNeuron(nn.Module):
     _spikenm_fusion: _Fusion
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Native where the rule covers the call, else the neuron's own forward."""
+        """Native where the rule covers the call, else the neuron's own forward.
+
+        Args:
+            x: of any shape that the neuron's own forward takes.
+            args: as the neuron's own forward takes them.
+            kwargs: as the neuron's own forward takes them.
+        """
         fusion = self._spikenm_fusion
         if torch.compiler.is_compiling():
             return super().forward(x, *args, **kwargs)
@@ -111,15 +125,6 @@ class FusedNeuron(nn.Module):
                 return spikes
         plain = x.materialize() if isinstance(x, LazyTensor) else x
         return super().forward(plain, *args, **kwargs)
-
-
-@cache
-def _fused_class(plain: Any) -> type[nn.Module]:
-    return type(
-        plain.__name__,
-        (FusedNeuron, plain),
-        {"__module__": plain.__module__, "__doc__": plain.__doc__},
-    )
 
 
 def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
@@ -143,7 +148,7 @@ def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
     if fusion.forgets:
         _fill(v, rule.initial)
     else:
-        _load(neuron, v, _given(neuron, args, kwargs) if carried else _own(neuron))
+        _load(neuron, v, _carried_state(neuron, args, kwargs) if carried else _kept_state(neuron))
     current = torch.empty_strided(shape, strides).zero_() if rule.synapse else None
     bits = source.fused(steps, NeuronCall(rule.parameters, rule.modes(), v, current))
     # The spikes have the batch layout of the layer; the views since then split its batch axis.
@@ -173,13 +178,13 @@ def _per_channel(spec: NeuronSpec, channel_axis: int) -> bool:
     )
 
 
-def _given(neuron: FusedNeuron, args: Any, kwargs: Any) -> Any:
+def _carried_state(neuron: FusedNeuron, args: Any, kwargs: Any) -> Any:
     if getattr(neuron, "init_hidden", False):
-        return _own(neuron)
+        return _kept_state(neuron)
     return args[0] if args else kwargs.get("mem")
 
 
-def _own(neuron: FusedNeuron) -> Any:
+def _kept_state(neuron: FusedNeuron) -> Any:
     return getattr(neuron, neuron._spikenm_fusion.spec.state[0])
 
 
@@ -230,7 +235,7 @@ def _alone(neuron: FusedNeuron, x: Tensor) -> Tensor | None:
     rule = fusion.rule(LANES)
     assert rule is not None
     v = torch.empty(shape)
-    _load(neuron, v, _own(neuron))
+    _load(neuron, v, _kept_state(neuron))
     spikes, after = integrate(
         x.reshape(steps, -1, LANES), v.view(-1, LANES), rule.parameters, rule.modes()
     )

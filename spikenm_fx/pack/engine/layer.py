@@ -4,16 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx import surgery
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import KERNELS, Kernel, available_kernels, kernels
 from spikenm_fx.pack.engine.deferred import Pending, plain, rows_layout
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter, metered
+from spikenm_fx.pack.engine.protocol import Choice
 from spikenm_fx.pack.engine.spikes import WORD, SpikeBits
 from spikenm_fx.pack.kernels.cpu import LayerShape, is_channels_last, run_layer, run_spikes
 from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
@@ -27,8 +29,8 @@ __all__ = ["Choice", "PackedLayer"]
 LAYOUT = ("_weights", "_codes", "_blocks", "_row_scale")
 PARTS = (*LAYOUT, "_dense")
 
-Choice = Literal["dense", "reference", "fma", "lut", "event", "event8", "amx", "amx8"]
-"""How a layer runs: torch's dense layer, the reference backend, or a native kernel."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+"""Endings of nn.Module's attributes that hold what runs before and after a forward."""
 
 
 class PackedLayer(nn.Module):
@@ -64,10 +66,12 @@ class PackedLayer(nn.Module):
         self.geometry = packed.geometry
         self.waits = False  # for a neuron that is fused with it
         self.meter: Meter | None = None  # while choices are measured
-        self.register_buffer("values", packed.values)
+        # parameters, as forwards ask next(self.parameters()) for a device
+        self.register_parameter("values", _frozen(packed.values))
         self.register_buffer("indices", packed.indices)
         self.register_buffer("scale", packed.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
+        own_bias = None if bias is None else _frozen(bias.detach().float().clone())
+        self.register_parameter("bias", own_bias)
         for part in PARTS:
             self.register_buffer(part, None, persistent=False)
         self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
@@ -77,9 +81,32 @@ class PackedLayer(nn.Module):
         self.choose(choice)
         super().train(False)
 
+    def stand_for(self, layer: nn.Module) -> None:
+        """Become an instance of the class of ``layer`` too, with its attributes and its hooks.
+
+        Forwards that ask ``isinstance(layer, nn.Linear)`` or read ``layer.out_features`` then run
+        as they did.
+
+        Args:
+            layer: the one whose place this layer takes.
+
+        Raises:
+            TypeError: if the class of ``layer`` cannot be extended.
+        """
+        surgery.give_class(self, surgery.extended_class(type(layer), PackedLayer, prefix="Packed"))
+        hooks = [key for key in layer.__dict__ if key.endswith(_HOOKS)]
+        self.__dict__.update({key: layer.__dict__[key] for key in hooks})
+        own = self.__dict__
+        own.update({key: value for key, value in layer.__dict__.items() if key not in own})
+
+    @property
+    def weight_nm(self) -> Tensor | None:
+        """What a checkpoint says of an N:M weight: ``(version, keep, of)``; None of a dense one."""
+        return None if self.nm.keep == self.nm.of else torch.tensor([1, self.nm.keep, self.nm.of])
+
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight."""
+        """Kept values, indices and scale as one packed weight; shares this layer's memory."""
         return PackedWeight(
             self.nm, self.weight_shape, self.geometry, self.values, self.indices, self.scale
         )
@@ -93,7 +120,8 @@ class PackedLayer(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
         counting = sum(layout.nbytes for layout in self._counting.values())
-        return counting + sum(b.numel() * b.element_size() for b in self.buffers())
+        held = (*self.parameters(), *self.buffers())
+        return counting + sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def candidates(self) -> list[Choice]:
         """Ways to run this layer here."""
@@ -176,7 +204,15 @@ class PackedLayer(nn.Module):
         return Layout(kernel, self._weights, self._codes, self._blocks, self._kind, self._row_scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the layer; the result may be lazy (see :mod:`spikenm_fx.pack.engine.lazy`)."""
+        """Run the layer; the result may be lazy (see :mod:`spikenm_fx.pack.engine.lazy`).
+
+        Args:
+            x: fp32 on the CPU: ``(*, C)`` of a linear layer; of a convolution ``(C, *spatial)``,
+                ``(N, C, *spatial)`` or ``(T, N, C, *spatial)``.
+
+        Raises:
+            PackError: for any other input, or one that asks for gradients.
+        """
         if torch.compiler.is_compiling():
             return self._compiled(x)
         self._check(x)
@@ -229,14 +265,14 @@ class PackedLayer(nn.Module):
         """The layer's output for a batch; spikes that are bits already are read as such.
 
         Args:
-            x: the batch.
+            x: the batch, fp32: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
             rows: any memory format will do.  Else that of ``x``, as in the layer that this one
                 replaces; lazy values count as contiguous.
         """
         rows = rows or self.geometry.kind == "linear"
         dense = self._buffers["_dense"]  # not by attribute: tiny layers take microseconds
         if dense is not None and type(x) is Tensor:
-            plainly = dense_layer(x, dense, self._buffers["bias"], self.geometry)
+            plainly = dense_layer(x, dense, self._parameters["bias"], self.geometry)
             return plainly if rows or is_channels_last(x) else plainly.contiguous()
         bits = None if self.choice in ("dense", "reference", "fma") else self.bits_of(x)
         if bits is not None:
@@ -259,14 +295,22 @@ class PackedLayer(nn.Module):
         return packed_layer(x, self.packed, self.bias)
 
     def shape_of(self, shape: torch.Size | tuple[int, ...]) -> LayerShape:
-        """Sizes of a call on an input of ``shape``."""
+        """Sizes of a call on an input of ``shape``.
+
+        Raises:
+            PackError: for a shape that the layer does not take.
+        """
         try:
             return LayerShape.of_call(shape, self.weight_shape, self.geometry)
         except PackError as error:
             raise PackError(f"{self.name}: {error}") from error
 
     def bits_of(self, x: Tensor) -> SpikeBits | None:
-        """The bits of a lazy input, if this layer can read their rows as they lie."""
+        """The bits of a lazy input, if this layer can read their rows as they lie.
+
+        Args:
+            x: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
+        """
         if not isinstance(x, LazyTensor) or not isinstance(x.source, SpikeBits) or not x.fusable:
             return None
         source, axis = x.source, 1 if self.geometry.spatial else -1
@@ -277,7 +321,13 @@ class PackedLayer(nn.Module):
         return source
 
     def call(self, source: SpikeBits | Tensor, shape: LayerShape, **wanted: object) -> bool:
-        """Run the chosen kernel on bits, or rows of floats for FMA; False where it cannot."""
+        """Run the chosen kernel; False where it cannot.
+
+        Args:
+            source: bits, or for FMA fp32 ``(rows, channels)``, one row per pixel.
+            shape: sizes of the call.
+            wanted: outputs and neuron, as :func:`~spikenm_fx.pack.kernels.cpu.run_spikes` takes.
+        """
         native = kernels()
         assert native is not None
         layout = self.layout()
@@ -321,6 +371,10 @@ class PackedLayer(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.geometry.kind} {self.weight_shape} at {self.nm}, runs as {self.choice}"
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
 
 
 def _prepare_again(layer: PackedLayer, _incompatible: Any) -> None:

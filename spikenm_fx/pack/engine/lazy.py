@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from spikenm_fx.pack.engine.spikes import SpikeBits, in_row_order
 
-__all__ = ["LazyTensor", "Source", "SpikeBits"]
+__all__ = ["LazySource", "LazyTensor", "SpikeBits"]
 
 aten = torch.ops.aten
 
@@ -39,7 +39,7 @@ VIEWS = frozenset(
 )
 
 
-class Source(Protocol):
+class LazySource(Protocol):
     """What a lazy tensor stands for.
 
     Attributes:
@@ -56,15 +56,17 @@ class Source(Protocol):
         """The values, fp32, laid out as ``layout``: pixel by pixel."""
 
     def values(self) -> Tensor:
-        """The values, contiguous."""
+        """The values, fp32, contiguous."""
 
-    def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> Source | None:
+    def max_pool(
+        self, kernel: list[int], stride: list[int], padding: list[int]
+    ) -> LazySource | None:
         """What stands for the pooled values, or None."""
 
 
 @dataclass(slots=True, eq=False)
 class _Values:
-    """Values that are there."""
+    """A source whose values are there already."""
 
     exposed: Tensor
 
@@ -91,14 +93,14 @@ class LazyTensor(torch.Tensor):
         views: view operations between the source and this tensor.
     """
 
-    source: Source
+    source: LazySource
     meta_tensor: Tensor
     views: tuple[Callable[[Tensor], Tensor], ...]
 
     @staticmethod
     def __new__(
         cls: type[LazyTensor],
-        source: Source,
+        source: LazySource,
         meta_tensor: Tensor | None = None,
         views: tuple[Callable[[Tensor], Tensor], ...] = (),
     ) -> LazyTensor:

@@ -57,7 +57,7 @@ class SpikeBits:
 
     @property
     def planes(self) -> int:
-        """Binary digits."""
+        """How many binary digits a count takes."""
         return self.highest.bit_length()
 
     @property
@@ -195,7 +195,13 @@ class SpikeBits:
 
 
 def in_row_order(meta: Tensor, channel_axis: int, channels: int) -> bool:
-    """Whether a tensor's memory runs pixel by pixel, all ``channels`` of a pixel side by side."""
+    """Whether a tensor's memory runs pixel by pixel, all ``channels`` of a pixel side by side.
+
+    Args:
+        meta: of any shape.
+        channel_axis: along which the channels should lie.
+        channels: how many.
+    """
     if meta.dim() < 1 or not -meta.dim() <= channel_axis < meta.dim():
         return False
     return meta.shape[channel_axis] == channels and meta.movedim(channel_axis, -1).is_contiguous()

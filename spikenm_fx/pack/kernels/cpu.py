@@ -167,7 +167,11 @@ def _two(values: tuple[int, ...] | torch.Size, fill: int = 1) -> tuple[int, int]
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether the memory of an image batch is pixel by pixel (and not also channel by channel)."""
+    """Whether an image batch lies pixel by pixel in memory (and not also channel by channel).
+
+    Args:
+        x: of any shape; only ``(N, C, H, W)`` can.
+    """
     return (
         x.dim() == 4
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -209,6 +213,17 @@ def run_layer(
     """Run a layer on fp32 ``x``; None where this kernel cannot (non-binary input, no kernels).
 
     The output has the memory format of the input.
+
+    Args:
+        x: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
+        layout: of the kernel that is to run.
+        weight_shape: of the dense weight.
+        geometry: of the layer.
+        bias: fp32 ``(O,)`` or None.
+        level: ISA level of the kernels; None for the best that this machine has.
+
+    Raises:
+        PackError: for a shape that the layer does not take.
     """
     native = kernels(level)
     if native is None:
@@ -254,7 +269,19 @@ def run_spikes(
     out_bits: Tensor | None = None,
     neuron: NeuronCall | None = None,
 ) -> bool:
-    """Call a kernel on bits (or rows of floats, for FMA); False where it cannot serve."""
+    """Call a kernel; False where it cannot serve.
+
+    Args:
+        source: bits, int64 ``(rows, row_words)``; for FMA fp32 ``(rows, channels)``.
+        layout: of the kernel that is to run.
+        shape: sizes of the call.
+        native: the kernels.
+        bias: fp32 ``(O,)`` or None.
+        out: filled with the layer's output, fp32 ``(images, O, *spatial)`` or ``(tokens, O)``.
+        channels_first: ``out`` lies channel by channel, not pixel by pixel.
+        out_bits: filled with the neuron's spikes, int64 ``(tokens, words)``.
+        neuron: integrates the output over the time steps.
+    """
     geometry = shape.structure()
     neuron_structure = neuron.structure() if neuron else None
     call = Call(

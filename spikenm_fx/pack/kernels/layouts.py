@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes in memory."""
+        """Bytes that the layout takes in memory."""
         tensors = (self.weights, self.codes, self.blocks, self.scale)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 

@@ -34,7 +34,10 @@ def dense_layer(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: LayerG
 def packed_layer(x: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> Tensor:
     """Run a packed weight on ``x``, on any device, in ``x``'s dtype.
 
-    Shapes are those of :func:`dense_layer`.
+    Args:
+        x: ``(*, C)`` of a linear layer, ``(N, C, *spatial)`` of a convolution.
+        packed: the weight.
+        bias: ``(O,)`` or None.
     """
     weight = unpack_weight(packed).to(device=x.device, dtype=x.dtype)
     return dense_layer(x, weight, bias, packed.geometry)

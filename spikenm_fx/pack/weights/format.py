@@ -156,7 +156,7 @@ class PackedWeight:
 
     @property
     def out_channels(self) -> int:
-        """Rows of the weight."""
+        """Output channels: rows of the weight."""
         return self.shape[0]
 
     @property
@@ -166,7 +166,7 @@ class PackedWeight:
 
     @property
     def taps(self) -> int:
-        """Kernel positions."""
+        """Positions of the kernel: 1 of a linear layer."""
         return math.prod(self.shape[2:])
 
     @property
