@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.errors import SpikeNMError, some_of
+from spikenm_fx.errors import PlanError, SpikeNMError, no_module, some_of
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import sparsify
 from spikenm_fx.pack import PackedLayerReport, pack, packing
@@ -155,6 +155,8 @@ def doctor(
         PlanError: if nothing could become sparse, or ``model`` is no module.
         PatternError: for a malformed pattern.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("doctor", model))
     options: dict[str, Any] = {"nm": nm, "rules": tuple(rules), "remainder": remainder}
     run = forward or _call
     blocked: list[str] = []
