@@ -71,7 +71,8 @@ def corrupt_one_weight(case: Case, engine: nn.Module, name: str) -> bool:
         weight[0, channel // 4 * 4 : channel // 4 * 4 + 4] = 0
     weight[index] = 3 * weight.abs().max()
     changed = pack_weight(weight, layer.nm, geometry=layer.geometry)
-    layer.values, layer.indices = changed.values, changed.indices
+    layer.values = nn.Parameter(changed.values, requires_grad=False)
+    layer.indices = changed.indices
     layer.choose(layer.choice)
     return True
 
