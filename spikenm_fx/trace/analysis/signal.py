@@ -293,6 +293,7 @@ _RULES: dict[str, Callable[[Sequence[Signal], fx.Node], Signal]] = {
     "index_select": _first,
     "gather": _first,
     "getitem": _first,
+    "to": _first,
     "type_as": _first,
     "expand_as": _first,
     "view_as": _first,

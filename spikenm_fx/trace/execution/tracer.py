@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state.parameters import reading
 from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
     PLAIN,
     call_site,
@@ -55,6 +56,9 @@ __all__ = ["Failure", "ValueTracer"]
 
 _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
+
+_innermost = threading.local()
+"""The tracer that this thread runs; one around it records nothing meanwhile."""
 
 
 class Untraceable(NotImplementedError):
@@ -139,8 +143,11 @@ class ValueTracer(fx.Tracer):
         return self._guarded()
 
     def _guarded(self) -> fx.Graph:
-        with _TRACING, torch.no_grad(), reading(self._read):
+        around: ValueTracer | None = getattr(_innermost, "tracer", None)
+        unseen = contextlib.nullcontext() if around is None else around._aside()
+        with _TRACING, torch.no_grad(), reading(self._read), unseen:
             try:
+                _innermost.tracer = self
                 return self.trace(self.model)
             except TraceLimitReached:
                 raise
@@ -148,6 +155,8 @@ class ValueTracer(fx.Tracer):
                 failed = self._failed_in
                 name = self._names.get(failed, "") if failed is not None else ""
                 raise Failure(failed, name, user_line(error), error) from error
+            finally:
+                _innermost.tracer = around
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -167,7 +176,8 @@ class ValueTracer(fx.Tracer):
             if self._whole:
                 out = self._run_opaque(self.model.forward, args, kwargs)
             else:
-                with watch_applies(self._on_apply), _Recording(self):
+                bound = standing_in_for_bound_applies(self._followed(self.model))
+                with bound, watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
             flat = tree_flatten(out)[0]
@@ -175,6 +185,14 @@ class ValueTracer(fx.Tracer):
             return tuple(t for t in flat if isinstance(t, Traced))
 
         return forward, []
+
+    def _followed(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules whose Python is followed."""
+        if not self.leaf(module) and type(module) not in self.leaf.opaque:
+            yield module
+            for child in module._modules.values():
+                if child is not None:
+                    yield from self._followed(child)
 
     def _note_states(self, outputs: list[Any]) -> None:
         """Tensors that leave the model but were never seen: state that a module holds."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.execution.intercept import function_of_apply
 from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.neurons.adapters import ADAPTERS
 from spikenm_fx.trace.neurons.adapters.adapter import scalar
@@ -129,8 +130,7 @@ def _reaches_surrogate(module: nn.Module) -> bool:
 def _is_surrogate(value: object) -> bool:
     if isinstance(value, type):
         return issubclass(value, torch.autograd.Function) and value is not torch.autograd.Function
-    owner = getattr(value, "__self__", None)
-    return inspect.ismethod(value) and value.__name__ == "apply" and _is_surrogate(owner)
+    return function_of_apply(value) is not None
 
 
 def _plain_function(member: object) -> object:
