@@ -115,7 +115,7 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """Unit tests, and real SpikingJelly models, on the newest torch and torchvision that pip has."""
+    """All tests, on the newest torch and torchvision that pip has."""
     tools = groups("tests", "framework-requirements")
     session.install("torch", "torchvision", *(t for t in tools if not t.startswith("torch==")))
     session.install("--no-deps", *groups("frameworks"))
