@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.state.guard import Watched, watching
-from spikenm_fx.trace.execution.values import is_scripted
 
 __all__ = ["detach_state", "preserved"]
 
