@@ -365,7 +365,7 @@ def test_no_memory_is_kept() -> None:
     graph = trace(ModuleNet(), torch.rand(4, 2, 2, 8, 8))
     held = [
         value
-        for node in graph.graph["trace"].graph.nodes
+        for node in graph.operations.nodes
         for value in node.meta.values()
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.numel() > 99
     ]

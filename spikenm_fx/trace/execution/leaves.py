@@ -7,12 +7,13 @@ import time
 
 from torch import nn
 
+from spikenm_fx._torch import NormBase, is_scripted
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.execution.values import is_scripted, is_scripted_block
+from spikenm_fx.trace.execution.values import is_scripted_block
 
 __all__ = ["ATOMIC", "NORMS", "LeafRule", "Limits", "TraceLimitReached"]
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ATOMIC = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """torch's own modules that hold weight matrices but compute with them in one fused call."""
 

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from spikenm_fx._torch import no_torch_function
+
 __all__ = ["Traced", "Unwrapped", "as_traced", "holds_tensors", "rebuild"]
 
 
 class Traced(Tensor):
     """A tensor of the trace: the example's value, its node, and the tensor it is a view of."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
     node: fx.Node
     base: Traced | None
 
