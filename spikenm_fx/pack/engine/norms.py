@@ -51,7 +51,7 @@ def neurons_behind_pools(graph: SpikingGraph) -> dict[str, str]:
     for layer in graph.of_kind("layer"):
         node: str | None = _only(graph.nx.successors(layer))
         pools = 0
-        while node is not None and graph.in_degree(node) == 1:
+        while node is not None and graph.nx.in_degree(node) == 1:
             kind = graph.nx.nodes[node].get("kind")
             if kind == "neuron":
                 if pools == 1:

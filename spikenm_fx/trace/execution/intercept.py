@@ -66,7 +66,7 @@ def _enter() -> None:
         if _depth == 1:
             _original = inspect.getattr_static(function, "apply")
             _inherited = "apply" not in vars(function)
-            function.apply = _replacement  # type: ignore[method-assign, assignment]
+            function.apply = _replacement  # type: ignore[method-assign]
 
 
 def _leave() -> None:
