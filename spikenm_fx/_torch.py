@@ -201,7 +201,7 @@ def in_functorch() -> bool:
 
 
 def is_functorch_tensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` stands for another one inside a ``torch.func`` transform."""
+    """Whether ``tensor``, of any shape, stands for another inside a ``torch.func`` transform."""
     wrapped = _find("_C._functorch", "is_functorch_wrapped_tensor")
     return wrapped is not None and bool(wrapped(tensor))
 

@@ -46,7 +46,8 @@ CIRCLES = (
 """Still closed."""
 
 PRIVATE = re.compile(
-    r"\b(from|import) torch(\.\w+)*\._|from torch[\w.]* import .*\b_[A-Za-z]|\btorch(\.\w+)*\._[A-Za-z]"
+    r"\b(from|import) torch(\.\w+)*\._|from torch[\w.]* import .*\b_[A-Za-z]"
+    r"|\btorch(\.\w+)*\._[A-Za-z]"
     r"|from torch\._\w+|\b_(ConvNd|ConvTransposeNd|BatchNorm|NormBase|DropoutNd)\b"
     r"|\._(cdata|schema)\b"
 )

@@ -26,8 +26,8 @@ def read_parameter(parameters: tuple[Tensor, ...], compute: Callable[[], Tensor]
     """``compute()``, which a trace of this thread records as a use of the first parameter.
 
     Args:
-        parameters: that one, and others that go into the computation.
-        compute: makes the tensor that is handed out.
+        parameters: that one, of any shape, and others that go into the computation.
+        compute: makes the tensor that is handed out, of the first one's shape.
     """
     readers: list[ParameterReader] = getattr(_local, "readers", [])
     return readers[-1](parameters, compute) if readers else compute()

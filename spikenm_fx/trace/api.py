@@ -262,11 +262,11 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 
 def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    own = {t.device.type for t in nn.Module.parameters(model)}
+    present = {t.device.type for t in nn.Module.parameters(model)}
     given = {t.device.type for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
-    if own and given and not own & given:
+    if present and given and not present & given:
         raise TraceError(
-            f"the model's parameters are on {', '.join(sorted(own))}, the example inputs on "
+            f"the model's parameters are on {', '.join(sorted(present))}, the example inputs on "
             f"{', '.join(sorted(given))}; move one of them"
         )
 

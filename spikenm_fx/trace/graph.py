@@ -189,9 +189,9 @@ class SpikingGraph:
 
         ``F.linear(x, self.fc.weight)`` uses ``fc`` without calling it.
         """
-        own, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
-        by_itself = weight is not None and weight.axis == 1 and (own is None or not own.calls)
-        return weight if by_itself else own
+        called, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
+        by_itself = weight is not None and weight.axis == 1 and (called is None or not called.calls)
+        return weight if by_itself else called
 
     def of_kind(self, *kinds: NodeKind) -> list[str]:
         """Names of the nodes of these kinds, in the order of the first call."""

@@ -41,7 +41,7 @@ __all__ = ["build"]
 
 
 def build(trace: Trace) -> SpikingGraph:
-    """Make the graph."""
+    """From what was recorded to layers, neurons and the graph between them."""
     builder = _Builder(trace)
     if trace.graph is not None:
         builder.read()
@@ -334,8 +334,8 @@ class _Builder:
                 items = [u for u in call.users if is_item(u) and u.args[1] == 0]
                 spikes = items[0] if items else call
             signals.append(self.signals[spikes])
-            own: ValueInfo | None = spikes.meta.get("value")
-            shape = shape or (own.shape if own else None)
+            emitted: ValueInfo | None = spikes.meta.get("value")
+            shape = shape or (emitted.shape if emitted else None)
         return NeuronRecord(
             name=name,
             spec=self.specs[name],
@@ -367,13 +367,13 @@ class _Builder:
         loops = nx.condensation(self.out)
         before_others: dict[int, bool] = {}
         for loop in reversed(list(nx.topological_sort(loops))):
-            own = [
+            inside_loop = [
                 name
                 for name in loops.nodes[loop]["members"]
                 if name in layers and layers[name].inside is None
             ]
             later = any(before_others[after] for after in loops.successors(loop))
-            before_others[loop] = later or bool(own)
-            if len(own) == 1 and not later:
-                heads.add(own[0])
+            before_others[loop] = later or bool(inside_loop)
+            if len(inside_loop) == 1 and not later:
+                heads.add(inside_loop[0])
         return {name: replace(record, is_head=name in heads) for name, record in layers.items()}

@@ -119,6 +119,11 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
 
     The model computes what it did before, up to rounding, as long as the group is not frozen.
 
+    Args:
+        model: the traced one.
+        group: of :func:`coupled_groups`.
+        permutation: shape ``(group.size,)``, whole numbers.
+
     Raises:
         TraceError: if the group is frozen or ``permutation`` is not one of its size.
     """
@@ -132,7 +137,14 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
 def permute_members(
     model: nn.Module, group: CoupledGroup, members: tuple[Member, ...], permutation: Tensor
 ) -> None:
-    """Reorder the channels in some members only: half of a change, for controls and searches."""
+    """Reorder the channels in some members only: half of a change, for controls and searches.
+
+    Args:
+        model: the traced one.
+        group: of :func:`coupled_groups`.
+        members: those of its members that change.
+        permutation: shape ``(group.size,)``, whole numbers.
+    """
     tensors = dict(nn.Module.named_parameters(model)) | dict(nn.Module.named_buffers(model))
     with torch.no_grad():
         for member in members:

@@ -61,7 +61,11 @@ def state_of_one_step(
 
 @rule("write_view")
 def write_view(reader: ChannelReader, node: fx.Node) -> Layout:
-    """After an in-place change through a view: the change has united the channels already."""
+    """After an in-place change through a view: the change has united the channels already.
+
+    Raises:
+        NotUnderstood: if the change brought channels that the tensor does not have.
+    """
     base, update = node.all_input_nodes[0], node.all_input_nodes[-1]
     known = {s for dim in reader.layouts[base] for s in reader.spaces.labelled(dim)}
     new = {s for dim in reader.layouts[update] for s in reader.spaces.labelled(dim)}
@@ -160,7 +164,11 @@ def carries(reader: ChannelReader, layout: Layout) -> bool:
 
 
 def adopt(reader: ChannelReader, layout: Layout, key: Any, value: fx.Node, where: str) -> Layout:
-    """A buffer of zeros takes over the channels that are written into it."""
+    """A buffer of zeros takes over the channels that are written into it.
+
+    Raises:
+        NotUnderstood: if only a part of an axis is written.
+    """
     keys = key if isinstance(key, tuple) else (key,)
     if any(isinstance(k, slice) and k != slice(None) for k in keys) or ... in keys:
         raise NotUnderstood("written in parts")
@@ -174,7 +182,11 @@ def adopt(reader: ChannelReader, layout: Layout, key: Any, value: fx.Node, where
 
 @rule("chunk", "split", "tensor_split")
 def chunk(reader: ChannelReader, node: fx.Node) -> Layout:
-    """Equal parts of an axis: the parts keep their order, the channels inside go together."""
+    """Equal parts of an axis: the parts keep their order, the channels inside go together.
+
+    Raises:
+        NotUnderstood: if the parts are of unequal length, or cut a concatenation.
+    """
     layout = reader.source(node)
     items = [u for u in node.users if is_item(u)]
     sizes = {shape_of(u) for u in items}

@@ -97,7 +97,11 @@ def fitted(reader: ChannelReader, layout: Layout, shape: tuple[int, ...], where:
 @rule("slice", "narrow", "pad", "constant_pad_nd")
 @rule_where(lambda name: "pool" in name or name == "interpolate" or "upsample" in name)
 def resized(reader: ChannelReader, node: fx.Node) -> Layout:
-    """Pooling and the like: axes of unchanged length keep their channels."""
+    """Pooling and the like: axes of unchanged length keep their channels.
+
+    Raises:
+        NotUnderstood: if the number of axes changes.
+    """
     layout, shape = reader.source(node), shape_of(node)
     if len(layout) != len(shape):
         raise NotUnderstood("changes the number of axes")

@@ -78,7 +78,20 @@ def weighted(
     groups: int,
     transposed: bool,
 ) -> Layout:
-    """A linear or convolution: reads the input's channel axis and opens a space of its own."""
+    """A linear or convolution: reads the input's channel axis and opens a space of its own.
+
+    Args:
+        reader: holds what is known so far.
+        node: the call.
+        weight: shape ``(out, in, *kernel)``, or ``(in, out, *kernel)`` where ``transposed``.
+        bias: shape ``(out,)``, or None.
+        spatial: axes of the kernel.
+        groups: groups of channels.
+        transposed: whether it is a transposed convolution.
+
+    Raises:
+        NotUnderstood: for a layer whose output has another number of channels than its weight.
+    """
     layout, shape = reader.source(node), shape_of(node)
     channel = len(layout) - 1 - spatial
     for dim in layout[channel + 1 :]:
@@ -142,8 +155,8 @@ def norm_layout(reader: ChannelReader, node: fx.Node, module: Any) -> Layout:
     if isinstance(module, nn.GroupNorm):
         inside = features // module.num_groups
         reader.spaces.reshape((layout[axis],), (module.num_groups, inside), node.name)
-    own = (*nn.Module.parameters(module), *nn.Module.buffers(module))
-    for tensor in own:
+    tensors = (*nn.Module.parameters(module), *nn.Module.buffers(module))
+    for tensor in tensors:
         if tensor.numel() == features and tensor.dim() == 1 and features > 1:
             reader.attach(tensor, 0, layout[axis])
         elif tensor.numel() > 1:
@@ -158,12 +171,12 @@ def neuron_layout(reader: ChannelReader, node: fx.Node, module: nn.Module) -> La
     layout = reader.layouts[tensors[0]]
     for other in tensors[1:]:
         layout = unite_with(reader, layout, other, node.name)
-    own = recurrent(reader, node, layout) if spec.framework != "unknown" else set()
+    accounted = recurrent(reader, node, layout) if spec.framework != "unknown" else set()
     for name, tensor in (
         *nn.Module.named_parameters(module),
         *nn.Module.named_buffers(module),
     ):
-        if tensor.numel() > 1 and name not in spec.state and id(tensor) not in own:
+        if tensor.numel() > 1 and name not in spec.state and id(tensor) not in accounted:
             attach_broadcast(reader, tensor, layout, node.name)
     reader.neurons[node] = layout
     for dim in layout if str(node.target) in reader.trace.shown_states else ():
@@ -181,6 +194,9 @@ def recurrent(reader: ChannelReader, node: fx.Node, layout: Layout) -> set[int]:
 
     Returns:
         The tensors that are accounted for.
+
+    Raises:
+        NotUnderstood: for a grouped layer.
     """
     done: set[int] = set()
     for name, call in reader.trace.inner.items():
@@ -199,7 +215,17 @@ def recurrent(reader: ChannelReader, node: fx.Node, layout: Layout) -> set[int]:
 
 
 def attach_broadcast(reader: ChannelReader, tensor: Tensor, layout: Layout, where: str) -> None:
-    """A per-channel tensor, aligned from the right; or of one axis, by its length."""
+    """A per-channel tensor, aligned from the right; or of one axis, by its length.
+
+    Args:
+        reader: holds what is known so far.
+        tensor: of any shape that broadcasts with the neuron's input.
+        layout: of the neuron's input.
+        where: the neuron.
+
+    Raises:
+        NotUnderstood: if its axes fit no axes of the input, or several.
+    """
     axes = [a for a, size in enumerate(tensor.shape) if size > 1]
     for axis in axes:
         place = len(layout) - tensor.dim() + axis
@@ -263,7 +289,11 @@ def computed(
     groups: int,
     transposed: bool,
 ) -> Layout:
-    """A weight made from parameters (``w * gain``): its axes are followed like any tensor's."""
+    """A weight made from parameters (``w * gain``): its axes are followed like any tensor's.
+
+    Raises:
+        NotUnderstood: where it is grouped or transposed.
+    """
     if not isinstance(weight, fx.Node) or groups > 1 or transposed:
         raise NotUnderstood("a functional weight that is computed")
     layout, axes = reader.source(node), reader.layouts[weight]
@@ -282,10 +312,10 @@ def computed(
 
 def relabel(reader: ChannelReader, dim: Dim, role: ChannelRole) -> None:
     """The matrices that hold ``dim`` make or read its channels."""
-    own = set(reader.spaces.labelled(dim))
+    channels = set(reader.spaces.labelled(dim))
     for index, a in enumerate(reader.attachments):
         matrix = reader.matrices.get(a.tensor, False)
-        if matrix and a.role == "attached" and own & set(reader.spaces.labelled(a.dim)):
+        if matrix and a.role == "attached" and channels & set(reader.spaces.labelled(a.dim)):
             reader.attachments[index] = replace(a, role=role)
 
 

@@ -39,7 +39,11 @@ class Limits:
         return Limits(self.seconds, self.nodes)
 
     def check(self, nodes: int) -> None:
-        """Raise TraceLimitReached if either limit is passed."""
+        """Compare what was taken so far with the limits.
+
+        Raises:
+            TraceLimitReached: if either is passed.
+        """
         if nodes > self.nodes:
             raise TraceLimitReached(f"more than {self.nodes} operations")
         if time.monotonic() > self._deadline:

@@ -31,7 +31,7 @@ class GraphWriter(Protocol):
         ...
 
     def name_of(self, module: nn.Module) -> str:
-        """The qualified name."""
+        """The qualified name of a module, in the tree or not."""
         ...
 
     def inside(self, module: nn.Module) -> AbstractContextManager[None]:

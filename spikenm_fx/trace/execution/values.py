@@ -119,7 +119,7 @@ class SurrogateCall:
         self.__module__ = function.__module__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
+        """What the Function computes."""
         return self.function.apply(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -130,7 +130,7 @@ class SurrogateCall:
 
 
 def write_view(base: Tensor, update: Tensor) -> Tensor:
-    """In a graph: ``base`` after ``update`` was written through a view of it."""
+    """In a graph: ``base``, of any shape, after ``update`` was written through a view of it."""
     return base
 
 
@@ -140,14 +140,14 @@ def is_scripted_block(module: nn.Module) -> bool:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether ``parameter`` has two axes or more that are longer than 1."""
+    """Whether ``parameter``, of any shape, has two axes or more that are longer than 1."""
     return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def user_line(error: BaseException) -> str:
     """``file:line: code`` of the innermost frame that belongs to neither torch nor this library."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not any(part in f.filename for part in NOT_USERS)]
-    if not own:
+    users = [f for f in frames if not any(part in f.filename for part in NOT_USERS)]
+    if not users:
         return "inside torch"
-    return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line or ''}".rstrip(": ")
+    return f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line or ''}".rstrip(": ")

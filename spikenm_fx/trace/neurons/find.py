@@ -174,7 +174,7 @@ def _names_in(function: object) -> set[str]:
 
 def _read_by_name(module: nn.Module) -> NeuronSpec:
     """A spec from attributes with the usual names: informative, never ``exact``."""
-    own = [*vars(module), *module._parameters, *module._buffers, *_memories(module)]
+    attributes = [*vars(module), *module._parameters, *module._buffers, *_memories(module)]
     reset = next((n for n in RESET_METHODS if callable(getattr(module, n, None))), None)
     return NeuronSpec(
         framework="unknown",
@@ -182,7 +182,7 @@ def _read_by_name(module: nn.Module) -> NeuronSpec:
         decay=_first_number(module, DECAYS, 1.0),
         threshold=_first_number(module, THRESHOLDS, 1.0),
         reset="none" if reset is None else "hard",
-        state=tuple(name for name in own if name in MEMBRANES),
+        state=tuple(name for name in attributes if name in MEMBRANES),
         reset_call=reset,
         learned=tuple(n for n, p in module.named_parameters(recurse=False) if p.requires_grad),
     )
