@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from spikenm_fx._torch import ConvNd
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError
 from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
 from spikenm_fx.plan.plan import Plan, plan
@@ -22,7 +22,7 @@ from spikenm_fx.plan.weights import RAW
 from spikenm_fx.recipe.entry_point import FRAMEWORKS, EntryPoint
 from spikenm_fx.recipe.loaded import LoadedModel, load_model
 from spikenm_fx.recipe.schema import Inputs, parse_recipe
-from spikenm_fx.state.rest import RESET_METHODS, preserved
+from spikenm_fx.state import RESET_METHODS, preserved_in_eval
 
 __all__ = ["draft_recipe"]
 
@@ -70,7 +70,7 @@ def draft_recipe(
 
 def _runs(loaded: LoadedModel) -> Tensor:
     try:
-        with preserved(loaded.model), torch.no_grad():
+        with preserved_in_eval(loaded.model), torch.no_grad():
             return loaded.run(loaded.model, loaded.batch())
     except SpikeNMError as error:
         raise RecipeError(f"the input does not run: {error}") from error
@@ -104,7 +104,7 @@ def _usual_shapes(model: nn.Module) -> Iterator[list[int]]:
         width = first.in_features
         samples = [[width], *([1, s, s] for s in _SIDES if s * s == width)]
         samples += [[3, s, s] for s in _SIDES if 3 * s * s == width]
-    elif isinstance(first, _ConvNd):
+    elif isinstance(first, ConvNd):
         axes = len(first.kernel_size)
         samples = [[first.in_channels, *[side] * axes] for side in _SIDES]
     for lead in ([_SAMPLES], [_STEPS, _SAMPLES]):
