@@ -19,7 +19,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_as_printed(tmp_path: Path) -> None:
-    """In an empty folder it prints the README's words, line by line, with figures in their places."""
+    """In an empty folder it prints the README's words, line by line, but for figures."""
     code, output = example_of(README)
     assert words(printed_by(code, tmp_path)) == words(output)
 

@@ -32,7 +32,9 @@ def test_pages_hold_what_was_measured(capsys) -> None:
     assert tables.main(["--check"]) == 0, capsys.readouterr().err
 
 
-def test_a_new_measurement_is_noticed_and_written(copied: list[str], tmp_path: Path, capsys) -> None:
+def test_a_new_measurement_is_noticed_and_written(
+    copied: list[str], tmp_path: Path, capsys
+) -> None:
     """A figure that changes makes ``--check`` name both pages; writing renews both."""
     path = tmp_path / "results" / "step.json"
     result = json.loads(path.read_text())

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write the page of all figures, and the README's few, from what was measured.
 
-To add a table: let the benchmark save its JSON file (:func:`spikenm_fx.bench.measure.save`), and add
-a :class:`~spikenm_fx.bench.tables.chapter.Chapter` to ``learning``, ``speed`` or ``reading``.  For
-plain rows :func:`~spikenm_fx.bench.tables.chapter.columns` is the whole body::
+To add a table: let the benchmark save its JSON file (:func:`spikenm_fx.bench.measure.save`), and
+add a :class:`~spikenm_fx.bench.tables.chapter.Chapter` to ``learning``, ``speed`` or ``reading``.
+For plain rows :func:`~spikenm_fx.bench.tables.chapter.columns` is the whole body::
 
     Chapter(
         "Kernel launches of a training step",

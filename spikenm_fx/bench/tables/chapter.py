@@ -8,7 +8,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Chapter", "Result", "columns", "geometric", "machine_of", "markdown", "percent", "spread", "times"]
+__all__ = [
+    "Chapter",
+    "Result",
+    "columns",
+    "geometric",
+    "machine_of",
+    "markdown",
+    "percent",
+    "spread",
+    "times",
+]
 
 Result = Mapping[str, Any]
 """What a benchmark has saved: a JSON file of ``bench/results``, read."""

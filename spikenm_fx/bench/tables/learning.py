@@ -54,8 +54,9 @@ def _settings(result: Result) -> str:
     seeds = sorted({len(row["accuracies"]) for row in result["rows"]})
     return (
         f"{data['source']}, {data['size']} x {data['size']} pixels, {data['train']:,} training and "
-        f"{data['test']:,} test images; {run['network']}, T={run['steps']}, {run['epochs']} epochs, "
-        f"batch {run['batch']}, {run['optimizer']} at {run['lr']:g}; mean and standard deviation "
+        f"{data['test']:,} test images; {run['network']}, T={run['steps']}, "
+        f"{run['epochs']} epochs, batch {run['batch']}, {run['optimizer']} at {run['lr']:g}; "
+        "mean and standard deviation "
         f"of {', '.join(map(str, seeds))} seeds, the same for all methods."
     )
 
@@ -91,12 +92,15 @@ def _planning(result: Result) -> str:
 
 def _sampler(result: Result) -> str:
     rows = [
-        [row["pattern"], f"{1e3 * row['naive']:.0f} ms", f"{1e3 * row['ours']:.1f} ms"]
-        + [times(row["ratio"], 1)]
+        (row["pattern"], _ms(row["naive"]), _ms(row["ours"]), times(row["ratio"], 1))
         for row in result["rows"]
     ]
     head = ["pattern", "plain loop", "here", "faster by"]
     return f"{result['weights'] / 1e6:.1f} million weights.\n\n" + markdown(head, rows)
+
+
+def _ms(seconds: float) -> str:
+    return f"{1e3 * seconds:.1f} ms"
 
 
 def _step(result: Result) -> str:

@@ -19,9 +19,9 @@ END = "<!-- end of figures -->"
 
 _HEAD = """# Figures
 
-Written by `python -m spikenm_fx.bench tables` from the JSON files in this folder; no figure is typed
-by hand. Each chapter names the command that measures it and the machine it was measured on. Times are
-ratios of runs that took turns in one process. `n:m` means: keep at most n of m.
+Written by `python -m spikenm_fx.bench tables` from the JSON files in this folder; no figure is
+typed by hand. Each chapter names the command that measures it and the machine it was measured on.
+Times are ratios of runs that took turns in one process. `n:m` means: keep at most n of m.
 """
 
 

@@ -27,6 +27,4 @@ def _trace(result: Result) -> str:
     return f"{about}\n\n{table(rows)}"
 
 
-CHAPTERS = (
-    Chapter("Tracing", ("trace",), "python -m spikenm_fx.bench trace --repos DIR", _trace),
-)
+CHAPTERS = (Chapter("Tracing", ("trace",), "python -m spikenm_fx.bench trace --repos DIR", _trace),)

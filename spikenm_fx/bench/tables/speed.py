@@ -11,7 +11,6 @@ from spikenm_fx.bench.profile import REST
 from spikenm_fx.bench.tables.chapter import (
     Chapter,
     Result,
-    geometric,
     markdown,
     percent,
     spread,
@@ -34,7 +33,9 @@ def _layers(*results: Result) -> str:
         for key, group in result["summary"].items()
     ]
     shapes = len({row["shape"] for row in results[0]["rows"]})
-    return f"{shapes} linear and convolution shapes.\n\n" + markdown(["weights, spikes", "threads", "median", "least"], rows)
+    return f"{shapes} linear and convolution shapes.\n\n" + markdown(
+        ["weights, spikes", "threads", "median", "least"], rows
+    )
 
 
 def _dispatch(one: Result, two: Result, busy_one: Result, busy_two: Result) -> str:
