@@ -22,11 +22,15 @@ def groups(*names: str) -> list[str]:
 
 
 def documented() -> list[str]:
-    """Modules that the API pages show: all public ones below the library's own verbs."""
-    files = (file.with_suffix("") for file in Path("spikenm_fx").rglob("*.py"))
-    names = (".".join(file.parts).removesuffix(".__init__") for file in files)
-    hidden = re.compile(r"\._|spikenm_fx\.(bench|cli|demo|native)\b")
-    return sorted(name for name in names if not hidden.search(name))
+    """Modules that the API pages show: the public ones of the library, without its programs."""
+    hidden = re.compile(r"[/.]_|spikenm_fx/(bench|cli|demo|native)/")
+    files = [file for file in Path("spikenm_fx").rglob("*.py") if not hidden.search(str(file))]
+    packages = [file.parent for file in Path("spikenm_fx").rglob("__init__.py")]
+    # Of a package without __all__ pdoc shows the modules by itself.
+    listed = {p for p in packages if "__all__" in (p / "__init__.py").read_text(encoding="utf-8")}
+    modules = [f.with_suffix("") for f in files] + packages
+    shown = [m for m in modules if m.parent in listed and not hidden.search(f"{m}/")]
+    return ["spikenm_fx", *sorted(".".join(module.parts) for module in shown)]
 
 
 def install_package(session: nox.Session) -> None:

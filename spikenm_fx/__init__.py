@@ -3,6 +3,8 @@
 
 ``sparsify`` a model, train it with your own loop, ``fold`` it, ``verify`` it, ``pack`` it.  ``n:m``
 always means *keep at most n of m* consecutive input channels.
+
+How a masked layer works: :mod:`spikenm_fx.masks`.  How packing works: :mod:`spikenm_fx.pack`.
 """
 
 from spikenm_fx.errors import SpikeNMError

@@ -10,10 +10,10 @@ same call and the same reset.  It goes through five steps; the model itself is n
 weight is one output channel; along it run the kernel positions and, innermost, the input channels,
 so that each ``m`` consecutive input channels form one block.  Of a block exactly ``n`` values are
 kept, ascending by position; a block with fewer non-zeros is filled up with explicit zeros.  A 2:4
-weight in fold order::
+weight in fold order:
 
-    row of W    0.3  0    0   -1.2 | 0    0.7  0    0     two blocks of four input channels
-    values      0.3      -1.2      | 0    0.7             two per block: [out, positions, blocks, 2]
+    row of W    0.3  0    0   -1.2 | 0    0.7  0    0     two blocks of four inputs
+    values      0.3      -1.2      | 0    0.7             two of each block
     indices     0         3        | 0    1               2 bits each, four to a byte
 
 At 2:4 that is 16 values and 16 two-bit indices for 32 fp32 weights: 0.53 of the bytes. The pattern
