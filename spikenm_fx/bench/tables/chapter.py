@@ -87,7 +87,7 @@ def percent(mean: float, sd: float | None = None, digits: int = 1) -> str:
 
 
 def times(ratio: float, digits: int = 2) -> str:
-    """``4.18x``."""
+    """A ratio as ``4.18x``."""
     return f"{ratio:.{digits}f}x"
 
 
@@ -97,5 +97,5 @@ def spread(group: Mapping[str, float]) -> str:
 
 
 def geometric(ratios: Iterable[float]) -> float:
-    """Geometric mean."""
+    """Geometric mean of positive ratios."""
     return statistics.geometric_mean(ratios)
