@@ -13,6 +13,7 @@ nox.options.reuse_existing_virtualenvs = True
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
 ALL_INSTALLED = {"SPIKENM_FX_ALL_INSTALLED": "1"}  # a test that skips for a package fails
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -58,7 +59,7 @@ def tests(session: nox.Session) -> None:
     """All tests, with every SNN framework installed; none may be skipped for a missing package."""
     install_with_frameworks(session)
     checked = ONE_THREAD | ALL_INSTALLED
-    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=checked)
+    session.run("pytest", *TWO_WORKERS, *session.posargs, env=checked)
 
 
 @nox.session
@@ -67,7 +68,7 @@ def unit(session: nox.Session) -> None:
     session.install(*groups("unit"))
     session.install("-e", ".[cli]")
     few = ("-m", "not slow and not framework", "--hypothesis-profile", "quick")
-    session.run("pytest", "-q", *few, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-q", *TWO_WORKERS, *few, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_example_runs_as_printed(tmp_path: Path) -> None:
     """In an empty folder it prints the README's words, line by line, but for figures."""
     code, output = example_of(README)
