@@ -152,7 +152,7 @@ def test_the_list_of_exceptions_names_files() -> None:
         ("def f(x):\n    pass", "says nothing: ''"),
         ('class Big:\n    """Big."""', "says nothing: 'Big.'"),
         ('def f(x: Tensor):\n    """The largest of all values."""', "takes tensors and names no"),
-        ('def f(x):\n    """Half of an even number."""\n    if x:\n        raise E(x)', "no Raises"),
+        ('def f(x):\n    """Half of an even one."""\n    if x:\n        raise E(x)', NO_RAISES),
     ],
 )
 def test_faults_are_found(source: str, fault: str) -> None:
@@ -167,8 +167,8 @@ def test_faults_are_found(source: str, fault: str) -> None:
         'def _private(x: Tensor):\n    """X."""\n    raise E',
         'def f(x: Tensor):\n    """``[T, ...]`` currents to spikes of the same."""',
         'def f(x):\n    """Half of it.\n\n    Raises:\n        E: if odd.\n    """\n    raise E(x)',
-        'def f(x):\n    """Passes on what happens."""\n    try:\n        g()\n    except E:\n        raise',
-        'def f(x):\n    """A function that raises."""\n    def g():\n        raise E(x)\n    return g',
+        'def f(x):\n    """Passes on errors."""\n    try:\n        g()\n    except E:\n        raise',
+        'def f(x):\n    """One that raises."""\n    def g():\n        raise E(x)\n    return g',
     ],
 )
 def test_honest_docstrings_pass(source: str) -> None:

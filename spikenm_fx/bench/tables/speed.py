@@ -21,7 +21,7 @@ __all__ = ["CHAPTERS"]
 
 
 def _threads(result: Result) -> str:
-    count = result["machine"]["threads"]
+    count = int(result["machine"]["threads"])
     return f"{count} thread" + "s" * (count != 1)
 
 
