@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every chore of the project, as the continuous integration runs it: ``python -m nox -s NAME``."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,12 +12,26 @@ nox.options.default_venv_backend = "virtualenv"  # pip finds a local torch wheel
 nox.options.reuse_existing_virtualenvs = True
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
+ALL_INSTALLED = {"SPIKENM_FX_ALL_INSTALLED": "1"}  # a test that skips for a package fails
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
 def groups(*names: str) -> list[str]:
     """Requirements of the named dependency groups."""
     return list(nox.project.dependency_groups(PROJECT, *names))
+
+
+def documented() -> list[str]:
+    """Modules that the API pages show: the public ones of the library, without its programs."""
+    hidden = re.compile(r"[/.]_|spikenm_fx/(bench|cli|demo|native)/")
+    files = [file for file in Path("spikenm_fx").rglob("*.py") if not hidden.search(str(file))]
+    packages = [file.parent for file in Path("spikenm_fx").rglob("__init__.py")]
+    # Of a package without __all__ pdoc shows the modules by itself.
+    listed = {p for p in packages if "__all__" in (p / "__init__.py").read_text(encoding="utf-8")}
+    modules = [f.with_suffix("") for f in files] + packages
+    shown = [m for m in modules if m.parent in listed and not hidden.search(f"{m}/")]
+    return ["spikenm_fx", *sorted(".".join(module.parts) for module in shown)]
 
 
 def install_package(session: nox.Session) -> None:
@@ -41,9 +56,19 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests, with SpikingJelly, snnTorch and Norse installed."""
+    """All tests, with every SNN framework installed; none may be skipped for a missing package."""
     install_with_frameworks(session)
-    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
+    checked = ONE_THREAD | ALL_INSTALLED
+    session.run("pytest", *TWO_WORKERS, *session.posargs, env=checked)
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """One quick look while working: torch and pytest, no framework, no slow test."""
+    session.install(*groups("unit"))
+    session.install("-e", ".[cli]")
+    few = ("-m", "not slow and not framework", "--hypothesis-profile", "quick")
+    session.run("pytest", "-q", *TWO_WORKERS, *few, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session
@@ -90,6 +115,18 @@ def tutorials(session: nox.Session) -> None:
     install_with_frameworks(session)
     for tutorial in session.posargs or sorted(map(str, Path("tutorials").glob("*.py"))):
         session.run("python", tutorial, env=ONE_THREAD)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """API pages from the docstrings, in ``build/docs``: open ``index.html``."""
+    session.install(*groups("docs"))
+    session.install("-e", ".[cli]")
+    out = Path("build") / "docs"
+    shutil.rmtree(out, ignore_errors=True)
+    options = ("--docformat", "google", "--no-show-source", "--output-directory", str(out))
+    session.run("pdoc", *options, *documented())
+    session.log(f"open {(out / 'index.html').resolve()}")
 
 
 @nox.session

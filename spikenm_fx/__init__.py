@@ -7,6 +7,8 @@ always means *keep at most n of m* consecutive input channels.
 Each verb is imported when it is first used.  ``spikenm_fx.pack`` is always the verb, as are
 ``trace``, ``plan``, ``fold``, ``verify``, ``report`` and ``doctor``; what else the module of that
 name holds is reached by ``from spikenm_fx.pack import ...``, whatever was imported before.
+
+How a masked layer works: :mod:`spikenm_fx.masks`.  How packing works: :mod:`spikenm_fx.pack`.
 """
 
 from typing import TYPE_CHECKING

@@ -122,7 +122,7 @@ class NM:
         return f"{self.keep}:{self.of} (keep at most {self.keep} of {self.of})"
 
 
-PatternLike: TypeAlias = "NM | str | tuple[int, int]"
+PatternLike: TypeAlias = NM | str | tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)

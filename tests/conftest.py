@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all tests share: one thread, one hypothesis profile, one stand-in for torchvision."""
+"""What all tests share: one thread, one hypothesis profile, marks, a stand-in for torchvision."""
 
 import contextlib
 import importlib
+import os
+import re
 import sys
 import types
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -17,8 +20,72 @@ settings.register_profile(
     max_examples=25,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("quick", settings.get_profile("spikenm_fx"), max_examples=5)
 settings.load_profile("spikenm_fx")
 torch.set_num_threads(1)
+
+FRAMEWORKS = re.compile(r"\b(spikingjelly|snntorch|norse|sinabs|rockpool|braincog|timm)\b")
+MISSING = re.compile(r"could not import|not installed|No module named")
+ALL_INSTALLED = os.environ.get("SPIKENM_FX_ALL_INSTALLED") == "1"
+"""Set by the sessions that install everything: there a test that skips for a package has failed."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what needs an SNN framework: its parameters, code, fixtures or helpers name one."""
+    for item in items:
+        if isinstance(item, pytest.Function) and _names_framework(item):
+            item.add_marker("framework")
+
+
+def _names_framework(item: pytest.Function) -> bool:
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    if any(isinstance(value, str) and FRAMEWORKS.search(value) for value in parameters):
+        return True
+    known = item._fixtureinfo.name2fixturedefs
+    fixtures = [known[name][-1].func for name in item.fixturenames if name in known]
+    return any(FRAMEWORKS.search(text) for f in (item.function, *fixtures) for text in _strings(f))
+
+
+def _strings(function: Callable) -> Iterator[str]:
+    """Texts and imports of a function and of the functions of its file that it calls."""
+    waiting, seen = [function], set()
+    while waiting:
+        code = getattr(waiting.pop(), "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        yield from code.co_names
+        yield from (c for c in code.co_consts[1:] if isinstance(c, str))  # 0 is the docstring
+        own = getattr(function, "__globals__", {})
+        waiting += [own[n] for n in code.co_names if _of_this_file(own.get(n), function)]
+
+
+def _of_this_file(value: object, function: Callable) -> bool:
+    return getattr(value, "__module__", None) == function.__module__
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A skip for a missing package fails where all are installed, and where it is not marked."""
+    report = yield
+    reason = str(report.longrepr[2]) if report.skipped and not hasattr(report, "wasxfail") else ""
+    if not MISSING.search(reason):
+        return report
+    if ALL_INSTALLED:
+        report.outcome, report.longrepr = "failed", f"all packages are installed here, but {reason}"
+    elif FRAMEWORKS.search(reason) and item.get_closest_marker("framework") is None:
+        report.outcome, report.longrepr = "failed", f"mark it with pytest.mark.framework: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """The same for files that are skipped as a whole."""
+    report = yield
+    if ALL_INSTALLED and report.skipped and MISSING.search(str(report.longrepr[2])):
+        report.outcome = "failed"
+        report.longrepr = f"all packages are installed here, but {report.longrepr[2]}"
+    return report
 
 
 @pytest.fixture(autouse=True)

@@ -37,6 +37,7 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_killed_run_goes_on(method: str, at: int, tiny: Split, tmp_path) -> None:
@@ -92,8 +93,10 @@ def test_magnitude_is_dense_for_the_first_half(tiny: Split, tmp_path, monkeypatc
     assert [bool(epoch["masks"]) for epoch in result["history"]] == [False, False, True, True]
 
 
+@pytest.mark.slow
 def test_the_command(tiny: Split, tmp_path, capsys, monkeypatch) -> None:
     """A small bench prints a table and writes JSON and a plot."""
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(accuracy, "digits", lambda: tiny)
     small = ["--epochs", "1", "--batch", "16", "--steps", "2", "--seeds", "0", "1"]
     where = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path), "--name", "t"]
@@ -115,14 +118,14 @@ def test_the_command(tiny: Split, tmp_path, capsys, monkeypatch) -> None:
 
 def test_cifar_from_jpeg_bytes(tmp_path) -> None:
     """JPEG bytes become normalised images; the subset is the same each time."""
-    from PIL import Image
+    image = pytest.importorskip("PIL.Image")
 
     rng = np.random.default_rng(0)
     for name, count in (("train", 6), ("test", 3)):
         parts = []
         for _ in range(count):
             buffer = io.BytesIO()
-            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+            image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
             parts.append(np.frombuffer(buffer.getvalue(), np.uint8))
         offset = np.cumsum([0, *map(len, parts)])
         labels = np.arange(count, dtype=np.uint8)

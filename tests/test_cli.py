@@ -714,6 +714,7 @@ def test_init_writes_a_recipe_that_checks(run, project: Path) -> None:
     assert "TARGET" not in run("recipe", "show", out).out
 
 
+@pytest.mark.slow
 def test_check_fails_for_a_recipe_of_another_version(run, project: Path) -> None:
     """A plan that differs from what the recipe expects fails the check with both counts."""
     out, table = project / "net.yaml", project / "table.md"
@@ -848,6 +849,7 @@ def test_schema_is_printed(run) -> None:
     assert run("recipe", "schema").data["title"] == "spikenm_fx recipe"
 
 
+@pytest.mark.slow
 def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None:
     """Without a name all are listed; with --json what a benchmark printed and saved comes back."""
     assert set(run("bench", "--json").data["benches"]) >= {"sampler", "layers", "tutorials"}
@@ -863,6 +865,7 @@ def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None
     assert "did you mean 'sampler'" in wrong.data["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -881,6 +884,7 @@ def test_benchmarks_refuse_bad_input(run, words: tuple[str, ...], code: int, say
     assert "Traceback" not in ran.err
 
 
+@pytest.mark.slow
 def test_benchmarks_write_where_they_are_told(run, tmp_path: Path) -> None:
     """A small run of one's own does not replace the figures that came with the package."""
     shipped = Path(spikenm_fx.__file__).parent / "bench" / "results" / "planning.json"

@@ -785,6 +785,7 @@ def test_recomputation_is_not_seen_twice() -> None:
         assert torch.equal(a._nm_mask.guide.average, b._nm_mask.guide.average)
 
 
+@pytest.mark.slow
 def test_compiled_models_keep_their_credits() -> None:
     """torch.compile sees the same credits as eager execution."""
     model, _ = pair()

@@ -376,6 +376,7 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_data_parallel_ranks_agree(tmp_path):
     """Two DDP ranks draw the same masks, end with the same model, and equal a single process."""
     torch.multiprocessing.spawn(_ddp_rank, (free_port(), str(tmp_path)), nprocs=2)
@@ -416,6 +417,7 @@ def _sharded_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_sharded_weights_are_refused(tmp_path):
     """FSDP's weights are parts of a whole: the error says what works instead."""
     torch.multiprocessing.spawn(_sharded_rank, (free_port(), str(tmp_path)), nprocs=1)

@@ -42,6 +42,7 @@ def here():
     return f"{int((mask.flatten().long() * weights).sum())} {noise_key(3, 5, 'a.b')}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_same_in_another_process(here, threads):
     """Another process, with its own hash seed and thread count, draws the same masks."""

@@ -306,6 +306,7 @@ def test_a_residual_block_compiles_and_exports():
     assert sum("sparse_layer" in str(node.target) for node in exported.graph.nodes) == 4
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize(
     ("name", "backend"), [("sew_resnet18", "event"), ("spikformer-4-256", "lut")]
 )

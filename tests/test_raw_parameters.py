@@ -449,6 +449,7 @@ def test_a_class_that_cannot_be_extended_is_refused() -> None:
     assert [type(module) for module in model] == [nn.Linear, Final]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
 def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     """Names carry the wrapper's prefix, and the parameter inside is masked."""

@@ -200,6 +200,7 @@ def test_strict_yaml_agrees_with_safe_load(data: object) -> None:
     assert found.data == yaml.safe_load(text)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(["version", "name", "target", "inputs", "nm", "rules"]),

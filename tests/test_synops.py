@@ -73,6 +73,7 @@ def layers_and_inputs(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     return layer, inputs
 
 
+@pytest.mark.slow
 @settings(max_examples=120, deadline=None)
 @given(layers_and_inputs())
 def test_synops_equal_a_count_one_by_one(case: tuple[nn.Module, Tensor]) -> None:

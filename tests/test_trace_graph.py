@@ -216,6 +216,7 @@ def test_in_place_writes_are_followed() -> None:
     assert graph.layers["a"].feeds == ("c",)
 
 
+@pytest.mark.slow
 def test_wrappers_keep_their_names() -> None:
     """DataParallel and compiled wrappers are looked through, with the wrapper's own names."""
     model = nn.Sequential(nn.Linear(4, 8), SequenceLIF(), nn.Linear(8, 2))

@@ -141,6 +141,7 @@ def states(model: nn.Module) -> Iterator[Tensor]:
             yield from (v for k, v in holder.items() if k in ("v", "mem") and isinstance(v, Tensor))
 
 
+@pytest.mark.slow
 def test_traces_nest_and_run_in_threads() -> None:
     """A forward that traces, and many threads at once, give what one trace gives."""
 

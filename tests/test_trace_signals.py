@@ -33,6 +33,7 @@ def test_spike_edges_carry_only_spikes(name: str) -> None:
     assert row.silent <= len(graph.layers) // 2
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(random_nets())
 def test_random_networks(drawn: tuple[nn.Module, Tensor]) -> None:

@@ -85,3 +85,45 @@ print(checked)
 
 # %%
 print(spikenm_fx.report(network, [test[:, :64]], batch_dim=1))
+
+# %% [markdown]
+# ## Run it packed
+#
+# `pack` makes an inference copy that stores kept values and few-bit indices, and measures on your
+# input what runs each layer fastest here. Tutorial 5 saves such weights and loads them elsewhere.
+
+# %%
+engine = spikenm_fx.pack(network, test[:, :64])
+with torch.no_grad():
+    agree = (engine(test).argmax(1) == after.argmax(1)).float().mean()
+print(f"same answers packed: {agree:.2%}")
+
+# %% [markdown]
+# ## From a dense run
+#
+# A network that was trained dense goes on sparse, and so does its optimizer: the parameters stay
+# the same objects, only the mask logits join, in a group without weight decay. `total_steps` are
+# the optimizer steps still to come: epochs * batches per epoch / accumulated batches.
+
+# %%
+dense = SpikingConvNet()
+optimizer = torch.optim.AdamW(dense.parameters(), lr=1e-3)
+
+
+def train_step(batch):
+    scores = dense(direct_code(data.train_images[batch], steps=4))
+    optimizer.zero_grad()
+    F.cross_entropy(scores, data.train_labels[batch]).backward()
+    optimizer.step()
+
+
+batches = torch.randperm(len(data.train_images)).split(BATCH)
+for batch in batches[:10]:
+    train_step(batch)
+
+spikenm_fx.sparsify(dense, "2:4", example_inputs=example, total_steps=10)
+optimizer.add_param_group(spikenm_fx.param_groups(dense, lr=1e-3)[1])
+for batch in batches[10:20]:
+    train_step(batch)
+spikenm_fx.verify(spikenm_fx.fold(dense.eval()), "2:4").raise_if_invalid()
+print("trained dense for ten steps, sparse for ten, with one optimizer")

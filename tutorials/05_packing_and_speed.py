@@ -55,6 +55,32 @@ with torch.no_grad():
 print(f"largest difference of the outputs: {float(same):.2g}\n")
 
 # %% [markdown]
+# ## Save it, load it elsewhere
+# One safetensors file holds the packed layers and, beside them, every other tensor of the model.
+# Where it is loaded, the architecture comes from your code, and `pack` measures anew: the fastest
+# kernels of another machine are others.
+
+# %%
+from spikenm_fx.pack import LayerGeometry, load_packed, pack_weight, save_packed, unpack_weight
+
+checked = spikenm_fx.verify(folded)
+kept = {}
+for layer in checked.layers:
+    if layer.found is not None:
+        module = folded.get_submodule(layer.name)
+        geometry = LayerGeometry.of_layer(module)
+        kept[layer.name] = pack_weight(module.weight.detach(), layer.found, geometry=geometry)
+names = {f"{name}.weight" for name in kept}
+others = {key: value for key, value in folded.state_dict().items() if key not in names}
+save_packed(OUT / "05_packed.safetensors", kept, tensors=others)
+
+weights, others = load_packed(OUT / "05_packed.safetensors")  # from here on: elsewhere
+fresh = SpikingConvNet((32, 64, 64), size=16, inputs=3, hidden=128).eval()
+fresh.load_state_dict(others | {f"{n}.weight": unpack_weight(w) for n, w in weights.items()})
+assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), folded.parameters(), strict=True))
+print(f"{len(weights)} packed layers saved and loaded, bit by bit\n")
+
+# %% [markdown]
 # ## Something to look at
 # The three take turns; medians are shown.  On a busy or small machine dense may well win some
 # layers: then the engine runs those dense, and the table above says so.

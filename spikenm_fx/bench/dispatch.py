@@ -21,10 +21,10 @@ from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positi
 from spikenm_fx.pack import native_status, pack, packing, unpack_weight
 from spikenm_fx.pattern import NM
 
-__all__ = ["main"]
+__all__ = ["main", "small_shapes"]
 
 
-def _small_shapes() -> Iterator[Shape]:
+def small_shapes() -> Iterator[Shape]:
     """Where calls cost as much as sums do: classifiers, one token, one image."""
     yield linear(1, 16, 16)
     yield linear(8, 64, 10)
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
     }
     wanted = {
         f"{shape.name} {pattern} {rate:.0%}": partial(_row, shape, NM.parse(pattern), rate, options)
-        for shape in (*shapes(), *_small_shapes())
+        for shape in (*shapes(), *small_shapes())
         if options.only in shape.name
         for pattern in options.patterns
         for rate in options.rates
@@ -121,7 +121,7 @@ def _row(shape: Shape, nm: NM, rate: float, options: Any) -> dict[str, Any]:
 
 def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By rate, and for small layers alone: the ratios, and how often dense was chosen."""
-    small = {shape.name for shape in _small_shapes()}
+    small = {shape.name for shape in small_shapes()}
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         size = "small" if row["shape"] in small else "large"

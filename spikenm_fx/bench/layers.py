@@ -200,7 +200,7 @@ def _onednn_int8(shape: Shape, weight: Tensor, x: Tensor) -> Timed:
 
 
 def pruned(shape: Shape, weight: Tensor, nm: NM, *, int8: bool) -> PackedWeight:
-    """The weight's largest magnitudes of every block, packed."""
+    """The largest magnitudes of every block of ``weight [*shape.weight]``, packed."""
     view = BlockView(nm, tuple(weight.shape))
     blocks = view.to_blocks(weight)
     kept = torch.zeros_like(blocks).scatter_(1, blocks.abs().topk(nm.keep, dim=1).indices, 1.0)

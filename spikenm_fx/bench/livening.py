@@ -26,6 +26,11 @@ def liven(
     One forward in training mode with momentum 1 makes each norm's statistics those of what it
     really receives.
 
+    Args:
+        model: a spiking network.
+        inputs: arguments of its forward, of any shape that it takes.
+        reset: puts its neurons to rest.
+
     Returns:
         ``model``, in eval mode.
     """
@@ -47,7 +52,10 @@ def liven(
 def rouse(
     model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
 ) -> nn.Module:
-    """Double the parameters of layers before silent neurons until these spike, front to back."""
+    """Double the parameters of layers before silent neurons until these spike, front to back.
+
+    Arguments, shapes among them, as of :func:`liven`.
+    """
     graph = trace(model, inputs)
     drive_harder(
         model, graph, lambda: _silent(model, graph, inputs, reset), factor=2.0, rounds=_ROUNDS

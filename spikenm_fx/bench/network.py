@@ -181,6 +181,11 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
     networks amplify that.  Three figures tell it from an error: ``first_mismatch``, the share in
     the first neuron that differs, whose inputs were still the same; ``layer_mismatch``, the largest
     share in any neuron on the eager model's spikes; and how far eager fp32 is from float64.
+
+    Args:
+        network: model and reset.
+        engine: made of it by ``pack``.
+        x: an input of the network's own shape.
     """
     found = layer_by_layer(network.model, engine, lambda module: module(x), network.reset)
     expected, wanted = spikes_from_rest(network, network.model, x)

@@ -139,6 +139,11 @@ def calibrate_rates(network: Network, x: Tensor, rate: float) -> dict[str, Any]:
     the statistics of what reaches it, and its shift the value at which the next neuron, tried
     alone, has the rate.
 
+    Args:
+        network: model and reset.
+        x: an input of the network's own shape.
+        rate: share of the neurons that fire at each time step.
+
     Returns:
         The mean rate and the rate of each neuron.
     """
@@ -190,6 +195,7 @@ def _shift_at(network: Network, neuron: nn.Module, x: Tensor, rate: float) -> fl
 
 
 def rates_of(network: Network, x: Tensor) -> dict[str, Any]:
+    """Mean firing rate, and that of each neuron layer, on ``x`` of the network's input shape."""
     _, spikes = spikes_from_rest(network, network.model, x)
     rates = {name: float(value.mean()) for name, value in spikes.items()}
     return {"mean": sum(rates.values()) / max(1, len(rates)), "neurons": rates}
@@ -198,7 +204,7 @@ def rates_of(network: Network, x: Tensor) -> dict[str, Any]:
 def spikes_from_rest(
     network: Network, model: nn.Module, x: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The output from rest, and the spikes of every neuron."""
+    """Output from rest on ``x`` of the network's input shape, and the spikes of every neuron."""
     spikes: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

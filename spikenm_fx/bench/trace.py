@@ -114,11 +114,10 @@ def _read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Put ``rows`` in place of those of the same models in the JSON, and in the table beside it."""
+    """Put ``rows`` in place of those of the same models in the JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     merged = {row.model: row for row in (*_read(path), *rows)}
     order = [*ZOO, *(f"repos/{name}" for name in REPOS)]
     kept = sorted(merged.values(), key=lambda row: order.index(row.model))
     report = {"torch": torch.__version__, "rows": [asdict(row) for row in kept]}
     path.write_text(json.dumps(report, indent=1) + "\n")
-    path.with_suffix(".md").write_text(table(kept) + "\n")

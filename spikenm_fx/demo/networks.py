@@ -17,7 +17,7 @@ class AtanSpike(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, distance: Tensor) -> Tensor:
-        """1 where the membrane is at or above the threshold, else 0."""
+        """1 where the membrane is at or above the threshold, else 0, elementwise."""
         ctx.save_for_backward(distance)
         return (distance >= 0).to(distance.dtype)
 

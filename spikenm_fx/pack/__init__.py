@@ -1,5 +1,59 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deploy: packed N:M weights, and the kernels and the engine that run them."""
+"""Deploy: packed N:M weights, and the kernels and the engine that run them.
+
+# How packing works
+
+``pack(model, x)`` takes a folded model and gives back an inference copy of the same class, with the
+same call and the same reset.  It goes through five steps; the model itself is not touched.
+
+**1. The weight becomes values and indices** (:mod:`spikenm_fx.pack.weights.format`).  A row of the
+weight is one output channel; along it run the kernel positions and, innermost, the input channels,
+so that each ``m`` consecutive input channels form one block.  Of a block exactly ``n`` values are
+kept, ascending by position; a block with fewer non-zeros is filled up with explicit zeros.  A 2:4
+weight in fold order:
+
+    row of W    0.3  0    0   -1.2 | 0    0.7  0    0     two blocks of four inputs
+    values      0.3      -1.2      | 0    0.7             two of each block
+    indices     0         3        | 0    1               2 bits each, four to a byte
+
+At 2:4 that is 16 values and 16 two-bit indices for 32 fp32 weights: 0.53 of the bytes. The pattern
+is the sparsest common one that the weight satisfies; a weight with none is packed as 1:1, which
+stores it whole. ``unpack_weight(pack_weight(w, nm)) == w`` bit for bit, unless a narrower ``dtype``
+was asked for. This form alone is saved (:mod:`spikenm_fx.pack.weights.files`, safetensors with a
+checksum); nothing in it depends on the processor.
+
+**2. Norms fold, neurons fuse** (:mod:`spikenm_fx.pack.engine`). The trace of the model on the
+examples says which layer feeds which norm and which neuron. A batch norm that a layer alone feeds
+is multiplied into its weight and bias. A neuron whose update rule is known (charge, leak,
+threshold, reset; see :class:`spikenm_fx.trace.neurons.spec.NeuronSpec`) and that a layer alone
+drives runs inside that layer's kernel, over all time steps, with its membrane in the attribute
+where its framework keeps it. What is not known keeps its own ``forward``; the report says why.
+
+**3. Spikes stay bits.**  Between fused layers spikes travel as one bit per channel
+(:mod:`spikenm_fx.pack.engine.spikes`), 64 channels to a word.  Sums and average pools of spikes,
+such as residual connections, are small integers and stay bit planes.  A packed layer returns a
+tensor that is not there yet (:mod:`spikenm_fx.pack.engine.lazy`): a fused neuron takes it as it is,
+any other operation simply gets the values.  Laziness decides what is computed together, never what.
+
+**4. Kernels read layouts of their own** (:mod:`spikenm_fx.pack.kernels.layouts`), derived from the
+packed weight when it is loaded, never stored. ``fma`` gathers the inputs of the kept weights and
+takes any input; ``lut`` looks the sums of short groups of spikes up in tables and does not depend
+on the firing rate; ``event`` adds up the weights of the inputs that spike, and gains the more the
+fewer do; ``event8`` does so in integers for int8 weights. ``reference`` is the same in plain torch,
+and what runs where no kernels are compiled. fp32 results differ from dense by the order of
+summation alone.
+
+**5. What is fastest is measured** (:mod:`spikenm_fx.pack.engine.choose`). On your examples every
+layer's candidates take turns, torch's own dense layer in both memory formats among them; a kernel
+must beat dense by five per cent, or the layer stays dense. ``packing(engine)`` is the report: per
+layer the choice, the times, the firing rate and, where a layer stayed dense or a neuron unfused,
+the reason. A file that is half as large does not mean half the memory at run time: the layouts that
+the fastest kernels read may be as large as dense weights.
+
+**Is it the same network?**  Rounding can move a membrane that lies on its threshold to the other
+side, and a deep network amplifies one such spike.  :mod:`spikenm_fx.pack.check` therefore compares
+engine and model neuron by neuron, each on the model's own spikes, and tells such ties from errors.
+"""
 
 from spikenm_fx.native.library import NativeStatus, native_status
 from spikenm_fx.pack.api import pack, packing

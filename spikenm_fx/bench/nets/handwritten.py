@@ -19,7 +19,7 @@ class Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-        """1 where x > 0."""
+        """1 where x > 0, elementwise."""
         ctx.save_for_backward(x)
         return (x > 0).to(x)
 
@@ -39,7 +39,7 @@ class SequenceLIF(nn.Module):
         self.act: Callable[[Tensor], Tensor] = Step.apply
 
     def forward(self, x: Tensor) -> Tensor:
-        """Currents to spikes."""
+        """``[T, ...]`` currents to spikes of the same shape."""
         mem = torch.zeros_like(x[0])
         out = []
         for t in range(x.shape[0]):
@@ -63,7 +63,7 @@ class StatefulLIF(nn.Module):
         self.mem = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """One step."""
+        """One step: ``[N, ...]`` currents to spikes of the same shape; the membrane stays."""
         mem = x if self.mem is None else self.mem * self.decay + x
         spike = Step.apply(mem - self.threshold)  # type: ignore[no-untyped-call]
         self.mem = mem - self.threshold * spike

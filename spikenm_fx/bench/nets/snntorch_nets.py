@@ -54,7 +54,7 @@ class Recurrent(nn.Module):
 
 
 class Synaptic(nn.Module):
-    """Second-order neurons."""
+    """Linear layers with second-order neurons, synaptic current and membrane handed on."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chapters on running packed weights: layers, what ``pack`` chooses, networks, their spikes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from spikenm_fx.bench.dispatch import small_shapes
+from spikenm_fx.bench.profile import REST
+from spikenm_fx.bench.tables.chapter import (
+    Chapter,
+    Result,
+    markdown,
+    percent,
+    spread,
+    times,
+)
+
+__all__ = ["CHAPTERS"]
+
+
+def _threads(result: Result) -> str:
+    count = int(result["machine"]["threads"])
+    return f"{count} thread" + "s" * (count != 1)
+
+
+def _layers(*results: Result) -> str:
+    """Median and least ratio of the fastest packed kernel of each shape."""
+    rows = [
+        [key.removeprefix("auto "), _threads(result), times(group["median"]), times(group["least"])]
+        for result in results
+        for key, group in result["summary"].items()
+    ]
+    shapes = len({row["shape"] for row in results[0]["rows"]})
+    return f"{shapes} linear and convolution shapes.\n\n" + markdown(
+        ["weights, spikes", "threads", "median", "least"], rows
+    )
+
+
+def _dispatch(one: Result, two: Result, busy_one: Result, busy_two: Result) -> str:
+    groups = one["summary"]
+    rates = [key.split(" at ")[1] for key in groups if key.startswith("large layers, 2:4 at ")]
+    rows = []
+    for size in ("large", "small"):
+        found = [groups[f"{size} layers, 2:4 at {rate}"] for rate in rates]
+        rows.append([f"{found[0]['of']} {size} layers", *map(spread, found)])
+        rows.append([f"{size}: dense chosen", *(f"{g['dense']} of {g['of']}" for g in found)])
+    parts = [markdown(["2:4, median / least", *rates], rows), "Other weights and conditions:"]
+    rows = [
+        [key, words, g["of"], spread(g), g["dense"]]
+        for words, result in (
+            ("1 thread", one),
+            ("2 threads", two),
+            ("1 thread beside processes that keep both cores busy", busy_one),
+            ("2 threads beside one busy process", busy_two),
+        )
+        for key, g in result["summary"].items()
+        if result is not one or ", 2:4 " not in key
+    ]
+    head = ["layers", "where", "number", "median / least", "dense chosen"]
+    return "\n\n".join([*parts, markdown(head, rows), "Small layers at 15 %:", _small(one)])
+
+
+def _small(result: Result) -> str:
+    """Where we lose: the calls that take microseconds."""
+    small = {shape.name for shape in small_shapes()}
+    cells = (
+        [r["shape"], f"{1e3 * r['ms']['dense']:.0f} µs", r["choice"], times(r["over_dense"])]
+        for r in result["rows"]
+        if (r["pattern"], r["rate"]) == ("2:4", 0.15) and r["shape"] in small
+    )
+    return markdown(["layer", "torch's own", "chosen", "over torch"], cells)
+
+
+def _networks(one: Result, two: Result) -> str:
+    means = markdown(
+        ["geometric means over all rows", *map(_threads, (one, two))],
+        [
+            [words, *(times(result["summary"][key]) for result in (one, two))]
+            for words, key in (
+                ("over eager", "over_eager"),
+                ("over torch.compile", "over_compiled"),
+                ("int8 over eager fp32", "int8_over_eager"),
+                ("int8 over torch.compile fp32", "int8_over_compiled"),
+            )
+        ],
+    )
+    return "\n\n".join([means, *(_by_network(result) for result in (one, two)), _kinds(one, two)])
+
+
+def _by_network(result: Result) -> str:
+    head = ["over eager", "over torch.compile", "int8 over eager fp32"]
+    keys = ("over_eager", "over_compiled", "int8_over_eager")
+    rows = [
+        [row["network"], row["pattern"], row["batch"], percent(row["rates"]["mean"])]
+        + [times(row[key]) for key in keys]
+        + [times(row["bytes"]["packed"] / row["bytes"]["dense"])]
+        + [times(row["bytes"]["resident"] / row["bytes"]["dense"])]
+        for row in result["rows"]
+    ]
+    head = [_threads(result), "pattern", "batch", "firing", *head, "file bytes", "memory"]
+    return markdown(head, rows)
+
+
+def _kinds(*results: Result) -> str:
+    """Python between the kernels, and attention, as shares of a packed network's time."""
+    rows = [
+        [_threads(result), f"batch {batch}", *(_range(result, batch, k) for k in (REST, ATTENTION))]
+        for result in results
+        for batch in sorted({row["batch"] for row in result["rows"]})
+    ]
+    return markdown(["share of the time, least to most", "", REST, ATTENTION], rows)
+
+
+ATTENTION = "attention"
+
+
+def _range(result: Result, batch: int, kind: str) -> str:
+    shares = [r["profile"].get(kind, 0.0) for r in result["rows"] if r["batch"] == batch]
+    return f"{percent(min(shares), digits=0)} to {percent(max(shares), digits=0)}"
+
+
+def _spikes(*results: Result) -> str:
+    """How much the engine's spikes differ from eager torch's, and torch's from itself."""
+    rows: list[dict[str, Any]] = [row for result in results for row in result["rows"]]
+
+    def most(key: str) -> str:
+        return f"{max(row[key] for row in rows):.1e}"
+
+    cells = [
+        ["any neuron, fed what the eager model's neurons emit", most("layer_mismatch")],
+        ["free run, first neuron that differs", most("first_mismatch")],
+        ["free run, all spikes", most("spike_mismatch")],
+        ["torch in channels_last against eager, all spikes", most("channels_last_mismatch")],
+        ["rows with all predictions equal", _share(rows, lambda r: r["same_predictions"] == 1)],
+    ]
+    return markdown(["share of spikes that differ", "most of all rows"], cells)
+
+
+def _share(rows: Iterable[Any], holds: Callable[[Any], bool]) -> str:
+    verdicts = [holds(row) for row in rows]
+    return f"{sum(verdicts)} of {len(verdicts)}"
+
+
+CHAPTERS = (
+    Chapter(
+        "Packed layers",
+        ("layers-1t", "layers-2t"),
+        "python -m spikenm_fx.bench layers --rates 0.05 0.15 --repeats 5 (and --threads 2)",
+        _layers,
+        "Over the best dense fp32 path of torch (eager, channels_last, inductor with freezing), "
+        "exact up to summation order; the fastest packed kernel of each shape.",
+    ),
+    Chapter(
+        "Packed layers, int8",
+        ("layers-int8-1t", "layers-int8-2t"),
+        "python -m spikenm_fx.bench layers --int8 --patterns 2:4 --rates 0.1 --repeats 5 "
+        "(and --threads 2)",
+        _layers,
+        "Over dense fp32, and over oneDNN's dense int8, which is given and leaves quantised "
+        "tensors, while ours writes fp32, four times the bytes. On CPUs with AMX dense int8 beats "
+        "our int8 kernels.",
+    ),
+    Chapter(
+        "What pack chooses",
+        ("dispatch-1t", "dispatch-2t", "dispatch-1t-busy2", "dispatch-2t-busy1"),
+        "python -m spikenm_fx.bench dispatch (and --threads 2, --busy 2, --patterns 1:1)",
+        _dispatch,
+        "The engine over the layer as torch runs it. We lose where a call takes microseconds: "
+        "`pack` keeps torch's layer there, and our Python is a share of it. At 2:4 the lookup "
+        "kernel does not depend on the rate, so no large layer is better dense; with weights that "
+        "are dense (1:1) `pack` keeps torch's layer at high rates.",
+    ),
+    Chapter(
+        "Packed networks",
+        ("network-1t", "network-2t"),
+        "python -m spikenm_fx.bench network --int8 (and --threads 2)",
+        _networks,
+        "T=4. Least gained is at batch 1, where Python between the kernels counts most; "
+        "attention stays torch's. The file of a 2:4 model is about half as large, but memory at "
+        "run time is not saved: the layouts that the fastest kernels read are as large as dense "
+        "weights or larger. `pack` times its kernels and torch's dense one inside the engine, on "
+        "the examples' spikes, and keeps the fastest: dense stays for analog inputs, tiny layers "
+        "and dense weights at high firing rates.",
+    ),
+    Chapter(
+        "The same spikes",
+        ("network-1t", "network-2t"),
+        "python -m spikenm_fx.bench network --int8 (and --threads 2)",
+        _spikes,
+        "In free runs one membrane within rounding of its threshold fires otherwise, and networks "
+        "amplify it; torch amplifies its own rounding alike. The tests ask for less than 1 in "
+        "10,000 in SpikingJelly, snnTorch, Norse and sinabs models.",
+    ),
+)
