@@ -77,6 +77,18 @@ def tools(tmp_path, monkeypatch):
     return folder
 
 
+def _python(script: str) -> subprocess.Popen[str]:
+    """Start an interpreter of its own with this package, wherever that lies."""
+    path = os.pathsep.join([str(SOURCES.parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+    )
+
+
 def _library_names(cache: Path) -> list[str]:
     return [path.parent.name for path in cache.rglob(library_name())]
 
@@ -102,7 +114,7 @@ def test_processes_that_start_together_compile_once(tools, tmp_path):
     go = tmp_path / "go"
     _cmake(
         tools,
-        f'n=0; while [ ! -e {go} ] && [ $n -lt {10 * WAIT_S} ]; do sleep 0.1; n=$((n+1)); done; '
+        f"n=0; while [ ! -e {go} ] && [ $n -lt {10 * WAIT_S} ]; do sleep 0.1; n=$((n+1)); done; "
         f'echo library > "$scratch/{library_name()}"',
     )
     script = (
@@ -111,11 +123,7 @@ def test_processes_that_start_together_compile_once(tools, tmp_path):
         "spikenm_fx.native.__path__ = []\n"
         "print(cached_library().origin)"
     )
-    command = [sys.executable, "-c", script]
-    root = str(SOURCES.parent.parent)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    processes = [_python(script) for _ in range(2)]
     said: list[str] = []
 
     def listen(process: subprocess.Popen) -> None:
@@ -155,6 +163,24 @@ def test_compiling_can_be_forbidden(tools, monkeypatch):
     with pytest.raises(BuildError, match="SPIKENM_FX_BUILD=0"):
         cached_library()
     assert not (tools / "calls").exists()
+
+
+@posix
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_running_without_kernels_is_said_once(tools, monkeypatch, forbidden):
+    """An install hides that nothing was compiled: the first use tells, unless asked for."""
+    monkeypatch.setenv("CXX", str(tools / "nowhere"))
+    if forbidden:
+        monkeypatch.setenv("SPIKENM_FX_BUILD", "0")
+    process = _python(
+        "import spikenm_fx.native.build\n"
+        "from spikenm_fx.pack import native_status\n"
+        "spikenm_fx.native.__path__ = []\n"
+        "print(native_status().available, native_status().available)"
+    )
+    answer, said = process.communicate(timeout=WAIT_S)
+    assert answer.split() == ["False", "False"]
+    assert said.count("run on torch alone: the kernels are not compiled") == (not forbidden)
 
 
 @posix
@@ -273,7 +299,7 @@ def test_the_refusal_names_the_field_and_its_places(monkeypatch):
     """Loading compares: what is reported is the field, both places, and what to do."""
 
     class Narrow(ctypes.Structure):
-        _fields_ = [  # noqa: RUF012  # ctypes reads a plain list
+        _fields_ = [  # ctypes reads a plain list
             (name, ctypes.c_double if name == "gain" else kind)
             for name, kind in MIRRORS["snm_draws"]._fields_
         ]

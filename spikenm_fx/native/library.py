@@ -9,6 +9,8 @@ runtime lacks that entry point, kernels run on one thread.
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -38,6 +40,8 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 
 LEVELS = ("baseline", "v3", "v4", "amx")
 ABI_VERSION = 4
+
+_log = logging.getLogger("spikenm_fx.native")
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 _u32, _f32 = ctypes.c_uint32, ctypes.c_float
@@ -187,6 +191,10 @@ def _library() -> tuple[ctypes.CDLL | None, NativeStatus]:
         built = cached_library(sanitize=wants_sanitizers())
         library = load_library(built.path)
     except (BuildError, OSError) as error:
+        if os.environ.get("SPIKENM_FX_BUILD") != "0":  # else it was asked for
+            # pip shows nothing of what a build says: this is where the user gets to know.
+            reason = str(error).splitlines()[0]
+            _log.warning("packed layers and mask draws run on torch alone: %s", reason)
         return None, NativeStatus(False, reason=str(error))
     levels = tuple(n for i, n in enumerate(LEVELS) if library.snm_level(_i32(i)))
     parallel = _gomp_parallel()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine compiles with: the C++ compiler, CMake, and which of them a build belongs to."""
+"""The C++ compiler and CMake of this machine, and what of them a compiled library depends on."""
 
 from __future__ import annotations
 
