@@ -31,7 +31,6 @@ from pathlib import Path
 
 import spikenm_fx.native
 from spikenm_fx.native.toolchain import (
-    TIMEOUT_S,
     BuildError,
     command_output,
     find_cmake,
@@ -157,9 +156,7 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout:
             _log.warning("waiting for another process, which compiles the kernels")
-            lock.acquire(timeout=TIMEOUT_S)
-    except Timeout as error:
-        raise BuildError(f"another process holds {error.lock_file} for too long") from error
+            lock.acquire()  # which a process that ends gives back
     except (OSError, NotImplementedError) as error:
         raise BuildError(f"the kernels cannot be written to {folder}: {error}") from error
     try:
