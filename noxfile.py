@@ -7,13 +7,20 @@ from pathlib import Path
 
 import nox
 
-nox.options.sessions = ["tests", "lint", "types", "build"]
+nox.options.sessions = ["tests", "lint", "types", "wheel"]
 nox.options.default_venv_backend = "virtualenv"  # pip finds a local torch wheel, uv does not
 nox.options.reuse_existing_virtualenvs = True
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
 ALL_INSTALLED = {"SPIKENM_FX_ALL_INSTALLED": "1"}  # a test that skips for a package fails
 TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
+NO_BUILD = {"SPIKENM_FX_BUILD": "0"}  # only what was compiled at install
+KERNEL_TESTS = (
+    "tests/test_pack_kernels.py",
+    "tests/test_pack_counts.py",
+    "tests/test_native_sampler.py",
+)
+WHEEL_TESTS = ("tests/test_pack_kernels.py", "tests/test_native_sampler.py")  # no framework needed
 PROJECT = nox.project.load_toml("pyproject.toml")
 
 
@@ -83,14 +90,9 @@ def sanitize(session: nox.Session) -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # the interpreter itself never frees everything
         "UBSAN_OPTIONS": "halt_on_error=1",
     }
-    kernels = [
-        "tests/test_pack_kernels.py",
-        "tests/test_pack_counts.py",
-        "tests/test_native_sampler.py",
-    ]
     # A sanitizer ends the process: what pytest captures of its last words would be lost.
     visible = ("pytest", "-q", "--capture=sys")
-    session.run("python", "-m", *visible, *(session.posargs or kernels), env=checked)
+    session.run("python", "-m", *visible, *(session.posargs or KERNEL_TESTS), env=checked)
 
 
 @nox.session
@@ -137,17 +139,62 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
-def build(session: nox.Session) -> None:
-    """Source distribution and wheel, and the command line of the installed wheel."""
-    session.install(*groups("build", "demo"))
-    out = Path(session.create_tmp()) / "dist"
-    shutil.rmtree(out, ignore_errors=True)
-    session.run("python", "-m", "build", "--outdir", str(out), ".")
-    (wheel,) = out.glob("*.whl")
-    session.install("--force-reinstall", "--no-deps", str(wheel))
-    session.install(*groups("torch"), str(wheel))
-    session.chdir(out)  # away from the sources: what runs is what was installed
-    session.run("spikenm-fx", "--version")
+def wheel(session: nox.Session) -> None:
+    """Source distribution and manylinux wheel; the wheel's kernels in a clean environment."""
+    session.install(*groups("wheel"))
+    built, repaired = empty_folders(session, "dist", "manylinux")
+    session.run(
+        *("python", "-m", "build", "--outdir", str(built), "."),
+        env={"SPIKENM_FX_REQUIRE_KERNELS": "1"},
+    )
+    (platform_wheel,) = built.glob("*.whl")
+    session.run("auditwheel", "show", str(platform_wheel))
+    session.run("auditwheel", "repair", "--wheel-dir", str(repaired), str(platform_wheel))
+    (portable,) = repaired.glob("*manylinux*.whl")
+    python = clean_environment(session, portable, "pytest", "hypothesis")
+    status = kernel_status(session, python)
+    if "origin='wheel'" not in status:
+        session.error(f"the wheel carries no kernels: {status}")
+    tests = [str(Path(test).resolve()) for test in WHEEL_TESTS]
+    session.chdir(python.parent.parent)  # away from the sources: what runs is what was installed
+    session.run(
+        *(str(python), "-m", "pytest", "-q", *tests), external=True, env=ONE_THREAD | NO_BUILD
+    )
+
+
+@nox.session
+def without_compiler(session: nox.Session) -> None:
+    """Where nothing compiles the package installs, says so, and runs on torch's layers."""
+    session.install(*groups("wheel"))
+    (built,) = empty_folders(session, "dist")
+    said = session.run(
+        *("python", "-m", "build", "--wheel", "--outdir", str(built), "."),
+        silent=True,
+        env={"PATH": session.bin, "CXX": "/nowhere/c++"},  # CMake looks in /usr/bin by itself
+    )
+    if "WITHOUT its compiled kernels" not in str(said):
+        session.error(f"the build does not say that the kernels are left out:\n{said}")
+    (pure,) = built.glob("*-none-any.whl")
+    python = clean_environment(session, pure)
+    status = kernel_status(session, python)
+    if "available=False" not in status:
+        session.error(f"there should be no kernels: {status}")
+    session.run(str(python.with_name("spikenm-fx")), "--version", external=True)
+
+
+@nox.session
+def aarch64(session: nox.Session) -> None:
+    """Cross-compile the kernels for 64-bit Arm; needs Debian's g++-aarch64-linux-gnu."""
+    session.install("cmake", "ninja")
+    (build,) = empty_folders(session, "aarch64")
+    source = Path("spikenm_fx/native").resolve()
+    toolchain = f"-DCMAKE_TOOLCHAIN_FILE={source / 'aarch64-linux-gnu.cmake'}"
+    session.run("cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), toolchain)
+    session.run("cmake", "--build", str(build))
+    header = (build / "libspikenm_kernels.so").read_bytes()[:20]
+    elf_class, machine = header[4], int.from_bytes(header[18:20], "little")
+    if header[:4] != b"\x7fELF" or (elf_class, machine) != (2, 183):
+        session.error(f"not a 64-bit Arm library: class {elf_class}, machine {machine}")
 
 
 @nox.session
@@ -158,3 +205,31 @@ def newest(session: nox.Session) -> None:
     session.install("--no-deps", *groups("frameworks"))
     install_package(session)
     session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
+
+
+def empty_folders(session: nox.Session, *names: str) -> list[Path]:
+    """Folders in the session's temporary one, without what an earlier run left there."""
+    folders = [Path(session.create_tmp()).resolve() / name for name in names]
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    return folders
+
+
+def clean_environment(session: nox.Session, wheel: Path, *others: str) -> Path:
+    """Interpreter of a new environment with this wheel and what it depends on, nothing else."""
+    (folder,) = empty_folders(session, "clean")
+    session.run("python", "-m", "venv", str(folder))
+    python = folder / "bin" / "python"
+    wanted = (*groups("demo"), *others, str(wheel))
+    session.run(str(python), "-m", "pip", "install", "--quiet", *wanted, external=True)
+    return python
+
+
+def kernel_status(session: nox.Session, python: Path) -> str:
+    """What the package in an environment says about its kernels, having compiled none."""
+    script = "from spikenm_fx.pack import native_status; print(native_status())"
+    command = (str(python), "-P", "-c", script)  # -P: not the sources in this folder
+    status = str(session.run(*command, silent=True, external=True, env=NO_BUILD)).strip()
+    session.log(status)
+    return status

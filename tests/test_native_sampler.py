@@ -18,8 +18,8 @@ from torch import Tensor
 from spikenm_fx.masks import native
 from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
-from spikenm_fx.native.build import find_compiler
 from spikenm_fx.native.library import native_status
+from spikenm_fx.native.toolchain import find_compiler
 
 STATUS = native_status()
 needs_kernels = pytest.mark.skipif(not STATUS.available, reason=f"no kernels: {STATUS.reason}")

@@ -1,61 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile the kernels: by pip when a wheel is built, else once per user, else not at all.
+"""Find the compiled kernels, or compile them: pip does at install, this module at first use.
 
-``python -m spikenm_fx.native.build`` compiles into the per-user cache and prints where; with
-``--sanitize`` it makes the AddressSanitizer/UBSan library.  This file needs neither torch nor the
-rest of the package: the packaging backend loads it by its path.
+An installed package carries the library.  In a source tree, or where the sources have changed
+since they were installed, CMake compiles them once per user, compiler and C library; processes
+that start together wait for the one that compiles, and a line in the log says so.
+``python -m spikenm_fx.native.build`` does it ahead of time and prints where the library is; with
+``--sanitize`` it makes the AddressSanitizer/UBSan library.
 
 Environment:
     CXX: the compiler; else ``c++``, ``g++`` or ``clang++`` on the path.
     SPIKENM_FX_CACHE: folder for compiled kernels; else ``$XDG_CACHE_HOME/spikenm_fx``.
     SPIKENM_FX_BUILD: ``0`` forbids compiling at first use; dense torch then serves.
     SPIKENM_FX_SANITIZE: ``1`` uses the sanitizer build.
+    SPIKENM_FX_REQUIRE_KERNELS: ``1`` lets ``pip install`` fail where it cannot compile.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import logging
 import os
-import platform
-import shlex
-import shutil
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["BuildError", "Built", "build", "cached_library", "find_compiler", "library_name"]
-
-SOURCES = Path(__file__).parent / "csrc"
-BUNDLED = Path(__file__).parent / "_native"  # where a wheel carries the library
-TIMEOUT_S = 600
-
-COMMON = (
-    "-std=c++17",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-ffp-contract=off",  # every ISA level rounds alike, and as torch's unfused operations do
-    "-Wno-psabi",
+import spikenm_fx.native
+from spikenm_fx.native.toolchain import (
+    BuildError,
+    command_output,
+    find_cmake,
+    find_compiler,
+    find_program,
+    sanitizer_runtimes,
+    toolchain_identity,
 )
-RELEASE = ("-O3",)
-SANITIZE = ("-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined")
 
-X86_LEVELS = {
-    "baseline": ("-march=x86-64",),
-    "v3": ("-march=x86-64-v3",),
-    "v4": ("-march=x86-64-v4", "-mprefer-vector-width=512"),
-}
-# Left out where the compiler or the system does not know it.
-AMX = ("-march=x86-64-v4", "-mprefer-vector-width=512", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
-OTHER_LEVELS: dict[str, tuple[str, ...]] = {"baseline": ()}
+__all__ = ["Built", "build", "build_key", "cached_library", "source_hash"]
 
+PROJECT = Path(__file__).parent
+STAMP = "SOURCES"  # holds the hash of what the library beside it was compiled from
 
-class BuildError(RuntimeError):
-    """The kernels could not be compiled; the message holds the compiler's own words."""
+_log = logging.getLogger("spikenm_fx.native")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +54,7 @@ class Built:
 
     Attributes:
         path: of the shared library.
-        origin: ``"wheel"``, ``"cache"`` or ``"built"``.
+        origin: ``"wheel"`` (compiled when the package was installed), ``"cache"`` or ``"built"``.
     """
 
     path: Path
@@ -76,37 +66,35 @@ def library_name() -> str:
     return "libspikenm_kernels" + (".dll" if sys.platform == "win32" else ".so")
 
 
-def find_compiler() -> list[str] | None:
-    """The C++ compiler's command, or None where there is none."""
-    chosen = os.environ.get("CXX")
-    if chosen:
-        command = shlex.split(chosen)
-        return command if shutil.which(command[0]) else None
-    for name in ("c++", "g++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    return None
-
-
-def levels() -> dict[str, tuple[str, ...]]:
-    """ISA levels that are compiled on this architecture, with their flags."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return X86_LEVELS if x86 else OTHER_LEVELS
-
-
 def wants_sanitizers() -> bool:
     """Whether the environment asks for the sanitizer build."""
     return os.environ.get("SPIKENM_FX_SANITIZE", "0") not in ("", "0")
 
 
-def source_hash(*, sanitize: bool = False) -> str:
-    """Key of a build: sources, flags and architecture."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    flags = (COMMON, SANITIZE if sanitize else RELEASE, sorted(levels().items()), AMX)
-    digest.update(repr((flags, platform.machine(), sys.platform)).encode())
-    return digest.hexdigest()[:20]
+def source_hash(project: Path = PROJECT) -> str:
+    """SHA-256 of the kernels' sources, as ``CMakeLists.txt`` computes it.
+
+    Args:
+        project: folder with ``CMakeLists.txt`` and ``csrc``.
+    """
+    sources = sorted(p for p in (project / "csrc").iterdir() if p.suffix in (".cpp", ".h"))
+    files = [*sources, project / "CMakeLists.txt"]
+    hashes = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
+
+
+def build_key(compiler: list[str], *, sanitize: bool = False) -> str:
+    """Name of a build in the cache: sources, compiler, its flags, architecture and C library.
+
+    Args:
+        compiler: the command.
+        sanitize: of the sanitizer build.
+
+    Raises:
+        BuildError: if the compiler cannot be run.
+    """
+    parts = (source_hash(), *toolchain_identity(compiler), str(sanitize))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 def cache_folder() -> Path:
@@ -117,85 +105,108 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spikenm_fx"
 
 
-def cached_library(*, sanitize: bool = False, may_build: bool = True) -> Built:
-    """The library of these sources: from the wheel, from the cache, or compiled now.
+def cached_library(*, sanitize: bool = False) -> Built:
+    """The library of these sources: as installed, from the cache, or compiled now.
+
+    Args:
+        sanitize: the sanitizer build, which no installed package carries.
 
     Raises:
         BuildError: if there is none and it cannot be, or must not be, compiled.
     """
-    bundled = BUNDLED / library_name()
-    if not sanitize and bundled.is_file():
-        stamp = BUNDLED / "SOURCES"
-        if stamp.is_file() and stamp.read_text().strip() == source_hash():
-            return Built(bundled, "wheel")
-    path = cache_folder() / source_hash(sanitize=sanitize) / library_name()
-    if path.is_file():
+    installed = None if sanitize else _installed_library()
+    if installed is not None:
+        return Built(installed, "wheel")
+    compiler = find_compiler()
+    if compiler is None:
+        raise BuildError(
+            "the kernels are not compiled and no C++ compiler was found; install one, or name it "
+            "in CXX, and run pip install again"
+        )
+    folder = cache_folder() / build_key(compiler, sanitize=sanitize)
+    if (path := folder / library_name()).is_file():
         return Built(path, "cache")
-    if not may_build or os.environ.get("SPIKENM_FX_BUILD") == "0":
+    if os.environ.get("SPIKENM_FX_BUILD") == "0":
         raise BuildError("the kernels are not compiled, and SPIKENM_FX_BUILD=0 forbids it")
-    build(path.parent, sanitize=sanitize)
-    return Built(path, "built")
+    with _one_at_a_time(folder):
+        if path.is_file():
+            return Built(path, "cache")
+        return Built(build(folder, sanitize=sanitize), "built")
+
+
+def _installed_library() -> Path | None:
+    # An editable install has two folders: the sources, and where pip put what it compiled.
+    for folder in spikenm_fx.native.__path__:
+        library = Path(folder, "_native", library_name())
+        stamp = library.with_name(STAMP)
+        if library.is_file() and stamp.is_file() and stamp.read_text().strip() == source_hash():
+            return library
+    return None
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Hold the lock of a build; other processes and threads wait for it, and say that they do."""
+    from filelock import FileLock, Timeout  # torch depends on it
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            _log.warning("waiting for another process, which compiles the kernels")
+            lock.acquire()  # which a process that ends gives back
+    except (OSError, NotImplementedError) as error:
+        raise BuildError(f"the kernels cannot be written to {folder}: {error}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def build(folder: Path, *, sanitize: bool = False) -> Path:
-    """Compile every ISA level and link them into ``folder``; the library appears atomically.
+    """Compile every ISA level into ``folder``; the library appears there in one step.
+
+    Args:
+        folder: made if need be.
+        sanitize: with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    Returns:
+        Path of the library.
 
     Raises:
-        BuildError: if no compiler is found or it fails.
+        BuildError: if compiler or CMake are missing or fail, or ``folder`` cannot be written.
     """
-    compiler = find_compiler()
+    compiler, cmake = find_compiler(), find_cmake()
     if compiler is None:
         raise BuildError("no C++ compiler was found; install one, or name it in CXX")
+    if cmake is None:
+        raise BuildError(
+            "the kernels are not compiled and no CMake was found: pip install cmake ninja, or "
+            "install the package, which compiles them: pip install -e ."
+        )
+    _log.warning("compiling the kernels, once for these sources (about a minute)")
+    start = time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            finished = _compile(compiler, Path(scratch), sanitize=sanitize)
-            os.replace(finished, folder / library_name())
+            _run_cmake(cmake, Path(scratch), sanitize=sanitize)
+            for name in (STAMP, library_name()):
+                os.replace(Path(scratch, name), folder / name)
     except OSError as error:
         raise BuildError(f"the kernels cannot be written to {folder}: {error}") from error
+    _log.info("compiled the kernels in %.0f s: %s", time.monotonic() - start, folder)
     return folder / library_name()
 
 
-def _compile(compiler: list[str], scratch: Path, *, sanitize: bool) -> Path:
-    flags = [*COMMON, *(SANITIZE if sanitize else RELEASE)]
-    x86 = ["-DSNM_X86"] if "v4" in levels() else []
-    objects = [scratch / "dispatch.o"]
-    isas = dict(levels())
-    if x86 and _knows_amx(compiler):
-        isas["amx"] = AMX
-        x86.append("-DSNM_AMX")
-    jobs = [[*compiler, *flags, *x86, "-c", str(SOURCES / "dispatch.cpp"), "-o", str(objects[0])]]
-    for level, isa in isas.items():
-        objects.append(scratch / f"{level}.o")
-        table = [f"-DSNM_TABLE=snm_kernels_{level}", f'-DSNM_NAME="{level}"']
-        source = str(SOURCES / "kernels.cpp")
-        jobs.append([*compiler, *flags, *x86, *isa, *table, "-c", source, "-o", str(objects[-1])])
-    for job in jobs:
-        _run(job)
-    library = scratch / library_name()
-    _run([*compiler, *flags, "-shared", *map(str, objects), "-o", str(library)])
-    return library
-
-
-def _knows_amx(compiler: list[str]) -> bool:
-    if sys.platform != "linux":
-        return False
-    try:
-        _run([*compiler, *AMX, "-x", "c++", "-fsyntax-only", "/dev/null"])
-    except BuildError:
-        return False
-    return True
-
-
-def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise BuildError(f"{command[0]} could not be run: {error}") from error
-    if done.returncode:
-        raise BuildError(f"{shlex.join(command)}\nfailed:\n{done.stderr[-4000:]}")
+def _run_cmake(cmake: str, scratch: Path, *, sanitize: bool) -> None:
+    configure = [cmake, "-S", str(PROJECT), "-B", str(scratch)]
+    configure += [f"-DSPIKENM_SANITIZE={'ON' if sanitize else 'OFF'}"]
+    if ninja := find_program("ninja"):
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    command_output(configure)
+    command_output([cmake, "--build", str(scratch), "--parallel", str(os.cpu_count() or 1)])
 
 
 def main() -> None:
@@ -207,35 +218,14 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.preload:
-            sys.stdout.write(sanitizer_runtimes() + "\n")
-            return
-        if options.into:
-            path = build(options.into, sanitize=options.sanitize)
+            answer = sanitizer_runtimes()
+        elif options.into:
+            answer = str(build(options.into, sanitize=options.sanitize))
         else:
-            path = cached_library(sanitize=options.sanitize).path
+            answer = str(cached_library(sanitize=options.sanitize).path)
     except BuildError as error:
         sys.exit(f"{error}")
-    sys.stdout.write(f"{path}\n")
-
-
-def sanitizer_runtimes() -> str:
-    """The sanitizer libraries that must be preloaded into Python, as LD_PRELOAD wants them.
-
-    Raises:
-        BuildError: if no compiler is found.
-    """
-    compiler = find_compiler()
-    if compiler is None:
-        raise BuildError("no C++ compiler was found; install one, or name it in CXX")
-    # libstdc++ too: its interceptors must find it loaded, which Python alone does not do.
-    names = ("libasan.so", "libubsan.so", "libstdc++.so.6")
-    found = (
-        subprocess.run(
-            [*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        for name in names
-    )
-    return ":".join(str(Path(path).resolve()) for path in found if Path(path).is_file())
+    sys.stdout.write(f"{answer}\n")
 
 
 if __name__ == "__main__":

@@ -9,13 +9,18 @@ runtime lacks that entry point, kernels run on one thread.
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from spikenm_fx.native.mirror import check_mirrors
+
 __all__ = [
     "KERNELS",
+    "MIRRORS",
     "Call",
     "Draws",
     "Geometry",
@@ -25,6 +30,7 @@ __all__ = [
     "Neuron",
     "available_kernels",
     "kernels",
+    "load_library",
     "native_status",
 ]
 
@@ -34,6 +40,8 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 
 LEVELS = ("baseline", "v3", "v4", "amx")
 ABI_VERSION = 4
+
+_log = logging.getLogger("spikenm_fx.native")
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 _u32, _f32 = ctypes.c_uint32, ctypes.c_float
@@ -124,6 +132,16 @@ class Kernels(ctypes.Structure):
     ]
 
 
+MIRRORS: dict[str, type[ctypes.Structure]] = {
+    "snm_geometry": Geometry,
+    "snm_neuron": Neuron,
+    "snm_call": Call,
+    "snm_draws": Draws,
+    "snm_kernels": Kernels,
+}
+"""The mirror of each structure of ``csrc/abi.h``, by its C name."""
+
+
 @dataclass(frozen=True, slots=True)
 class NativeStatus:
     """Whether compiled kernels are there, and why not.
@@ -131,7 +149,7 @@ class NativeStatus:
     Attributes:
         available: they are.
         reason: why they are not, else "".
-        origin: ``"wheel"``, ``"cache"``, ``"built"`` or "".
+        origin: ``"wheel"`` (compiled at install), ``"cache"``, ``"built"`` or "".
         path: of the library, or "".
         levels: ISA levels that this machine runs, best last.
         threads: whether torch's thread pool is shared; else one thread serves.
@@ -145,19 +163,39 @@ class NativeStatus:
     threads: bool = False
 
 
+def load_library(path: Path) -> ctypes.CDLL:
+    """Load a compiled library, if Python's structures are the ones that it was compiled with.
+
+    Args:
+        path: of the shared library.
+
+    Raises:
+        OSError: if it cannot be loaded.
+        MirrorError: if it was compiled from other structures.
+    """
+    library = ctypes.CDLL(str(path))
+    if library.snm_abi_version() != ABI_VERSION:
+        raise OSError(f"{path} is of another version: install spikenm_fx again")
+    check_mirrors(library, MIRRORS, str(path))
+    library.snm_level.restype = ctypes.POINTER(Kernels)
+    return library
+
+
 @cache
 def _library() -> tuple[ctypes.CDLL | None, NativeStatus]:
     # Here, so that ``python -m spikenm_fx.native.build`` does not find itself imported already.
-    from spikenm_fx.native.build import BuildError, cached_library, wants_sanitizers
+    from spikenm_fx.native.build import cached_library, wants_sanitizers
+    from spikenm_fx.native.toolchain import BuildError
 
     try:
         built = cached_library(sanitize=wants_sanitizers())
-        library = ctypes.CDLL(str(built.path))
+        library = load_library(built.path)
     except (BuildError, OSError) as error:
+        if os.environ.get("SPIKENM_FX_BUILD") != "0":  # else it was asked for
+            # pip shows nothing of what a build says: this is where the user gets to know.
+            reason = str(error).splitlines()[0]
+            _log.warning("packed layers and mask draws run on torch alone: %s", reason)
         return None, NativeStatus(False, reason=str(error))
-    if library.snm_abi_version() != ABI_VERSION:
-        return None, NativeStatus(False, reason=f"{built.path} is of another version")
-    library.snm_level.restype = ctypes.POINTER(Kernels)
     levels = tuple(n for i, n in enumerate(LEVELS) if library.snm_level(_i32(i)))
     parallel = _gomp_parallel()
     library.snm_use_openmp(_ptr(parallel))

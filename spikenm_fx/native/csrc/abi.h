@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#define SNM_EXPORT __attribute__((visibility("default")))
+
+// structures.cpp lists every field of the structures here: Python refuses a library whose
+// structures are not laid out as its own.
 extern "C" {
 
 // How output tokens find their input rows.  A token is one output pixel (or one linear token) at

@@ -85,8 +85,6 @@ bool supported(int level) {
 
 extern "C" {
 
-#define SNM_EXPORT __attribute__((visibility("default")))
-
 // Takes the address of GOMP_parallel in the OpenMP runtime that torch has loaded; null: one thread.
 SNM_EXPORT void snm_use_openmp(void *parallel) {
   gomp_parallel = reinterpret_cast<gomp_parallel_t>(parallel);
