@@ -21,6 +21,7 @@ from loops import (
     final_masks,
     heard,
     logits,
+    masked_modules,
     masks,
     optimizer_of,
     same,
@@ -44,19 +45,28 @@ from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_optimizer_steps_the_masks_once(name: str) -> None:
+@pytest.mark.parametrize("extra", [0, 2], ids=["", "extra forwards"])
+def test_every_optimizer_steps_the_masks_once(name: str, extra: int) -> None:
     """One step each, masks and logits move, the masks hold still between two steps."""
     model = sparse()
     optimizer, first = optimizer_of(name, model), logits(model)
     for step, x in enumerate(batches(4)):
         optimizer.zero_grad()
-        before = masks(model)
-        model(x).square().mean().backward()
+        before, weights = masks(model), dense(model)
+        model(x).square().sum().backward()
+        for _ in range(extra):  # e.g. to log the training accuracy before the step
+            model(x)
         assert step_of(model) == step
         assert same(before, masks(model))
         optimizer.step()
+        for _ in range(extra):
+            model(x)
         assert step_of(model) == step + 1
         assert not same(before, masks(model))
+        for layer_name, layer in masked_modules(model).items():
+            used, behind = layer.weight.detach(), layer.weight_dense.detach()
+            assert torch.equal(used[used != 0], behind[used != 0])
+            assert not torch.equal(behind, weights[layer_name])
     assert any_moved(first, logits(model)), "masks are learnt with every optimizer"
 
 
