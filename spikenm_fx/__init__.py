@@ -7,6 +7,8 @@ always means *keep at most n of m* consecutive input channels.
 
 from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.fold import dense_state_dict, fold
+from spikenm_fx.masks.hooks import step
+from spikenm_fx.masks.progress import progress
 from spikenm_fx.masks.sparsify import param_groups, sparsify
 from spikenm_fx.pack.engine import pack
 from spikenm_fx.pattern import NM
@@ -33,8 +35,10 @@ __all__ = [
     "pack",
     "param_groups",
     "plan",
+    "progress",
     "report",
     "sparsify",
+    "step",
     "trace",
     "verify",
 ]
