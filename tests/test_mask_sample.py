@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from loops import final_masks, heard, logits, masks, same, sparse, step_of, train
-from strategies import batches
+from strategies import batches, most_nonzero
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -63,7 +63,7 @@ def test_gradient_accumulation_shares_the_sample(micro_batches: int, steps: int)
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing_sees_the_same_sample(reentrant: bool) -> None:
     """Recomputation uses the step's masks: gradients equal those without checkpointing."""
-    plain, recomputed = sparse(), sparse()
+    plain, recomputed = (sparse(method=SpikeNM(eid=None)) for _ in range(2))
     optimizers = [torch.optim.SGD(m.parameters(), lr=1e-3) for m in (plain, recomputed)]
     for x in batches(3):
         for optimizer in optimizers:
@@ -136,15 +136,26 @@ def test_functional_calls_do_not_count() -> None:
     assert step_of(model) == 1
 
 
-@pytest.mark.parametrize(("nm", "total"), [("2:4", None), ("1:4", 20)])
-def test_lent_weights_are_used_as_the_models_own(nm: str, total: int | None) -> None:
-    """functional_call with the model's own values computes what the model computes, fading too."""
-    model = sparse(nm, total_steps=total)
+def test_lent_weights_are_used_as_the_models_own() -> None:
+    """functional_call with the model's own values computes what the model computes."""
+    model = sparse(total_steps=20)
     x = batches(1)[0]
     for _ in range(3):
         lent = {name: p.detach().clone() for name, p in model.named_parameters()}
         assert torch.equal(torch.func.functional_call(model, lent, (x,)), model(x))
         train(model, torch.optim.SGD(model.parameters(), lr=0.01), [x])
+
+
+def test_lent_weights_take_no_part_in_a_fade() -> None:
+    """Nobody knows how long functional_call trains them: they are N:M from the start."""
+    model, nm = sparse("1:4", total_steps=20), spikenm_fx.NM(1, 4)
+    lent = {name: p.detach().clone() for name, p in model.named_parameters()}
+    used: list[Tensor] = []
+    hook = model[2].register_forward_pre_hook(lambda layer, _: used.append(layer.weight))
+    torch.func.functional_call(model, lent, (batches(1)[0],))
+    hook.remove()
+    assert most_nonzero(used[0], nm) == 1
+    assert most_nonzero(model[2].weight, nm) > 1
 
 
 def test_warns_where_functional_training_moves_no_step() -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from counting import living, living_bytes
+from spikenm_fx.bench.worker import living
 from loops import heard, sequences, sparse_spiking, spiking_net, train, train_step
 from strategies import ALL_LAYERS
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def test_memory_after_a_step_is_memory_before() -> None:
                     model.eval()(x)
                 model.train()
                 optimizer.zero_grad()
-                measured.append((living_bytes(), len(living())))
+                measured.append((sum(living().values()), len(living())))
     first = measured[1]
     assert all(now[0] <= first[0] and now[1] <= first[1] for now in measured[2:]), measured
 

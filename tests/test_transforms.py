@@ -67,7 +67,12 @@ def pair(*, training: bool, steps: int = 3, **options: Any) -> tuple[nn.Module, 
 
 def own(model: nn.Module) -> dict[str, Tensor]:
     """Detached parameters that take part in the forward pass."""
-    return {n: p.detach() for n, p in model.named_parameters() if not n.endswith("_logits")}
+    return {n: p.detach() for n, p in model.named_parameters() if _dense(n)}
+
+
+def _dense(name: str) -> bool:
+    """Whether a dense model has a parameter of this name."""
+    return name.endswith((".weight", ".bias"))
 
 
 def loss_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -133,7 +138,7 @@ def test_hessian_vector_products(training: bool) -> None:
         vector[f"{name}.weight"] *= mask  # directions within the mask, which both models have
 
     def by_autograd(net: nn.Module) -> dict[str, Tensor]:
-        names = [n for n, _ in net.named_parameters() if not n.endswith("_logits")]
+        names = [n for n, _ in net.named_parameters() if _dense(n)]
         parameters = [dict(net.named_parameters())[n] for n in names]
         gradients = torch.autograd.grad(net(x).square().mean(), parameters, create_graph=True)
         product = sum((g * vector[n]).sum() for n, g in zip(names, gradients, strict=True))
@@ -179,7 +184,9 @@ def test_forward_mode(training: bool) -> None:
 def test_ensembles(training: bool) -> None:
     """Stacked states under vmap: each member computes what it computes alone."""
     members = [
-        spikenm_fx.sparsify(smooth(), "2:4", rules=ALL_LAYERS, seed=seed).train(training)
+        spikenm_fx.sparsify(
+            smooth(), "2:4", rules=ALL_LAYERS, seed=seed, method=SpikeNM(eid=None)
+        ).train(training)
         for seed in range(3)
     ]
     for member in members:
