@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from spikenm_fx.doctor import doctor
     from spikenm_fx.errors import SpikeNMError
     from spikenm_fx.fold import dense_state_dict, fold
+    from spikenm_fx.masks.hooks import step
+    from spikenm_fx.masks.progress import progress
     from spikenm_fx.masks.sparsify import param_groups, sparsify
     from spikenm_fx.native.library import native_status
     from spikenm_fx.pack.api import pack, packing
@@ -38,14 +40,16 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "NM", "Plan", "Report", "Rule", "SpikeNMError", "SpikingGraph", "Verification", "__version__",
     "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe", "native_status",
-    "pack", "packing", "param_groups", "plan", "report", "save_packed", "sparsify", "trace",
-    "verify",
+    "pack", "packing", "param_groups", "plan", "progress", "report", "save_packed", "sparsify",
+    "step", "trace", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "doctor": "doctor",
     "errors": "SpikeNMError",
     "fold": "dense_state_dict fold",
+    "masks.hooks": "step",
+    "masks.progress": "progress",
     "masks.sparsify": "param_groups sparsify",
     "native.library": "native_status",
     "pack.api": "pack packing",

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
-from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, check_checkpoint
+from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, PRIOR, check_checkpoint
+from spikenm_fx.masks.eid.watch import remove_hooks
 from spikenm_fx.masks.methods import kept
-from spikenm_fx.masks.watch import remove_hooks
 
 __all__ = ["dense_state_dict", "fold"]
 
@@ -42,7 +42,7 @@ def fold(model: ModelT) -> ModelT:
         )
     # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
     weights = {id(mask): mask for _, _, mask in masked_weights(model)}
-    masks = {key: mask.mask() for key, mask in weights.items()}
+    masks = {key: mask.final() for key, mask in weights.items()}
     for key, mask in weights.items():
         mask.dense.data.copy_(kept(mask.dense.data, masks.pop(key)))
     for layer in layers:
@@ -69,6 +69,6 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}{ending}".lstrip(".")
         for name, layer in masked_layers(model)
         for key in layer._nm_masks
-        for ending in (LOGITS, DENSE, META, EID_KEY)
+        for ending in (LOGITS, DENSE, META, EID_KEY, PRIOR)
     }
     return {key: value for key, value in model.state_dict().items() if key not in ours}

@@ -3,15 +3,20 @@
 
 from spikenm_fx.masks.attach import MaskedLayer, masked_layers
 from spikenm_fx.masks.eid import EID, eid_loss
+from spikenm_fx.masks.hooks import step
+from spikenm_fx.masks.progress import Progress, progress
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.sparsify import param_groups, sparsify
 
 __all__ = [
     "EID",
     "MaskedLayer",
+    "Progress",
     "Schedule",
     "eid_loss",
     "masked_layers",
     "param_groups",
+    "progress",
     "sparsify",
+    "step",
 ]

@@ -14,12 +14,13 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # lazy, unlike torch.compiler.disable
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, StoredMask, meta_of
+from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, PRIOR, StoredMask, meta_of
 from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
 
@@ -52,6 +53,31 @@ class MaskedLayer(StoredMask):
         """The mask of the layer's weight; of a module with raw parameters, the first."""
         return next(iter(self._nm_masks.values()))
 
+    def train(self, mode: bool = True) -> Any:
+        """As of any module; final masks are computed anew when they are asked for next."""
+        for mask in self._nm_masks.values():
+            mask.forget_final()
+        return super().train(mode)
+
+    def reset_parameters(self) -> None:
+        """Initialise the parameters themselves, as the module's own class does."""
+        masks = self._nm_masks.values()
+        for mask in masks:
+            mask.raw = True
+        try:
+            super().reset_parameters()  # type: ignore[misc]
+        finally:
+            for mask in masks:
+                mask.raw = False
+        for mask in masks:
+            loaded(mask, restart_scores=mask.run.step == 0)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for mask in self._nm_masks.values():
+            mask.move(fn)
+        return self
+
     def extra_repr(self) -> str:
         """The module's own description, the patterns and the method."""
         masks = self._nm_masks
@@ -67,23 +93,27 @@ class MaskedLayer(StoredMask):
 
 
 def attach(
-    holders: list[tuple[nn.Module, str]], mask: MaskedWeight, scores: nn.Parameter | None
+    holders: list[tuple[nn.Module, str]],
+    mask: MaskedWeight,
+    scores: nn.Parameter | None,
+    prior: nn.Parameter | None,
 ) -> None:
     """Mask the one weight that ``holders`` share (mostly a single layer), in place.
 
     Args:
         holders: modules that hold the same Parameter, each with its key there.
         mask: of that weight.
-        scores: made from :meth:`MaskedWeight.fresh_scores`.
+        scores: its initial scores, if the method has any.
+        prior: the strength of its moving prior, likewise.
     """
     for module, key in holders:
-        if scores is not None:
-            module.register_parameter(key + LOGITS, scores)
+        for ending, own in ((LOGITS, scores), (PRIOR, prior)):
+            if own is not None:
+                module.register_parameter(key + ending, own)
         masks = module.__dict__.setdefault("_nm_masks", {})
         masks[key] = mask
         plain = plain_class(module) if isinstance(module, MaskedLayer) else type(module)
         _give_class(module, _masked_class(cast("Any", plain), tuple(masks)))
-    mask.remember_own()
 
 
 def refuse_unmaskable(name: str, module: nn.Module) -> None:
@@ -107,9 +137,11 @@ def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and masks; the weights stay as they are."""
     _give_class(layer, plain_class(layer))
     masks: dict[str, MaskedWeight] = layer.__dict__.pop("_nm_masks")
-    for key in masks:
-        if key + LOGITS in layer._parameters:
-            delattr(layer, key + LOGITS)  # not popped: rockpool keeps a list of its own
+    for key, mask in masks.items():
+        mask.run.close()
+        for ending in (LOGITS, PRIOR):
+            if key + ending in layer._parameters:
+                delattr(layer, key + ending)  # not popped: rockpool keeps a list of its own
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
@@ -155,7 +187,19 @@ def _properties(key: str) -> dict[str, property]:
     def masked(layer: MaskedLayer) -> Tensor:
         if layer._parameters.get(key) is None:  # taken out: what any module says of it follows
             raise AttributeError(key)
-        return _masked(layer._nm_masks[key], layer.training)
+        try:
+            return _masked(layer._nm_masks[key], layer.training)
+        except AttributeError as error:  # after which a module would hand out the dense weight
+            raise RuntimeError(f"{key} of a masked layer: {error}") from error
+
+    def refuse(layer: MaskedLayer, value: object) -> None:
+        mask = layer._nm_masks[key]
+        raise PlanError(
+            f"{mask.name} {mask.view.shape} is masked: its {key} is computed at each access, and "
+            f"only an nn.Parameter can be put in its place, got {type(value).__name__}. Weight "
+            "norms, parametrizations and torch's pruning of this weight must be there before "
+            "spikenm_fx.sparsify, or come after spikenm_fx.fold"
+        )
 
     def dense(layer: MaskedLayer) -> Tensor:
         return layer._nm_masks[key].dense
@@ -163,7 +207,11 @@ def _properties(key: str) -> dict[str, property]:
     def meta(layer: MaskedLayer) -> Tensor:
         return meta_of(layer._nm_masks[key])
 
-    return {key: property(masked), key + DENSE: property(dense), key + META: property(meta)}
+    return {
+        key: property(masked, refuse),
+        key + DENSE: property(dense),
+        key + META: property(meta),
+    }
 
 
 def _listing_dense(list_attributes: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,8 +227,11 @@ def _new_masked(plain: type[nn.Module], keys: tuple[str, ...]) -> MaskedLayer:
     return cast("MaskedLayer", masked.__new__(masked))
 
 
-@_disable_dynamo
 def _masked(mask: MaskedWeight, training: bool) -> Tensor:
-    """Outside of compiled graphs: the step counter would recompile them at every step."""
-    parameters = (mask.dense,) if mask.scores is None else (mask.dense, mask.scores)
+    if mask.raw:
+        return mask.dense
+    if torch.compiler.is_compiling():
+        return mask.masked_anywhere(training)
+    scores = mask.scores
+    parameters = (mask.dense,) if scores is None else (mask.dense, scores)
     return read_parameter(parameters, lambda: mask.masked(training))

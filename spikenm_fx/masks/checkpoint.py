@@ -9,15 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import CheckpointError
+from spikenm_fx.masks.start import loaded
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["DENSE", "EID_KEY", "LOGITS", "META", "StoredMask", "check_checkpoint", "meta_of"]
+__all__ = [
+    "DENSE",
+    "EID_KEY",
+    "LOGITS",
+    "META",
+    "PRIOR",
+    "StoredMask",
+    "check_checkpoint",
+    "meta_of",
+]
 
-LOGITS, DENSE, META, EID_KEY = "_logits", "_dense", "_nm", "_eid"
+LOGITS, DENSE, META, EID_KEY, PRIOR = "_logits", "_dense", "_nm", "_eid", "_prior"
 """What is stored beside a weight, under its key with these endings."""
-_META_VERSION = 1
+_META_VERSION = 2
+_META_READ = (1, 2)  # 1: without the prior's strength and the length of the run
 
 
 class StoredMask(nn.Module):
@@ -26,17 +37,16 @@ class StoredMask(nn.Module):
     _nm_masks: dict[str, MaskedWeight]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        masks = self._nm_masks  # each counts steps and holds logits before anything is written
-        stored = {key: (meta_of(mask), mask.final_weight()) for key, mask in masks.items()}
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for key, (meta, final) in stored.items():
+        for key, mask in self._nm_masks.items():
             name = prefix + key
+            if name not in destination:
+                continue  # taken out, or parametrized
             destination[name + DENSE] = destination[name]
-            destination[name] = final
-            destination[name + META] = meta
-            guide = masks[key].guide
-            if guide is not None:
-                destination[name + EID_KEY] = guide.stored(masks[key])
+            destination[name] = mask.final_weight()
+            destination[name + META] = meta_of(mask)
+            if mask.guide is not None:
+                destination[name + EID_KEY] = mask.guide.stored(mask)
 
     def _load_from_state_dict(
         self,
@@ -56,44 +66,59 @@ class StoredMask(nn.Module):
         }
         lent = []
         for key, mask in self._nm_masks.items():
-            logits = prefix + key + LOGITS
-            if metas[key] is None and logits not in state_dict and mask.scores is not None:
-                # of a dense model: strictness must not ask for what it cannot have
-                state_dict[logits] = mask.scores
-                lent.append(logits)
+            # of a dense model, or one of an older format: strictness must not ask for what it
+            # cannot have
+            for ending, own in ((LOGITS, mask.scores), (PRIOR, mask.prior)):
+                name = prefix + key + ending
+                absent = own is not None and name not in state_dict
+                if absent and (metas[key] is None or ending == PRIOR):
+                    state_dict[name] = own
+                    lent.append(name)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        for logits in lent:
-            state_dict.pop(logits)
+        for name in lent:
+            state_dict.pop(name)
         for key, mask in self._nm_masks.items():
-            mask.release()  # assigning asks for the old weight first, which holds the old logits
             meta = metas[key]
             if meta is not None:
-                mask.clock.set(seed=int(meta[3]), step=int(meta[4]))
-                mask.settled = mask.schedule.frozen(mask.clock.step)
-            else:
-                mask.clock.set(seed=mask.clock.seed, step=mask.clock.settle())
-                if mask.clock.step == 0 and prefix + key in state_dict:
-                    mask.restart()
+                _warn_of_another_length(mask, meta)
+                mask.run.set(seed=int(meta[3]), step=int(meta[4]))
+                loaded(mask, knows_prior=prefix + key + PRIOR not in lent)
+            elif prefix + key in state_dict:
+                mask.run.forget_step()
+                loaded(mask, restart_scores=mask.run.step == 0)
 
 
 def meta_of(mask: MaskedWeight) -> Tensor:
-    """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups]``.
+    """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups, total]``.
 
-    ``axis`` is that of the input channels, ``groups`` the number of groups it is made of.
+    ``axis`` is that of the input channels, ``groups`` the number of groups it is made of, ``total``
+    the optimizer steps of the whole run, 0 where they are not known.
     """
-    view, clock = mask.view, mask.clock
-    step = clock.settle()
+    view, run = mask.view, mask.run
     axis, groups = (0, view.groups) if view.transposed else (1, 1)
-    return torch.tensor([_META_VERSION, view.nm.keep, view.nm.of, clock.seed, step, axis, groups])
+    numbers = [_META_VERSION, view.nm.keep, view.nm.of, run.seed, run.shown_step, axis, groups]
+    return torch.tensor([*numbers, mask.schedule.total_steps or 0], dtype=torch.int64, device="cpu")
+
+
+def _warn_of_another_length(mask: MaskedWeight, meta: Tensor) -> None:
+    stored = int(meta[7]) if len(meta) > 7 else None
+    own = mask.schedule.total_steps or 0
+    if stored is not None and stored != own:
+        words = ["an open-ended run" if n == 0 else f"total_steps={n}" for n in (stored, own)]
+        mask.run.warn(
+            "length",
+            f"the checkpoint is of {words[0]}, this model was sparsified for {words[1]}: "
+            "temperatures, fade and freeze go on by the model's. To continue the same run give "
+            f"sparsify {'no total_steps' if stored == 0 else words[0]}",
+        )
 
 
 def _unpack(
     mask: MaskedWeight, state_dict: Any, name: str, strict: bool, missing: list[str]
 ) -> Tensor | None:
     """Take what is the mask's out of ``state_dict``, which then holds the dense weight."""
-    mask.release()
     dense: Tensor | None = state_dict.pop(name + DENSE, None)
     meta: Tensor | None = state_dict.pop(name + META, None)
     if mask.guide is not None:
@@ -159,11 +184,11 @@ def _misfit(mask: MaskedWeight, state_dict: dict[str, Any], name: str, strict: b
     meta, wanted = state_dict[name + META], meta_of(mask)
     if not isinstance(meta, Tensor) or meta.dim() != 1 or not len(meta):
         return f"{where}: {name + META} is {meta!r}, not a list of integers"
-    if meta[0] != wanted[0] or meta.shape != wanted.shape:
+    if int(meta[0]) not in _META_READ or len(meta) != (7 if int(meta[0]) == 1 else len(wanted)):
         return f"{where}: mask format {meta.tolist()}, this version reads {wanted.tolist()}"
     if not torch.equal(meta[1:3].cpu(), wanted[1:3]):
         return f"{where}: checkpoint {int(meta[1])}:{int(meta[2])}, model {mask.view.nm}"
-    if not torch.equal(meta[5:].cpu(), wanted[5:]):
+    if not torch.equal(meta[5:7].cpu(), wanted[5:7]):
         axes = " and ".join(f"axis {int(m[5])} in {int(m[6])} groups" for m in (meta, wanted))
         return f"{where}: the checkpoint's blocks and the model's lie along {axes}"
     scores, own = state_dict.get(name + LOGITS), mask.scores

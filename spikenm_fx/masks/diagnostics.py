@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.masks.attach import masked_weights
-from spikenm_fx.masks.eid import probabilities
+from spikenm_fx.masks.eid.targets import probabilities
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.sampler import top_mask
+from spikenm_fx.masks.update import draw_masks, gradients
 from spikenm_fx.state import preserved
 
 __all__ = ["MaskDiagnostics", "diagnose", "flip_rate", "logit_noise"]
@@ -63,13 +64,13 @@ def _masks(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
 
 
 def _of(name: str, mask: MaskedWeight) -> MaskDiagnostics:
-    step = mask.clock.step
-    final = mask.mask()
+    step = mask.run.step
+    final = mask.final()
     size = mask.dense.detach().abs()
     targets = mask.guide.targets(mask) if mask.guide is not None else None
     return MaskDiagnostics(
         layer=name,
-        flips=flip_rate(mask.mask(step), mask.mask(step + 1)),
+        flips=_flips(mask, step),
         entropy=_entropy(mask),
         agrees_with_magnitude=_shared(final, _top(mask, mask.view.to_blocks(size))),
         agrees_with_eid=None if targets is None else _shared(final, _top(mask, targets)),
@@ -91,13 +92,23 @@ def _top(mask: MaskedWeight, blocks: Tensor) -> Tensor:
 
 
 def _entropy(mask: MaskedWeight) -> float | None:
-    draw = mask.draw(mask.clock.step)
+    draw = mask.draw(mask.run.step)
     logits = mask.logits(draw)
-    if logits is None or not mask.method.learns or logits.shape != mask.view.blocked_shape:
+    if logits is None or not mask.learns or logits.shape != mask.view.blocked_shape:
         return None
     p = probabilities(logits.detach(), draw)
     entropy = torch.special.entr(p).sum(1).mean()
     return float(entropy) / max(math.log(mask.view.nm.of), 1e-12)
+
+
+def _flips(mask: MaskedWeight, step: int) -> float:
+    """Between two draws from what weight and scores hold now."""
+    if mask.frozen or not mask.learns:
+        return 0.0
+    blocks = mask.view.to_blocks(mask.dense.detach())
+    draws = [mask.draw(step), mask.draw(step + 1)]
+    found = [mask.method.train_mask(blocks, mask.logits(draw), draw) for draw in draws]
+    return flip_rate(*found)
 
 
 def logit_noise(
@@ -114,51 +125,42 @@ def logit_noise(
         by layer: ``{"with_eid": v, "without_eid": v}`` where v is the total variance over the
         squared norm of the mean gradient (noise to signal; infinite where the mean is 0).
     """
-    masks = [(name, mask) for name, mask in _masks(model) if mask.method.learns]
-    guides = [mask.guide for _, mask in masks]
-    result: dict[str, dict[str, float]] = {name: {} for name, _ in masks}
-    try:
-        for key, active in (("with_eid", guides), ("without_eid", [None] * len(guides))):
-            for (_, mask), guide in zip(masks, active, strict=True):
-                mask.guide = guide
-            for name, value in _noise(model, masks, backward, draws).items():
-                result[name][key] = value
-    finally:
-        for (_, mask), guide in zip(masks, guides, strict=True):
-            mask.guide = guide
-    return result
-
-
-def _noise(
-    model: nn.Module,
-    masks: list[tuple[str, MaskedWeight]],
-    backward: Callable[[], object],
-    draws: int,
-) -> dict[str, float]:
-    samples: dict[str, list[Tensor]] = {name: [] for name, _ in masks}
-    clocks = {id(mask.clock): mask.clock for _, mask in masks}.values()
-    before = [(clock, clock.seed, clock.settle()) for clock in clocks]
+    masks = [(name, mask) for name, mask in _masks(model) if mask.learns and not mask.frozen]
+    samples: dict[str, dict[str, list[Tensor]]] = {
+        name: {"with_eid": [], "without_eid": []} for name, _ in masks
+    }
+    run = masks[0][1].run if masks else None
+    seed, step = (0, 0) if run is None else (run.seed, run.step)
+    kept = [(mask.mask.clone(), mask.undrawn) for _, mask in masks]
+    grads = [(p, p.grad) for p in nn.Module.parameters(model)]
     try:
         with preserved(model) as restore:
-            for draw in range(draws):
+            for draw in range(draws if run is not None else 0):
+                assert run is not None
                 restore()
-                for clock, seed, step in before:
-                    clock.set(seed=seed + 1 + draw, step=step)
-                for _, mask in masks:
-                    mask._cache = None
-                    if mask.scores is not None:
-                        mask.scores.grad = None
+                run.seed = seed + 1 + draw
+                draw_masks([mask for _, mask in masks], step)
+                for parameter, _ in grads:
+                    parameter.grad = None
                 backward()
                 for name, mask in masks:
-                    grad = None if mask.scores is None else mask.scores.grad
-                    if grad is not None:
-                        samples[name].append(grad.detach().clone())
+                    if mask.dense.grad is None:
+                        continue
+                    task, pulled = gradients(mask, step)
+                    samples[name]["without_eid"].append(task)
+                    samples[name]["with_eid"].append(pulled)
     finally:
-        for clock, seed, step in before:
-            clock.set(seed=seed, step=step)
-        for _, mask in masks:
-            mask._cache = None
-    return {name: _ratio(torch.stack(grads)) for name, grads in samples.items() if grads}
+        if run is not None:
+            run.seed = seed
+        for (_, mask), (before, undrawn) in zip(masks, kept, strict=True):
+            mask.mask.copy_(before)
+            mask.after_step(undrawn)
+        for parameter, grad in grads:
+            parameter.grad = grad
+    return {
+        name: {key: _ratio(torch.stack(found)) for key, found in each.items() if found}
+        for name, each in samples.items()
+    }
 
 
 def _ratio(samples: Tensor) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One masked weight: its dense parameter, its scores, and the tensor that its module hands out."""
+"""One masked weight: its dense parameter, its scores, its mask, and what its module hands out."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import LOGITS
-from spikenm_fx.masks.clock import Clock, version_of
+from spikenm_fx.masks.checkpoint import LOGITS, PRIOR
+from spikenm_fx.masks.final import FinalMask
 from spikenm_fx.masks.methods import Draw, Method, kept
+from spikenm_fx.masks.multiply import multiply, multiply_anywhere
 from spikenm_fx.masks.noise import noise_key
+from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.pattern import BlockView, planes
+from spikenm_fx.pattern import BlockView
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
@@ -36,10 +38,30 @@ def refuse_sharded(name: str, weight: Tensor) -> None:
 
 
 class MaskedWeight:
-    """The mask of one weight: its blocks, its method, and the clock it shares with its model.
+    """The mask of one weight: its blocks, its method, and the run it shares with its model.
 
     Layers that share one Parameter share one ``MaskedWeight``.
+
+    Attributes:
+        layer: the module that owns weight and scores; the first of those that share.
+        key: under which it owns the weight.
+        name: qualified, of the weight's layer; part of the noise key.
+        view: the weight as blocks.
+        method: how masks are made.
+        run: of the model.
+        schedule: of the temperatures.
+        mask: bool, of the weight's shape: that of training, written in place at each step.
+        undrawn: what training multiplies weights outside the mask with; 0 but in a fade.
+        faded: the same as a tensor, for compiled graphs.
+        spread: root mean square of the scores within their blocks, when masks were drawn last.
+        asked: the mask when progress was asked for last.
+        settled: whether the scores have taken the prior in and the mask stays for good.
+        guide: of the distillation, where there is one.
     """
+
+    mask: Tensor
+    faded: Tensor
+    spread: Tensor
 
     def __init__(
         self,
@@ -48,24 +70,25 @@ class MaskedWeight:
         name: str,
         view: BlockView,
         method: Method,
-        clock: Clock,
+        run: Run,
         schedule: Schedule,
     ) -> None:
-        self.layer = layer  # the module that owns weight and logits; the first of those that share
-        self.key = key  # under which it owns the weight
+        self.layer = layer
+        self.key = key
         self.name = name
         self.view = view
         self.method = method
-        self.clock = clock
+        self.run = run
         self.schedule = schedule
-        self._cache: _Cached | None = None
-        self._final: _Final | None = None
-        self._held: tuple[Tensor, Tensor] | None = None  # frozen logits, and a copy of them
-        self.settled = False  # whether the frozen logits have taken the prior in
-        self._had_backward = False  # without a step after it that was seen by hold
-        self._own: tuple[Tensor, Tensor | None] | None = None
-        self.last_backward: int | None = None  # step of it
+        self.undrawn = 0.0
+        self.settled = False
         self.guide: Guide | None = None
+        self.asked: Tensor | None = None  # the mask when progress was asked for last
+        self.raw = False  # hand out the parameter itself: it is being initialised
+        self._final = FinalMask()
+        self._handed: _Handed | None = None
+        self._seen = -1
+        run.add(self)
 
     @property
     def dense(self) -> Tensor:
@@ -79,9 +102,63 @@ class MaskedWeight:
         return weight
 
     @property
+    def there(self) -> bool:
+        """Whether the module still has the weight."""
+        return self.layer._parameters.get(self.key) is not None
+
+    @property
     def scores(self) -> Tensor | None:
         """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
         return self.layer._parameters.get(self.key + LOGITS)
+
+    @property
+    def prior(self) -> Tensor | None:
+        """The strength of the moving prior, a scalar parameter; None for methods without."""
+        return self.layer._parameters.get(self.key + PRIOR)
+
+    @property
+    def lent(self) -> bool:
+        """Whether functional_call has put another tensor in the parameter's place for now."""
+        return not isinstance(self.dense, nn.Parameter)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its scores are trained."""
+        return self.method.learns and self.scores is not None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether its mask of training is the final one, for good."""
+        return self.method.fixed or (self.learns and self.schedule.frozen(self.run.step))
+
+    @property
+    def written(self) -> bool:
+        """Whether somebody has written to weight or scores, by what torch counts."""
+        dense, scores = self.layer._parameters.get(self.key), self.scores
+        return any(t is not None and version_of(t) > 0 for t in (dense, scores))
+
+    def key_at(self, step: int) -> tuple[int, int]:
+        """Noise key of this weight at an optimizer step."""
+        return noise_key(self.run.seed, step, self.name)
+
+    def draw(self, step: int | None) -> Draw:
+        """What a mask depends on besides the tensors; None for the final mask."""
+        prior = self.prior
+        return Draw(
+            nm=self.view.nm,
+            kappa=1.0 if step is None else self.kappa_at(step),
+            tau=self.schedule.tau_at(step or 0),
+            prior=0.0 if prior is None else prior.detach(),
+            key=self.key_at(step or 0),
+            present=self.view.present(self.mask.device),
+        )
+
+    def kappa_at(self, step: int) -> float | Tensor:
+        """The logit scale; relative ones are counted in one over the spread of the logits."""
+        kappa = self.schedule.kappa_at(step)
+        if not self.method.relative:
+            return kappa
+        return kappa / self.spread.masked_fill(self.spread == 0, 1.0)
 
     def logits(self, draw: Draw) -> Tensor | None:
         """What masks are drawn from, in blocks; differentiable in the scores."""
@@ -89,156 +166,19 @@ class MaskedWeight:
             return None
         return self.method.logits(self.view.to_blocks(self.dense.detach()), self.scores, draw)
 
-    @property
-    def lent(self) -> bool:
-        """Whether functional_call has put other tensors in the parameters' place for now."""
-        scores = self.scores
-        own = isinstance(self.dense, nn.Parameter)
-        return not (own and (scores is None or isinstance(scores, nn.Parameter)))
-
-    @property
-    def own(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and scores that an optimizer knows, also while others are lent."""
-        if not self.lent:
-            self.remember_own()
-        assert self._own is not None
-        return self._own
-
-    def remember_own(self) -> None:
-        """Take what the module holds now for its own."""
-        self._own = self.dense, self.scores
-
-    def fresh_scores(self) -> Tensor | None:
-        """Initial scores for the present weight."""
-        with torch.no_grad():
-            blocks = self.view.to_blocks(self.dense.detach())
-            return self.method.init_scores(blocks, self.draw(0))
-
-    def restart(self) -> None:
-        """Start the scores anew, after a dense checkpoint brought other weights."""
-        fresh = self.fresh_scores()
-        if self.scores is not None and fresh is not None:
-            self.scores.data.copy_(fresh)
-        if self.guide is not None:
-            self.guide.load(None)
-        self.keep_norm()
-
     @torch.no_grad()
-    def keep_norm(self) -> None:
-        """Scale the weight so that what the first masks keep is as large as all of it was.
-
-        Only if the method asks for it, and not before a fade, which starts with all of it.
-        """
-        if not getattr(self.method, "rescale", False) or self.schedule.undrawn_at(0):
-            return
-        if self.dense.is_inference():
-            return  # it may not be written to
-        whole, part = (
-            torch.linalg.vector_norm(w.float()) for w in (self.dense, self.final_weight())
-        )
-        factor = whole / part
-        if torch.isfinite(factor) and torch.isfinite(self.dense * factor).all():
-            # .data: a state left from an earlier forward may hold a graph through this weight; and
-            # not in place: the values may be those of a checkpoint that was loaded by assigning
-            self.dense.data = self.dense.data * factor.to(self.dense.dtype)
-
-    def versions(self) -> tuple[int, int]:
-        """In-place version counters of weight and logits."""
-        weight, scores = self.own
-        return version_of(weight), version_of(scores)
-
-    def probe(self) -> tuple[Tensor, ...]:
-        """A few values of weight and logits, spread over each: did somebody write to them?"""
-        return tuple(_few(tensor) for tensor in self.own if tensor is not None)
-
-    def draw(self, step: int | None) -> Draw:
-        """Everything a mask depends on besides the tensors.
-
-        Args:
-            step: the optimizer step; None for the final mask, for which nothing is drawn.
-        """
-        final = step is None
-        step = self.clock.step if step is None else step
-        spread = self._spread()
-        return Draw(
-            nm=self.view.nm,
-            key=noise_key(self.clock.seed, step, self.name),
-            start_key=noise_key(self.clock.seed, 0, self.name),
-            kappa=1.0 if final else self._kappa(step, spread),
-            tau=self.schedule.tau_at(step),
-            frozen=final or self.schedule.frozen(step),
-            present=self.view.present(self.dense.device),
-            undrawn=0.0 if final or self.lent else self.schedule.undrawn_at(step),
-            spread=spread,
-            settled=self.settled,
-        )
-
-    def _kappa(self, step: int, spread: float) -> float:
-        """The logit scale; relative ones are counted in one over the spread of the logits."""
-        relative = spread and getattr(self.method, "relative", False)
-        return self.schedule.kappa_at(step) / (spread if relative else 1.0)
-
-    @torch.no_grad()
-    def _spread(self) -> float:
-        """Root mean square of the logits within their blocks; 0 where nobody asks for it."""
-        if self.scores is None or not getattr(self.method, "uses_spread", False):
-            return 0.0
-        values = planes(self.scores.detach().float())
-        if values.numel():
-            values.sub_(values.mean(0))
-        spread = float(torch.linalg.vector_norm(values)) / max(values.numel(), 1) ** 0.5
-        return spread if spread < float("inf") else 0.0
-
-    def hold(self) -> None:
-        """Keep frozen logits where they are.
-
-        They get no gradient, but where the training loop or DistributedDataParallel makes zeros of
-        that, an optimizer's momentum goes on moving them.  Its step follows a backward pass; what
-        is written at any other time (averaged or restored weights) is left there.
-        """
-        scores = self.scores
-        if self.lent:
-            return
-        if scores is None or not self.schedule.frozen(self.clock.step):
-            self._held, self.settled = None, False
-        elif not self.settled:
-            self._settle(scores)
-        elif self._held is None or self._held[0] is not scores or not self._had_backward:
-            self._held, self._had_backward = (scores, scores.detach().clone()), False
-        elif self.clock.step != self.last_backward or self.clock.moved(self):
-            scores.data.copy_(self._held[1])
-            self._had_backward = False
-
-    @torch.no_grad()
-    def _settle(self, scores: Tensor) -> None:
-        """The masks freeze now: from here on the logits alone decide."""
-        logits = self.logits(self.draw(None))
-        assert logits is not None
-        scores.data.copy_(logits)
-        self._held, self._had_backward = (scores, scores.detach().clone()), False
-        self.settled = True
-
-    def release(self) -> None:
-        """Accept whatever the logits are now: a checkpoint was loaded."""
-        self._held = None
-
-    def mask(self, step: int | None = None) -> Tensor:
-        """The bool mask of the weight's shape: of a training step, or the final one for None."""
-        self.hold()
-        choose = self.method.final_mask if step is None else self.method.train_mask
-        return self._chosen(choose, self.draw(step))
-
-    @torch.no_grad()
-    def _chosen(
-        self, choose: Callable[[Tensor, Tensor | None, Draw], Tensor], draw: Draw
-    ) -> Tensor:
-        blocked = choose(self.view.to_blocks(self.dense.detach()), self.logits(draw), draw)
-        return self.view.from_blocks(blocked)
+    def final(self) -> Tensor:
+        """The final mask of what weight and scores hold now, computed afresh."""
+        if self.method.fixed and not self.lent:
+            return self.mask
+        draw = self.draw(None)
+        blocks = self.view.to_blocks(self.dense.detach())
+        return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))
 
     @torch.no_grad()
     def final_weight(self) -> Tensor:
         """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return kept(self.dense.detach(), self.mask())
+        return kept(self.dense.detach(), self.final())
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M.
@@ -247,182 +187,104 @@ class MaskedWeight:
         functional_call lends do not take part in that, as nothing tells how long they train.
         """
         refuse_sharded(self.name, self.dense)
-        if not training:
-            return self._of_evaluation()
-        self._final = None
-        return self._of_step(self.clock.now(self))
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return self.masked_anywhere(training)
+        if not training or self.run.averaged:
+            mask, undrawn = self._final.of(self), 0.0
+        else:
+            mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
+        if not (torch.is_grad_enabled() and self.dense.requires_grad):
+            return kept(self.dense.detach(), mask, undrawn)
+        state = _Handed.state_of(self.dense, mask, undrawn)
+        if self._handed is None or self._handed.state != state:
+            noted = weakref.ref(self)
+            straight = self.method.decay is not None or self.learns
+            weight = multiply(
+                *(self.dense, mask, undrawn),
+                straight=straight,
+                on_backward=lambda: _note_backward(noted),
+            )
+            self._handed = _Handed(state, self.dense, weight, version_of(weight))
+        elif version_of(self._handed.weight) != self._handed.version:
+            self._handed = None  # somebody wrote to it
+            return self.masked(training)
+        return self._handed.weight
 
-    def _of_step(self, step: int) -> Tensor:
-        if self.lent:  # never the same tensors twice
-            return self._trained(step)
-        state = (
-            step,
-            *self.versions(),
-            id(self.dense),
-            self.dense.data_ptr(),
-            self.dense.requires_grad,
-            self.scores is not None and self.scores.requires_grad,
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
+    def masked_anywhere(self, training: bool) -> Tensor:
+        """The same as a pure function of tensors: for compilers and the transforms of torch.func.
+
+        The final mask is then computed in place of being looked up.
+        """
+        mask = self.mask if training else self.final()
+        fading = training and self.undrawn > 0 and not self.lent
+        return multiply_anywhere(
+            self.dense,
+            mask,
+            self.faded if fading else None,
+            straight=self.method.decay is not None or self.learns,
         )
-        cached = self._cache
-        if cached is None or cached.state != state or version_of(cached.masked) != cached.version:
-            masked = self._trained(step)
-            cached = self._cache = _Cached(state, self.dense, masked, version_of(masked))
-        return cached.masked
 
-    def _of_evaluation(self) -> Tensor:
-        """Only the mask is kept, for as long as weight and logits are the same bit by bit."""
-        dense, scores = self.dense.detach(), self._scores_now()
-        if dense.device.type != "cpu" or self.lent:
-            return self._applied(
-                self.draw(None), self.mask(), training=False
-            )  # cheaper than to ask
-        final = self._final
-        if final is None or not final.still_of(dense, scores):
-            mask = self.mask()
-            final = self._final = _Final(dense.clone(), self._scores_now().clone(), mask)
-        return self._applied(self.draw(None), final.mask, training=False)
+    def after_step(self, undrawn: float) -> None:
+        """A new mask was written: let go of what belonged to the old one."""
+        self._handed = None
+        self._final.forget()
+        if undrawn != self.undrawn:
+            self.undrawn = undrawn
+            self.faded.fill_(undrawn)
+        self._seen = version_of(self.dense)
 
-    def _scores_now(self) -> Tensor:
-        return self.dense.new_empty(0) if self.scores is None else self.scores.detach()
+    def forget_final(self) -> None:
+        """Compute the final mask anew when it is asked for."""
+        self._final.forget()
 
-    def _trained(self, step: int) -> Tensor:
-        self.hold()
-        draw = self.draw(step)  # once for both passes: it measures the logits
-        return self._applied(draw, self._chosen(self.method.train_mask, draw), training=True)
-
-    def _applied(self, draw: Draw, mask: Tensor, *, training: bool) -> Tensor:
-        context = _Context(self, draw, training)
-        return _MaskedFunction.apply(self.dense, self.scores, mask, context)  # type: ignore[no-untyped-call,no-any-return]
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Take the tensors that are no parameters along when the module moves or is cast."""
+        self.mask = function(self.mask)
+        device = self.mask.device
+        self.faded, self.spread = self.faded.to(device), self.spread.to(device)
+        if self.guide is not None and self.guide.average is not None:
+            self.guide.average = self.guide.average.to(device)
+        self._handed = None
+        self._final.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": None, "_final": None}
+        return {**self.__dict__, "_handed": None, "_final": FinalMask(), "_seen": -1}
 
-
-def _few(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().flatten()
-    # without NaN, which never equals itself
-    return torch.nan_to_num(flat[:: max(flat.numel() // 64, 1)])
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.run.add(self)
 
 
 @dataclass(slots=True)
-class _Cached:
+class _Handed:
+    """A masked weight that a loop over time shares, until its backward pass."""
+
     state: tuple[Any, ...]
     dense: Tensor  # kept so that its id is not given to another tensor
-    masked: Tensor
-    version: int  # of ``masked``: whoever writes to ``layer.weight`` writes to this tensor
+    weight: Tensor
+    version: int
 
-
-@dataclass(frozen=True, slots=True)
-class _Final:
-    """The final mask and copies of what it was made from: a write to ``.data`` leaves no trace."""
-
-    dense: Tensor
-    scores: Tensor
-    mask: Tensor
-
-    def still_of(self, dense: Tensor, scores: Tensor) -> bool:
-        """Whether weight and logits are still these, in value, shape and type."""
+    @staticmethod
+    def state_of(dense: Tensor, mask: Tensor, undrawn: float) -> tuple[Any, ...]:
         return (
-            dense.dtype == self.dense.dtype
-            and scores.dtype == self.scores.dtype
-            and dense.device == self.dense.device
-            and torch.equal(dense, self.dense)
-            and torch.equal(scores, self.scores)
+            *(id(dense), dense.data_ptr(), version_of(dense)),
+            *(id(mask), version_of(mask), undrawn),
         )
 
 
-class _Context:
-    """What the backward pass needs; it holds no layer, so that no graph keeps a model alive."""
-
-    __slots__ = (
-        "clock",
-        "dense",
-        "draw",
-        "lent",
-        "method",
-        "owner",
-        "scores",
-        "training",
-        "versions",
-        "view",
-    )
-
-    def __init__(self, owner: MaskedWeight, draw: Draw, training: bool) -> None:
-        self.dense, self.scores = owner.dense, owner.scores
-        self.owner = weakref.ref(owner)
-        self.view, self.method, self.clock = owner.view, owner.method, owner.clock
-        self.draw, self.training, self.lent = draw, training, owner.lent
-        self.versions = version_of(self.dense), version_of(self.scores)
-
-    def gradients(
-        self, grad: Tensor, mask: Tensor, *, of_weight: bool, of_scores: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of weight and scores from that of the masked weight."""
-        if (
-            version_of(self.dense) != self.versions[0]
-            or version_of(self.scores) != self.versions[1]
-        ):
-            raise RuntimeError(
-                "a masked weight or its logits were written to between forward and backward; "
-                "call backward before optimizer.step()"
-            )
-        weight = self.dense.detach()
-        grad_scores = None
-        if of_scores and self.training and self.scores is not None:
-            blocks = self.view.to_blocks(grad), self.view.to_blocks(weight)
-            logits = self.method.logits(blocks[1], self.scores.detach(), self.draw)
-            grad_scores = self.method.score_grad(*blocks, logits, self.draw)
-            if grad_scores is not None:
-                grad_scores = self._guided(grad_scores, logits).to(self.scores.dtype)
-        self.clock.note_backward(scores_too=grad_scores is not None, lent=self.lent)
-        first = self._first()
-        grad_weight = None
-        if of_weight:
-            grad_weight = self.method.weight_grad(grad, weight, mask, self.draw, first)
-        return grad_weight, grad_scores
-
-    def _first(self) -> bool:
-        """Whether this is the first backward pass of the step."""
-        owner = self.owner()
-        if owner is None:
-            return True
-        first = owner.last_backward != owner.clock.step
-        owner.last_backward = owner.clock.step
-        owner._had_backward = True
-        return first
-
-    def _guided(self, grad_scores: Tensor, logits: Tensor) -> Tensor:
-        owner = self.owner()
-        if owner is None or owner.guide is None:
-            return grad_scores
-        owner.guide.refresh(owner, owner.clock.step)
-        return owner.guide.pull(owner, grad_scores, self.draw, logits)
+def version_of(tensor: Tensor) -> int:
+    """The in-place version counter, 0 for an inference tensor, which has none."""
+    return 0 if tensor.is_inference() else int(tensor._version)
 
 
-class _MaskedFunction(torch.autograd.Function):
-    """weight, logits -> masked weight; one node per step, shared by all T calls of the layer.
-
-    Nothing goes through ``save_for_backward``: the node must survive several backward passes
-    (gradient accumulation), and a recomputed checkpoint may find it in the cache.  Alive between
-    forward and backward are the masked weight and one bool mask.
-    """
-
-    @staticmethod
-    def forward(weight: Tensor, scores: Tensor | None, mask: Tensor, context: _Context) -> Tensor:
-        return kept(weight, mask, context.draw.undrawn)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.mask, ctx.context = inputs
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        context: _Context = ctx.context
-        needs_weight, needs_scores, *_ = ctx.needs_input_grad
-        gradients = context.gradients(
-            grad, ctx.mask, of_weight=needs_weight, of_scores=needs_scores
-        )
-        return *gradients, None, None
+def _note_backward(noted: weakref.ref[MaskedWeight]) -> None:
+    owner = noted()
+    if owner is None:
+        return
+    owner._handed = None
+    if not owner.there:
+        return
+    version = version_of(owner.dense)
+    written = owner._seen not in (-1, version) and not owner.lent
+    owner._seen = version
+    owner.run.note_backward(lent=owner.lent, written=written)

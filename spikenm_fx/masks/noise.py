@@ -2,17 +2,19 @@
 """Counter-based noise: (seed, step, layer name, index) determine every number.
 
 No generator state exists that could be lost, saved or consumed: a resumed run, a recomputed
-activation checkpoint and every data-parallel rank see the same draw, on any thread count.
+activation checkpoint and every data-parallel rank see the same draw, on any thread count; a rank
+that holds some rows of a weight starts counting at the first of them.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "gumbel", "gumbel_", "noise_key"]
+__all__ = ["Key", "gumbel", "gumbel_of_layers", "noise_key"]
 
 Key = tuple[int, int]
 """Two signed 32-bit words."""
@@ -31,35 +33,66 @@ def noise_key(seed: int, step: int, name: str) -> Key:
     )
 
 
-def gumbel_(out: Tensor, key: Key, start: int, bits: Tensor, shifted: Tensor) -> Tensor:
-    """Fill ``out`` with standard Gumbel noise, -log(-log u), of the counters from ``start`` on.
+def gumbel(like: Tensor, key: Key, start: int = 0) -> Tensor:
+    """Fresh standard Gumbel noise, -log(-log u), of the shape of ``like``; float32.
 
     Args:
-        out: contiguous float32 tensor; element i receives the noise of counter ``start + i``.
+        like: for its shape and device.
         key: of :func:`noise_key`.
-        start: first counter.
-        bits: int32 work space of as many elements.
-        shifted: the same again.
+        start: the counter of the first element; the others count on in the order of its shape.
     """
-    end = start + out.numel()
-    torch.arange(start, end, out=bits)
-    # the lowbias32 integer hash of a Weyl sequence, with one half of the key before and one inside
-    _xor_shift_(bits.mul_(_WEYL).add_(key[0]), 16, shifted).mul_(_MIX1).bitwise_xor_(key[1])
-    _xor_shift_(bits, 15, shifted).mul_(_MIX2)
-    _xor_shift_(bits, 16, shifted)
+    bits = torch.arange(start, start + like.numel(), dtype=torch.int32, device=like.device)
+    return _gumbel(bits.mul_(_WEYL).add_(key[0]), key[1]).view(like.shape)
+
+
+def gumbel_of_layers(
+    counts: Sequence[int],
+    keys: Sequence[Key],
+    device: torch.device,
+    starts: Sequence[int] | None = None,
+) -> Tensor:
+    """The noise of many layers, one after the other, in as few operations as that of one.
+
+    Args:
+        counts: numbers that each layer needs.
+        keys: of each layer.
+        device: where to make them.
+        starts: the first counter of each layer; 0 where none are given.
+
+    Returns:
+        float32 ``[sum(counts)]``; the part of a layer is :func:`gumbel` of its key, bit by bit.
+    """
+    total, offset, words = sum(counts), 0, []
+    for count, key, start in zip(counts, keys, starts or [0] * len(counts), strict=True):
+        words.append((_int32(key[0] + _WEYL * (start - offset)), key[1]))
+        offset += count
+    on_host = torch.tensor([*map(list, zip(*words, strict=True)), list(counts)], dtype=torch.int64)
+    if device.type == "cuda":  # from pinned memory the copy waits for nothing
+        on_host = on_host.pin_memory()
+    first, second, repeats = on_host.to(device, non_blocking=True)
+    first, second = (
+        word.to(torch.int32).repeat_interleave(repeats, output_size=total)
+        for word in (first, second)
+    )
+    bits = torch.arange(total, dtype=torch.int32, device=device).mul_(_WEYL).add_(first)
+    return _gumbel(bits, second)
+
+
+def _gumbel(bits: Tensor, key1: int | Tensor) -> Tensor:
+    """Hash a Weyl sequence (lowbias32, half of the key before, half inside), and make it Gumbel."""
+    bits = _xor_shift(bits, 16).mul_(_MIX1).bitwise_xor_(key1)
+    bits = _xor_shift(bits, 15).mul_(_MIX2)
+    bits = _xor_shift(bits, 16)
     # 23 bits at half-integer offsets: u is never 0 or 1, both logarithms are finite
-    out.copy_(bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).view(out.shape))
-    return out.add_(0.5).mul_(_UNIT).log_().neg_().log_().neg_()
+    unit = bits.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF).to(torch.float32)
+    return unit.add_(0.5).mul_(_UNIT).log_().neg_().log_().neg_()
 
 
-def gumbel(like: Tensor, key: Key) -> Tensor:
-    """Fresh standard Gumbel noise of the shape of ``like``, float32, of the counters from 0 on."""
-    out = torch.empty(like.shape, dtype=torch.float32, device=like.device)
-    bits, shifted = torch.empty(2, like.numel(), dtype=torch.int32, device=like.device)
-    return gumbel_(out, key, 0, bits, shifted)
-
-
-def _xor_shift_(bits: Tensor, shift: int, shifted: Tensor) -> Tensor:
+def _xor_shift(bits: Tensor, shift: int) -> Tensor:
     """Xor ``bits`` with itself shifted right; the mask makes the arithmetic shift a logical one."""
-    torch.bitwise_right_shift(bits, shift, out=shifted)
-    return bits.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
+    shifted = torch.bitwise_right_shift(bits, shift).bitwise_and_((1 << (32 - shift)) - 1)
+    return bits.bitwise_xor_(shifted)
+
+
+def _int32(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31

@@ -5,20 +5,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
-from spikenm_fx.masks.clock import Clock
 from spikenm_fx.masks.eid import EID, Guide
+from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
+from spikenm_fx.masks.hooks import install
 from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
-from spikenm_fx.masks.methods import Method, method_named
+from spikenm_fx.masks.methods import Draw, Method, method_named
+from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.masks.watch import Observed, RootHook, Watch
+from spikenm_fx.masks.start import start
 from spikenm_fx.pattern import NM, BlockView, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
 from spikenm_fx.plan.rules import ordered_rules
@@ -94,13 +97,15 @@ def sparsify(
     chosen = method_named(method)
     decided = _decide(model, nm, example_inputs, ordered_rules(rules), remainder)
     _refuse_unusable(model, decided)
-    clock = Clock(seed)
+    run = Run(seed)
+    run.root = model
     eid = getattr(chosen, "eid", None)
     traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
     graph = trace(model, example_inputs) if traced else None
-    _apply(model, decided, chosen, clock, lambda nm: schedule or chosen.schedule(total_steps, nm))
+    _apply(model, decided, chosen, run, lambda nm: schedule or chosen.schedule(total_steps, nm))
     if isinstance(eid, EID):
         _guide(model, eid, graph)
+    install()
     return model
 
 
@@ -187,7 +192,7 @@ def _apply(
     model: nn.Module,
     decided: Plan,
     method: Method,
-    clock: Clock,
+    run: Run,
     schedule_of: Callable[[NM], Schedule],
 ) -> None:
     sharing: dict[int, list[LayerPlan]] = defaultdict(list)
@@ -201,20 +206,44 @@ def _apply(
             refuse_unmaskable(entry.name, module)
         view = BlockView(method.pattern(first.nm), first.shape, first.axis == 0, first.groups)
         schedule = schedule_of(view.nm)
-        mask = MaskedWeight(*holders[0], first.name, view, method, clock, schedule)
-        scores = mask.fresh_scores()
-        logits = None if scores is None else nn.Parameter(scores, requires_grad=method.learns)
-        ready.append((holders, mask, logits))
-    for holders, mask, logits in ready:  # nothing that can fail comes after this line
-        attach(holders, mask, logits)
-        mask.keep_norm()
+        mask = MaskedWeight(*holders[0], first.name, view, method, run, schedule)
+        ready.append((holders, mask, *_parameters_of(mask, first.find(model))))
+    for holders, mask, scores, prior in ready:  # nothing that can fail comes after this line
+        attach(holders, mask, scores, prior)
+        start(mask)
     model.register_load_state_dict_pre_hook(check_checkpoint)
+
+
+@torch.no_grad()
+def _parameters_of(
+    mask: MaskedWeight, weight: Tensor | None
+) -> tuple[nn.Parameter | None, nn.Parameter | None]:
+    """Initial scores and prior of a mask; they are the method's own to move, not an optimizer's.
+
+    Parameters all the same: averages, copies and vectors of parameters take them along.  Only where
+    the user's loss asks for a gradient of the logits do they require one.
+    """
+    assert weight is not None
+    method, device = mask.method, weight.device
+    scalar = partial(torch.zeros, (), dtype=torch.float32, device=device)
+    mask.mask = torch.ones_like(weight, dtype=torch.bool)
+    mask.faded, mask.spread = scalar(), scalar()
+    draw = Draw(mask.view.nm, key=mask.key_at(0), present=mask.view.present(device))
+    scores = method.init_scores(mask.view.to_blocks(weight.detach()), draw)
+    eid = getattr(method, "eid", None)
+    asked = isinstance(eid, EID) and not eid.automatic
+    return (
+        None if scores is None else nn.Parameter(scores, requires_grad=asked),
+        nn.Parameter(scalar(), requires_grad=False) if method.moving_prior else None,
+    )
 
 
 def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
     """Give each mask its credits, and the hooks that measure them."""
     _, _, first = next(masked_weights(model))
-    watch = Watch(first.clock, first.schedule, eid)  # all schedules freeze at the same step
+    watch = first.run.watch = Watch(
+        first.run, first.schedule, eid
+    )  # all schedules freeze at the same step
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     masks: dict[int, MaskedWeight] = {}
     layers = {name for name, module in nn.Module.named_modules(model) if is_weight_layer(module)}
@@ -229,5 +258,5 @@ def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
         mask.guide = Guide(eid, Observed(watch, holders[key]) if watched else None)
     if graph is not None:
         watch.wire(model, graph)
-    elif eid.needs_neuron:
-        model.register_forward_pre_hook(RootHook(watch), with_kwargs=True)
+    if eid.needs_neuron and not watch.connected:
+        watch_calls(model, watch)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mask methods: one file each, one small interface, a dictionary of names.
 
-A method sees weights as blocks ``(lead, M, inner)`` and answers three questions: which scores it
-needs, which mask a training step uses, and how the gradient of the masked weight splits into
-gradients of the weight and of the scores.
+A method sees weights as blocks ``(lead, M, inner)``, of one layer or of many, and answers three
+questions: which scores it needs, which mask a training step uses, and what gradient the scores get
+from that of the masked weight.
 """
 
 from __future__ import annotations
@@ -27,31 +27,27 @@ __all__ = ["METHODS", "Draw", "Method", "kept", "method_class", "method_named"]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one layer's mask depends on at one optimizer step, besides weight and scores.
+    """What masks depend on besides weight and scores, for the blocks of one layer or of many.
+
+    Numbers that differ from layer to layer may be tensors with one value a row, ``(lead, 1, 1)``.
 
     Attributes:
         nm: the pattern.
-        key: noise key of (seed, step, layer).
-        start_key: the same of step 0, for what is drawn once.
         kappa: logit scale.
         tau: temperature of the straight-through draws.
-        frozen: True once the schedule has frozen the masks.
-        undrawn: what the weights outside the mask are multiplied with; 0 but in a fade.
-        spread: root mean square of the logits within their blocks; 0 where nothing asks for it.
-        settled: True once the logits alone decide, for good.
+        prior: what a weight of twice its block's mean magnitude gains over one of mean magnitude.
+        key: noise key of (seed, step, layer).
+        noise: instead of a key, Gumbel noise of the shape of the scores.
         present: bool ``(lead, M, 1)`` where the last block is padded, else None.
     """
 
     nm: NM
-    key: Key
-    start_key: Key
-    kappa: float
-    tau: float
-    frozen: bool
-    present: Tensor | None
-    undrawn: float = 0.0
-    spread: float = 0.0
-    settled: bool = False
+    kappa: float | Tensor = 1.0
+    tau: float = 1.0
+    prior: float | Tensor = 0.0
+    key: Key | None = None
+    noise: Tensor | None = None
+    present: Tensor | None = None
 
 
 class Method(Protocol):
@@ -65,6 +61,34 @@ class Method(Protocol):
     def learns(self) -> bool:
         """Whether the scores are trained; otherwise they are only stored."""
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the masks of the start stay for good."""
+
+    @property
+    def decay(self) -> float | None:
+        """How fast weights outside the mask decay that learn on; None where only kept ones learn.
+
+        They learn from the straight-through gradient, decay (SR-STE, arXiv 2102.04010, eq. 6) is
+        added to it once per optimizer step.
+        """
+
+    @property
+    def rescale(self) -> bool:
+        """Whether weights are scaled so that what the first masks keep is as large as all was."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether the schedule's kappa counts in one over the spread of the layer's logits."""
+
+    @property
+    def moving_prior(self) -> float:
+        """Strength of a prior that moves with the weights, in units of the logits' spread."""
+
+    @property
+    def step_size(self) -> float:
+        """Root mean square of what one optimizer step moves the scores by."""
+
     def pattern(self, nm: NM) -> NM:
         """The pattern that its masks have where ``nm`` is asked for."""
 
@@ -77,26 +101,20 @@ class Method(Protocol):
     def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
         """What masks are drawn from, differentiable in the scores: mostly the scores themselves."""
 
-    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """The bool mask of one training step; exactly N of M where N are present.
+    def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
+        """The bool mask of one training step before the freeze; exactly N of M where N are there.
 
-        ``scores`` are what :meth:`logits` gives, here and below.
+        ``logits`` are what :meth:`logits` gives, here and below.
         """
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """The deterministic bool mask that evaluation and ``fold`` use."""
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
+        """The deterministic bool mask that evaluation and ``fold`` use, and training once frozen.
 
-    def weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
-    ) -> Tensor:
-        """Gradient of the dense weight from that of the masked one; tensors not blocked.
-
-        ``first`` is True in the first backward pass of an optimizer step: what a step adds once,
-        such as decay, is added there, however many passes accumulate.
+        ``draw.key`` is that of step 0.
         """
 
-    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
-        """Gradient of the scores, or None where they rest.
+    def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+        """Gradient of the scores, for methods that learn them.
 
         ``grad`` is that of the masked weight, so that dL/dmask = grad * weight; all in blocks.
         """

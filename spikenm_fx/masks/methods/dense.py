@@ -26,6 +26,6 @@ class Dense(FixedRule):
         """Keep all of M."""
         return NM(nm.of, nm.of)
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """Ones."""
         return torch.ones_like(weight, dtype=torch.bool)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spikenm_fx.masks.methods import Draw, kept
+from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
 
@@ -21,6 +21,20 @@ class FixedRule(ABC):
     __slots__ = ()
 
     learns: ClassVar[bool] = False
+    fixed: ClassVar[bool] = True
+    relative: ClassVar[bool] = False
+    moving_prior: ClassVar[float] = 0.0
+    step_size: ClassVar[float] = 0.0
+
+    @property
+    def decay(self) -> float | None:
+        """None: what is not kept rests."""
+        return None
+
+    @property
+    def rescale(self) -> bool:
+        """The weights stay as they are."""
+        return False
 
     def pattern(self, nm: NM) -> NM:
         """As asked for."""
@@ -38,20 +52,14 @@ class FixedRule(ABC):
         """The scores themselves."""
         return scores
 
-    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The same in training and evaluation."""
-        return self.final_mask(weight, scores, draw)
+        return self.final_mask(weight, logits, draw)
 
     @abstractmethod
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The rule."""
 
-    def weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
-    ) -> Tensor:
-        """Only what is kept learns; in a fade, the rest as much as it takes part."""
-        return kept(grad, mask, draw.undrawn)
-
-    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
-        """No scores are learnt."""
-        return None
+    def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+        """Never asked for, as no scores are learnt."""
+        raise NotImplementedError

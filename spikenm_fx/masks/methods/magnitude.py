@@ -25,7 +25,7 @@ class Magnitude(FixedRule):
         """The magnitudes at this moment."""
         return weight.abs().float()
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The N largest magnitudes of the start."""
-        assert scores is not None
-        return top_mask(scores, draw.nm.keep, draw.present)
+        assert logits is not None
+        return top_mask(logits, draw.nm.keep, draw.present)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PatternError
-from spikenm_fx.masks.methods import Draw, kept
+from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.noise import gumbel
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -37,8 +37,18 @@ class MaskLLM:
 
     name: ClassVar[str] = "maskllm"
     learns: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
+    decay: ClassVar[None] = None
+    rescale: ClassVar[bool] = False
+    relative: ClassVar[bool] = False
+    moving_prior: ClassVar[float] = 0.0
     std: float = 0.01
     prior: float = 3.0
+
+    @property
+    def step_size(self) -> float:
+        """A third of the initial spread, which the first optimizer steps then overcome."""
+        return self.std / 3
 
     def pattern(self, nm: NM) -> NM:
         """As asked for.
@@ -73,37 +83,31 @@ class MaskLLM:
         """The scores themselves."""
         return scores
 
-    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The candidate that wins under Gumbel noise (eq. 5)."""
-        if draw.frozen:
-            return self.final_mask(weight, scores, draw)
-        assert scores is not None
-        return _chosen(_perturbed(scores, draw), draw)
+        assert logits is not None
+        return _chosen(_perturbed(logits, draw), draw)
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The most probable candidate (Algorithm 1)."""
-        assert scores is not None
-        return _chosen(scores, draw)
+        assert logits is not None
+        return _chosen(logits, draw)
 
-    def weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
-    ) -> Tensor:
-        """Only what is kept learns; in a fade, the rest as much as it takes part."""
-        return kept(grad, mask, draw.undrawn)
-
-    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
+    def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """Through the softmax over candidates (eq. 6 and 7)."""
-        if draw.frozen:
-            return None
-        soft = torch.softmax(_perturbed(scores, draw) / draw.tau, 1)
-        candidates = _candidates(draw.nm, scores.device)
+        soft = torch.softmax(_perturbed(logits, draw) / draw.tau, 1)
+        candidates = _candidates(draw.nm, logits.device)
         grad_soft = torch.einsum("lmi,cm->lci", grad.float() * weight.float(), candidates)
         mean = (soft * grad_soft).sum(1, keepdim=True)
         return soft * (grad_soft - mean) * (draw.kappa / draw.tau)
 
 
-def _perturbed(scores: Tensor, draw: Draw) -> Tensor:
-    return gumbel(scores, draw.key).add_(scores.float(), alpha=draw.kappa)
+def _perturbed(logits: Tensor, draw: Draw) -> Tensor:
+    noise = draw.noise
+    if noise is None:
+        assert draw.key is not None
+        noise = gumbel(logits, draw.key)
+    return noise + logits.float() * draw.kappa
 
 
 def _chosen(values: Tensor, draw: Draw) -> Tensor:

@@ -22,7 +22,8 @@ class RandomMask(FixedRule):
 
     name: ClassVar[str] = "random"
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """N draws from the uniform distribution, by the key of step 0."""
+        assert draw.key is not None
         flat = torch.zeros_like(weight, dtype=torch.float32)
-        return draw_mask(flat, draw.nm.keep, kappa=1.0, key=draw.start_key, present=draw.present)
+        return draw_mask(flat, draw.nm.keep, kappa=1.0, key=draw.key, present=draw.present)

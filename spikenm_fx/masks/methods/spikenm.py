@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.eid import EID
-from spikenm_fx.masks.methods import Draw, kept
+from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import NM
@@ -31,8 +31,9 @@ class SpikeNM:
 
     Attributes:
         std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
-            weights that rest; here they move, and the logits must follow them at the same learning
-            rate, so they are smaller against it.
+            weights that rest; here they move.
+        rate: how far one optimizer step moves the logits, as a root mean square in units of
+            ``std``: see :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
         relative: count the schedule's kappa in units of one over the spread of the layer's logits
             (their root mean square within the blocks).  Otherwise the learning rate and the length
             of the run decide how soon the logits outgrow the noise and the masks stop moving.
@@ -61,7 +62,9 @@ class SpikeNM:
 
     name: ClassVar[str] = "spikenm"
     learns: ClassVar[bool] = True
+    fixed: ClassVar[bool] = False
     std: float = 0.003
+    rate: float = 1.0
     relative: bool = True
     prior: float = 3.0
     decay: float | None = 2e-4
@@ -70,7 +73,7 @@ class SpikeNM:
     eid: EID | None = field(default_factory=EID)
 
     def __post_init__(self) -> None:
-        for option in ("std", "prior", "decay", "fade"):
+        for option in ("std", "rate", "prior", "decay", "fade"):
             value = getattr(self, option)
             if option == "decay" and value is None:
                 continue
@@ -80,9 +83,14 @@ class SpikeNM:
             raise PlanError(f"eid={self.eid!r}: give EID(...), its settings, or None for none")
 
     @property
-    def uses_spread(self) -> bool:
-        """Whether the logits' spread has to be measured at each step."""
-        return self.relative or bool(self.prior)
+    def moving_prior(self) -> float:
+        """The prior."""
+        return self.prior
+
+    @property
+    def step_size(self) -> float:
+        """In units of the initial spread."""
+        return self.rate * self.std
 
     def pattern(self, nm: NM) -> NM:
         """As asked for."""
@@ -108,47 +116,43 @@ class SpikeNM:
 
         Without the - 1: what is the same for a whole block changes neither masks nor gradients.
         """
-        if not self.prior or draw.settled:
+        if not self.prior:
             return scores
         size = weight.abs().float()
         mean = size.mean(1, keepdim=True)
         if draw.present is not None:
-            mean *= draw.nm.of / draw.present.sum(1, keepdim=True).clamp_min(1)
+            mean = mean * draw.nm.of / draw.present.sum(1, keepdim=True).clamp_min(1)
         # 0 for blocks of zeros or with infinities
-        factor = mean.reciprocal_().nan_to_num_(0.0, 0.0, 0.0).mul_(self.prior * draw.spread)
-        return torch.addcmul(scores, size, factor)
+        factor = mean.reciprocal().nan_to_num(0.0, 0.0, 0.0) * draw.prior
+        return torch.addcmul(scores.float(), size, factor)
 
-    def train_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
-        """Union of N draws; the N largest logits once the masks are frozen."""
-        if draw.frozen:
-            return self.final_mask(weight, scores, draw)
-        assert scores is not None
-        return draw_mask(scores, draw.nm.keep, kappa=draw.kappa, key=draw.key, present=draw.present)
+    def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
+        """Union of N draws."""
+        assert logits is not None
+        return draw_mask(
+            logits,
+            draw.nm.keep,
+            kappa=draw.kappa,
+            key=draw.key,
+            noise=draw.noise,
+            present=draw.present,
+        )
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The N largest of each block, without noise (MaskPro, arXiv 2506.12876)."""
-        assert scores is not None
-        return top_mask(scores, draw.nm.keep, draw.present)
+        assert logits is not None
+        return top_mask(logits, draw.nm.keep, draw.present)
 
-    def weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
-    ) -> Tensor:
-        """The dense gradient with decay of what was not drawn, or what was drawn alone."""
-        if self.decay is None:
-            return kept(grad, mask, draw.undrawn)
-        return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad
-
-    def score_grad(self, grad: Tensor, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor | None:
-        """Straight-through gradient through every draw; None once frozen."""
-        if draw.frozen:
-            return None
+    def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
+        """Straight-through gradient through every draw."""
         return straight_through(
             grad,
-            scores,
+            logits,
             draw.nm.keep,
             weight=weight,
             kappa=draw.kappa,
             tau=draw.tau,
             key=draw.key,
+            noise=draw.noise,
             present=draw.present,
         )

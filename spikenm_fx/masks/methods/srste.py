@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spikenm_fx.masks.methods import Draw, kept
+from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.methods.fixed import FixedRule
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -31,6 +31,7 @@ class SRSTE(FixedRule):
     """
 
     name: ClassVar[str] = "srste"
+    fixed: ClassVar[bool] = False
     decay: float = 2e-4
     rescale: bool = False
     fade: float = 0.0
@@ -39,12 +40,6 @@ class SRSTE(FixedRule):
         """Nothing to anneal; a fade, if one is asked for, where the run's length is known."""
         return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
 
-    def final_mask(self, weight: Tensor, scores: Tensor | None, draw: Draw) -> Tensor:
+    def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The N largest magnitudes of the present weight."""
         return top_mask(weight.abs(), draw.nm.keep, draw.present)
-
-    def weight_grad(
-        self, grad: Tensor, weight: Tensor, mask: Tensor, draw: Draw, first: bool
-    ) -> Tensor:
-        """The dense gradient, and decay where the mask is zero."""
-        return grad.add(kept(weight, ~mask), alpha=self.decay) if first else grad

@@ -15,19 +15,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_leaves
 
 from spikenm_fx.errors import SpikeNMWarning, TraceError
-from spikenm_fx.masks.clock import Clock
-from spikenm_fx.masks.eid import EID
-from spikenm_fx.masks.eligibility import (
+from spikenm_fx.masks.eid.eligibility import (
     correlate,
     presynaptic_rate,
 )
-from spikenm_fx.masks.replay import Call
-from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.masks.slopes import (
+from spikenm_fx.masks.eid.replay import Call
+from spikenm_fx.masks.eid.settings import EID
+from spikenm_fx.masks.eid.slopes import (
     Neuron,
     Source,
     Use,
@@ -36,9 +33,11 @@ from spikenm_fx.masks.slopes import (
     slopes_at,
     slopes_of,
 )
+from spikenm_fx.masks.run import Run
+from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
 
-__all__ = ["Observed", "RootHook", "Watch", "remove_hooks"]
+__all__ = ["Observed", "Watch", "remove_hooks", "watch_calls"]
 
 _PROBES = (0.3719, 0.6173, 0.8317)  # no fixed points of the usual transpositions
 
@@ -47,40 +46,48 @@ class Watch:
     """Everything watched in one model.
 
     Args:
-        clock: of the model's masks.
+        run: of the model's masks.
         schedule: after its freeze nothing is watched any more.
         settings: of the distillation.
     """
 
-    def __init__(self, clock: Clock, schedule: Schedule, settings: EID) -> None:
-        self.clock, self.schedule, self.every = clock, schedule, settings.every
+    def __init__(self, run: Run, schedule: Schedule, settings: EID) -> None:
+        self.run, self.schedule, self.every = run, schedule, settings.every
         self.needs_neuron = settings.needs_neuron
         self.sources: list[Source] = []
         self.neurons: dict[str, Neuron] = {}
         self.notes: dict[str, str] = {}
-        self.connected = not settings.needs_neuron
         self._step, self._order, self._closed = -1, 0, -1
+        self._connecting = False
         self._postponed = False
 
-    def connect(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Find the neuron behind each layer and hook it.
+    def connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Find the neuron behind each layer inside ``module`` and hook it.
 
         Args:
-            model: the model that was made sparse.
+            module: the model, or the part of it that the training loop calls.
             args: arguments of a forward call.
             kwargs: keyword arguments of it.
         """
+        waiting = [source for source in self.sources if not source.connected]
+        inside = {id(child) for child in nn.Module.modules(module)}
+        if not any(id(source.layer) in inside for source in waiting):
+            return
+        self._connecting = True  # the trace calls layers and neurons as well
         try:
-            graph = trace(model, args, example_kwargs=kwargs)
+            graph = trace(module, args, example_kwargs=kwargs)
         except TraceError as error:
-            self.connected = True
+            for source in waiting:
+                source.connected |= id(source.layer) in inside
             warnings.warn(
                 f"EID is off, masks learn from the task alone: {error}",
                 SpikeNMWarning,
                 stacklevel=2,
             )
             return
-        self.wire(model, graph)
+        finally:
+            self._connecting = False
+        self.wire(module, graph)
 
     def postpone(self) -> None:
         """A transform of torch.func runs, whose tensors no trace can read: say so once."""
@@ -93,28 +100,44 @@ class Watch:
                 stacklevel=2,
             )
 
-    def wire(self, model: nn.Module, graph: SpikingGraph) -> None:
-        """Hook the neurons that ``graph`` sees behind the watched layers."""
-        self.connected = True
+    def wire(self, module: nn.Module, graph: SpikingGraph) -> None:
+        """Hook the neurons that ``graph`` of ``module`` sees behind the watched layers.
+
+        Layers are found by what they are, as their names may have changed since ``sparsify``.
+        """
+        names = {id(child): name for name, child in nn.Module.named_modules(module)}
         for source in self.sources:
-            posts = graph.layers[source.name].post
+            name = names.get(id(source.layer))
+            if source.connected or name not in graph.layers:
+                continue
+            source.connected = True
+            posts = graph.layers[name].post
             modules = [n for n in posts if not graph.neurons[n].functional]
             if not modules:
                 what = "no neuron" if not posts else "a neuron inside a forward function"
                 self.notes[source.name] = f"{what} behind it: no EID"
-            for name in modules:
-                if name not in self.neurons:
-                    neuron = Neuron(name, model.get_submodule(name))
-                    self.neurons[name] = neuron
-                    hook = _NeuronHook(self, neuron)
-                    neuron.module.register_forward_pre_hook(hook, with_kwargs=True)
-                source.posts.append(self.neurons[name])
+            for post in modules:
+                source.posts.append(self._watched(post, module.get_submodule(post)))
+
+    def _watched(self, name: str, module: nn.Module) -> Neuron:
+        known = next((n for n in self.neurons.values() if n.module is module), None)
+        if known is not None:
+            return known
+        neuron = self.neurons[name] = Neuron(name, module)
+        module.register_forward_pre_hook(_NeuronHook(self, neuron), with_kwargs=True)
+        return neuron
+
+    @property
+    def connected(self) -> bool:
+        """Whether every layer knows what it drives."""
+        return not self.needs_neuron or all(source.connected for source in self.sources)
 
     def recording(self, module: nn.Module) -> bool:
         """Whether calls of ``module`` are to be kept now."""
-        step = self.clock.step
+        step = self.run.step
         wanted = (
             module.training
+            and not self._connecting
             and step % self.every == 0
             and self._closed != step
             and torch.is_grad_enabled()
@@ -126,9 +149,20 @@ class Watch:
             self._step = step
         return wanted
 
+    def missed(self, source: Source) -> None:
+        """A layer is called by itself: no call of a module shows what it drives.  Say so once."""
+        if self.needs_neuron and not source.connected:
+            source.connected = True
+            self.run.warn(
+                "unconnected",
+                f"EID is off for {source.name}: the training loop calls it by itself, so that no "
+                "forward of a module shows which neuron it drives; "
+                "sparsify(model, example_inputs=...) shows it",
+            )
+
     def close(self) -> None:
         """The credits of this step are being asked for: nothing more is kept for it."""
-        self._closed = self.clock.step
+        self._closed = self.run.step
 
     def forget(self) -> None:
         """Let go of everything that was kept."""
@@ -147,6 +181,8 @@ class Watch:
 
     def saw_layer(self, source: Source, inputs: Tensor, output: Tensor) -> None:
         """A layer was called."""
+        if source.frozen:
+            return
         kept = output if self.needs_neuron and not source.same_order else None
         source.uses.append(Use(self.order(), inputs.detach(), output.shape, kept))
 
@@ -170,13 +206,15 @@ class Watch:
                 self._locate(source, neuron, spec, current)
 
     def _locate(self, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> None:
+        if not _graph_can_be_asked():
+            return
         if source.same_order is None:
             source.same_order = _same_order(source, neuron, spec, current)
         if source.same_order or spec.step_mode != "multi":
             return
         slopes = slopes_of(neuron, spec, neuron.calls[-1:])
         outputs = [use.output for use in source.uses if use.output is not None]
-        if slopes is None or not current.requires_grad:
+        if slopes is None or not all(y.requires_grad for y in (current, *outputs)):
             return
         back = torch.autograd.grad(
             current, outputs, slopes[0].to(current.dtype), retain_graph=True, allow_unused=True
@@ -251,6 +289,8 @@ def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
 def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
     """Ask the graph where three of the neuron's inputs come from; None while it cannot tell."""
     outputs = [use.output for use in source.uses if use.output is not None]
+    if not all(y.requires_grad for y in outputs):
+        return None
     total = sum(use.shape.numel() for use in source.uses)
     before = sum(call.current.numel() for call in neuron.calls[:-1])
     if spec.step_mode == "multi" and before + current.numel() != total and len(source.posts) == 1:
@@ -286,7 +326,8 @@ class _LayerHook:
     source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _after_layer(self, module, args, output)
+        if not torch.compiler.is_compiling():
+            _after_layer(self, module, args, output)
 
 
 @dataclass(slots=True, eq=False)
@@ -295,27 +336,34 @@ class _NeuronHook:
     neuron: Neuron
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _before_neuron(self, module, args, kwargs)
+        if not torch.compiler.is_compiling():
+            _before_neuron(self, module, args, kwargs)
 
 
 @dataclass(slots=True, eq=False)
-class RootHook:
-    """Connects the watch on the first training forward of the model."""
+class CallHook:
+    """Connects the watch on the first training forward of whatever module is called."""
 
     watch: Watch
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward of the model."""
-        _before_model(self, module, args, kwargs)
+        """Before the forward of a module that contains watched layers."""
+        if not torch.compiler.is_compiling():
+            _before_call(self, module, args, kwargs)
 
 
-@_disable_dynamo
+def _graph_can_be_asked() -> bool:
+    """Not inside of a checkpointed part, whose graph is there in the backward pass alone."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if args and isinstance(output, Tensor) and hook.watch.recording(module):
+        if not hook.source.connected:
+            hook.watch.missed(hook.source)
         hook.watch.saw_layer(hook.source, args[0], output)
 
 
-@_disable_dynamo
 def _before_neuron(
     hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -323,15 +371,32 @@ def _before_neuron(
         hook.watch.saw_neuron(hook.neuron, args, kwargs)
 
 
-@_disable_dynamo
-def _before_model(
-    hook: RootHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+def _before_call(
+    hook: CallHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if not hook.watch.connected and module.training and (args or kwargs):
-        if torch._C._functorch.peek_interpreter_stack() is None:
-            hook.watch.connect(module, args, kwargs)
-        else:
-            hook.watch.postpone()
+    watch = hook.watch
+    if watch.connected or watch._connecting or not module.training or not (args or kwargs):
+        return
+    if watch.schedule.frozen(watch.run.step):
+        return
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        watch.connect(module, args, kwargs)
+    else:
+        watch.postpone()
+
+
+def watch_calls(model: nn.Module, watch: Watch) -> None:
+    """Hook every module that contains a watched layer: the loop may call any of them first.
+
+    Args:
+        model: the sparsified model.
+        watch: of it.
+    """
+    layers = {id(source.layer) for source in watch.sources}
+    for module in nn.Module.modules(model):
+        inside = (id(child) for child in nn.Module.modules(module) if child is not module)
+        if any(child in layers for child in inside):
+            module.register_forward_pre_hook(CallHook(watch), with_kwargs=True)
 
 
 def remove_hooks(model: nn.Module) -> None:
@@ -341,7 +406,7 @@ def remove_hooks(model: nn.Module) -> None:
             ours = [
                 key
                 for key, hook in hooks.items()
-                if isinstance(hook, _LayerHook | _NeuronHook | RootHook)
+                if isinstance(hook, _LayerHook | _NeuronHook | CallHook)
             ]
             for key in ours:
                 del hooks[key]

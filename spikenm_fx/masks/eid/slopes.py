@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import SpikeNMWarning
-from spikenm_fx.masks.eligibility import filtered_slopes, has_known_slope
-from spikenm_fx.masks.replay import Call, replayed_slopes, runs_through_time
+from spikenm_fx.masks.eid.eligibility import filtered_slopes, has_known_slope
+from spikenm_fx.masks.eid.replay import Call, replayed_slopes, runs_through_time
 from spikenm_fx.trace import NeuronSpec, neuron_spec
 
 __all__ = ["Neuron", "Source", "Use", "in_layer_order", "samples_seen", "slopes_at", "slopes_of"]
@@ -41,6 +41,13 @@ class Source:
     uses: list[Use] = field(default_factory=list)
     same_order: bool | None = None  # do neuron inputs lie in memory as the layer's outputs do?
     mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
+    connected: bool = False  # whether the neurons behind it were looked for
+
+    @property
+    def frozen(self) -> bool:
+        """Whether nobody trains the layer's weight: its masks learn nothing from credits."""
+        weight = self.layer._parameters.get("weight")
+        return weight is None or not weight.requires_grad
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The running credits of one masked weight, and the targets made of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.masks.eid.settings import EID
+from spikenm_fx.masks.eid.targets import soft_targets
+from spikenm_fx.masks.schedule import Schedule
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
+
+__all__ = ["Guide", "targets_of"]
+
+
+class Measured(Protocol):
+    """Whoever watches a layer."""
+
+    def measure(self) -> Tensor | None:
+        """Its credit in this step, of the weight's shape."""
+
+
+class Guide:
+    """The running credits of one masked weight, and the pull on its logits that comes of them.
+
+    Attributes:
+        settings: the EID settings.
+        average: running credit without the factor |W|, of the weight's shape, float32; None before
+            the first refresh.
+        refreshed: the optimizer step of the last refresh, -1 before.
+        observed: measures at a refresh what the hooks saw: the credit without the factor |W|, or
+            None where they saw nothing.
+    """
+
+    def __init__(self, settings: EID, observed: Measured | None) -> None:
+        self.settings = settings
+        self.average: Tensor | None = None
+        self.refreshed = -1
+        self.observed = observed
+
+    def due(self, step: int) -> bool:
+        """Whether the credits are to be refreshed in this optimizer step."""
+        return step % self.settings.every == 0 and self.refreshed != step
+
+    def load(self, average: Tensor | None) -> None:
+        """Take over (or forget) an average; all zeros mean that there was none."""
+        known = average is not None and bool(average.any())
+        self.average = average.detach().clone().float() if known and average is not None else None
+        self.refreshed = -1
+
+    def stored(self, owner: MaskedWeight) -> Tensor:
+        """What a checkpoint keeps: the average, zeros before the first refresh."""
+        if self.average is None:
+            return torch.zeros(owner.view.shape, dtype=torch.float32, device=owner.dense.device)
+        return self.average.to(owner.dense.device)
+
+    @torch.no_grad()
+    def refresh(self, step: int) -> None:
+        """Average in the credits of this step, if they are due and known."""
+        if not self.due(step):
+            return
+        self.refreshed = step
+        credit = self.observed.measure() if self.observed is not None else None
+        if credit is None:
+            return
+        credit = credit.float()
+        usable = torch.isfinite(credit).all() & credit.any()
+        if credit.device.type != "cpu":  # without waiting for the device
+            credit = torch.where(usable, credit, 0.0 if self.average is None else self.average)
+        elif not usable.numpy():
+            return  # overflow, or a layer that nothing reached: keep what is known
+        if self.average is None:
+            self.average = credit.clone()
+        else:
+            self.average = self.average.to(credit.device).lerp(credit, 1 - self.settings.ema)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is anything to make targets of."""
+        return self.average is not None or not self.settings.needs_input
+
+    def targets(self, owner: MaskedWeight) -> Tensor | None:
+        """Q in blocks, with the weights of now; None before the first refresh."""
+        if not self.known:
+            return None
+        present = owner.view.present(owner.dense.device)
+        size = owner.view.to_blocks(owner.dense.detach())
+        average = None if self.average is None else owner.view.to_blocks(self.average)
+        return targets_of(self.settings, size, average, present)
+
+    def strength(self, schedule: Schedule, step: int) -> float:
+        """The weight of the pull at ``step``; 0 where there is none."""
+        if not self.known or not self.settings.automatic:
+            return 0.0
+        first, last = self.settings.weight
+        return first + (last - first) * schedule.progress(step)
+
+
+def targets_of(
+    settings: EID, weight: Tensor, average: Tensor | None, present: Tensor | None
+) -> Tensor:
+    """The targets of blocks ``(lead, M, inner)``, from their weights and average credits."""
+    credit = average
+    if settings.credit.startswith("weight"):
+        size = weight.abs().float()
+        credit = size if credit is None else size * credit
+    assert credit is not None
+    return soft_targets(credit, present, settings.temperature, settings.normalise)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many weights as one: their blocks side by side, so that one operation serves all of them.
+
+Weights of one method, pattern, schedule and kernel size are laid together along the first axis of
+their blocks.  A step of the optimizer then costs a few hundred operations whatever the number of
+layers, none of which waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.noise import gumbel_of_layers
+from spikenm_fx.pattern import planes
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
+
+__all__ = ["Group", "grouped"]
+
+
+class Group:
+    """Weights whose blocks can lie side by side.
+
+    Attributes:
+        members: the weights.
+        first: one of them, for what they have in common.
+    """
+
+    def __init__(self, members: Sequence[MaskedWeight]) -> None:
+        self.members = list(members)
+        self.first = members[0]
+        self._leads = [member.view.blocked_shape[0] for member in members]
+        self._repeats: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.first.mask.device
+
+    def weights(self) -> Tensor:
+        """``(lead, M, inner)`` of all, float32, by block position in memory."""
+        return self.blocks([member.dense.detach() for member in self.members])
+
+    def blocks(self, tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor of the weight's shape per member, as blocks of all."""
+        views = [m.view.to_blocks(t) for m, t in zip(self.members, tensors, strict=True)]
+        return _by_position(torch.cat(views) if len(views) > 1 else views[0])
+
+    def scores(self) -> Tensor | None:
+        """The scores of all, float32."""
+        if self.first.scores is None:
+            return None
+        found = [m.scores.detach() for m in self.members if m.scores is not None]
+        return _by_position(torch.cat(found) if len(found) > 1 else found[0])
+
+    def rows(self, values: Tensor) -> Tensor:
+        """One value a member to one value a row, ``(lead, 1, 1)``."""
+        if len(self.members) == 1:
+            return values.view(1, 1, 1)
+        if self._repeats is None:
+            self._repeats = torch.tensor(self._leads, dtype=torch.int64)
+            if self.device.type == "cuda":
+                self._repeats = self._repeats.pin_memory()
+            self._repeats = self._repeats.to(self.device, non_blocking=True)
+        total = sum(self._leads)
+        return values.repeat_interleave(self._repeats, output_size=total).view(-1, 1, 1)
+
+    def split(self, blocks: Tensor) -> list[Tensor]:
+        """The blocks of each member, in contiguous memory."""
+        whole = blocks.contiguous()
+        return list(whole.split(self._leads)) if len(self._leads) > 1 else [whole]
+
+    def weight_shaped(self, blocks: Tensor) -> list[Tensor]:
+        """The same in the shapes of the weights."""
+        pairs = zip(self.members, self.split(blocks), strict=True)
+        return [member.view.from_blocks(part) for member, part in pairs]
+
+    def norms(self, parts: Sequence[Tensor]) -> Tensor:
+        """Root mean square of each member's part, float32 ``[members]``."""
+        norms = torch.stack(torch._foreach_norm(list(parts)))
+        counts = [max(part.numel(), 1) ** -0.5 for part in parts]
+        return norms * self.numbers(counts)
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """One number a member from the host, without waiting for the device."""
+        if len(set(values)) == 1:
+            return torch.full((len(values),), values[0], dtype=torch.float32, device=self.device)
+        host = torch.tensor(values, dtype=torch.float32)
+        if self.device.type == "cuda":
+            host = host.pin_memory()
+        return host.to(self.device, non_blocking=True)
+
+    def present(self) -> Tensor | None:
+        """Of padded blocks the positions that are there."""
+        found = [member.view.present(self.device) for member in self.members]
+        there = [each for each in found if each is not None]
+        return torch.cat(there) if there else None
+
+    def priors(self) -> Tensor | None:
+        """The strength of the moving prior of each member."""
+        found = [member.prior.detach() for member in self.members if member.prior is not None]
+        return torch.stack(found) if found else None
+
+    def draw(self, step: int | None, noise: Tensor | None = None) -> Draw:
+        """Of all members; None for the final masks."""
+        priors = self.priors()
+        return Draw(
+            nm=self.first.view.nm,
+            kappa=1.0 if step is None else self._kappa(step),
+            tau=self.first.schedule.tau_at(step or 0),
+            prior=0.0 if priors is None else self.rows(priors),
+            key=self.first.key_at(0),
+            noise=noise,
+            present=self.present(),
+        )
+
+    def _kappa(self, step: int) -> float | Tensor:
+        kappa = self.first.schedule.kappa_at(step)
+        if not self.first.method.relative:
+            return kappa
+        spread = torch.stack([member.spread for member in self.members])
+        return self.rows(kappa / torch.where(spread == 0, 1.0, spread))
+
+
+def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
+    """Weights by what they must have in common."""
+    found: dict[Any, list[MaskedWeight]] = defaultdict(list)
+    for weight in weights:
+        scores = weight.scores
+        found[
+            weight.method,
+            weight.view.nm,
+            weight.view.blocked_shape[1:],
+            weight.schedule,
+            bool(weight.view.padding),
+            weight.dense.dtype,
+            None if scores is None else scores.dtype,
+            weight.dense.device,
+        ].append(weight)
+    return [Group(members) for members in found.values()]
+
+
+def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
+    """Gumbel noise of the scores of each group at an optimizer step, made at once for a device."""
+    devices: dict[torch.device, list[int]] = defaultdict(list)
+    for index, group in enumerate(groups):
+        devices[group.device].append(index)
+    found: dict[int, Tensor] = {}
+    for device, indices in devices.items():
+        members = [m for index in indices for m in groups[index].members]
+        counts = [0 if m.scores is None else m.scores.numel() for m in members]
+        noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device)
+        sizes = [
+            sum(0 if m.scores is None else m.scores.numel() for m in groups[index].members)
+            for index in indices
+        ]
+        for index, part in zip(indices, noise.split(sizes), strict=True):
+            scores = groups[index].first.scores
+            assert scores is not None
+            found[index] = _by_position(part.view(-1, *scores.shape[1:]))
+    return [found[index] for index in range(len(groups))]
+
+
+def _by_position(blocks: Tensor) -> Tensor:
+    """Float32, a plane for each position of a block: torch is slow along short axes."""
+    return planes(blocks.float()).movedim(0, 1)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one optimizer step does to all masks of a model: before it, and after it.
+
+Before: from the dense gradient as the optimizer is about to see it (accumulated, reduced over
+ranks, unscaled) come the gradient of the scores, the pull of EID, and the decay of what is not
+kept.  After: the next masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.masks import fused
+from spikenm_fx.masks.eid.pull import pull
+from spikenm_fx.masks.groups import Group, grouped, noise_of
+from spikenm_fx.masks.methods import kept
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
+
+__all__ = ["before_step", "draw_masks", "final_masks", "learn"]
+
+
+@torch.no_grad()
+def before_step(
+    weights: Sequence[MaskedWeight], step: int, *, learning: bool, scale: Tensor | None
+) -> None:
+    """Let scores learn from the gradients of ``weights``, and finish these for the optimizer.
+
+    Args:
+        weights: that have a gradient.
+        step: the optimizer step.
+        learning: False where the scores have learnt in this step already.
+        scale: what a fused optimizer is about to divide the gradients by, if it does.
+    """
+    rest = [w for w in weights if not fused.before_step(w, step, learning=learning, scale=scale)]
+    searching = [w for w in rest if learning and w.learns and not w.frozen]
+    if searching:
+        groups = grouped(searching)
+        for group, noise in zip(groups, noise_of(groups, step), strict=True):
+            learn(group, step, noise)
+    _finish_gradients(rest, scale)
+
+
+def learn(group: Group, step: int, noise: Tensor) -> None:
+    """Move the scores of a group along their straight-through gradient.
+
+    Each layer's gradient is divided by its own root mean square: neither the scale of the loss nor
+    the user's learning rate decides how fast masks move.  What this makes of a layer whose gradient
+    is zero or not finite is nothing at all.
+    """
+    task, size, pulled = _directions(group, step, noise)
+    known = torch.isfinite(size) & (size > 0)
+    move = task * group.rows(torch.where(known, 1 / size, 0.0))
+    if pulled is not None:
+        move = move + pulled
+    move = torch.where(group.rows(known), move, 0.0).mul_(-group.first.method.step_size)
+    own = [member.scores.detach() for member in group.members if member.scores is not None]
+    torch._foreach_add_(own, group.split(move))
+    group.first.run.note_sizes(size)
+
+
+def _directions(group: Group, step: int, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient of the scores in blocks, its root mean squares by member, and the pull of EID."""
+    method = group.first.method
+    grads = group.blocks([_grad(member) for member in group.members])
+    weights, scores = group.weights(), group.scores()
+    assert scores is not None
+    draw = group.draw(step, noise)
+    logits = method.logits(weights, scores, draw)
+    task = _with_losses(group, method.score_grad(grads, weights, logits, draw))
+    return task, group.norms(group.split(task)), pull(group, weights, logits, draw, step)
+
+
+@torch.no_grad()
+def gradients(weight: MaskedWeight, step: int) -> tuple[Tensor, Tensor]:
+    """Gradient of one weight's scores from the task alone, and with the pull of EID.
+
+    Args:
+        weight: that has a gradient.
+        step: the optimizer step.
+    """
+    if weight.guide is not None:
+        weight.guide.refresh(step)
+    group = Group([weight])
+    (noise,) = noise_of([group], step)
+    task, size, pulled = _directions(group, step, noise)
+    return task, task if pulled is None else task + group.rows(size) * pulled
+
+
+def _with_losses(group: Group, grad: Tensor) -> Tensor:
+    """Add what a loss of the user's, such as ``eid_loss``, has left at the scores."""
+    scores = [member.scores for member in group.members]
+    if all(score is None or score.grad is None for score in scores):
+        return grad
+    found = []
+    for score in scores:
+        assert score is not None
+        found.append(torch.zeros_like(score) if score.grad is None else score.grad.float())
+        score.grad = None  # the user's optimizer must not step it as well
+    return grad + torch.cat(found)
+
+
+def _grad(member: MaskedWeight) -> Tensor:
+    grad = member.dense.grad
+    assert grad is not None
+    return grad.detach()
+
+
+def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None) -> None:
+    """Add decay where the mask is zero, or take the gradient away there."""
+    for weight in weights:
+        decay, grad = weight.method.decay, _grad(weight)
+        if decay is None and weight.learns:
+            grad.copy_(kept(grad, weight.mask, weight.undrawn))
+    decaying = [w for w in weights if w.method.decay]
+    if not decaying:
+        return
+    dense = [w.dense.detach() for w in decaying]
+    rest = torch._foreach_mul(dense, [~w.mask for w in decaying])
+    torch._foreach_mul_(rest, [float(w.method.decay or 0.0) for w in decaying])
+    if scale is not None:
+        torch._foreach_mul_(rest, scale)
+    torch._foreach_add_([_grad(w) for w in decaying], rest)
+
+
+@torch.no_grad()
+def draw_masks(weights: Iterable[MaskedWeight], step: int) -> None:
+    """Write the masks of an optimizer step, in place."""
+    moving, settling, still = [], [], []
+    for weight in weights:
+        if not weight.there:
+            continue
+        if weight.method.fixed or (weight.settled and weight.frozen):
+            still.append(weight)
+        elif weight.frozen:
+            settling.append(weight)
+        elif not fused.draw_mask(weight, step):
+            moving.append(weight)
+        else:
+            _started(weight, step)
+    for weight in still:
+        weight.after_step(weight.schedule.undrawn_at(step))
+    _settle(settling)
+    if moving:
+        _draw(moving, step)
+
+
+def _draw(weights: Sequence[MaskedWeight], step: int) -> None:
+    groups = grouped(weights)
+    noisy = [group for group in groups if group.first.learns]
+    noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy else [], strict=True))
+    for group in groups:
+        blocks, scores = group.weights(), group.scores()
+        _measure(group, scores)
+        draw = group.draw(step, noise.get(id(group)))
+        method = group.first.method
+        logits = None if scores is None else method.logits(blocks, scores, draw)
+        masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
+        torch._foreach_copy_([member.mask for member in group.members], masks)
+        for member in group.members:
+            _started(member, step)
+
+
+def _started(weight: MaskedWeight, step: int) -> None:
+    weight.settled = False
+    weight.after_step(weight.schedule.undrawn_at(step))
+
+
+def _measure(group: Group, scores: Tensor | None) -> None:
+    """The spread of the scores: their root mean square within the blocks."""
+    method = group.first.method
+    if scores is None or not (method.relative or method.moving_prior):
+        return
+    spread = group.norms(group.split(scores - scores.mean(1, keepdim=True)))
+    spread = spread.nan_to_num(0.0, 0.0, 0.0)
+    torch._foreach_copy_([member.spread for member in group.members], list(spread.unbind()))
+    priors = [member.prior.detach() for member in group.members if member.prior is not None]
+    if priors:
+        torch._foreach_copy_(priors, list((spread * method.moving_prior).unbind()))
+
+
+def _settle(weights: Sequence[MaskedWeight]) -> None:
+    """The masks freeze now: the scores take the prior in, and from here on they alone decide."""
+    for group in grouped(weights) if weights else ():
+        blocks, scores = group.weights(), group.scores()
+        assert scores is not None
+        draw = group.draw(None)
+        logits = group.first.method.logits(blocks, scores, draw)
+        if group.priors() is not None:
+            own = [m.scores.detach() for m in group.members if m.scores is not None]
+            torch._foreach_copy_(own, group.split(logits))
+            torch._foreach_zero_([m.prior.detach() for m in group.members if m.prior is not None])
+    for weight, mask in final_masks(weights).items():
+        weight.mask.copy_(mask)
+        weight.settled = True
+        weight.after_step(0.0)
+
+
+@torch.no_grad()
+def final_masks(weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, Tensor]:
+    """The final masks of what weights and scores hold now."""
+    found: dict[MaskedWeight, Tensor] = {}
+    rest = []
+    for weight in weights:
+        if fused.usable(weight):
+            found[weight] = weight.final()
+        else:
+            rest.append(weight)
+    for group in grouped(rest) if rest else ():
+        blocks, scores = group.weights(), group.scores()
+        draw, method = group.draw(None), group.first.method
+        logits = None if scores is None else method.logits(blocks, scores, draw)
+        masks = group.weight_shaped(method.final_mask(blocks, logits, draw))
+        found |= dict(zip(group.members, masks, strict=True))
+    return found
