@@ -167,7 +167,7 @@ def test_faults_are_found(source: str, fault: str) -> None:
         'def _private(x: Tensor):\n    """X."""\n    raise E',
         'def f(x: Tensor):\n    """``[T, ...]`` currents to spikes of the same."""',
         'def f(x):\n    """Half of it.\n\n    Raises:\n        E: if odd.\n    """\n    raise E(x)',
-        'def f(x):\n    """Passes all on."""\n    try:\n        g()\n    except E:\n        raise',
+        'def f(x):\n    """Hands it on."""\n    try:\n        g()\n    except E:\n        raise',
         'def f(x):\n    """One that raises."""\n    def g():\n        raise E(x)\n    return g',
     ],
 )
