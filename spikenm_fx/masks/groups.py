@@ -65,7 +65,7 @@ class Group:
         if len(self.members) == 1:
             return values.view(1, 1, 1)
         if self._repeats is None:
-            self._repeats = torch.tensor(self._leads, dtype=torch.int64)
+            self._repeats = torch.tensor(self._leads, dtype=torch.int64, device="cpu")
             if self.device.type == "cuda":
                 self._repeats = self._repeats.pin_memory()
             self._repeats = self._repeats.to(self.device, non_blocking=True)
@@ -92,7 +92,7 @@ class Group:
         """One number a member from the host, without waiting for the device."""
         if len(set(values)) == 1:
             return torch.full((len(values),), values[0], dtype=torch.float32, device=self.device)
-        host = torch.tensor(values, dtype=torch.float32)
+        host = torch.tensor(values, dtype=torch.float32, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
