@@ -18,6 +18,7 @@ from torch import Tensor
 
 from spikenm_fx.masks import native
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.rule import KEEP, LOOK
 from spikenm_fx.native.library import Draws, Kernels, kernels
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def before_step(
         return True
     call.mode, call.grad, call.out = native.MOVE, move.data_ptr(), None
     call.rate, call.inverse_size = method.step_size, 1 / size
+    call.momentum, call.look, call.keep_momentum = weight.momentum_now().data_ptr(), LOOK, KEEP
     average = None if weight.guide is None else weight.guide.average
     if strength and settings is not None:
         average = average.contiguous() if average is not None else None
