@@ -100,6 +100,17 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """Step time, launches and agreement with the CPU on a CUDA device; says where there is none.
+
+    It uses the torch that is there, which ``--no-venv`` makes that of the calling environment.
+    """
+    if session.virtualenv.is_sandboxed:
+        install_package(session)
+    session.run("python", "-m", "spikenm_fx.bench", "gpu", *session.posargs)
+
+
+@nox.session
 def build(session: nox.Session) -> None:
     """Source distribution and wheel, and the command line of the installed wheel."""
     session.install(*groups("build", "demo"))

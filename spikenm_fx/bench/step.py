@@ -4,82 +4,113 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
+import statistics
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-import spikenm_fx
-from spikenm_fx.bench.measure import interleaved, positive, save
-from spikenm_fx.bench.nets.cifar import NETWORKS, build
-from spikenm_fx.bench.networks import direct_code
+from spikenm_fx.bench.measure import add_resuming, measured, positive
+from spikenm_fx.bench.versions import Version, add_before, versions
 from spikenm_fx.masks import EID, native
-from spikenm_fx.masks.methods import Method
-from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 __all__ = ["main"]
 
-CANDIDATES: dict[str, tuple[str | Method, str]] = {
-    "spikenm 2:4": ("spikenm", "2:4"),
-    "spikenm 2:4 refreshing": (SpikeNM(eid=EID(every=1)), "2:4"),
-    "spikenm 2:4 without EID": (SpikeNM(eid=None), "2:4"),
-    "spikenm 2:8": ("spikenm", "2:8"),
-    "spikenm 1:8": ("spikenm", "1:8"),
-    "srste 2:4": ("srste", "2:4"),
-    "maskllm 2:4": ("maskllm", "2:4"),
-    "maskllm 2:8": ("maskllm", "2:8"),
-}
+NETWORKS = ("fc2048", "fc4096", "vgg-small")
+CANDIDATES = (
+    ("spikenm", "2:4"),
+    ("spikenm", "1:8"),
+    ("spikenm, no EID", "2:4"),
+    ("srste", "2:4"),
+    ("srste", "1:8"),
+    ("maskllm", "2:4"),
+)
+_MEAN = "a run's mean"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Time single steps of every candidate in turn; write ``results/step.json``.
+    """Time single steps of dense and sparse networks in turn; write ``results/step.json``.
 
-    Credits are refreshed every K steps: the median is of a step without, a candidate that
-    refreshes at each step gives the other kind, and both together what a run pays.
+    A step of the mean run is nineteen ordinary ones and one that refreshes the credits, both
+    measured.  With ``--before`` an earlier checkout takes turns, each version in a process of its
+    own beside a dense network of its own.
     """
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench step", description=__doc__)
-    parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
+    parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
+    parser.add_argument("--only", nargs="+", help="methods", default=None)
     parser.add_argument("--batch", type=positive, default=32)
-    parser.add_argument("--steps", type=positive, default=4, help="simulation time steps T")
     parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--repeats", type=positive, default=15)
+    parser.add_argument("--repeats", type=positive, default=9)
+    add_before(parser)
+    add_resuming(parser)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    images = direct_code(torch.rand(options.batch, 3, 32, 32) * 2, options.steps)
-    labels = torch.randint(0, 10, (options.batch,))
-    step = partial(_step, options.network, images, labels)
-    timed = {"dense": step(None, "")}
-    timed |= {name: step(method, nm) for name, (method, nm) in CANDIDATES.items()}
-    seconds = interleaved(timed, repeats=options.repeats)
-    rows = {
-        name: {"milliseconds": 1e3 * value, "over_dense": value / seconds["dense"]}
-        for name, value in seconds.items()
+    with ExitStack() as stack:
+        running = {
+            name: stack.enter_context(Version(folder, threads=options.threads))
+            for name, folder in versions(options.before).items()
+        }
+        wanted = {
+            f"{network}, {method} {nm}": lambda network=network, method=method, nm=nm: _row(
+                running, network, method, nm, options
+            )
+            for network in options.networks
+            for method, nm in CANDIDATES
+            if options.only is None or method in options.only
+        }
+        sampler = "torch" if native.kernel_for(torch.zeros(1, 4, 1), 2) is None else "native"
+        about = {
+            "settings": {
+                **{key: getattr(options, key) for key in ("batch", "threads", "repeats")},
+                "steps": 4,
+                "sampler": sampler,
+                "refresh_every": EID().every,
+                "versions": sorted(running),
+            }
+        }
+        measured("step", wanted, about, _summary, options)
+
+
+def _row(
+    running: dict[str, Version], network: str, method: str, nm: str, options: Any
+) -> dict[str, Any]:
+    kinds: dict[str, str | None] = {"dense": None, "ordinary": method}
+    if method == "spikenm":
+        kinds["refreshing"] = f"{method}, refreshing"
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {kind: [] for kind in kinds} for name in running
     }
-    every = EID().every
-    pair = (rows["spikenm 2:4"], rows["spikenm 2:4 refreshing"])
-    rows["spikenm 2:4, a run's mean"] = {
-        key: ((every - 1) * pair[0][key] + pair[1][key]) / every for key in pair[0]
+    for _ in range(options.repeats):
+        for name, version in running.items():
+            for kind, chosen in kinds.items():
+                asked = {"network": network, "method": chosen, "nm": nm, "batch": options.batch}
+                seconds[name][kind].append(version.ask("time", **asked)["seconds"])
+    for version in running.values():
+        version.ask("forget")
+    row: dict[str, Any] = {"network": network, "method": method, "nm": nm}
+    for name, found in seconds.items():
+        ratios = {
+            kind: statistics.median(
+                a / b for a, b in zip(found[kind], found["dense"], strict=True)
+            )
+            for kind in kinds
+        }
+        every = EID().every if "refreshing" in kinds else 1
+        mean = ((every - 1) * ratios["ordinary"] + ratios.get("refreshing", 1.0)) / every
+        row[name] = {
+            "dense_milliseconds": 1e3 * statistics.median(found["dense"]),
+            "over_dense": {**ratios, _MEAN: mean if every > 1 else ratios["ordinary"]},
+        }
+    shown = "   ".join(f"{name} {row[name]['over_dense'][_MEAN]:.2f}x" for name in running)
+    print(f"{network:<10} {method + ' ' + nm:<24} {shown}", flush=True)
+    return row
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        row["key"]: {
+            name: row[name]["over_dense"][_MEAN] for name in ("before", "after") if name in row
+        }
+        for row in rows
     }
-    for name, row in rows.items():
-        print(f"{name:<26}{row['milliseconds']:8.1f} ms  {row['over_dense']:.3f}x")
-    sampler = "torch" if native.kernel_for(torch.zeros(1, 4, 1), 2) is None else "native"
-    settings = {**vars(options), "sampler": sampler, "refresh_every": every}
-    print(save("step", {"settings": settings, "rows": rows}))
-
-
-def _step(
-    network: str, images: Tensor, labels: Tensor, method: str | Method | None, nm: str
-) -> Callable[[], None]:
-    model = build(network, images[0], 0)
-    if method is not None:
-        spikenm_fx.sparsify(model, nm, method=method, total_steps=10**6)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
-
-    def run() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return run

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse models under torch.func, torch.compile, torch.export, tracing and checkpointing, unfolded.
+
+The oracle throughout is a plain model of the same class that holds the masked weights: whatever a
+transform computes there it computes here, in both modes, or one error says to fold first.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from loops import (
+    LAYERS,
+    close,
+    dense,
+    heard,
+    logits,
+    masks,
+    sequences,
+    sparse,
+    sparse_spiking,
+    spiking_net,
+    step_of,
+    train,
+    train_step,
+)
+from strategies import ALL_LAYERS, batches
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+import spikenm_fx
+from spikenm_fx.errors import SpikeNMError
+from spikenm_fx.masks import EID
+from spikenm_fx.masks.methods.spikenm import SpikeNM
+
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def smooth() -> nn.Module:
+    """A network with second derivatives."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+    )
+
+
+def pair(*, training: bool, steps: int = 3, **options: Any) -> tuple[nn.Module, nn.Module]:
+    """A sparse model after some steps, and a plain one with its masked weights of this mode."""
+    options.setdefault("method", SpikeNM(decay=0.0, eid=None))
+    model = spikenm_fx.sparsify(smooth(), "2:4", rules=ALL_LAYERS, **options).train()
+    train(model, torch.optim.SGD(model.parameters(), lr=0.05), batches(steps))
+    model.train(training)
+    plain = smooth().train(training)
+    with torch.no_grad():
+        for name in LAYERS:
+            plain.get_submodule(name).weight.copy_(model.get_submodule(name).weight)
+            plain.get_submodule(name).bias.copy_(model.get_submodule(name).bias)
+    return model, plain
+
+
+def own(model: nn.Module) -> dict[str, Tensor]:
+    """Detached parameters that take part in the forward pass."""
+    return {n: p.detach() for n, p in model.named_parameters() if _dense(n)}
+
+
+def _dense(name: str) -> bool:
+    """Whether a dense model has a parameter of this name."""
+    return name.endswith((".weight", ".bias"))
+
+
+def loss_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    return functional_call(model, parameters, (x,)).square().mean()
+
+
+def compare(model: nn.Module, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Assert that gradients agree: all of them in training, where undrawn weights learn on."""
+    kept = {f"{name}.weight": mask for name, mask in masks(model).items()}
+    for name, gradient in expected.items():
+        where = kept[name] if name in kept and not model.training else torch.tensor(True)
+        pair = found[name] * where, gradient * where
+        torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@contextmanager
+def or_says_fold() -> Iterator[None]:
+    """Lets an error of ours pass that names the way out."""
+    try:
+        yield
+    except SpikeNMError as error:
+        assert "fold" in str(error), error
+
+
+# -- torch.func -----------------------------------------------------------------------------------
+
+
+@MODES
+def test_per_sample_gradients(training: bool) -> None:
+    """vmap(grad): one gradient for each sample, those of the plain model."""
+    model, plain = pair(training=training)
+    x = batches(1, size=5)[0]
+
+    def per_sample(net: nn.Module) -> dict[str, Tensor]:
+        gradient = torch.func.grad(lambda p, one: loss_of(net, p, one[None]))
+        return torch.func.vmap(gradient, in_dims=(None, 0))(own(net), x)
+
+    found, expected = per_sample(model), per_sample(plain)
+    assert found["2.weight"].shape == (5, 16, 16)
+    compare(model, found, expected)
+
+
+@MODES
+def test_jacobians(training: bool) -> None:
+    """jacrev in the inputs and in the parameters, and per-sample by vmap over it."""
+    model, plain = pair(training=training)
+    x = batches(1, size=2)[0]
+    torch.testing.assert_close(torch.func.jacrev(model)(x), torch.func.jacrev(plain)(x))
+
+    def jacobian(net: nn.Module) -> dict[str, Tensor]:
+        return torch.func.jacrev(lambda p: functional_call(net, p, (x,)))(own(net))
+
+    compare(model, jacobian(model), jacobian(plain))
+
+
+@MODES
+def test_hessian_vector_products(training: bool) -> None:
+    """Twice backward, by autograd and by torch.func, equals the plain model's."""
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+    vector = {n: torch.randn_like(p) for n, p in own(plain).items()}
+    for name, mask in masks(model).items():
+        vector[f"{name}.weight"] *= mask  # directions within the mask, which both models have
+
+    def by_autograd(net: nn.Module) -> dict[str, Tensor]:
+        names = [n for n, _ in net.named_parameters() if _dense(n)]
+        parameters = [dict(net.named_parameters())[n] for n in names]
+        gradients = torch.autograd.grad(net(x).square().mean(), parameters, create_graph=True)
+        product = sum((g * vector[n]).sum() for n, g in zip(names, gradients, strict=True))
+        return dict(zip(names, torch.autograd.grad(product, parameters), strict=True))
+
+    def by_func(net: nn.Module) -> dict[str, Tensor]:
+        gradient = torch.func.grad(lambda p: loss_of(net, p, x))
+        _, back = torch.func.vjp(gradient, own(net))
+        return back(vector)[0]
+
+    expected = by_autograd(plain)
+    assert max(float(h.abs().max()) for h in expected.values()) > 0
+    for product in (by_autograd, by_func):
+        compare(model, product(model), expected)
+
+
+@MODES
+def test_forward_mode(training: bool) -> None:
+    """A jvp is that of the plain model, or an error says to fold; never a silent zero."""
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+    tangent = torch.randn_like(x)
+    _, expected = torch.func.jvp(plain, (x,), (tangent,))
+    torch.testing.assert_close(torch.func.jvp(model, (x,), (tangent,))[1], expected)
+    direction = {n: torch.randn_like(p) for n, p in own(plain).items()}
+    for name, mask in masks(model).items():
+        direction[f"{name}.weight"] *= mask
+
+    def along(net: nn.Module) -> Tensor:
+        values = {n: p.clone() for n, p in own(net).items()}
+        return torch.func.jvp(lambda p: loss_of(net, p, x), (values,), (direction,))[1]
+
+    try:
+        found = along(model)
+    except Exception as error:
+        # torch itself says that a custom function has no forward mode: loud enough
+        assert isinstance(error, SpikeNMError | RuntimeError | NotImplementedError)
+    else:
+        torch.testing.assert_close(found, along(plain))
+
+
+@MODES
+def test_ensembles(training: bool) -> None:
+    """Stacked states under vmap: each member computes what it computes alone."""
+    members = [
+        spikenm_fx.sparsify(
+            smooth(), "2:4", rules=ALL_LAYERS, seed=seed, method=SpikeNM(eid=None)
+        ).train(training)
+        for seed in range(3)
+    ]
+    for member in members:
+        nn.init.normal_(member[0].bias)
+    parameters, buffers = torch.func.stack_module_state(members)
+    skeleton = copy.deepcopy(members[0])
+    x = batches(1)[0]
+
+    def run(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(skeleton, (parameters, buffers), (x,))
+
+    with or_says_fold():
+        found = torch.func.vmap(run)(parameters, buffers)
+        torch.testing.assert_close(found, torch.stack([member(x) for member in members]))
+
+
+@MODES
+def test_transforms_leave_no_trace(training: bool) -> None:
+    """After a transform the model trains as one that never saw it."""
+    runs = []
+    for transformed in (True, False):
+        model, _ = pair(training=training)
+        if transformed:
+            test = torch.func.grad(lambda p: loss_of(model, p, batches(1)[0]))  # noqa: B023
+            test(own(model))
+            torch.func.jacrev(model)(batches(1)[0])
+        model.train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        train(model, optimizer, batches(3, seed=4))
+        runs.append(model.state_dict())
+    close(*runs, rtol=0, atol=0)
+
+
+# -- torch.compile --------------------------------------------------------------------------------
+
+
+class Counting:
+    """A backend that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self) -> None:
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.fixture
+def compiled() -> Iterator[Callable[..., Any]]:
+    """``torch.compile(fullgraph=True)``: a graph break raises; recompilations are counted."""
+    torch._dynamo.reset()
+
+    def wrap(model: nn.Module, backend: Any) -> Any:
+        return torch.compile(model, fullgraph=True, backend=backend)
+
+    yield wrap
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("nm", ["2:4", "1:8"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_whole_run_compiles_once(compiled: Any, nm: str) -> None:
+    """100 steps, fade and freeze included: no graph break, at most two recompilations a mode."""
+    models = [
+        spikenm_fx.sparsify(smooth(), nm, rules=ALL_LAYERS, total_steps=100).train()
+        for _ in range(2)
+    ]
+    count = Counting()
+    run, data = compiled(models[0], count), batches(100)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
+    validated = 0
+    with heard():  # that a fade has not ended
+        for step, x in enumerate(data):
+            train_step(run, optimizers[0], x)
+            train_step(models[1], optimizers[1], x)
+            if step % 20 == 19:
+                graphs = count.graphs
+                with torch.no_grad():
+                    found = [net.eval()(x) for net in (run, models[1])]
+                torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+                run.train(), models[1].train()
+                validated += count.graphs - graphs
+    assert step_of(models[0]) == step_of(models[1]) == 100
+    assert 1 <= count.graphs - validated <= 3
+    assert 1 <= validated <= 3
+    close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
+    close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
+    """Credits are measured around compiled graphs as around eager ones, or EID says it is off."""
+    models = [sparse_spiking(), sparse_spiking()]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
+    torch._dynamo.reset()
+    run = torch.compile(models[0], backend=backend)
+    with heard() as said:
+        for x in sequences(5):
+            train_step(run, optimizers[0], x)
+            train_step(models[1], optimizers[1], x)
+    assert step_of(models[0]) == 5
+    close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
+    if not said:
+        close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
+
+
+# -- torch.export, torch.jit, torch.fx ------------------------------------------------------------
+
+
+@MODES
+def test_export(training: bool) -> None:
+    """torch.export of an unfolded model computes what the model computes."""
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+    with or_says_fold():
+        program = torch.export.export(model, (x,))
+        torch.testing.assert_close(program.module()(x), plain(x))
+
+
+@MODES
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_trace(training: bool) -> None:
+    """torch.jit.trace of an unfolded model computes what the model computes."""
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+    with or_says_fold(), warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)  # nothing baked in by accident
+        traced = torch.jit.trace(model, (x,))
+        other = batches(1, seed=7)[0]
+        torch.testing.assert_close(traced(other), plain(other))
+
+
+@MODES
+def test_symbolic_tracing(training: bool) -> None:
+    """A graph module shares the masks: it follows the next steps too, or an error says to fold."""
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+    with or_says_fold():
+        graph = torch.fx.symbolic_trace(model)
+        torch.testing.assert_close(graph(x), plain(x))
+        model.train()
+        train(model, torch.optim.SGD(model.parameters(), lr=0.5), batches(2))
+        model.train(training), graph.train(training)
+        torch.testing.assert_close(graph(x), model(x))
+
+
+@MODES
+def test_a_captured_graph_of_aten_operations(training: bool) -> None:
+    """make_fx of a loss and its gradients equals the plain model's gradients."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model, plain = pair(training=training)
+    x = batches(1)[0]
+
+    def gradients(net: nn.Module) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+        return torch.func.grad(lambda p: loss_of(net, p, x))
+
+    graph = make_fx(gradients(model))(own(model))
+    compare(model, graph(own(model)), gradients(plain)(own(plain)))
+
+
+# -- activation checkpointing ---------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Recomputes blocks of the network in backward."""
+
+    def __init__(self, net: nn.Sequential, reentrant: bool | None) -> None:
+        super().__init__()
+        self.net, self.reentrant = net, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reentrant is None:
+            return self.net(x)
+        x = checkpoint(self.net[:3], x.requires_grad_(), use_reentrant=self.reentrant)
+        return checkpoint(self.net[3:], x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("examples", [True, False], ids=["examples", "first forward"])
+def test_checkpointing_with_eid(reentrant: bool, examples: bool) -> None:
+    """Hand-written neurons, EID at each step: weights and logits as without recomputation."""
+    models = []
+    for mode in (reentrant, None):
+        net = Checkpointed(spiking_net(), mode)
+        example = sequences(1)[0] if examples else None
+        method = SpikeNM(eid=EID(every=1, weight=(1.0, 1.0)))
+        spikenm_fx.sparsify(net, "2:4", rules=ALL_LAYERS, method=method, example_inputs=example)
+        models.append(net.train())
+        with heard() as said:
+            train(net, torch.optim.SGD(net.parameters(), lr=0.05), sequences(4))
+        assert not said
+    assert [step_of(m) for m in models] == [4, 4]
+    close(dense(models[0]), dense(models[1]))
+    close(logits(models[0]), logits(models[1]))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_across_steps(reentrant: bool) -> None:
+    """One mask in forward and recomputation, another one in the next step."""
+    model = sparse()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for step, x in enumerate(batches(3)):
+        optimizer.zero_grad()
+        seen: list[Tensor] = []
+        hook = model[2].register_forward_hook(
+            lambda layer, *_, seen=seen: seen.append(layer.weight.detach() != 0)
+        )
+        checkpoint(model, x.requires_grad_(), use_reentrant=reentrant).square().mean().backward()
+        hook.remove()
+        assert len(seen) == 2
+        assert torch.equal(*seen)
+        optimizer.step()
+        assert step_of(model) == step + 1
+        assert not torch.equal(seen[0], model[2].weight.detach() != 0)
