@@ -57,8 +57,11 @@ class Group:
         """The scores of all, float32."""
         if self.first.scores is None:
             return None
-        found = [m.scores.detach() for m in self.members if m.scores is not None]
-        return _by_position(torch.cat(found) if len(found) > 1 else found[0])
+        return self.stacked([m.scores.detach() for m in self.members if m.scores is not None])
+
+    def stacked(self, parts: Sequence[Tensor]) -> Tensor:
+        """One tensor of the scores' shape per member, side by side, float32."""
+        return _by_position(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
 
     def rows(self, values: Tensor) -> Tensor:
         """One value a member to one value a row, ``(lead, 1, 1)``."""

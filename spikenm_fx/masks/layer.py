@@ -56,6 +56,7 @@ class MaskedWeight:
         faded: the same as a tensor, for compiled graphs.
         spread: root mean square of the scores within their blocks, when masks were drawn last.
         asked: the mask when progress was asked for last.
+        momentum: of the scores, see ``masks/rule.py``; None before the first step and once frozen.
         measured: squares of the scores about the means of their blocks, by the native passes.
         measured_at: at which version of the scores.
         own: the parameter that was there last.
@@ -88,6 +89,7 @@ class MaskedWeight:
         self.settled = False
         self.guide: Guide | None = None
         self.asked: Tensor | None = None  # the mask when progress was asked for last
+        self.momentum: Tensor | None = None  # of the scores
         self.measured: float | None = None  # by the native passes: squares of the scores' spread
         self.measured_at = -1  # at which version of the scores
         self.own: nn.Parameter | None = None  # the parameter that was there last
@@ -134,6 +136,13 @@ class MaskedWeight:
     def learns(self) -> bool:
         """Whether its scores are trained."""
         return self.method.learns and self.scores is not None
+
+    def momentum_now(self) -> Tensor:
+        """The momentum, zeros at first."""
+        if self.momentum is None:
+            assert self.scores is not None
+            self.momentum = torch.zeros_like(self.scores, dtype=torch.float32, requires_grad=False)
+        return self.momentum
 
     @property
     def frozen(self) -> bool:
@@ -256,6 +265,8 @@ class MaskedWeight:
         self.mask = function(self.mask)
         device = self.mask.device
         self.faded, self.spread = self.faded.to(device), self.spread.to(device)
+        if self.momentum is not None:
+            self.momentum = self.momentum.to(device)
         if self.guide is not None and self.guide.average is not None:
             self.guide.average = self.guide.average.to(device)
         self._handed = None

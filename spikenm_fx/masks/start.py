@@ -31,6 +31,7 @@ def restart(mask: MaskedWeight) -> None:
     fresh = mask.method.init_scores(blocks, mask.draw(0))
     if mask.scores is not None and fresh is not None:
         mask.scores.data.copy_(fresh)
+    mask.momentum = None
     if mask.guide is not None:
         mask.guide.load(None)
     start(mask)
@@ -55,7 +56,7 @@ def loaded(mask: MaskedWeight, *, restart_scores: bool = False, knows_prior: boo
         _fix(mask)
     else:
         mask.settled = False
-        draw_masks([mask], mask.run.step)
+        draw_masks([mask], mask.run.step, follow_prior=not knows_prior)
 
 
 def _fix(mask: MaskedWeight) -> None:

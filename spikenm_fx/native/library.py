@@ -104,10 +104,11 @@ class Draws(ctypes.Structure):
         ("mode", _i32),
         ("credit_by_weight", _i32),
         ("credit", _ptr),
+        ("momentum", _ptr),
         ("sums", _ptr),
         ("items", _i64),
         *((n, _f32) for n in ("prior", "decay", "rate", "inverse_size", "strength")),
-        ("inverse_temperature", _f32),
+        *((n, _f32) for n in ("inverse_temperature", "look", "keep_momentum")),
     ]
 
 

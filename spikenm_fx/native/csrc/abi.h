@@ -59,7 +59,7 @@ enum {
   SNM_MASK = 0,      // write `mask`
   SNM_GRADIENT = 1,  // write the straight-through gradient of the logits to `out`
   SNM_LEARN = 2,     // the same, and decay what is not drawn: grad += decay * weight
-  SNM_MOVE = 3,      // scores -= rate * (grad * inverse_size + strength * (p - q))
+  SNM_MOVE = 3,      // scores -= rate * sign(mix of momentum and grad * inverse_size + pull)
   SNM_SPREAD = 4,    // nothing but `sums`
 };
 
@@ -78,11 +78,13 @@ typedef struct {
   int32_t mode;
   int32_t credit_by_weight;  // targets are made of |weight| times the credit
   const float *credit;       // of MOVE: running credits, or null
+  float *momentum;           // of MOVE: read and written
   double *sums;              // [items]: LEARN: squares of `out`; MOVE, SPREAD: squares of scores
                              // about the means of their blocks
   int64_t items;             // rows of `sums`: snm_items says how many there are
   float prior;               // logits are scores + prior * |weight| / mean |weight| of the block
   float decay, rate, inverse_size, strength, inverse_temperature;
+  float look, keep_momentum;  // weights of the momentum in the step, and in the next momentum
 } snm_draws;
 
 // All return 0, or a negative number if the call cannot be served (the caller falls back).

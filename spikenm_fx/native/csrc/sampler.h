@@ -194,9 +194,10 @@ struct Draws {
 
   double run(const Tile &t) const {
     const int64_t planes = block() * tiling.stride();
-    float *x = static_cast<float *>(snm_scratch(1, planes * (4 * sizeof(float) + 2)));
+    float *x = static_cast<float *>(snm_scratch(1, planes * (5 * sizeof(float) + 2)));
     float *h = x + planes, *weight = h + planes, *credit = weight + planes;
-    int8_t *present = reinterpret_cast<int8_t *>(credit + planes), *mask = present + planes;
+    float *momentum = credit + planes;
+    int8_t *present = reinterpret_cast<int8_t *>(momentum + planes), *mask = present + planes;
     gather_planes<kLayout>(tiling, t, call->scores, x);
     if (call->mode == SNM_SPREAD) return spread(t, x);
     if (call->present) gather_present(t, present);
@@ -209,9 +210,11 @@ struct Draws {
     gather_planes<kLayout>(tiling, t, call->grad, h);
     if (call->mode == SNM_MOVE) {
       if (call->credit) gather_planes<kLayout>(tiling, t, call->credit, credit);
+      gather_planes<kLayout>(tiling, t, call->momentum, momentum);
       for (int64_t c = 0; c < t.columns(); c += VW)
-        move(c, x, h, w, call->credit ? credit : nullptr);
+        move(c, x, h, w, call->credit ? credit : nullptr, momentum);
       scatter_planes<kLayout>(tiling, t, x, call->scores);
+      scatter_planes<kLayout>(tiling, t, momentum, call->momentum);
       return spread(t, x);
     }
     for (int64_t c = 0; c < t.columns(); c += VW)
@@ -258,7 +261,7 @@ struct Draws {
     });
   }
 
-  // prior / mean |w| of a block; 0 for blocks of zeros or with infinities.
+  // prior / mean |w| of a block; 0 for blocks of zeros.
   SNM_MEMBER vf prior_factor(int64_t c, const float *w) const {
     vf sum = vf{};
     for (int j = 0; j < block(); ++j) sum += magnitude(load(w + j * tiling.stride() + c));
@@ -267,11 +270,15 @@ struct Draws {
     return usable ? factor * splat(call->prior) : vf{};
   }
 
-  static SNM_MEMBER vf magnitude(vf v) { return as_floats(as_words(v) & splat_word(0x7fffffff)); }
+  // |v|; 0 for what is not finite.
+  static SNM_MEMBER vf magnitude(vf v) {
+    const vf size = as_floats(as_words(v) & splat_word(0x7fffffff));
+    return size <= splat(-LOWEST) ? size : vf{};
+  }
 
-  // Logits move along the gradient, in units of its size, and towards the targets of EID.
-  SNM_MEMBER void move(int64_t c, float *x, const float *h, const float *w,
-                       const float *credit) const {
+  // Logits move by the sign of momentum and gradient, in which the targets of EID pull as well.
+  SNM_MEMBER void move(int64_t c, float *x, const float *h, const float *w, const float *credit,
+                       float *momentum) const {
     vf p[kSize], q[kSize];
     const vf factor = w && call->prior != 0 ? prior_factor(c, w) : vf{};
     const vf kappa = splat(call->kappa);
@@ -292,12 +299,17 @@ struct Draws {
       softmax(q);
     }
     const vf rate = splat(call->rate), inverse = splat(call->inverse_size);
-    const vf strength = splat(call->strength);
+    const vf strength = splat(call->strength), zero = vf{};
+    const vf look = splat(call->look), rest = splat(1.0f - call->look);
+    const vf kept = splat(call->keep_momentum), fresh = splat(1.0f - call->keep_momentum);
     for (int j = 0; j < block(); ++j) {
       const int64_t at = j * tiling.stride() + c;
-      vf step = load(h + at) * inverse;
-      if (call->strength != 0) step = madd(strength, p[j] - q[j], step);
-      store(x + at, load(x + at) - rate * step);
+      vf g = load(h + at) * inverse;
+      if (call->strength != 0) g = madd(strength, p[j] - q[j], g);
+      const vf m = load(momentum + at), ahead = madd(look, m, rest * g);
+      const vf step = ahead > zero ? rate : (ahead < zero ? -rate : zero);
+      store(x + at, load(x + at) - step);
+      store(momentum + at, madd(kept, m, fresh * g));
     }
   }
 
