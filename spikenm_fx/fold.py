@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
-from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, PRIOR, check_checkpoint
+from spikenm_fx.masks.checkpoint import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR, check_checkpoint
 from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.eid.watch import remove_hooks
 
@@ -69,6 +69,6 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
         f"{name}.{key}{ending}".lstrip(".")
         for name, layer in masked_layers(model)
         for key in layer._nm_masks
-        for ending in (LOGITS, DENSE, META, EID_KEY, PRIOR)
+        for ending in (LOGITS, DENSE, META, EID_KEY, MOMENTUM, PRIOR)
     }
     return {key: value for key, value in model.state_dict().items() if key not in ours}

@@ -78,6 +78,15 @@ class MaskedLayer(StoredMask):
             mask.move(fn)
         return self
 
+    def __delattr__(self, name: str) -> None:
+        if name == "weight" and name in self._nm_masks and is_weight_layer(self):
+            mask = self._nm_masks[name]
+            raise PlanError(
+                f"{mask.name} {mask.view.shape} is masked, so that its {name} cannot be taken out "
+                "or parametrized: do that before spikenm_fx.sparsify, or after spikenm_fx.fold"
+            )
+        super().__delattr__(name)
+
     def extra_repr(self) -> str:
         """The module's own description, the patterns and the method."""
         masks = self._nm_masks
@@ -135,13 +144,26 @@ def _give_class(module: nn.Module, to: type[nn.Module]) -> None:
 
 def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and masks; the weights stay as they are."""
-    _give_class(layer, plain_class(layer))
+    _give_class(layer, _without_masks(type(layer)))
     masks: dict[str, MaskedWeight] = layer.__dict__.pop("_nm_masks")
     for key, mask in masks.items():
         mask.run.close()
         for ending in (LOGITS, PRIOR):
             if key + ending in layer._parameters:
                 delattr(layer, key + ending)  # not popped: rockpool keeps a list of its own
+
+
+def _without_masks(cls: Any) -> Any:
+    """The class as it would be had its module never been masked.
+
+    Others extend a module's class in place as we do, such as ``torch.nn.utils.parametrize``.
+    """
+    if not issubclass(cls, MaskedLayer):
+        return cls
+    if "_plain_class" in vars(cls):
+        return cls._plain_class
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(_without_masks, cls.__bases__)), own)
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
@@ -194,6 +216,10 @@ def _properties(key: str) -> dict[str, property]:
 
     def refuse(layer: MaskedLayer, value: object) -> None:
         mask = layer._nm_masks[key]
+        if layer._parameters.get(key) is None and mask.own is not None:  # half done: put it back
+            layer.register_parameter(key, mask.own)
+            for ending in ("_g", "_v", "_orig"):
+                layer._parameters.pop(key + ending, None)
         raise PlanError(
             f"{mask.name} {mask.view.shape} is masked: its {key} is computed at each access, and "
             f"only an nn.Parameter can be put in its place, got {type(value).__name__}. Weight "

@@ -14,9 +14,10 @@ from spikenm_fx.masks.start import loaded
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["DENSE", "EID_KEY", "LOGITS", "META", "PRIOR", "StoredMask", "check_checkpoint", "meta_of"]
+__all__ = ["DENSE", "EID_KEY", "LOGITS", "META", "MOMENTUM", "PRIOR", "StoredMask", "check_checkpoint", "meta_of"]
 
-LOGITS, DENSE, META, EID_KEY, PRIOR = "_logits", "_dense", "_nm", "_eid", "_prior"
+LOGITS, DENSE, META, EID_KEY = "_logits", "_dense", "_nm", "_eid"
+PRIOR, MOMENTUM = "_prior", "_momentum"
 """What is stored beside a weight, under its key with these endings."""
 _META_VERSION = 2
 _META_READ = (1, 2)  # 1: without the prior's strength and the length of the run
@@ -36,6 +37,8 @@ class StoredMask(nn.Module):
             destination[name + DENSE] = destination[name]
             destination[name] = mask.final_weight()
             destination[name + META] = meta_of(mask)
+            if mask.learns:
+                destination[name + MOMENTUM] = _stored_momentum(mask)
             if mask.guide is not None:
                 destination[name + EID_KEY] = mask.guide.stored(mask)
 
@@ -81,6 +84,13 @@ class StoredMask(nn.Module):
                 loaded(mask, restart_scores=mask.run.step == 0)
 
 
+def _stored_momentum(mask: MaskedWeight) -> Tensor:
+    if mask.momentum is not None:
+        return mask.momentum
+    assert mask.scores is not None
+    return torch.zeros_like(mask.scores, dtype=torch.float32, requires_grad=False)
+
+
 def meta_of(mask: MaskedWeight) -> Tensor:
     """What a checkpoint stores: int64 ``[format, keep, of, seed, step, axis, groups, total]``.
 
@@ -114,6 +124,12 @@ def _unpack(
     """Take what is the mask's out of ``state_dict``, which then holds the dense weight."""
     dense: Tensor | None = state_dict.pop(name + DENSE, None)
     meta: Tensor | None = state_dict.pop(name + META, None)
+    momentum: Tensor | None = state_dict.pop(name + MOMENTUM, None)
+    if mask.learns and meta is not None:
+        usable = momentum is not None and bool(momentum.any())
+        mask.momentum = None
+        if usable and momentum is not None:
+            mask.momentum_now().copy_(momentum)
     if mask.guide is not None:
         average = state_dict.pop(name + EID_KEY, None)
         if average is not None:

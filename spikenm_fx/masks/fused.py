@@ -1,11 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native passes: what a step does to one weight, in one walk over its memory."""
+"""The native passes: what a step does to one weight, in few walks over its memory.
+
+They serve ``method="spikenm"`` on float32 weights in this process's memory; the torch path of
+:mod:`spikenm_fx.masks.update` does the same work everywhere else, with the same noise, and agrees
+with it to rounding.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import ctypes
+import math
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 from torch import Tensor
+
+from spikenm_fx.masks import native
+from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.rule import KEEP, LOOK
+from spikenm_fx.native.library import Draws, Kernels, kernels
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -14,14 +28,131 @@ __all__ = ["before_step", "draw_mask", "usable"]
 
 
 def usable(weight: MaskedWeight) -> bool:
-    return False
+    """Whether the native passes know the method and may read the memory."""
+    scores = weight.scores
+    if not isinstance(weight.method, SpikeNM) or scores is None or weight.view.padding:
+        return False
+    tensors = (weight.dense, scores, weight.mask)
+    if not all(tensor.is_contiguous() and tensor.numel() for tensor in tensors):
+        return False
+    if weight.mask.device.type != "cpu" or weight.view.blocked_shape != tuple(scores.shape):
+        return False
+    return native.kernel_for(scores, weight.view.nm.keep) is not None and native.plain(weight.dense)
 
 
 def before_step(
     weight: MaskedWeight, step: int, *, learning: bool, scale: Tensor | None
 ) -> bool:
-    return False
+    """Learn from the gradient of one weight, and let decay into it.
+
+    Args:
+        weight: that has a gradient.
+        step: the optimizer step.
+        learning: False where the scores have learnt in this step already.
+        scale: what a fused optimizer is about to divide the gradients by, if it does.
+
+    Returns:
+        False where the torch path must do it.
+    """
+    grad, scores = weight.dense.grad, weight.scores
+    if grad is None or scores is None or scores.grad is not None or not usable(weight):
+        return False
+    if not learning or weight.frozen or not native.plain(grad) or not grad.is_contiguous():
+        return False
+    settings = None if weight.guide is None else weight.guide.settings
+    strength = 0.0 if weight.guide is None else weight.guide.strength(weight.schedule, step)
+    if strength and settings is not None and settings.normalise != "mean":
+        return False
+    method = weight.method
+    assert isinstance(method, SpikeNM)
+    if method.decay is None:
+        return False
+    call = _call(weight, step)
+    move = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    tau = weight.schedule.tau_at(step)
+    call.mode, call.grad, call.out = native.LEARN, grad.data_ptr(), move.data_ptr()
+    call.inverse_tau, call.gain = 1 / tau, call.kappa / tau
+    call.decay = method.decay * (1.0 if scale is None else float(scale))
+    size = math.sqrt(_sum(call) / scores.numel())
+    if not math.isfinite(size):
+        weight.run.note_not_finite()
+    if not size or not math.isfinite(size):
+        return True
+    call.mode, call.grad, call.out = native.MOVE, move.data_ptr(), None
+    call.rate, call.inverse_size = method.step_size, 1 / size
+    call.momentum, call.look, call.keep_momentum = weight.momentum_now().data_ptr(), LOOK, KEEP
+    average = None if weight.guide is None else weight.guide.average
+    if strength and settings is not None:
+        average = average.contiguous() if average is not None else None
+        call.strength, call.inverse_temperature = strength, 1 / settings.temperature
+        call.credit = None if average is None else average.data_ptr()
+        call.credit_by_weight = int(settings.credit.startswith("weight"))
+    weight.measured = _sum(call)
+    torch.autograd.graph.increment_version(scores)
+    weight.measured_at = scores._version
+    return True
 
 
 def draw_mask(weight: MaskedWeight, step: int) -> bool:
-    return False
+    """Measure the spread of the scores, and write the mask of a step.
+
+    Returns:
+        False where the torch path must do it.
+    """
+    if not usable(weight):
+        return False
+    scores, method = weight.scores, weight.method
+    assert scores is not None
+    if weight.measured_at != scores._version or weight.measured is None:
+        call = _call(weight, step)
+        call.mode = native.SPREAD
+        weight.measured, weight.measured_at = _sum(call), scores._version
+    spread = math.sqrt(weight.measured / scores.numel())
+    spread = spread if math.isfinite(spread) else 0.0
+    weight.spread.fill_(spread)
+    if weight.prior is not None:
+        weight.prior.detach().fill_(method.moving_prior * spread)
+    call = _call(weight, step)
+    call.mode, call.mask = native.MASK, weight.mask.data_ptr()
+    _run(call)
+    torch.autograd.graph.increment_version(weight.mask)
+    return True
+
+
+def _call(weight: MaskedWeight, step: int) -> Any:
+    """The C structure with what every pass over ``weight`` needs."""
+    scores = weight.scores
+    assert scores is not None
+    lead, m, inner = scores.shape
+    call = Draws(
+        *(0, 0, 0, 0, 0, 0),
+        *(lead, m, inner, weight.view.nm.keep, torch.get_num_threads()),
+        *(word & 0xFFFFFFFF for word in weight.key_at(step)),
+        1,
+    )
+    call.scores, call.weight = scores.data_ptr(), weight.dense.data_ptr()
+    kappa = weight.kappa_at(step)
+    call.kappa = float(kappa.numpy()) if isinstance(kappa, Tensor) else kappa
+    call.prior = 0.0 if weight.prior is None else float(weight.prior.detach().numpy())
+    return call
+
+
+def _table() -> Kernels:
+    found = kernels()
+    assert found is not None
+    return found
+
+
+def _sum(call: Any) -> float:
+    """Run it, and add up what its parts have found, in the same order on any number of threads."""
+    sums = np.zeros(_table().items(ctypes.byref(call)), dtype=np.float64)
+    call.sums, call.items = sums.ctypes.data, len(sums)
+    _run(call)
+    call.sums = None
+    return float(sums.sum())
+
+
+def _run(call: Any) -> None:
+    status = _table().draws(ctypes.byref(call))
+    if status:
+        raise RuntimeError(f"the mask kernel refused blocks of {call.m} (status {status})")

@@ -57,15 +57,18 @@ class Group:
         """The scores of all, float32."""
         if self.first.scores is None:
             return None
-        found = [m.scores.detach() for m in self.members if m.scores is not None]
-        return _by_position(torch.cat(found) if len(found) > 1 else found[0])
+        return self.stacked([m.scores.detach() for m in self.members if m.scores is not None])
+
+    def stacked(self, parts: Sequence[Tensor]) -> Tensor:
+        """One tensor of the scores' shape per member, side by side, float32."""
+        return _by_position(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
 
     def rows(self, values: Tensor) -> Tensor:
         """One value a member to one value a row, ``(lead, 1, 1)``."""
         if len(self.members) == 1:
             return values.view(1, 1, 1)
         if self._repeats is None:
-            self._repeats = torch.tensor(self._leads, dtype=torch.int64)
+            self._repeats = torch.tensor(self._leads, dtype=torch.int64, device="cpu")
             if self.device.type == "cuda":
                 self._repeats = self._repeats.pin_memory()
             self._repeats = self._repeats.to(self.device, non_blocking=True)
@@ -92,7 +95,7 @@ class Group:
         """One number a member from the host, without waiting for the device."""
         if len(set(values)) == 1:
             return torch.full((len(values),), values[0], dtype=torch.float32, device=self.device)
-        host = torch.tensor(values, dtype=torch.float32)
+        host = torch.tensor(values, dtype=torch.float32, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)

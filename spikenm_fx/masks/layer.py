@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import LOGITS, PRIOR
+from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
@@ -55,6 +56,10 @@ class MaskedWeight:
         faded: the same as a tensor, for compiled graphs.
         spread: root mean square of the scores within their blocks, when masks were drawn last.
         asked: the mask when progress was asked for last.
+        momentum: of the scores, see ``masks/rule.py``; None before the first step and once frozen.
+        measured: squares of the scores about the means of their blocks, by the native passes.
+        measured_at: at which version of the scores.
+        own: the parameter that was there last.
         settled: whether the scores have taken the prior in and the mask stays for good.
         guide: of the distillation, where there is one.
     """
@@ -84,6 +89,10 @@ class MaskedWeight:
         self.settled = False
         self.guide: Guide | None = None
         self.asked: Tensor | None = None  # the mask when progress was asked for last
+        self.momentum: Tensor | None = None  # of the scores
+        self.measured: float | None = None  # by the native passes: squares of the scores' spread
+        self.measured_at = -1  # at which version of the scores
+        self.own: nn.Parameter | None = None  # the parameter that was there last
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
@@ -99,6 +108,8 @@ class MaskedWeight:
                 f"{self.name} {self.view.shape} is masked, but its module has no parameter "
                 f"{self.key!r} any more: put it back, and fold(model) before you take it out"
             )
+        if isinstance(weight, nn.Parameter):
+            self.own = weight
         return weight
 
     @property
@@ -125,6 +136,15 @@ class MaskedWeight:
     def learns(self) -> bool:
         """Whether its scores are trained."""
         return self.method.learns and self.scores is not None
+
+    def momentum_now(self) -> Tensor:
+        """The momentum, zeros at first."""
+        if self.momentum is None:
+            assert self.scores is not None
+            self.momentum = torch.zeros_like(
+                self.scores, dtype=torch.float32, requires_grad=False
+            )
+        return self.momentum
 
     @property
     def frozen(self) -> bool:
@@ -194,7 +214,7 @@ class MaskedWeight:
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
         if not (torch.is_grad_enabled() and self.dense.requires_grad):
-            return kept(self.dense.detach(), mask, undrawn)
+            return computed(kept(self.dense.detach(), mask, undrawn), weakref.ref(self))
         state = _Handed.state_of(self.dense, mask, undrawn)
         if self._handed is None or self._handed.state != state:
             noted = weakref.ref(self)
@@ -204,6 +224,7 @@ class MaskedWeight:
                 straight=straight,
                 on_backward=lambda: _note_backward(noted),
             )
+            computed(weight, noted)
             self._handed = _Handed(state, self.dense, weight, version_of(weight))
         elif version_of(self._handed.weight) != self._handed.version:
             self._handed = None  # somebody wrote to it
@@ -233,6 +254,10 @@ class MaskedWeight:
             self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
 
+    def forget_handed(self) -> None:
+        """Compute the weight anew at the next access: somebody may write to this one."""
+        self._handed = None
+
     def forget_final(self) -> None:
         """Compute the final mask anew when it is asked for."""
         self._final.forget()
@@ -242,13 +267,15 @@ class MaskedWeight:
         self.mask = function(self.mask)
         device = self.mask.device
         self.faded, self.spread = self.faded.to(device), self.spread.to(device)
+        if self.momentum is not None:
+            self.momentum = self.momentum.to(device)
         if self.guide is not None and self.guide.average is not None:
             self.guide.average = self.guide.average.to(device)
         self._handed = None
         self._final.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handed": None, "_final": FinalMask(), "_seen": -1}
+        return {**self.__dict__, "_handed": None, "_final": FinalMask(), "_seen": -1, "measured": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

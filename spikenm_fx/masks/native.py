@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.native.library import Draws, kernels
 
-__all__ = ["gradient", "kernel_for", "mask"]
+__all__ = ["gradient", "kernel_for", "mask", "plain"]
 
 _MAX_M = 32  # csrc/sampler.h
+MASK, GRADIENT, LEARN, MOVE, SPREAD = range(5)  # csrc/abi.h
 _COUNTERS = 1 << 31  # the noise of the torch path counts in int32
 
 Kernel = Any
@@ -39,7 +40,7 @@ def kernel_for(
     """
     if scores.dim() != 3 or not 1 <= keep <= scores.shape[1] <= _MAX_M:
         return None
-    if scores.numel() >= _COUNTERS or not all(_plain(tensor) for tensor in (scores, *others)):
+    if scores.numel() >= _COUNTERS or not all(plain(tensor) for tensor in (scores, *others)):
         return None
     if any(other.shape != scores.shape for other in others):
         return None
@@ -57,7 +58,7 @@ def mask(
     present: Tensor | None = None,
 ) -> Tensor:
     """:func:`~spikenm_fx.masks.sampler.draw_mask`, without ``key`` ``top_mask``."""
-    out = torch.empty(scores.shape, dtype=torch.bool)
+    out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     call, held = _call(scores, keep, key, present)
     call.mask, call.kappa = out.data_ptr(), kappa
     _run(kernel, call, held)
@@ -77,9 +78,10 @@ def gradient(
     present: Tensor | None = None,
 ) -> Tensor:
     """:func:`~spikenm_fx.masks.sampler.straight_through`, argument for argument."""
-    out = torch.empty(logits.shape)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     grad, weight = grad.contiguous(), None if weight is None else weight.contiguous()
     call, held = _call(logits, keep, key, present)
+    call.mode = GRADIENT
     call.grad, call.out = grad.data_ptr(), out.data_ptr()
     call.weight = None if weight is None else weight.data_ptr()
     call.kappa, call.inverse_tau, call.gain = kappa, 1 / tau, kappa / tau
@@ -108,7 +110,7 @@ def _run(kernel: Kernel, call: Any, held: object) -> None:
     del held  # alive until here
 
 
-def _plain(tensor: Tensor) -> bool:
+def plain(tensor: Tensor) -> bool:
     """Whether the data lie in this process's memory as float32: no wrapper, no other device."""
     return (
         type(tensor) in (Tensor, nn.Parameter)

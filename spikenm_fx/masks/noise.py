@@ -66,7 +66,8 @@ def gumbel_of_layers(
     for count, key, start in zip(counts, keys, starts or [0] * len(counts), strict=True):
         words.append((_int32(key[0] + _WEYL * (start - offset)), key[1]))
         offset += count
-    on_host = torch.tensor([*map(list, zip(*words, strict=True)), list(counts)], dtype=torch.int64)
+    numbers = [*map(list, zip(*words, strict=True)), list(counts)]
+    on_host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if device.type == "cuda":  # from pinned memory the copy waits for nothing
         on_host = on_host.pin_memory()
     first, second, repeats = on_host.to(device, non_blocking=True)

@@ -31,6 +31,7 @@ def restart(mask: MaskedWeight) -> None:
     fresh = mask.method.init_scores(blocks, mask.draw(0))
     if mask.scores is not None and fresh is not None:
         mask.scores.data.copy_(fresh)
+    mask.momentum = None
     if mask.guide is not None:
         mask.guide.load(None)
     start(mask)

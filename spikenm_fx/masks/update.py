@@ -18,6 +18,7 @@ from spikenm_fx.masks import fused
 from spikenm_fx.masks.eid.pull import pull
 from spikenm_fx.masks.groups import Group, grouped, noise_of
 from spikenm_fx.masks.methods import kept
+from spikenm_fx.masks.rule import moved
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -55,12 +56,19 @@ def learn(group: Group, step: int, noise: Tensor) -> None:
     """
     task, size, pulled = _directions(group, step, noise)
     known = torch.isfinite(size) & (size > 0)
-    move = task * group.rows(torch.where(known, 1 / size, 0.0))
+    gradient = task * group.rows(torch.where(known, 1 / size, 0.0))
     if pulled is not None:
-        move = move + pulled
-    move = torch.where(group.rows(known), move, 0.0).mul_(-group.first.method.step_size)
+        gradient = gradient + pulled
+    known_rows = group.rows(known)
+    gradient = torch.where(known_rows, gradient, 0.0)
+    momenta = [member.momentum_now() for member in group.members]
+    before = group.stacked(momenta)
+    direction, momentum = moved(gradient, before)
+    momentum = torch.where(known_rows, momentum, before)
+    direction = torch.where(known_rows, direction, 0.0).mul_(-group.first.method.step_size)
     own = [member.scores.detach() for member in group.members if member.scores is not None]
-    torch._foreach_add_(own, group.split(move))
+    torch._foreach_add_(own, group.split(direction))
+    torch._foreach_copy_(momenta, group.split(momentum))
     group.first.run.note_sizes(size)
 
 
@@ -198,6 +206,7 @@ def _settle(weights: Sequence[MaskedWeight]) -> None:
     for weight, mask in final_masks(weights).items():
         weight.mask.copy_(mask)
         weight.settled = True
+        weight.momentum = None
         weight.after_step(0.0)
 
 

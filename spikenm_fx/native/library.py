@@ -33,7 +33,7 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 """Kernels of packed layers, in the order of their table."""
 
 LEVELS = ("baseline", "v3", "v4", "amx")
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
 _u32, _f32 = ctypes.c_uint32, ctypes.c_float
@@ -93,11 +93,21 @@ class Draws(ctypes.Structure):
         ("key1", _u32),
         ("noisy", _i32),
         *((n, _f32) for n in ("kappa", "inverse_tau", "gain")),
+        ("mode", _i32),
+        ("credit_by_weight", _i32),
+        ("credit", _ptr),
+        ("momentum", _ptr),
+        ("sums", _ptr),
+        ("items", _i64),
+        *((n, _f32) for n in ("prior", "decay", "rate", "inverse_size", "strength")),
+        *((n, _f32) for n in ("inverse_temperature", "look", "keep_momentum")),
     ]
 
 
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
 _draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
+_items = ctypes.CFUNCTYPE(_i64, ctypes.POINTER(Draws))
+_checksum = ctypes.CFUNCTYPE(ctypes.c_uint64, _ptr, _i64)
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
 _planes_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _i64, _ptr, _i64)
 _rows_from = ctypes.CFUNCTYPE(None, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -121,6 +131,8 @@ class Kernels(ctypes.Structure):
         ("unpack_rows", _rows_from),
         ("unpack_planes", _planes_from),
         ("draws", _draws),
+        ("items", _items),
+        ("checksum", _checksum),
     ]
 
 

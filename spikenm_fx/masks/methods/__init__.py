@@ -88,7 +88,7 @@ class Method(Protocol):
 
     @property
     def step_size(self) -> float:
-        """Root mean square of what one optimizer step moves the scores by."""
+        """How far one optimizer step moves a score."""
 
     def pattern(self, nm: NM) -> NM:
         """The pattern that its masks have where ``nm`` is asked for."""

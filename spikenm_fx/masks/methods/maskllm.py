@@ -124,4 +124,5 @@ def _candidates(nm: NM, device: torch.device) -> Tensor:
     """All masks with N of M ones, ``(C, M)`` float."""
     rows = list(combinations(range(nm.of), nm.keep))
     index = torch.tensor(rows, device=device)
-    return torch.zeros(len(rows), nm.of, device=device).scatter_(1, index, 1.0)
+    zeros = torch.zeros(len(rows), nm.of, dtype=torch.float32, device=device)
+    return zeros.scatter_(1, index, 1.0)

@@ -32,8 +32,7 @@ class SpikeNM:
     Attributes:
         std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
             weights that rest; here they move.
-        rate: how far one optimizer step moves the logits, as a root mean square in units of
-            ``std``: see :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
+        rate: how far one optimizer step moves each logit, in units of ``std``: see :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
         relative: count the schedule's kappa in units of one over the spread of the layer's logits
             (their root mean square within the blocks).  Otherwise the learning rate and the length
             of the run decide how soon the logits outgrow the noise and the masks stop moving.
@@ -118,11 +117,11 @@ class SpikeNM:
         """
         if not self.prior:
             return scores
-        size = weight.abs().float()
+        size = weight.abs().float().nan_to_num(0.0, 0.0, 0.0)  # what is not finite counts as 0
         mean = size.mean(1, keepdim=True)
         if draw.present is not None:
             mean = mean * draw.nm.of / draw.present.sum(1, keepdim=True).clamp_min(1)
-        # 0 for blocks of zeros or with infinities
+        # 0 for blocks of zeros
         factor = mean.reciprocal().nan_to_num(0.0, 0.0, 0.0) * draw.prior
         return torch.addcmul(scores.float(), size, factor)
 

@@ -50,10 +50,18 @@ typedef struct {
   int64_t threads;
 } snm_call;
 
-// Mask draws on blocks [lead][m][inner]; with `grad` the straight-through gradient instead.
+// What is done with the blocks [lead][m][inner] of one weight; see spikenm_fx/masks/fused.py.
+enum {
+  SNM_MASK = 0,      // write `mask`
+  SNM_GRADIENT = 1,  // write the straight-through gradient of the logits to `out`
+  SNM_LEARN = 2,     // the same, and decay what is not drawn: grad += decay * weight
+  SNM_MOVE = 3,      // scores -= rate * sign(mix of momentum and grad * inverse_size + pull)
+  SNM_SPREAD = 4,    // nothing but `sums`
+};
+
 typedef struct {
-  const float *scores;     // logits, or the scores of a deterministic mask
-  const float *grad;       // null: make a mask; else dL/dm
+  float *scores;           // logits, or the scores of a deterministic mask; MOVE writes to them
+  float *grad;             // dL/dm; of the masked weight where there is a weight; of MOVE: `out`
   const float *weight;     // not null: grad is that of the masked weight, dL/dm = grad * weight
   const uint8_t *present;  // [lead][m], 0 where a padded position can never be kept; or null
   uint8_t *mask;           // one byte per element
@@ -63,6 +71,16 @@ typedef struct {
   uint32_t key0, key1;  // of the noise
   int32_t noisy;        // 0: no noise, kappa is not used
   float kappa, inverse_tau, gain;  // gain: kappa / tau
+  int32_t mode;
+  int32_t credit_by_weight;  // targets are made of |weight| times the credit
+  const float *credit;       // of MOVE: running credits, or null
+  float *momentum;           // of MOVE: read and written
+  double *sums;              // [items]: LEARN: squares of `out`; MOVE, SPREAD: squares of scores
+                             // about the means of their blocks
+  int64_t items;             // rows of `sums`: snm_items says how many there are
+  float prior;               // logits are scores + prior * |weight| / mean |weight| of the block
+  float decay, rate, inverse_size, strength, inverse_temperature;
+  float look, keep_momentum;  // weights of the momentum in the step, and in the next momentum
 } snm_draws;
 
 // All return 0, or a negative number if the call cannot be served (the caller falls back).
@@ -85,6 +103,8 @@ typedef struct {
   void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
                         int64_t pixels, float *x, int64_t threads);
   int32_t (*draws)(const snm_draws *);
+  int64_t (*items)(const snm_draws *);  // how many sums a call writes
+  uint64_t (*checksum)(const void *memory, int64_t bytes);
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // All kernels of one ISA level; compiled once per level with SNM_TABLE naming the result.
 #include "amx.h"
+#include "checksum.h"
 #include "event.h"
 #include "fma.h"
 #include "lut.h"
@@ -9,5 +10,5 @@
 
 extern "C" const snm_kernels SNM_TABLE = {
     SNM_NAME, lut, fma, event, event8, amx, amx8, integrate, pack_rows, pack_planes, unpack_rows, unpack_planes,
-    draws,
+    draws, items, checksum,
 };

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// N of M mask draws and their straight-through gradient; spikenm_fx/masks/sampler.py has the
-// formulas.  Blocks are cut into tiles that stay in L1; in a tile element j of all blocks is a
+// N of M mask draws, their straight-through gradient, and how logits move along it;
+// spikenm_fx/masks/sampler.py and update.py have the formulas.  Blocks are cut into tiles that stay in L1; in a tile element j of all blocks is a
 // plane, one block per lane, so that every layout runs through the same arithmetic and no result
 // depends on tiles, threads or neighbours.
 #pragma once
@@ -187,25 +187,141 @@ struct Draws {
   static void item(void *self, int64_t index) {
     const Draws *draws = static_cast<const Draws *>(self);
     const int64_t end = least((index + 1) * TILES_PER_ITEM, draws->tiling.count());
-    for (int64_t i = index * TILES_PER_ITEM; i < end; ++i) draws->run(draws->tiling[i]);
+    double sum = 0;
+    for (int64_t i = index * TILES_PER_ITEM; i < end; ++i) sum += draws->run(draws->tiling[i]);
+    if (draws->call->sums) draws->call->sums[index] = sum;
   }
 
-  void run(const Tile &t) const {
+  double run(const Tile &t) const {
     const int64_t planes = block() * tiling.stride();
-    float *x = static_cast<float *>(snm_scratch(1, planes * (3 * sizeof(float) + 2)));
-    float *h = x + planes, *weight = h + planes;
-    int8_t *present = reinterpret_cast<int8_t *>(weight + planes), *mask = present + planes;
+    float *x = static_cast<float *>(snm_scratch(1, planes * (5 * sizeof(float) + 2)));
+    float *h = x + planes, *weight = h + planes, *credit = weight + planes;
+    float *momentum = credit + planes;
+    int8_t *present = reinterpret_cast<int8_t *>(momentum + planes), *mask = present + planes;
     gather_planes<kLayout>(tiling, t, call->scores, x);
+    if (call->mode == SNM_SPREAD) return spread(t, x);
     if (call->present) gather_present(t, present);
-    if (call->grad == nullptr) {
-      choose(t, x, call->present ? present : nullptr, mask);
-      return;
+    if (call->weight) gather_planes<kLayout>(tiling, t, call->weight, weight);
+    const float *w = call->weight ? weight : nullptr;
+    if (call->mode == SNM_MASK) {
+      choose(t, x, w, call->present ? present : nullptr, mask);
+      return 0;
     }
     gather_planes<kLayout>(tiling, t, call->grad, h);
-    if (call->weight) gather_planes<kLayout>(tiling, t, call->weight, weight);
+    if (call->mode == SNM_MOVE) {
+      if (call->credit) gather_planes<kLayout>(tiling, t, call->credit, credit);
+      gather_planes<kLayout>(tiling, t, call->momentum, momentum);
+      for (int64_t c = 0; c < t.columns(); c += VW)
+        move(c, x, h, w, call->credit ? credit : nullptr, momentum);
+      scatter_planes<kLayout>(tiling, t, x, call->scores);
+      scatter_planes<kLayout>(tiling, t, momentum, call->momentum);
+      return spread(t, x);
+    }
     for (int64_t c = 0; c < t.columns(); c += VW)
-      gradient(t, c, x, h, call->weight ? weight : nullptr, call->present ? present : nullptr);
+      gradient(t, c, x, h, w, call->present ? present : nullptr);
     scatter_planes<kLayout>(tiling, t, x, call->out);
+    if (call->mode != SNM_LEARN) return 0;
+    if (call->decay != 0) scatter_planes<kLayout>(tiling, t, h, call->grad);
+    double squares = 0;
+    for (int j = 0; j < block(); ++j)
+      squares += sum_of(t, [=](int64_t c) {
+        const vf v = load(x + j * tiling.stride() + c);
+        return v * v;
+      });
+    return squares;
+  }
+
+  // Over the columns of a tile, without what the last vector holds beyond them.
+  template <class Term>
+  SNM_MEMBER double sum_of(const Tile &t, Term term) const {
+    const int64_t columns = t.columns(), whole = columns / VW * VW;
+    vf sum = vf{};
+    for (int64_t c = 0; c < whole; c += VW) sum += term(c);
+    double total = 0;
+    for (int l = 0; l < VW; ++l) total += sum[l];
+    if (whole < columns) {
+      const vf last = term(whole);
+      for (int64_t l = 0; l < columns - whole; ++l) total += last[l];
+    }
+    return total;
+  }
+
+  // Squares of the scores about the means of their blocks.
+  double spread(const Tile &t, const float *x) const {
+    const vf share = splat(1.0f / block());
+    return sum_of(t, [=](int64_t c) {
+      vf mean = vf{}, squares = vf{};
+      for (int j = 0; j < block(); ++j) mean += load(x + j * tiling.stride() + c);
+      mean *= share;
+      for (int j = 0; j < block(); ++j) {
+        const vf d = load(x + j * tiling.stride() + c) - mean;
+        squares = madd(d, d, squares);
+      }
+      return squares;
+    });
+  }
+
+  // prior / mean |w| of a block; 0 for blocks of zeros.
+  SNM_MEMBER vf prior_factor(int64_t c, const float *w) const {
+    vf sum = vf{};
+    for (int j = 0; j < block(); ++j) sum += magnitude(load(w + j * tiling.stride() + c));
+    const vf factor = splat(1.0f) / (sum * splat(1.0f / block()));
+    const vi usable = (sum > vf{}) & (factor > vf{}) & (factor <= splat(-LOWEST));
+    return usable ? factor * splat(call->prior) : vf{};
+  }
+
+  // |v|; 0 for what is not finite.
+  static SNM_MEMBER vf magnitude(vf v) {
+    const vf size = as_floats(as_words(v) & splat_word(0x7fffffff));
+    return size <= splat(-LOWEST) ? size : vf{};
+  }
+
+  // Logits move by the sign of momentum and gradient, in which the targets of EID pull as well.
+  SNM_MEMBER void move(int64_t c, float *x, const float *h, const float *w, const float *credit,
+                       float *momentum) const {
+    vf p[kSize], q[kSize];
+    const vf factor = w && call->prior != 0 ? prior_factor(c, w) : vf{};
+    const vf kappa = splat(call->kappa);
+    if (call->strength != 0) {
+      vf total = vf{};
+      for (int j = 0; j < block(); ++j) {
+        const int64_t at = j * tiling.stride() + c;
+        const vf size = w ? magnitude(load(w + at)) : vf{};
+        p[j] = kappa * madd(size, factor, load(x + at));
+        q[j] = credit ? load(credit + at) : splat(1.0f);
+        if (call->credit_by_weight) q[j] *= size;
+        total += q[j];
+      }
+      const vf mean = total * splat(1.0f / block());
+      const vf scale = splat(call->inverse_temperature) / (mean == vf{} ? splat(1.0f) : mean);
+      for (int j = 0; j < block(); ++j) q[j] *= scale;
+      softmax(p);
+      softmax(q);
+    }
+    const vf rate = splat(call->rate), inverse = splat(call->inverse_size);
+    const vf strength = splat(call->strength), zero = vf{};
+    const vf look = splat(call->look), rest = splat(1.0f - call->look);
+    const vf kept = splat(call->keep_momentum), fresh = splat(1.0f - call->keep_momentum);
+    for (int j = 0; j < block(); ++j) {
+      const int64_t at = j * tiling.stride() + c;
+      vf g = load(h + at) * inverse;
+      if (call->strength != 0) g = madd(strength, p[j] - q[j], g);
+      const vf m = load(momentum + at), ahead = madd(look, m, rest * g);
+      const vf step = ahead > zero ? rate : (ahead < zero ? -rate : zero);
+      store(x + at, load(x + at) - step);
+      store(momentum + at, madd(kept, m, fresh * g));
+    }
+  }
+
+  SNM_MEMBER void softmax(vf *v) const {
+    vf top = v[0], sum = vf{};
+    for (int j = 1; j < block(); ++j) top = v[j] > top ? v[j] : top;
+    for (int j = 0; j < block(); ++j) {
+      v[j] = exp_up_to_88(v[j] - top);
+      sum += v[j];
+    }
+    const vf inverse = splat(1.0f) / sum;
+    for (int j = 0; j < block(); ++j) v[j] *= inverse;
   }
 
   void gather_present(const Tile &t, int8_t *present) const {
@@ -216,8 +332,10 @@ struct Draws {
   }
 
   // Finite numbers, the lowest for NaN and for what is absent.
-  SNM_MEMBER void perturb(const Tile &t, int64_t c, const float *x, const int8_t *present,
-                          vf *z) const {
+  SNM_MEMBER void perturb(const Tile &t, int64_t c, const float *x, const float *w,
+                          const int8_t *present, vf *z) const {
+    const bool with_prior = w && call->prior != 0;
+    const vf factor = with_prior ? prior_factor(c, w) : vf{};
     const vw key1 = splat_bits(call->key1), step = *reinterpret_cast<const vw *>(steps + c);
     const vf kappa = splat(call->kappa), lowest = splat(LOWEST);
     uint32_t start = WEYL * static_cast<uint32_t>(tiling.offset(t)) + call->key0;
@@ -225,6 +343,7 @@ struct Draws {
 #pragma GCC unroll 16
     for (int j = 0; j < block(); ++j, start += WEYL * static_cast<uint32_t>(tiling.inner)) {
       vf v = load(x + j * tiling.stride() + c);
+      if (with_prior) v = madd(magnitude(load(w + j * tiling.stride() + c)), factor, v);
       if (noisy) v = madd(kappa, v, gumbel(step + splat_bits(start), key1));
       v = v > lowest ? v : lowest;
       v = v < -lowest ? v : -lowest;
@@ -236,13 +355,14 @@ struct Draws {
     }
   }
 
-  void choose(const Tile &t, const float *x, const int8_t *present, int8_t *mask) const {
+  void choose(const Tile &t, const float *x, const float *w, const int8_t *present,
+              int8_t *mask) const {
     const vi keep = splat_word(static_cast<int32_t>(call->keep));
     uint8_t *out = call->mask + tiling.offset(t);
     for (int64_t c = 0; c < t.columns(); c += VW) {
       vf z[kSize];
       vi rank[kSize];
-      perturb(t, c, x, present, z);
+      perturb(t, c, x, w, present, z);
       rank_planes<kM>(z, block(), call->keep, rank);
       if constexpr (kTurn) {
         store_blocks(rank, keep, out + c * kM, t.leads - c);
@@ -283,13 +403,13 @@ struct Draws {
 
   // One vector of blocks; the gradient replaces the logits in x.  Step by step draws_backward of
   // masks/sampler.py: ratios of successive draws instead of exponentials that could overflow.
-  SNM_MEMBER void gradient(const Tile &t, int64_t c, float *x, const float *h, const float *weight,
+  SNM_MEMBER void gradient(const Tile &t, int64_t c, float *x, float *h, const float *weight,
                            const int8_t *present) const {
     const int64_t draws = call->keep;
     const vf inverse_tau = splat(call->inverse_tau), one = splat(1.0f);
     vf z[kSize], dl_dm[kSize], z_at[kSize], h_at[kSize], ratio[kSize], inverse[kSize];
     vi rank[kSize];
-    perturb(t, c, x, present, z);
+    perturb(t, c, x, weight, present, z);
     rank_planes<kM>(z, block(), draws, rank);
 #pragma GCC unroll 16
     for (int j = 0; j < block(); ++j) {
@@ -310,6 +430,14 @@ struct Draws {
     }
     const vf last = z_at[draws - 1];
     const vi drawn = splat_word(static_cast<int32_t>(draws));
+    if (call->mode == SNM_LEARN && call->decay != 0) {
+      const vf decay = splat(call->decay);
+      for (int j = 0; j < block(); ++j) {
+        const int64_t at = j * tiling.stride() + c;
+        const vf pulled = madd(decay, load(weight + at), load(h + at));
+        store(h + at, rank[j] >= drawn ? pulled : load(h + at));
+      }
+    }
     vf left = vf{}, left_h = vf{};  // of draw k, in units of exp(z_k / tau)
 #pragma GCC unroll 16
     for (int j = 0; j < block(); ++j) {
@@ -353,6 +481,10 @@ int32_t draws_of(const snm_draws *call) {
   if (kM > 0 && call->inner == 1 && call->present == nullptr)
     return Draws<kM, (kM > 0)>(call).start();
   return Draws<kM, false>(call).start();
+}
+
+int64_t items(const snm_draws *call) {
+  return ceil_div(Tiling(call).count(), TILES_PER_ITEM);
 }
 
 int32_t draws(const snm_draws *call) {

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The masked weight as users see it: writing to it is told, as it would change nothing."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
+
+__all__ = ["ComputedWeight", "computed"]
+
+
+class ComputedWeight(Tensor):
+    """A tensor that was computed of a parameter and a mask; every operation gives plain tensors.
+
+    Initialising, clamping or otherwise writing to it, with or without ``.data``, would be forgotten
+    at the next access: the first time that is done, a warning names the parameter to write to.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # as of nn.Parameter
+    owner: weakref.ref[MaskedWeight]
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The values, which the layer does not use again."""
+        owner = self.owner()
+        if owner is not None:
+            owner.forget_handed()
+        return computed(cast("Tensor", Tensor.data.__get__(self)), self.owner)  # type: ignore[attr-defined]
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        self._tell()
+        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+
+    def _tell(self) -> None:
+        owner = self.owner()
+        if owner is not None:
+            owner.forget_handed()
+            owner.run.warn(
+                "written",
+                f"{owner.name}.{owner.key} {owner.view.shape} was written to, but it is computed "
+                "of a parameter and a mask at each access, so that nothing has changed: write to "
+                f"{owner.key}_dense of the layer, or before spikenm_fx.sparsify",
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+
+def computed(weight: Tensor, owner: weakref.ref[MaskedWeight]) -> Tensor:
+    """Let ``weight`` tell whoever writes to it."""
+    weight.__class__ = ComputedWeight  # type: ignore[assignment]
+    cast("ComputedWeight", weight).owner = owner
+    return weight
+
+
+def _telling(name: str) -> Any:
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def told(self: ComputedWeight, *args: Any, **kwargs: Any) -> Any:
+        self._tell()
+        return method(self, *args, **kwargs)
+
+    return told
+
+
+_HARMLESS = {"detach_", "requires_grad_", "share_memory_", "rename_"}
+for _name in dir(Tensor):
+    if _name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS:
+        setattr(ComputedWeight, _name, _telling(_name))
+for _name in ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__"):
+    setattr(ComputedWeight, _name, _telling(_name))

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How scores move: by the sign of a momentum, the same distance whatever the loss.
+
+Lion (Chen et al., arXiv 2302.06675) on the layer's gradient in units of its own root mean square.
+One number of state a weight, no learning rate of the user's, no group in an optimizer: masks learn
+under every optimizer alike, and neither the scale of the loss nor the number of micro-batches
+matters.  As masks are drawn from scores in units of their spread, which grows, each step moves them
+less and less.  ``spikenm_fx/bench/results/update-rule.json`` has what the alternatives gave.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["KEEP", "LOOK", "moved"]
+
+LOOK = 0.9  # weight of the momentum in a step
+KEEP = 0.99  # and in the next momentum
+
+
+def moved(gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+    """The step's direction, in {-1, 0, 1}, and the next momentum.
+
+    Args:
+        gradient: in units of its root mean square.
+        momentum: of the steps before, zeros at first.
+    """
+    direction = momentum.lerp(gradient, 1 - LOOK).sign_()
+    return direction, momentum.lerp(gradient, 1 - KEEP)
