@@ -98,7 +98,8 @@ def _calibrate(model: nn.Module) -> None:
 
 
 def _gradient(model: nn.Module) -> None:
-    torch.autograd.grad(model(batches(1)[0]).sum(), list(model.parameters()), allow_unused=True)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(model(batches(1)[0]).sum(), learning, allow_unused=True)
 
 
 def _functional(model: nn.Module) -> None:

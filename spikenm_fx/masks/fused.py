@@ -41,7 +41,7 @@ def usable(weight: MaskedWeight) -> bool:
 
 
 def before_step(
-    weight: MaskedWeight, step: int, *, learning: bool, scale: Tensor | None
+    weight: MaskedWeight, step: int, *, learning: bool, scale: Tensor | None, sign: int
 ) -> bool:
     """Learn from the gradient of one weight, and let decay into it.
 
@@ -50,6 +50,7 @@ def before_step(
         step: the optimizer step.
         learning: False where the scores have learnt in this step already.
         scale: what a fused optimizer is about to divide the gradients by, if it does.
+        sign: -1 where the optimizer climbs.
 
     Returns:
         False where the torch path must do it.
@@ -72,14 +73,14 @@ def before_step(
     tau = weight.schedule.tau_at(step)
     call.mode, call.grad, call.out = native.LEARN, grad.data_ptr(), move.data_ptr()
     call.inverse_tau, call.gain = 1 / tau, call.kappa / tau
-    call.decay = method.decay * (1.0 if scale is None else float(scale))
+    call.decay = sign * method.decay * (1.0 if scale is None else float(scale))
     size = math.sqrt(_sum(call) / scores.numel())
     if not math.isfinite(size):
         weight.run.note_not_finite()
     if not size or not math.isfinite(size):
         return True
     call.mode, call.grad, call.out = native.MOVE, move.data_ptr(), None
-    call.rate, call.inverse_size = method.step_size, 1 / size
+    call.rate, call.inverse_size = method.step_size, sign / size
     call.momentum, call.look, call.keep_momentum = weight.momentum_now().data_ptr(), LOOK, KEEP
     average = None if weight.guide is None else weight.guide.average
     if strength and settings is not None:
@@ -93,8 +94,13 @@ def before_step(
     return True
 
 
-def draw_mask(weight: MaskedWeight, step: int) -> bool:
+def draw_mask(weight: MaskedWeight, step: int, *, follow_prior: bool) -> bool:
     """Measure the spread of the scores, and write the mask of a step.
+
+    Args:
+        weight: to mask.
+        step: the optimizer step.
+        follow_prior: whether the prior's strength follows the spread.
 
     Returns:
         False where the torch path must do it.
@@ -110,7 +116,7 @@ def draw_mask(weight: MaskedWeight, step: int) -> bool:
     spread = math.sqrt(weight.measured / scores.numel())
     spread = spread if math.isfinite(spread) else 0.0
     weight.spread.fill_(spread)
-    if weight.prior is not None:
+    if weight.prior is not None and follow_prior:
         weight.prior.detach().fill_(method.moving_prior * spread)
     call = _call(weight, step)
     call.mode, call.mask = native.MASK, weight.mask.data_ptr()

@@ -23,15 +23,14 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
     register_optimizer_step_pre_hook,
 )
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.run import Run, runs
 from spikenm_fx.masks.update import before_step, draw_masks
@@ -71,6 +70,8 @@ def step(model: nn.Module) -> None:
     """
     from spikenm_fx.masks.attach import masked_weights
 
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("step", model))
     weights = {id(mask): mask for _, _, mask in masked_weights(model)}
     if not weights:
         raise PlanError(
@@ -84,7 +85,7 @@ def step(model: nn.Module) -> None:
                 "spikenm_fx.step(model) found no gradient of any masked weight, so that the masks "
                 "cannot learn: call it after backward() and before gradients are reset",
             )
-        _learn(run, own, scale=None)
+        _learn(run, own)
         _advance(run, own, of=None)
 
 
@@ -113,14 +114,14 @@ def _before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     if closure is None:
         if not _is_skipped(optimizer):
             for run, share in found:
-                _learn(run, share, scale=getattr(optimizer, "grad_scale", None))
+                _learn(run, share, optimizer)
         return None
 
     @functools.wraps(closure)
     def evaluated() -> Any:
         loss = closure()
         for run, share in found:
-            _learn(run, share, scale=None)
+            _learn(run, share, optimizer)
         return loss
 
     if len(args) > 1:
@@ -144,19 +145,29 @@ def _after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
             _advance(run, share, of=optimizer)
 
 
-def _learn(run: Run, share: list[MaskedWeight], *, scale: Tensor | None) -> None:
+def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = None) -> None:
     """What comes before the step, for what has a gradient; scores learn once a step."""
     ready = [mask for mask in share if mask.there and mask.dense.grad is not None]
-    for learning in (True, False):
-        weights = [mask for mask in ready if (id(mask) not in run.prepared) is learning]
-        if learning:
-            for mask in weights:
-                if mask.guide is not None and not mask.frozen:
-                    mask.guide.refresh(run.step)
-            before_step(weights, run.step, learning=True, scale=scale) if weights else None
-        elif scale is None and weights and not _active_inner():
-            before_step(weights, run.step, learning=False, scale=scale)
+    fresh = [mask for mask in ready if id(mask) not in run.prepared]
+    for mask in fresh:
+        if mask.guide is not None and not mask.frozen:
+            mask.guide.refresh(run.step)
+    _prepare(fresh, run.step, optimizer, learning=True)
+    if not _active_inner():  # a closure's further evaluations, whose gradients are new ones
+        again = [mask for mask in ready if id(mask) in run.prepared]
+        _prepare(again, run.step, optimizer, learning=False)
     run.prepared.update(map(id, ready))
+
+
+def _prepare(
+    weights: list[MaskedWeight], step: int, optimizer: Optimizer | None, *, learning: bool
+) -> None:
+    scale = None if optimizer is None else getattr(optimizer, "grad_scale", None)
+    rising = set() if optimizer is None else _held(optimizer, maximizing=True)
+    for sign in (1, -1):
+        part = [mask for mask in weights if (id(mask.dense) in rising) is (sign < 0)]
+        if part:
+            before_step(part, step, learning=learning, scale=scale, sign=sign)
 
 
 def _active_inner() -> bool:
@@ -216,8 +227,10 @@ def _shares(optimizer: Optimizer) -> list[tuple[Run, list[MaskedWeight]]]:
     return found
 
 
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+def _held(optimizer: Optimizer, *, maximizing: bool = False) -> set[int]:
+    """The parameters of an optimizer, or of its groups that climb."""
+    groups = [g for g in optimizer.param_groups if not maximizing or g.get("maximize", False)]
+    return {id(p) for group in groups for p in group["params"]}
 
 
 def _steps_the_rest(run: Run, weights: list[MaskedWeight], held: set[int]) -> bool:

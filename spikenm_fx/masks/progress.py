@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.errors import PlanError
+from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.layer import MaskedWeight
 
@@ -60,6 +60,8 @@ def progress(model: nn.Module) -> Progress:
     Raises:
         PlanError: if ``model`` is not sparse.
     """
+    if not isinstance(model, nn.Module):
+        raise PlanError(no_module("progress", model))
     masks = list({id(mask): mask for _, _, mask in masked_weights(model)}.values())
     if not masks:
         raise PlanError(

@@ -56,7 +56,7 @@ def loaded(mask: MaskedWeight, *, restart_scores: bool = False, knows_prior: boo
         _fix(mask)
     else:
         mask.settled = False
-        draw_masks([mask], mask.run.step)
+        draw_masks([mask], mask.run.step, follow_prior=not knows_prior)
 
 
 def _fix(mask: MaskedWeight) -> None:

@@ -28,7 +28,12 @@ __all__ = ["before_step", "draw_masks", "final_masks", "learn"]
 
 @torch.no_grad()
 def before_step(
-    weights: Sequence[MaskedWeight], step: int, *, learning: bool, scale: Tensor | None
+    weights: Sequence[MaskedWeight],
+    step: int,
+    *,
+    learning: bool,
+    scale: Tensor | None,
+    sign: int = 1,
 ) -> None:
     """Let scores learn from the gradients of ``weights``, and finish these for the optimizer.
 
@@ -37,17 +42,19 @@ def before_step(
         step: the optimizer step.
         learning: False where the scores have learnt in this step already.
         scale: what a fused optimizer is about to divide the gradients by, if it does.
+        sign: -1 where the optimizer climbs.
     """
-    rest = [w for w in weights if not fused.before_step(w, step, learning=learning, scale=scale)]
+    options = {"learning": learning, "scale": scale, "sign": sign}
+    rest = [w for w in weights if not fused.before_step(w, step, **options)]
     searching = [w for w in rest if learning and w.learns and not w.frozen]
     if searching:
         groups = grouped(searching)
         for group, noise in zip(groups, noise_of(groups, step), strict=True):
-            learn(group, step, noise)
-    _finish_gradients(rest, scale)
+            learn(group, step, noise, sign)
+    _finish_gradients(rest, scale, sign)
 
 
-def learn(group: Group, step: int, noise: Tensor) -> None:
+def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     """Move the scores of a group along their straight-through gradient.
 
     Each layer's gradient is divided by its own root mean square: neither the scale of the loss nor
@@ -56,7 +63,7 @@ def learn(group: Group, step: int, noise: Tensor) -> None:
     """
     task, size, pulled = _directions(group, step, noise)
     known = torch.isfinite(size) & (size > 0)
-    gradient = task * group.rows(torch.where(known, 1 / size, 0.0))
+    gradient = task * group.rows(torch.where(known, sign / size, 0.0))
     if pulled is not None:
         gradient = gradient + pulled
     known_rows = group.rows(known)
@@ -119,7 +126,9 @@ def _grad(member: MaskedWeight) -> Tensor:
     return grad.detach()
 
 
-def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None) -> None:
+def _finish_gradients(
+    weights: Iterable[MaskedWeight], scale: Tensor | None, sign: int
+) -> None:
     """Add decay where the mask is zero, or take the gradient away there."""
     for weight in weights:
         decay, grad = weight.method.decay, _grad(weight)
@@ -130,15 +139,24 @@ def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None) -> 
         return
     dense = [w.dense.detach() for w in decaying]
     rest = torch._foreach_mul(dense, [~w.mask for w in decaying])
-    torch._foreach_mul_(rest, [float(w.method.decay or 0.0) for w in decaying])
+    torch._foreach_mul_(rest, [sign * float(w.method.decay or 0.0) for w in decaying])
     if scale is not None:
         torch._foreach_mul_(rest, scale)
     torch._foreach_add_([_grad(w) for w in decaying], rest)
 
 
 @torch.no_grad()
-def draw_masks(weights: Iterable[MaskedWeight], step: int) -> None:
-    """Write the masks of an optimizer step, in place."""
+def draw_masks(
+    weights: Iterable[MaskedWeight], step: int, *, follow_prior: bool = True
+) -> None:
+    """Write the masks of an optimizer step, in place.
+
+    Args:
+        weights: of one model.
+        step: the optimizer step.
+        follow_prior: set the prior's strength by the spread of the scores; else keep it, as it
+            was loaded with them.
+    """
     moving, settling, still = [], [], []
     for weight in weights:
         if not weight.there:
@@ -147,7 +165,7 @@ def draw_masks(weights: Iterable[MaskedWeight], step: int) -> None:
             still.append(weight)
         elif weight.frozen:
             settling.append(weight)
-        elif not fused.draw_mask(weight, step):
+        elif not fused.draw_mask(weight, step, follow_prior=follow_prior):
             moving.append(weight)
         else:
             _started(weight, step)
@@ -155,16 +173,16 @@ def draw_masks(weights: Iterable[MaskedWeight], step: int) -> None:
         weight.after_step(weight.schedule.undrawn_at(step))
     _settle(settling)
     if moving:
-        _draw(moving, step)
+        _draw(moving, step, follow_prior)
 
 
-def _draw(weights: Sequence[MaskedWeight], step: int) -> None:
+def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> None:
     groups = grouped(weights)
     noisy = [group for group in groups if group.first.learns]
     noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy else [], strict=True))
     for group in groups:
         blocks, scores = group.weights(), group.scores()
-        _measure(group, scores)
+        _measure(group, scores, follow_prior)
         draw = group.draw(step, noise.get(id(group)))
         method = group.first.method
         logits = None if scores is None else method.logits(blocks, scores, draw)
@@ -179,7 +197,7 @@ def _started(weight: MaskedWeight, step: int) -> None:
     weight.after_step(weight.schedule.undrawn_at(step))
 
 
-def _measure(group: Group, scores: Tensor | None) -> None:
+def _measure(group: Group, scores: Tensor | None, follow_prior: bool) -> None:
     """The spread of the scores: their root mean square within the blocks."""
     method = group.first.method
     if scores is None or not (method.relative or method.moving_prior):
@@ -188,7 +206,7 @@ def _measure(group: Group, scores: Tensor | None) -> None:
     spread = spread.nan_to_num(0.0, 0.0, 0.0)
     torch._foreach_copy_([member.spread for member in group.members], list(spread.unbind()))
     priors = [member.prior.detach() for member in group.members if member.prior is not None]
-    if priors:
+    if priors and follow_prior:
         torch._foreach_copy_(priors, list((spread * method.moving_prior).unbind()))
 
 

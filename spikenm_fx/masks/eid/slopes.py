@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,12 @@ class Source:
     mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
     connected: bool = False  # whether the neurons behind it were looked for
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _state(self) | {"uses": [], "mapped": []}  # activations are not copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _set_state(self, state)
+
     @property
     def frozen(self) -> bool:
         """Whether nobody trains the layer's weight: its masks learn nothing from credits."""
@@ -62,6 +69,12 @@ class Neuron:
     through_time: bool | None = None
     known: NeuronSpec | None = None  # of this step
 
+    def __getstate__(self) -> dict[str, Any]:
+        return _state(self) | {"calls": [], "slopes": None, "known": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _set_state(self, state)
+
     def spec(self) -> NeuronSpec:
         """With the values its parameters have in this step."""
         if self.known is None:
@@ -77,6 +90,15 @@ class Neuron:
         if self.through_time is None and spec.framework == "unknown":
             with contextlib.suppress(Exception):  # the user's code, called out of its context
                 self.through_time = runs_through_time(self.module, spec, call)
+
+
+def _state(one: Source | Neuron) -> dict[str, Any]:
+    return {each.name: getattr(one, each.name) for each in fields(one)}
+
+
+def _set_state(one: Source | Neuron, state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(one, name, value)
 
 
 def slopes_at(source: Source) -> list[Tensor] | None:

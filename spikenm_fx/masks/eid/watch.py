@@ -224,8 +224,7 @@ class Watch:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        self.forget()
-        return dict(self.__dict__)
+        return {**self.__dict__, "_step": -1, "_order": 0}
 
 
 class Observed:
