@@ -95,7 +95,7 @@ def test_counting_leaves_the_model_as_it_was() -> None:
 
 def test_averages_of_weights_and_norms_see_masked_ones() -> None:
     """Reading ``layer.weight`` in any mode gives what the layer multiplies with."""
-    model = spikenm_fx.sparsify(network(), rules=ALL_LAYERS)
+    model = spikenm_fx.sparsify(network(), rules=ALL_LAYERS, method="srste")
     x = batches(1)[0]
     for mode in (True, False):
         layer = model.train(mode)[0]
