@@ -23,6 +23,9 @@ __all__ = [
     "Kernels",
     "NativeStatus",
     "Neuron",
+    "Permutation",
+    "Progress",
+    "Scores",
     "available_kernels",
     "kernels",
     "native_status",
@@ -33,10 +36,10 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 """Kernels of packed layers, in the order of their table."""
 
 LEVELS = ("baseline", "v3", "v4", "amx")
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-_u32, _f32 = ctypes.c_uint32, ctypes.c_float
+_u32, _f32, _f64 = ctypes.c_uint32, ctypes.c_float, ctypes.c_double
 
 
 class Geometry(ctypes.Structure):
@@ -96,8 +99,38 @@ class Draws(ctypes.Structure):
     ]
 
 
+Progress = ctypes.CFUNCTYPE(_i32, _f64)
+"""Told the share that is done; what is not 0 stops the search."""
+
+
+class Scores(ctypes.Structure):
+    """``snm_scores`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        ("scores", _ptr),
+        *((n, _i64) for n in ("stride", "columns", "fixed", "keep", "of")),
+    ]
+
+
+class Permutation(ctypes.Structure):
+    """``snm_permutation`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(Scores)),
+        ("n_parts", _i64),
+        ("channels", _i64),
+        ("order", _ptr),
+        ("proposals", _i64),
+        ("tries", _i64),
+        *((n, _f64) for n in ("hot", "cold", "seconds")),
+        ("seed", ctypes.c_uint64),
+        ("progress", Progress),
+    ]
+
+
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
 _draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
+_permute = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Permutation))
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
 _planes_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _i64, _ptr, _i64)
 _rows_from = ctypes.CFUNCTYPE(None, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -121,6 +154,7 @@ class Kernels(ctypes.Structure):
         ("unpack_rows", _rows_from),
         ("unpack_planes", _planes_from),
         ("draws", _draws),
+        ("permute", _permute),
     ]
 
 

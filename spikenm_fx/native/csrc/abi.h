@@ -65,6 +65,29 @@ typedef struct {
   float kappa, inverse_tau, gain;  // gain: kappa / tau
 } snm_draws;
 
+// Scores of the columns that one weight reads, a row for each output channel and kernel position.
+typedef struct {
+  const float *scores;  // [columns][stride], not negative, 0 in the rows that only pad
+  int64_t stride;       // rows, rounded up to 16
+  int64_t columns;      // all; channels [fixed, fixed + channels) of them move
+  int64_t fixed;
+  int64_t keep, of;  // 1 <= keep < of <= 64
+} snm_scores;
+
+// The order of channels that keeps most in all parts together, by swaps of two.
+typedef struct {
+  const snm_scores *parts;
+  int64_t n_parts;
+  int64_t channels;
+  int64_t *order;     // [channels]: where to start; the result
+  int64_t proposals;  // swaps tried by annealing
+  int64_t tries;      // and then, at most, by descent
+  double hot, cold;   // first and last temperature, in mean gains of a random swap
+  double seconds;     // after which it stops where it is
+  uint64_t seed;
+  int32_t (*progress)(double share);  // null, or asked now and then; not 0 stops
+} snm_permutation;
+
 // All return 0, or a negative number if the call cannot be served (the caller falls back).
 typedef struct {
   const char *name;
@@ -85,6 +108,7 @@ typedef struct {
   void (*unpack_planes)(const uint64_t *bits, int64_t images, int64_t groups, int64_t cg,
                         int64_t pixels, float *x, int64_t threads);
   int32_t (*draws)(const snm_draws *);
+  int32_t (*permute)(const snm_permutation *);
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.

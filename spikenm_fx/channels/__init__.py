@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Channels that go together: put in the order in which N:M keeps most, or removed."""
+
+from spikenm_fx.channels.permute import (
+    GroupOrder,
+    Permutation,
+    apply_permutation,
+    permute,
+    plan_permutation,
+)
+from spikenm_fx.channels.scores import learnt_credits
+
+__all__ = [
+    "GroupOrder",
+    "Permutation",
+    "apply_permutation",
+    "learnt_credits",
+    "permute",
+    "plan_permutation",
+]
