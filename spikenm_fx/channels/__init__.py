@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Channels that go together: put in the order in which N:M keeps most, or removed."""
 
-from spikenm_fx.channels.permute import (
+from spikenm_fx.channels.permutation import (
     GroupOrder,
     Permutation,
     apply_permutation,

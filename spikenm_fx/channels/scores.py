@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much each weight is worth: magnitude, magnitude times the square root of the rate, credits."""
+"""How much each weight is worth: its magnitude, that times the root of the rate, or credits."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def _descend(
     deadline = time.monotonic() + effort.seconds
     left = effort.proposals + effort.tries
     blocks = torch.stack([(torch.arange(channels) + p.fixed) // p.nm.of for p in parts])
-    first = best = 0.0
+    first, share = 0.0, 0.0
     while left > 0 and time.monotonic() < deadline:
         left -= channels * channels // 2
         gains = torch.stack([_gains(part, order) for part in parts]).sum(0)
@@ -195,9 +195,9 @@ def _descend(
         first = first or float(gains.max())
         for i, j in taken:
             order[[i, j]] = order[[j, i]]
-        best = float(gains.max())
+        share = max(share, 1.0 - float(gains.max()) / first if first > 0 else 1.0)
         if progress is not None:
-            progress(1.0 - best / first if first > 0 else 1.0)
+            progress(share)
         if not taken:
             break
     return order

@@ -28,7 +28,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 _ROWS = 2048
 """Rows that the search looks at; the order found is then judged by all of them."""
 _WORK = 4 << 30
-"""Comparisons of all groups together, some 5 s on one core: large models search less, not longer."""
+"""Comparisons of all groups together, some 4 s on one core: large models search less."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,9 +155,7 @@ def plan_permutation(
     sharing = Sharing(named_tensors(model))
     asked = [(g, readings(g, layers, scores)) for g in coupled_groups(graph)]
     search = _Search([_cost(g, r) for g, r in asked], seconds, seed, progress)
-    entries = [
-        _order(group, read, _why_not(group, read, sharing), search) for group, read in asked
-    ]
+    entries = [_order(group, read, _why_not(group, read, sharing), search) for group, read in asked]
     return Permutation(type(model).__name__, tuple(entries))
 
 
