@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -69,7 +70,7 @@ class Sharing:
             self._overlaps(sorted(spans))
 
     def _overlaps(self, spans: list[tuple[int, int, str]]) -> None:
-        for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+        for (_, end, name), (start, _, other) in itertools.pairwise(spans):
             if start < end:
                 self.reasons.setdefault(name, f"shares its memory with {other}")
                 self.reasons.setdefault(other, f"shares its memory with {name}")
