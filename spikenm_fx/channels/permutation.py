@@ -194,7 +194,7 @@ def apply_permutation(model: ModelT, permutation: Permutation) -> ModelT:
     refuse_unfinished(model, "apply_permutation")
     tensors = named_tensors(model)
     for entry in permutation.moved:
-        _refuse_stranger(entry.group, tensors)
+        _refuse_stranger(entry, tensors)
     touched = {m.tensor for entry in permutation.moved for m in entry.group.members}
     before = {name: tensors[name].detach().clone() for name in touched}
     try:
@@ -210,7 +210,12 @@ def apply_permutation(model: ModelT, permutation: Permutation) -> ModelT:
     return model
 
 
-def _refuse_stranger(group: CoupledGroup, tensors: dict[str, Tensor]) -> None:
+def _refuse_stranger(entry: GroupOrder, tensors: dict[str, Tensor]) -> None:
+    group = entry.group
+    if entry.order is None or entry.order.sort().values.tolist() != list(range(group.size)):
+        raise PlanError(
+            f"{group.members[0].tensor}: this is not an order of its {group.size} channels"
+        )
     for member in group.members:
         tensor = tensors.get(member.tensor)
         needed = member.offset + member.outer * group.size * member.inner
