@@ -33,7 +33,7 @@ from spikenm_fx.trace.channels.groups import permute_members
 MODELS = [
     *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "spiking_vgg11_bn")),
     *(f"spikingjelly/{n}/m" for n in ("spikformer", "sdt", "ms_resnet18", "qkformer")),
-    *("snntorch/conv", "snntorch/rleaky", "norse/sequential", "norse/loop"),
+    *("snntorch/conv", "snntorch/rleaky", "norse/loop"),
     *("sinabs/from_model", "sinabs/recurrent", "hand/module", "hand/stateful", "hand/raw"),
 ]
 

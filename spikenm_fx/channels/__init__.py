@@ -8,13 +8,23 @@ from spikenm_fx.channels.permutation import (
     permute,
     plan_permutation,
 )
+from spikenm_fx.channels.removal import (
+    GroupRemoval,
+    Removal,
+    remove_channels,
+    remove_dead_channels,
+)
 from spikenm_fx.channels.scores import learnt_credits
 
 __all__ = [
     "GroupOrder",
+    "GroupRemoval",
     "Permutation",
+    "Removal",
     "apply_permutation",
     "learnt_credits",
     "permute",
     "plan_permutation",
+    "remove_channels",
+    "remove_dead_channels",
 ]

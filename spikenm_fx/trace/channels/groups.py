@@ -52,11 +52,14 @@ class CoupledGroup:
         size: number of channels.
         members: every place that holds them.
         frozen: why they must not be touched; empty where permuting all members changes no output.
+        mixed: where they meet each other outside of the consumers (a mean, a LayerNorm, a product),
+            so that one of them cannot be left out without changing what is computed.
     """
 
     size: int
     members: tuple[Member, ...]
     frozen: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -90,8 +93,17 @@ def _collect(reader: Reader) -> tuple[CoupledGroup, ...]:
         for space, size, member in _members(reader, attachment):
             members.setdefault(space, {})[member] = None
             sizes[space] = size
+    mixed: dict[int, dict[str, None]] = {}
+    for dim, reason in reader.mixed:
+        for space in reader.spaces.labelled(dim):
+            mixed.setdefault(space, {})[reason] = None
     return tuple(
-        CoupledGroup(sizes[space], tuple(found), reader.spaces.reasons(space))
+        CoupledGroup(
+            sizes[space],
+            tuple(found),
+            reader.spaces.reasons(space),
+            tuple(mixed.get(space, ())),
+        )
         for space, found in members.items()
         if any(m.role == "producer" for m in found)
     )

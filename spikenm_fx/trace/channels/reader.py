@@ -64,6 +64,7 @@ class Reader:
         self.neurons: dict[fx.Node, Layout] = {}
         self.times: list[Dim] = []
         self._time_spaces: frozenset[int] | None = None
+        self.mixed: list[tuple[Dim, str]] = []
         self.outputs: dict[str, Dim] = {}
         self.inputs: dict[str, Dim] = {}
         self.names = {
@@ -115,6 +116,9 @@ class Reader:
         rule = _RULES.get(name)
         if rule is not None:
             return rule(self, node)
+        if name in ("softmax", "log_softmax"):
+            for dim in self.source(node):
+                self.mix(dim, f"{node.name}: normalises over one of these axes")
         if name in ELEMENTWISE or name in ("surrogate", "softmax", "log_softmax"):
             return elementwise(self, node, node.all_input_nodes)
         if "pool" in name or name in ("interpolate", "upsample") or "upsample" in name:
@@ -163,6 +167,11 @@ class Reader:
         for layout in (self.layouts.get(node, ()), *self.items.get(node, {}).values()):
             for dim in layout:
                 self.spaces.freeze(dim, reason)
+
+    def mix(self, dim: Dim, reason: str) -> None:
+        """The channels of ``dim`` meet each other: their order is free, their number is not."""
+        if self.spaces.labelled(dim):
+            self.mixed.append((dim, reason))
 
     def attach(self, tensor: Tensor, axis: int, dim: Dim, role: Role = "attached") -> None:
         """Note that ``tensor`` holds the channels of ``dim`` along ``axis``.

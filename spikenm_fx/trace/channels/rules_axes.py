@@ -113,8 +113,12 @@ def reduced(reader: Reader, node: fx.Node) -> Layout:
     layout, shape = reader.source(node), shape_of(node)
     dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if dims is None or not shape:
+        for dim in layout:
+            reader.mix(dim, f"{node.name}: reduces over these channels")
         return plain(shape)
     gone = {int(d) % len(layout) for d in (dims if isinstance(dims, tuple) else (dims,))}
+    for axis in gone:
+        reader.mix(layout[axis], f"{node.name}: reduces over these channels")
     if len(shape) == len(layout):
         return tuple(plain((1,))[0] if i in gone else d for i, d in enumerate(layout))
     return tuple(d for i, d in enumerate(layout) if i not in gone)
