@@ -5,21 +5,26 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snn_strategies import random_nets
 from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
+from spikenm_fx.bench.permutation import in_double, outputs_of
+from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.channels import remove_channels, remove_dead_channels
 from spikenm_fx.channels.blocks import Columns, staying
+from spikenm_fx.channels.left_alone import named_tensors
 from spikenm_fx.channels.reachable import can_spike
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pattern import NM
-from spikenm_fx.trace import NeuronSpec, Synapse, simulate
+from spikenm_fx.trace import NeuronSpec, Synapse, coupled_groups, simulate, trace
 
 sj = pytest.importorskip("spikingjelly.activation_based")
 from spikingjelly.activation_based import functional, layer, neuron  # noqa: E402
@@ -431,3 +436,64 @@ def test_arguments_out_of_range_are_refused(options: dict, says: str) -> None:
     """With the value and the range."""
     with pytest.raises(PlanError, match=says):
         remove_channels(Net(), X, **options)
+
+
+# -- whole models ----------------------------------------------------------------------------------
+
+WHOLE = [
+    *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "ms_resnet18")),
+    *("spikingjelly/spikformer/m", "spikingjelly/sdt/m", "spikingjelly/qkformer/m"),
+    *("snntorch/conv", "norse/loop", "hand/module", "hand/functional"),
+]
+
+
+def kill_some(model: nn.Module, x: tuple[Tensor, ...]) -> int:
+    """Zero the weights that read every fifth channel of each free group."""
+    killed = 0
+    tensors = named_tensors(model)
+    for group in coupled_groups(trace(model, x)):
+        if group.frozen or not group.consumers:
+            continue
+        for member in group.consumers:
+            length = member.outer * group.size * member.inner
+            part = tensors[member.tensor].data.narrow(member.axis, member.offset, length)
+            part = part.movedim(member.axis, 0)
+            kept = torch.arange(length) // member.inner % group.size % 5 != 3
+            part.mul_(kept.reshape(-1, *[1] * (part.dim() - 1)))
+        killed += len(range(3, group.size, 5))
+    return killed
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_models_agree_after_removal(name: str) -> None:
+    """Residual streams, attention, flattened maps: float64 outputs to 1e-8 on other inputs."""
+    if not ZOO[name].available:
+        pytest.skip("framework not installed")
+    case = ZOO[name].build()
+    assert kill_some(case.model, case.inputs) > 0
+    case.reset(case.model)
+    reference = copy.deepcopy(case.model)
+    saved = remove_dead_channels(case.model, case.inputs, nm="1:32")
+    assert saved.removed > 0
+    with (
+        in_double(case) as (smaller, precise),
+        in_double(replace(case, model=reference)) as (
+            whole,
+            _,
+        ),
+    ):
+        tolerance = 1e-8 if precise else 1e-3
+        for x, y in zip(outputs_of(whole), outputs_of(smaller), strict=True):
+            assert float((x - y).abs().max()) <= tolerance
+
+
+@settings(max_examples=10, deadline=None)
+@given(net=random_nets())
+def test_random_networks_agree_after_removal(net: tuple[nn.Module, Tensor]) -> None:
+    """Joins, heads, groups, gates, concatenations and per-channel thresholds."""
+    model, x = net
+    kill_some(model, (x,))
+    reference = copy.deepcopy(model)
+    remove_dead_channels(model, x)
+    other = x.flip(0) * 1.3
+    torch.testing.assert_close(model(other), reference(other), atol=1e-8, rtol=0)

@@ -25,7 +25,7 @@ from spikenm_fx.channels import apply_permutation, plan_permutation
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan import Plan
 
-__all__ = ["main"]
+__all__ = ["fit", "main"]
 
 VARIANTS = ("none", "magnitude", "rate")
 """Orders of the channels: as trained, or permuted by a score; masks are by magnitude in all."""
@@ -75,11 +75,11 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def _dense(data: Split, options: argparse.Namespace, seed: int) -> nn.Module:
     network = build(options.network, data.train_images, seed)
     steps = options.epochs * -(-len(data.train_images) // options.batch)
-    _train(network, data, options, steps, options.lr, seed)
+    fit(network, data, options, steps, options.lr, seed)
     return network.eval()
 
 
-def _train(
+def fit(
     network: nn.Module,
     data: Split,
     options: argparse.Namespace,
@@ -128,7 +128,7 @@ def _pruned(
         if abs(before - after) > 0.005:  # rounding flips a spike now and then
             raise RuntimeError(f"permuted from {before:.2%} to {after:.2%}")
     tuned = _sparse(copy.deepcopy(network), decided)
-    _train(tuned, data, options, options.tune_steps, options.lr / 5, seed)
+    fit(tuned, data, options, options.tune_steps, options.lr / 5, seed)
     return {
         "nm": pattern,
         "permuted": variant,
