@@ -116,7 +116,7 @@ class _Run:
         self.neurons, self.silent = record.neurons, silent
         self.values: dict[fx.Node, Interval] = {}
         self.drives: dict[str, Tensor] = {}  # largest input of each neuron so far
-        self.spikes: dict[Any, Interval] = {}  # of neurons that return them with their state
+        self.items: dict[Any, Mapping[int, Interval]] = {}  # of what returns several tensors
 
     def value(self, argument: Any) -> Interval | None:
         if isinstance(argument, fx.Node):
@@ -130,7 +130,7 @@ class _Run:
         shape = info.shape if info is not None else None
         try:
             found = self._of(node)
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
+        except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
             found = None  # an operation that does not take these arguments: not followed
         if found is not None and (shape is None or tuple(found.low.shape) == tuple(shape)):
             self.values[node] = found.clamped()
@@ -148,8 +148,8 @@ class _Run:
         name = op_name(node)
         if name in ("surrogate", "softmax", "sigmoid"):
             return _between_zero_and_one(node.meta["value"].shape)
-        if name == "getitem" and node.args[0] in self.spikes:
-            return self.spikes[node.args[0]] if node.args[1] == 0 else None  # type: ignore[index]
+        if name == "getitem" and node.args[0] in self.items:
+            return self.items[node.args[0]].get(node.args[1])  # type: ignore[arg-type,index]
         rule = _RULES.get(name)
         if rule is not None:
             operands = [self.value(argument) for argument in node.args]
@@ -159,18 +159,19 @@ class _Run:
 
     def _both(self, node: fx.Node) -> Interval | None:
         """An operation in which nothing falls when an input rises: on both bounds."""
-        ends = []
+        ends: list[Any] = []
         for side in ("low", "high"):
             args, kwargs = fx.node.map_arg(
                 (node.args, node.kwargs), lambda n, side=side: getattr(self.values[n], side)
             )
             target: Any = node.target
             call = getattr(args[0], target) if node.op == "call_method" else target
-            result = call(*(args[1:] if node.op == "call_method" else args), **kwargs)
-            if not isinstance(result, Tensor):
-                return None
-            ends.append(result.double())
-        return Interval(*ends)
+            ends.append(call(*(args[1:] if node.op == "call_method" else args), **kwargs))
+        if isinstance(ends[0], Tensor):
+            return Interval(ends[0].double(), ends[1].double())
+        parts = zip(*ends, strict=True)
+        self.items[node] = {i: Interval(low, high) for i, (low, high) in enumerate(parts)}
+        return None
 
     def _module(self, node: fx.Node, module: nn.Module) -> Interval | None:
         x = self.value(node.args[0])
@@ -205,7 +206,7 @@ class _Run:
             high = high * ~self.silent[name]
         found = Interval(torch.zeros_like(high), high)
         if node.meta["value"].shape is None:
-            self.spikes[node] = found
+            self.items[node] = {0: found}
             return None
         return found
 
