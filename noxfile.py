@@ -111,3 +111,13 @@ def build(session: nox.Session) -> None:
     session.install(*groups("torch"), str(wheel))
     session.chdir(out)  # away from the sources: what runs is what was installed
     session.run("spikenm-fx", "--version")
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """All tests, on the newest torch and torchvision that pip has."""
+    tools = groups("tests", "framework-requirements")
+    session.install("torch", "torchvision", *(t for t in tools if not t.startswith("torch==")))
+    session.install("--no-deps", *groups("frameworks"))
+    install_package(session)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)

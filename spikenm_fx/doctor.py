@@ -187,7 +187,7 @@ def _kernels(loaded: Loaded, decided: Plan, blocked: list[str]) -> dict[str, Ker
 def _wake(twin: nn.Module, loaded: Loaded) -> None:
     from spikenm_fx.recipe.target import forward
     from spikenm_fx.report import report
-    from spikenm_fx.state.rest import reset_to_rest
+    from spikenm_fx.state import reset_to_rest
 
     batch, inputs = loaded.batch(), loaded.recipe.inputs
 

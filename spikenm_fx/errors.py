@@ -11,6 +11,7 @@ __all__ = [
     "ReportError",
     "SpikeNMError",
     "SpikeNMWarning",
+    "TorchVersionError",
     "TraceError",
     "VerificationError",
 ]
@@ -21,6 +22,10 @@ class SpikeNMError(Exception):
 
     Raising one leaves the user's model and files as they were.
     """
+
+
+class TorchVersionError(SpikeNMError, RuntimeError):
+    """This version of torch lacks something that was asked of it; the rest still works."""
 
 
 class PatternError(SpikeNMError, ValueError):

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spikenm_fx._torch import ConvNd, ConvTransposeNd
 from spikenm_fx.errors import PatternError
 
 __all__ = [
@@ -33,13 +33,13 @@ __all__ = [
 Remainder = Literal["skip", "pad", "error"]
 """What to do where ``of`` does not divide the input channels."""
 
-WeightLayer: TypeAlias = nn.Linear | _ConvNd
+WeightLayer: TypeAlias = nn.Linear | ConvNd
 """The layers whose weight can be N:M; subclasses of any framework included."""
 
 
 def is_weight_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a Linear or Conv of any kind: by inheritance, never by exact type."""
-    return isinstance(module, nn.Linear | _ConvNd)
+    return isinstance(module, nn.Linear | ConvNd)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,13 +147,13 @@ class BlockView:
         Raises:
             PatternError: if ``layer`` is not a Linear or Conv.
         """
-        if not isinstance(layer, nn.Linear | _ConvNd):
+        if not isinstance(layer, nn.Linear | ConvNd):
             raise PatternError(
                 f"{name} is a {type(layer).__name__}; blocks are defined for Linear, Conv1d/2d/3d "
                 "and ConvTranspose1d/2d/3d"
             )
-        transposed = isinstance(layer, _ConvTransposeNd)
-        groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 1
+        transposed = isinstance(layer, ConvTransposeNd)
+        groups = layer.groups if isinstance(layer, ConvTransposeNd) else 1
         return cls(nm, tuple(layer.weight.shape), transposed, groups)
 
     @property

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all tests share: one thread, one hypothesis profile, one stand-in for torchvision."""
 
+import contextlib
+import importlib
 import sys
 import types
 from importlib.util import find_spec
@@ -26,8 +28,15 @@ def _same_random_numbers():
 
 @pytest.fixture
 def torchvision_stub(monkeypatch: pytest.MonkeyPatch):
-    """SpikingJelly's model files import one function of torchvision; no test calls it."""
+    """SpikingJelly's model files import one function of torchvision; no test calls it.
+
+    The real one is used where it is installed and works: beside another build of torch than its
+    own it fails at import.
+    """
     if find_spec("torchvision") is not None:
+        with contextlib.suppress(Exception):
+            importlib.import_module("torchvision")
+            return
         for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
             monkeypatch.delitem(sys.modules, name)
     package = types.ModuleType("torchvision")

@@ -238,3 +238,20 @@ def test_agrees_with_torch_pruning() -> None:
         touched = {names[d.dep.target.module] for d in group if d.dep.target.module in names}
         theirs.add(frozenset(touched - {""}))
     assert ours == theirs
+
+
+def test_groups_of_a_wrapped_model_carry_its_prefix() -> None:
+    """What was traced through a wrapper can be permuted through it."""
+    torch.manual_seed(0)
+    model = nn.DataParallel(nn.Sequential(nn.Linear(4, 6), SequenceLIF(), nn.Linear(6, 2)))
+    x = torch.rand(3, 2, 4) * 6 - 3
+    graph = trace(model, x)
+    (group,) = (group for group in coupled_groups(graph) if not group.frozen)
+    assert {member.tensor for member in group.members} <= dict(model.named_parameters()).keys()
+    with torch.no_grad():
+        before = model(x)
+        permute_channels(model, group, torch.arange(5, -1, -1))
+        assert before.std() > 0
+        torch.testing.assert_close(model(x), before)
+        permute_members(model, group, group.producers, torch.tensor([1, 2, 3, 4, 5, 0]))
+        assert not torch.allclose(model(x), before)

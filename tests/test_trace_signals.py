@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.bench.tracing import Row, _edges_by_measurement, _inputs_by_measurement
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
+from spikenm_fx.report import signal_kind
 from spikenm_fx.trace import coupled_groups, permute_channels, trace
 from spikenm_fx.trace.analysis.signal import ANALOG, SPIKE, Signal, join
 
@@ -90,3 +91,26 @@ def test_join_is_an_upper_bound(drawn: list[tuple[bool, float, float]]) -> None:
     both = join(signals)
     assert all(both.low <= s.low and s.high <= both.high for s in signals)
     assert both.integral == all(s.integral for s in signals)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0.0, 1.0], "spike"),
+        ([True, False], "spike"),
+        ([0, 3, -2], "integer"),
+        ([0.0, 64.0], "integer"),
+        ([0.0, 65.0], "analog"),
+        ([0, 255], "analog"),
+        ([0.5, 1.0], "analog"),
+    ],
+)
+def test_trace_and_report_agree_on_values(values: list[float], kind: str) -> None:
+    """One rule for what an input is, large whole numbers (pixels, codes) included."""
+    x = torch.tensor(values)
+    assert signal_kind(x) == kind
+    model = nn.Sequential(nn.Identity(), nn.Linear(len(values), 2))
+    graph = trace(model, x.float()[None])
+    signal = graph.layers["1"].input_signal
+    assert signal is not None
+    assert signal.kind == kind

@@ -135,12 +135,12 @@ def _edges_by_measurement(row: Row, case: Case, graph: SpikingGraph, seeds: int)
     seen: dict[tuple[str, str], set[str]] = {}
     for inputs in _variants(case.inputs, seeds):
         measured = trace(case.model, inputs, measure=True)
-        for u, v, data in measured.edges(data=True):
+        for u, v, data in measured.nx.edges(data=True):
             seen.setdefault((u, v), set()).update(data["measured"])
     for edge, kinds in seen.items():
-        if edge not in graph.edges:
+        if edge not in graph.nx.edges:
             continue
-        marked = graph.edges[edge]["signal"].kind
+        marked = graph.nx.edges[edge]["signal"].kind
         row.spike_edges += marked == "spike"
         row.spike_wrong += marked == "spike" and bool(kinds - {"spike"})
         row.spike_missed += marked == "analog" and kinds == {"spike"}

@@ -23,7 +23,6 @@ from spikenm_fx.channels.reachable import can_spike
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.ops import MOVES, POOLS, RESHAPES, module_family, op_name
-from spikenm_fx.trace.execution.record import Trace
 
 __all__ = ["ANYTHING", "Interval", "constant_inputs"]
 
@@ -70,13 +69,12 @@ def constant_inputs(
         By layer name, float64 ``[channels]``; layers that were not followed are missing.
     """
     found: dict[str, Tensor] = {}
-    record: Trace = graph.graph["trace"]
-    if record.graph is None:
+    if graph.operations is None:
         return found
-    run = _Run(record, silent or {})
-    last_use = _last_uses(record.graph)
+    run = _Run(graph, silent or {})
+    last_use = _last_uses(graph.operations)
     with torch.no_grad():
-        for node in record.graph.nodes:
+        for node in graph.operations.nodes:
             run.visit(node)
             module = node.meta.get("module")
             if node.op == "call_module" and module is not None and is_weight_layer(module):
@@ -112,8 +110,9 @@ def _constants(interval: Interval | None, spatial: int) -> Tensor:
 class _Run:
     """Visits the operations in order."""
 
-    def __init__(self, record: Trace, silent: Mapping[str, Tensor]) -> None:
-        self.neurons, self.silent = record.neurons, silent
+    def __init__(self, graph: SpikingGraph, silent: Mapping[str, Tensor]) -> None:
+        self.neurons = {n: r.spec for n, r in graph.neurons.items() if not r.functional}
+        self.silent = silent
         self.values: dict[fx.Node, Interval] = {}
         self.drives: dict[str, Tensor] = {}  # largest input of each neuron so far
         self.items: dict[Any, Mapping[int, Interval]] = {}  # of what returns several tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.state.rest import preserved, reset_to_rest
+from spikenm_fx.state import preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import CoupledGroup, Member, NeuronSpec
 
 __all__ = ["Dead", "dead_channels", "mean_activity", "silent_neurons"]
@@ -151,7 +151,7 @@ def silent_neurons(
 
         return model.get_submodule(name).register_forward_hook(hook)
 
-    with preserved(model):
+    with preserved_in_eval(model):
         handles = [watch(name, spec) for name, spec in neurons.items()]
         try:
             for batch in batches:
@@ -182,7 +182,7 @@ def mean_activity(model: nn.Module, arguments: tuple[Any, ...]) -> dict[str, Ten
 
         return model.get_submodule(name).register_forward_pre_hook(hook)
 
-    with preserved(model):
+    with preserved_in_eval(model):
         reset_to_rest(model)
         handles = [
             watch(name, module.weight.dim() - 2)

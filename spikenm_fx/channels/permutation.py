@@ -17,7 +17,7 @@ from spikenm_fx.channels.search import Effort, Scored, best_order, kept, total
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pattern import PatternLike
 from spikenm_fx.plan import Plan, plan
-from spikenm_fx.state.rest import reset_to_rest
+from spikenm_fx.state import reset_to_rest
 from spikenm_fx.trace import CoupledGroup, coupled_groups, trace
 from spikenm_fx.trace.channels.groups import permute_members
 

@@ -19,7 +19,7 @@ from spikenm_fx.channels.left_alone import Sharing, named_tensors, refuse_unfini
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer
 from spikenm_fx.plan import Plan
-from spikenm_fx.state.rest import preserved, reset_to_rest
+from spikenm_fx.state import preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups, trace
 
 __all__ = ["GroupRemoval", "Removal", "remove_channels", "remove_dead_channels"]
@@ -456,7 +456,7 @@ def _compare(
 
 
 def _outputs(model: nn.Module, arguments: tuple[Any, ...]) -> list[Tensor]:
-    with preserved(model):
+    with preserved_in_eval(model):
         reset_to_rest(model)
         found = model(*(a.clone() if isinstance(a, Tensor) else a for a in arguments))
         return [t.detach().clone() for t in tree_flatten(found)[0] if isinstance(t, Tensor)]

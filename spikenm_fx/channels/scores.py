@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.plan import LayerPlan
-from spikenm_fx.state.rest import preserved, reset_to_rest
+from spikenm_fx.state import preserved_in_eval, reset_to_rest
 
 __all__ = ["Score", "WeightScores", "learnt_credits", "weight_scores"]
 
@@ -73,7 +73,7 @@ def _input_power(
     counts: dict[str, int] = {}
     modules = {layer.name: layer.holder(model) for layer in layers}
     wanted = {name: module for name, (module, key) in modules.items() if key == "weight"}
-    with preserved(model), contextlib.ExitStack() as hooks:
+    with preserved_in_eval(model), contextlib.ExitStack() as hooks:
         reset_to_rest(model)
         for name, module in wanted.items():
             hooks.enter_context(_watching_inputs(module, name, sums, counts))

@@ -21,7 +21,7 @@ from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, StoredMask, meta_of
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.state.parameters import read_parameter
+from spikenm_fx.state import read_parameter
 
 __all__ = [
     "MaskedLayer",

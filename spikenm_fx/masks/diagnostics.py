@@ -15,7 +15,7 @@ from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.eid import probabilities
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.sampler import top_mask
-from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.state import preserved
 
 __all__ = ["MaskDiagnostics", "diagnose", "flip_rate", "logit_noise"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.state import preserved
 from spikenm_fx.trace import NeuronSpec
 
 __all__ = ["Call", "replayed_slopes", "runs_through_time"]

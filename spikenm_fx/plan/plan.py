@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from torch import nn
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.errors import PlanError, TraceError, no_module
 from spikenm_fx.pattern import NM, PatternLike, Remainder
 from spikenm_fx.plan.decide import Decisions, LayerPlan
@@ -16,7 +17,6 @@ from spikenm_fx.plan.roles import default_roles
 from spikenm_fx.plan.rules import Rule, ordered_rules, unmatched
 from spikenm_fx.plan.weights import weights_of
 from spikenm_fx.trace.api import trace
-from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["LayerPlan", "Plan", "plan"]

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.execution.values import is_scripted
 from spikenm_fx.trace.graph import LayerRecord, SpikingGraph
 
 __all__ = ["RAW", "Weight", "weights_of"]

@@ -8,7 +8,6 @@ import re
 import subprocess
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from spikenm_fx.cli.common import Loaded
@@ -46,10 +45,10 @@ def draft_recipe(target: str, *, shape: str | None, root: Path | None, nm: str) 
 
 
 def _runs(model: nn.Module, recipe: Recipe) -> str:
-    from spikenm_fx.state.rest import preserved
+    from spikenm_fx.state import preserved_in_eval
 
     try:
-        with preserved(model), torch.no_grad():
+        with preserved_in_eval(model):
             output = forward(model, example_input(recipe.inputs), recipe.inputs)
     except SpikeNMError as error:
         raise RecipeError(f"the input does not run: {error}") from error

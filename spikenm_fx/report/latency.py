@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from spikenm_fx.report.data import LatencyReport
-from spikenm_fx.state.rest import preserved
+from spikenm_fx.state import preserved_in_eval
 
 __all__ = ["measure_latency"]
 
@@ -43,7 +43,7 @@ def measure_latency(
     names = _common_names(variants)
     with contextlib.ExitStack() as stack:
         for model in variants.values():
-            stack.enter_context(preserved(model))
+            stack.enter_context(preserved_in_eval(model))
         for turn in range(repeats + 1):
             for label, model in variants.items():
                 reset(model)

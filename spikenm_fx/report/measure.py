@@ -27,7 +27,7 @@ from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.synops import LayerCounter
-from spikenm_fx.state.rest import preserved, reset_to_rest
+from spikenm_fx.state import preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import trace
 from spikenm_fx.trace.graph import SpikingGraph
 
@@ -101,7 +101,7 @@ def report(
     if graph is None:
         graph = _traced(model, _to_device(first, model), batch_dim)
     samples = count = 0
-    with preserved(model):
+    with preserved_in_eval(model):
         counters = {
             name: LayerCounter(layer, (layer.weight.detach() != 0).cpu())
             for name, layer in layers.items()

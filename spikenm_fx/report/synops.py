@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from spikenm_fx.pattern import WeightLayer
+from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = [
     "SIGNALS",
@@ -37,10 +38,6 @@ Signal = Literal["spike", "integer", "analog"]
 
 SIGNALS: tuple[Signal, ...] = ("spike", "integer", "analog")
 """From the most to the least spike-like."""
-
-# Values up to here are taken for spike counts (sums of residual branches, DVS frames); larger
-# integers are pixels or tokens' codes.
-_MAX_COUNT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +69,7 @@ class Operations:
 
 def signal_kind(values: Tensor) -> Signal:
     """What kind of signal a tensor is: ``spike`` {0,1}, ``integer`` (small counts), ``analog``."""
-    if values.dtype == torch.bool or values.numel() == 0:
-        return "spike"
-    if bool(((values == 0) | (values == 1)).all()):
-        return "spike"
-    if bool(((values == values.round()) & (values.abs() <= _MAX_COUNT)).all()):
-        return "integer"
-    return "analog"
+    return kind_of_values(values) or "spike"
 
 
 def fan_out(

@@ -1,2 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""As it was before: snapshots of modules and tensors, and what holds them while others look."""
+"""As it was before: run somebody's model, look at it, and leave no trace of that.
+
+:func:`preserved` takes a snapshot (:mod:`~spikenm_fx.state.snapshot`) of everything that a module
+tree holds; parameters are copied only when something is about to write into them
+(:mod:`~spikenm_fx.state.guard`).  :func:`preserved_in_eval` and :func:`reset_to_rest` are for
+measuring (:mod:`~spikenm_fx.state.rest`).  :func:`read_parameter` lets a module that hands out a
+computed parameter tell whoever looks which parameter that was
+(:mod:`~spikenm_fx.state.parameters`).
+"""
+
+from spikenm_fx.state.parameters import ParameterReader, read_parameter, reading
+from spikenm_fx.state.rest import (
+    RESET_METHODS,
+    preserved_in_eval,
+    reset_to_rest,
+    takes_no_arguments,
+)
+from spikenm_fx.state.snapshot import detach_state, preserved
+
+__all__ = [
+    "RESET_METHODS",
+    "ParameterReader",
+    "detach_state",
+    "preserved",
+    "preserved_in_eval",
+    "read_parameter",
+    "reading",
+    "reset_to_rest",
+    "takes_no_arguments",
+]

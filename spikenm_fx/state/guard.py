@@ -17,11 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+
+from spikenm_fx._torch import (
+    DisableTorchFunction,
+    TorchDispatchMode,
+    storage_id,
+    tree_flatten,
+    written_arguments,
+)
 
 __all__ = ["Watched", "watching"]
 
+_written = functools.lru_cache(maxsize=2048)(written_arguments)
 _EXPORTS = (Tensor.numpy, Tensor.__array__, Tensor.__dlpack__)
 
 
@@ -30,7 +37,7 @@ class Watched:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
-        self.storage = _storage(tensor)
+        self.storage = storage_id(tensor)
         self._alias = tensor.detach()
         self._copy: Tensor | None = None
 
@@ -42,7 +49,7 @@ class Watched:
     def restore(self) -> None:
         """Give the tensor its own memory back, and that its values."""
         now, then = self.tensor, self._alias
-        moved = now.data_ptr() != then.data_ptr() or _storage(now) != self.storage
+        moved = now.data_ptr() != then.data_ptr() or storage_id(now) != self.storage
         if moved or (now.shape, now.stride(), now.dtype) != (then.shape, then.stride(), then.dtype):
             now.data = then
         if self._copy is not None and not torch.equal(now, self._copy):
@@ -69,9 +76,12 @@ class _BeforeWrites(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        for index, name in _written(func):
+        places = _written(func)
+        if places is None:
+            _save(self.watched, (args, kwargs))
+        for index, name in places or ():
             _save(self.watched, args[index] if index < len(args) else kwargs.get(name))
-        with torch._C.DisableTorchFunction():  # no second telling of it to the tracer
+        with DisableTorchFunction():  # no second telling of it to the tracer
             return func(*args, **kwargs)
 
 
@@ -89,21 +99,5 @@ class _BeforeExports(TorchFunctionMode):
 def _save(watched: dict[int, list[Watched]], argument: Any) -> None:
     for tensor in tree_flatten(argument)[0]:
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-            for parameter in watched.get(_storage(tensor), ()):
+            for parameter in watched.get(storage_id(tensor), ()):
                 parameter.save()
-
-
-@functools.lru_cache(maxsize=2048)
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
-    """Place and name of each argument that ``func`` writes into."""
-    # batch norms write their running statistics without saying so
-    silent = "batch_norm" in func._schema.name
-    return tuple(
-        (index, argument.name)
-        for index, argument in enumerate(func._schema.arguments)
-        if silent or (argument.alias_info is not None and argument.alias_info.is_write)
-    )
-
-
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

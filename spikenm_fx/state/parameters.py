@@ -14,9 +14,9 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Reader", "read_parameter", "reading"]
+__all__ = ["ParameterReader", "read_parameter", "reading"]
 
-Reader: TypeAlias = Callable[[tuple[Tensor, ...], Callable[[], Tensor]], Tensor]
+ParameterReader: TypeAlias = Callable[[tuple[Tensor, ...], Callable[[], Tensor]], Tensor]
 """Called with parameters and what computes the tensor handed out instead of the first of them."""
 
 _local = threading.local()
@@ -26,17 +26,17 @@ def read_parameter(parameters: tuple[Tensor, ...], compute: Callable[[], Tensor]
     """``compute()``, which a trace of this thread records as a use of the first parameter.
 
     Args:
-        parameters: that one, and others that go into the computation.
-        compute: makes the tensor that is handed out.
+        parameters: that one, of any shape, and others that go into the computation.
+        compute: makes the tensor that is handed out, of the first one's shape.
     """
-    readers: list[Reader] = getattr(_local, "readers", [])
+    readers: list[ParameterReader] = getattr(_local, "readers", [])
     return readers[-1](parameters, compute) if readers else compute()
 
 
 @contextlib.contextmanager
-def reading(reader: Reader) -> Iterator[None]:
+def reading(reader: ParameterReader) -> Iterator[None]:
     """Hand what this thread reads to ``reader`` inside the block."""
-    readers: list[Reader] = _local.__dict__.setdefault("readers", [])
+    readers: list[ParameterReader] = _local.__dict__.setdefault("readers", [])
     readers.append(reader)
     try:
         yield

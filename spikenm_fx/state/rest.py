@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikenm_fx.state.snapshot import preserved as snapshot
+from spikenm_fx.state.snapshot import preserved
 
-__all__ = ["preserved", "reset_to_rest"]
+__all__ = ["RESET_METHODS", "preserved_in_eval", "reset_to_rest", "takes_no_arguments"]
 
-RESET_METHODS = ("reset", "reset_mem", "reset_states", "reset_state", "n_reset")
+RESET_METHODS = ("reset", "reset_mem", "reset_states", "reset_state", "reset_membrane", "n_reset")
 """How SNN packages name the method that forgets a neuron's state; tried in this order."""
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved_in_eval(model: nn.Module) -> Iterator[None]:
     """Within it the model may run; afterwards it and every random generator are as before.
 
     The body sees the model in eval mode, without gradients.
     """
-    with snapshot(model), torch.no_grad():
+    with preserved(model), torch.no_grad():
         model.eval()
         yield
 
@@ -45,12 +45,13 @@ def reset_to_rest(model: nn.Module) -> None:
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
     for name in RESET_METHODS:
         method: Callable[[], Any] | None = getattr(module, name, None)
-        if method is not None and callable(method) and _needs_no_argument(method):
+        if method is not None and callable(method) and takes_no_arguments(method):
             return method
     return None
 
 
-def _needs_no_argument(method: Callable[..., Any]) -> bool:
+def takes_no_arguments(method: Callable[..., Any]) -> bool:
+    """Whether ``method`` can be called with nothing; False where its signature is not known."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):

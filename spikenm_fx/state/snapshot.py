@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.state.guard import Watched, watching
-from spikenm_fx.trace.execution.values import is_scripted
 
 __all__ = ["detach_state", "preserved"]
 
@@ -58,8 +58,12 @@ def detach_state(model: nn.Module) -> None:
     A framework's reset may call ``detach_()`` on it, which nothing could undo.
     """
     for module in nn.Module.modules(model):
-        own = vars(module)
-        holders = [h for h in (own, own.get("_buffers"), own.get("_memories")) if h is not None]
+        attributes = vars(module)
+        holders = [
+            h
+            for h in (attributes, attributes.get("_buffers"), attributes.get("_memories"))
+            if h is not None
+        ]
         for holder in holders:
             for name, value in list(holder.items()):
                 if isinstance(value, Tensor) and value.grad_fn is not None:

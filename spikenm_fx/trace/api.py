@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_flatten
 
+from spikenm_fx._torch import is_scripted, tree_flatten
 from spikenm_fx.errors import TraceError, no_module
-from spikenm_fx.state.snapshot import detach_state, preserved
+from spikenm_fx.state import detach_state, preserved, takes_no_arguments
 from spikenm_fx.trace.analysis.build import build
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
-from spikenm_fx.trace.execution.values import is_matrix, is_scripted, is_scripted_block
+from spikenm_fx.trace.execution.values import is_matrix, is_scripted_block
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.neurons.find import find_neurons
 from spikenm_fx.trace.neurons.spec import NeuronSpec
@@ -263,11 +262,11 @@ def _refuse_unreadable(model: nn.Module) -> None:
 
 
 def _check_devices(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    own = {t.device.type for t in nn.Module.parameters(model)}
+    present = {t.device.type for t in nn.Module.parameters(model)}
     given = {t.device.type for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)}
-    if own and given and not own & given:
+    if present and given and not present & given:
         raise TraceError(
-            f"the model's parameters are on {', '.join(sorted(own))}, the example inputs on "
+            f"the model's parameters are on {', '.join(sorted(present))}, the example inputs on "
             f"{', '.join(sorted(given))}; move one of them"
         )
 
@@ -279,17 +278,9 @@ def _start_fresh(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> None:
         module = model.get_submodule(name)
         for part in nn.Module.modules(module):
             call = getattr(part, spec.reset_call or "", None)
-            if callable(call) and _needs_no_arguments(call):
+            if callable(call) and takes_no_arguments(call):
                 with contextlib.suppress(Exception):
                     call()
-
-
-def _needs_no_arguments(call: Any) -> bool:
-    try:
-        parameters = inspect.signature(call).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return all(p.default is not p.empty or p.kind in (2, 4) for p in parameters)
 
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The result of a trace: a networkx graph with typed records for its layers and neurons."""
+"""The result of a trace: typed records of layers and neurons, and a networkx graph over them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Literal
 
 import networkx as nx
+from torch import fx
 
 from spikenm_fx.trace.analysis.signal import Signal
+from spikenm_fx.trace.channels.rules_nodes import Attachment
+from spikenm_fx.trace.channels.spaces import Spaces
 from spikenm_fx.trace.neurons.spec import NeuronSpec
 
 __all__ = [
@@ -139,48 +141,44 @@ class Note:
         return f"{self.where}: {self.text}" if self.where else self.text
 
 
-class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class SpikingGraph:
     """Layers, norms, neurons, joins, reshapes and poolings of a model, and what flows between.
 
-    Node attributes: ``kind`` (:data:`NodeKind`), ``op`` (operation or class name), ``calls``,
-    ``shape``.  Edge attributes: ``signal`` (:class:`~spikenm_fx.trace.analysis.signal.Signal`),
-    ``measured`` (kinds seen in the example, see ``trace(measure=True)``), ``shape``,
-    ``time_axis``.  A module is one node however often it is called, so loops over time make
-    cycles.
+    Attributes:
+        nx: a networkx ``DiGraph`` over qualified names.  Node attributes: ``kind``
+            (:data:`NodeKind`), ``op`` (operation or class name), ``calls``, ``shape``.  Edge
+            attributes: ``signal`` (:class:`~spikenm_fx.trace.analysis.signal.Signal`),
+            ``measured`` (kinds seen in the example, see ``trace(measure=True)``), ``shape``,
+            ``time_axis``.  A module is one node however often it is called, so loops over time
+            make cycles.
+        layers: every weight, by name: all modules of the tree, and functional weights.
+        neurons: every neuron, by name.
+        chains: one-to-one layer -> (norm) -> neuron chains.
+        route: how the model was read.  ``"fx"`` by value-carrying tracing; ``"fx+execution"`` with
+            some submodules recorded from their execution; ``"execution"`` wholly so; without
+            example inputs ``"symbolic"``, or ``"modules"`` (the module tree alone, no edges).
+        notes: what did not go by the book: fallbacks with their lines, weights that were not seen.
+        operations: what was recorded, to read and never to run; None without a trace.
+        spaces: the channel spaces; None where no forward was traced.
+        attachments: which axis of which tensor runs over which channels.
     """
 
-    @property
-    def layers(self) -> Mapping[str, LayerRecord]:
-        """Every weight, by name: all modules of the tree, and functional weights."""
-        return MappingProxyType(self.graph.get("layers", {}))
+    nx: nx.DiGraph
+    layers: Mapping[str, LayerRecord]
+    neurons: Mapping[str, NeuronRecord]
+    chains: tuple[Chain, ...] = ()
+    route: Route = "modules"
+    notes: tuple[Note, ...] = ()
+    operations: fx.Graph | None = None
+    spaces: Spaces | None = None
+    attachments: tuple[Attachment, ...] = ()
 
-    @property
-    def neurons(self) -> Mapping[str, NeuronRecord]:
-        """Every neuron, by name."""
-        return MappingProxyType(self.graph.get("neurons", {}))
-
-    @property
-    def chains(self) -> tuple[Chain, ...]:
-        """One-to-one layer -> (norm) -> neuron chains."""
-        chains: tuple[Chain, ...] = self.graph.get("chains", ())
-        return chains
-
-    @property
-    def route(self) -> Route:
-        """How the model was read.
-
-        ``"fx"`` by value-carrying tracing; ``"fx+execution"`` with some submodules recorded from
-        their execution; ``"execution"`` wholly so; without example inputs ``"symbolic"``, or
-        ``"modules"`` (the module tree alone, no edges).
-        """
-        route: Route = self.graph.get("route", "modules")
-        return route
-
-    @property
-    def notes(self) -> tuple[Note, ...]:
-        """What did not go by the book: fallbacks with their lines, weights that were not seen."""
-        notes: tuple[Note, ...] = self.graph.get("notes", ())
-        return notes
+    def __repr__(self) -> str:
+        return (
+            f"SpikingGraph({len(self.layers)} layers, {len(self.neurons)} neurons, "
+            f"{len(self.chains)} chains, read by {self.route})"
+        )
 
     def chain(self, layer: str) -> Chain | None:
         """The chain that starts at ``layer``, or None where it is not one-to-one."""
@@ -191,16 +189,20 @@ class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
 
         ``F.linear(x, self.fc.weight)`` uses ``fc`` without calling it.
         """
-        own, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
-        by_itself = weight is not None and weight.axis == 1 and (own is None or not own.calls)
-        return weight if by_itself else own
+        called, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
+        by_itself = weight is not None and weight.axis == 1 and (called is None or not called.calls)
+        return weight if by_itself else called
 
     def of_kind(self, *kinds: NodeKind) -> list[str]:
         """Names of the nodes of these kinds, in the order of the first call."""
-        return [name for name, data in self.nodes(data=True) if data.get("kind") in kinds]
+        return [name for name, data in self.nx.nodes(data=True) if data.get("kind") in kinds]
 
     def why(self, layer: str) -> str:
-        """One phrase about a layer for a plan's reasons, e.g. ``"feeds no neuron: readout"``."""
+        """One phrase about a layer for a plan's reasons, e.g. ``"feeds no neuron: readout"``.
+
+        Raises:
+            KeyError: if there is no such layer.
+        """
         record = self.record(layer)
         if record is None:
             raise KeyError(layer)
@@ -212,7 +214,7 @@ class SpikingGraph(nx.DiGraph):  # type: ignore[misc]
         if record.is_readout:
             return "feeds no neuron: readout"
         signal = record.input_signal.kind if record.input_signal else "unknown"
-        return f"{signal} from {_few(record.pre)}, drives {_few(record.post)}"
+        return f"{signal} from {_listed(record.pre)}, drives {_listed(record.post)}"
 
     def summary(self) -> dict[str, Any]:
         """Plain counts, for tables and JSON."""
@@ -232,7 +234,7 @@ def _image(record: LayerRecord) -> bool:
     return record.kind == "conv2d"
 
 
-def _few(names: tuple[str, ...]) -> str:
+def _listed(names: tuple[str, ...]) -> str:
     if not names:
         return "nothing"
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
@@ -247,10 +249,10 @@ def with_prefix(graph: SpikingGraph, prefix: str) -> SpikingGraph:
     def all_new(names: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(new(name) for name in names)
 
-    modules = {n for n, data in graph.nodes(data=True) if data["kind"] not in ("input", "output")}
+    nodes = graph.nx.nodes(data=True)
+    modules = {name for name, data in nodes if data["kind"] not in ("input", "output")}
     named = modules | set(graph.layers) | set(graph.neurons)
-    renamed: SpikingGraph = nx.relabel_nodes(graph, {n: new(n) for n in graph.nodes})
-    renamed.graph["layers"] = {
+    layers = {
         new(name): replace(
             r,
             name=new(name),
@@ -261,11 +263,11 @@ def with_prefix(graph: SpikingGraph, prefix: str) -> SpikingGraph:
         )
         for name, r in graph.layers.items()
     }
-    renamed.graph["neurons"] = {
+    neurons = {
         new(name): replace(r, name=new(name), layers=all_new(r.layers))
         for name, r in graph.neurons.items()
     }
-    renamed.graph["chains"] = tuple(
+    chains = tuple(
         replace(
             c,
             layer=new(c.layer),
@@ -275,4 +277,11 @@ def with_prefix(graph: SpikingGraph, prefix: str) -> SpikingGraph:
         )
         for c in graph.chains
     )
-    return renamed
+    return replace(
+        graph,
+        nx=nx.relabel_nodes(graph.nx, {name: new(name) for name in graph.nx.nodes}),
+        layers=layers,
+        neurons=neurons,
+        chains=chains,
+        attachments=tuple(replace(a, tensor=prefix + a.tensor) for a in graph.attachments),
+    )

@@ -16,7 +16,8 @@ from spikenm_fx.errors import PackError
 from spikenm_fx.pack.engine.layer import Choice, PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
-from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.state import preserved
+from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = ["LayerDraft", "choose"]
 
@@ -177,6 +178,6 @@ def _rate(x: Tensor, *, counts: bool) -> float | None:
     plain = x.materialize() if isinstance(x, LazyTensor) else x
     if not plain.numel():
         return None
-    if not counts and not bool(((plain == 0) | (plain == 1)).all()):
+    if not counts and kind_of_values(plain) != "spike":
         return None
     return float((plain != 0).float().mean())

@@ -36,11 +36,11 @@ def norms_behind_layers(graph: SpikingGraph) -> dict[str, str]:
     """Layer -> norm, where the norm reads the layer alone and nobody else does."""
     found = {chain.layer: chain.norm for chain in graph.chains if chain.norm is not None}
     for norm in graph.of_kind("norm"):
-        layer = _only(graph.predecessors(norm))
-        if layer is None or graph.nodes[layer].get("kind") != "layer":
+        layer = _only(graph.nx.predecessors(norm))
+        if layer is None or graph.nx.nodes[layer].get("kind") != "layer":
             continue
-        calls = {graph.nodes[node].get("calls") for node in (layer, norm)}
-        if _only(graph.successors(layer)) == norm and len(calls) == 1:
+        calls = {graph.nx.nodes[node].get("calls") for node in (layer, norm)}
+        if _only(graph.nx.successors(layer)) == norm and len(calls) == 1:
             found.setdefault(layer, norm)
     return found
 
@@ -49,10 +49,10 @@ def neurons_behind_pools(graph: SpikingGraph) -> dict[str, str]:
     """Layer -> neuron, where one path leads from one to the other, with a pool on the way."""
     found: dict[str, str] = {}
     for layer in graph.of_kind("layer"):
-        node: str | None = _only(graph.successors(layer))
+        node: str | None = _only(graph.nx.successors(layer))
         pools = 0
-        while node is not None and graph.in_degree(node) == 1:
-            kind = graph.nodes[node].get("kind")
+        while node is not None and graph.nx.in_degree(node) == 1:
+            kind = graph.nx.nodes[node].get("kind")
             if kind == "neuron":
                 if pools == 1:
                     found[layer] = node
@@ -60,7 +60,7 @@ def neurons_behind_pools(graph: SpikingGraph) -> dict[str, str]:
             if kind not in ("norm", "reshape", "pool"):
                 break
             pools += kind == "pool"
-            node = _only(graph.successors(node))
+            node = _only(graph.nx.successors(node))
     return found
 
 

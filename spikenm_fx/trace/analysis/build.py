@@ -23,7 +23,8 @@ from spikenm_fx.trace.analysis.nodes import (
 from spikenm_fx.trace.analysis.ops import module_family, op_name
 from spikenm_fx.trace.analysis.products import Product, parameter_behind, product_of
 from spikenm_fx.trace.analysis.signal import ANALOG, Signal, join, of_kind
-from spikenm_fx.trace.channels.reader import Reader
+from spikenm_fx.trace.channels.reader import ChannelReader
+from spikenm_fx.trace.channels.rules import read_channels
 from spikenm_fx.trace.channels.rules_nodes import is_item, name_of
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
@@ -40,7 +41,7 @@ __all__ = ["build"]
 
 
 def build(trace: Trace) -> SpikingGraph:
-    """Make the graph."""
+    """From what was recorded to layers, neurons and the graph between them."""
     builder = _Builder(trace)
     if trace.graph is not None:
         builder.read()
@@ -59,8 +60,8 @@ class _Builder:
         self.flow = Flow(self.ident, self.weights, self.specs)
         self.functional: set[str] = set()
         self.notes = list(trace.notes)
-        self.out = SpikingGraph()
-        self.reader: Reader | None = None
+        self.out = nx.DiGraph()
+        self.reader: ChannelReader | None = None
 
     # -- reading the operations -------------------------------------------------------------------
 
@@ -75,8 +76,7 @@ class _Builder:
         for node in self.nodes:
             self.ident[node] = self.flow.identity(node)
         if self.trace.route != "symbolic":
-            self.reader = Reader(self.trace)
-            self.reader.read()
+            self.reader = read_channels(self.trace)
         self._connect()
 
     def _note_product(self, node: fx.Node) -> None:
@@ -208,16 +208,18 @@ class _Builder:
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
         neurons = with_layers(neurons, layers)
         self._note_unused(layers)
-        self.out.graph |= {
-            "layers": self._with_heads(layers),
-            "neurons": neurons,
-            "chains": find_chains(calls, self.ident, self._kind),
-            "route": self.trace.route,
-            "notes": tuple(self.notes),
-            "trace": self.trace,
-            "reader": self.reader,
-        }
-        return self.out
+        reader = self.reader
+        return SpikingGraph(
+            self.out,
+            self._with_heads(layers),
+            neurons,
+            find_chains(calls, self.ident, self._kind),
+            self.trace.route,
+            tuple(self.notes),
+            self.trace.graph,
+            None if reader is None else reader.spaces,
+            () if reader is None else tuple(reader.attachments),
+        )
 
     def _layer_record(
         self, name: str, module: nn.Module | None, calls: list[fx.Node]
@@ -332,8 +334,8 @@ class _Builder:
                 items = [u for u in call.users if is_item(u) and u.args[1] == 0]
                 spikes = items[0] if items else call
             signals.append(self.signals[spikes])
-            own: ValueInfo | None = spikes.meta.get("value")
-            shape = shape or (own.shape if own else None)
+            emitted: ValueInfo | None = spikes.meta.get("value")
+            shape = shape or (emitted.shape if emitted else None)
         return NeuronRecord(
             name=name,
             spec=self.specs[name],
@@ -365,13 +367,13 @@ class _Builder:
         loops = nx.condensation(self.out)
         before_others: dict[int, bool] = {}
         for loop in reversed(list(nx.topological_sort(loops))):
-            own = [
+            inside_loop = [
                 name
                 for name in loops.nodes[loop]["members"]
                 if name in layers and layers[name].inside is None
             ]
             later = any(before_others[after] for after in loops.successors(loop))
-            before_others[loop] = later or bool(own)
-            if len(own) == 1 and not later:
-                heads.add(own[0])
+            before_others[loop] = later or bool(inside_loop)
+            if len(inside_loop) == 1 and not later:
+                heads.add(inside_loop[0])
         return {name: replace(record, is_head=name in heads) for name, record in layers.items()}

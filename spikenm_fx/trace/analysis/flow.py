@@ -75,8 +75,8 @@ class Flow:
 
     def at(self, node: fx.Node) -> Names:
         """Where the value of ``node`` comes from: itself, if it is a source."""
-        own = self.is_layer(node) or self.is_neuron(node) or node.op == "placeholder"
-        return (self.identity(node),) if own else self.backward(node)[1]
+        is_source = self.is_layer(node) or self.is_neuron(node) or node.op == "placeholder"
+        return (self.identity(node),) if is_source else self.backward(node)[1]
 
     def data_inputs(self, node: fx.Node) -> list[fx.Node]:
         """A layer's inputs without its weight."""

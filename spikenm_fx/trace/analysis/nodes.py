@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from torch import fx, nn
-from torch.nn.modules.conv import _ConvNd
 
+from spikenm_fx._torch import ConvNd
 from spikenm_fx.trace.analysis.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
 from spikenm_fx.trace.execution.values import SurrogateCall
 from spikenm_fx.trace.graph import LayerRecord, NeuronRecord, NodeKind
@@ -79,7 +79,7 @@ def layer_kind(module: nn.Module | None) -> str:
     if module is None:
         return "functional"
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("torch.nn.modules") and cls not in (nn.Module, _ConvNd):
+        if cls.__module__.startswith("torch.nn.modules") and cls not in (nn.Module, ConvNd):
             return cls.__name__.lower()
     return type(module).__name__.lower()
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import fx, nn
 
+from spikenm_fx._torch import DropoutBase, operator_name
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.trace.execution.leaves import NORMS
 from spikenm_fx.trace.execution.values import SurrogateCall, write_view
 
 __all__ = [
@@ -130,8 +131,9 @@ def op_name(node: fx.Node) -> str:
         return "write_view"
     if target is getattr:
         return str(node.args[1])
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.split("::")[-1]
+    operator = operator_name(target)
+    if operator is not None:
+        name = operator
     elif isinstance(target, str):
         name = target
     else:
@@ -145,15 +147,14 @@ def op_name(node: fx.Node) -> str:
     return _ALIASES.get(name, name)
 
 
-_NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-_SAME = (nn.Identity, nn.modules.dropout._DropoutNd)
+_SAME = (nn.Identity, DropoutBase)
 
 
 def module_family(module: nn.Module) -> str:
     """``layer``, ``norm``, or the canonical operation that a parameterless module stands for."""
     if is_weight_layer(module):
         return "layer"
-    if isinstance(module, _NORMS):
+    if isinstance(module, NORMS):
         return "norm"
     if isinstance(module, _SAME):
         return "identity"

@@ -124,11 +124,11 @@ def _summed(node: fx.Node, operand: fx.Node, place: int) -> tuple[int, int]:
 
 def _summed_by_einsum(equation: str, place: int) -> int:
     terms, arrow, result = equation.replace(" ", "").partition("->")
-    own = terms.split(",")[place]
-    summed = [letter for letter in own if letter not in result]
-    if not arrow or "." in own or len(summed) != 1 or len(set(own)) != len(own):
+    letters = terms.split(",")[place]
+    summed = [letter for letter in letters if letter not in result]
+    if not arrow or "." in letters or len(summed) != 1 or len(set(letters)) != len(letters):
         raise _Undecided(f"einsum {equation!r} does not sum over one axis of it alone")
-    return own.index(summed[0])
+    return letters.index(summed[0])
 
 
 def _back(operand: fx.Node, parameter: fx.Node, axis: int) -> int:

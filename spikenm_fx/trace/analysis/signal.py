@@ -103,10 +103,10 @@ def _pools_single_values(node: fx.Node) -> bool:
     """Whether an adaptive average pooling sees a 1x1 map: then it only copies."""
     source = node.args[0] if node.args else None
     info = source.meta.get("value") if isinstance(source, fx.Node) else None
-    own = node.meta.get("value")
-    if info is None or own is None or info.shape is None or own.shape is None:
+    pooled = node.meta.get("value")
+    if info is None or pooled is None or info.shape is None or pooled.shape is None:
         return False
-    spatial = info.shape[-2:] if len(own.shape) > 3 else info.shape[-1:]
+    spatial = info.shape[-2:] if len(pooled.shape) > 3 else info.shape[-1:]
     return all(size == 1 for size in spatial)
 
 
@@ -293,6 +293,7 @@ _RULES: dict[str, Callable[[Sequence[Signal], fx.Node], Signal]] = {
     "index_select": _first,
     "gather": _first,
     "getitem": _first,
+    "to": _first,
     "type_as": _first,
     "expand_as": _first,
     "view_as": _first,

@@ -8,13 +8,15 @@ What is not understood, or must not change (the model's outputs), is frozen, wit
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import TraceError
-from spikenm_fx.trace.channels.reader import Attachment, Reader, Role
+from spikenm_fx.trace.channels.rules_nodes import Attachment, ChannelRole
+from spikenm_fx.trace.channels.spaces import Spaces
 from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["CoupledGroup", "Member", "coupled_groups", "permute_channels", "permute_members"]
@@ -38,7 +40,7 @@ class Member:
 
     tensor: str
     axis: int
-    role: Role
+    role: ChannelRole
     offset: int = 0
     outer: int = 1
     inner: int = 1
@@ -78,40 +80,31 @@ def coupled_groups(graph: SpikingGraph) -> tuple[CoupledGroup, ...]:
     Raises:
         TraceError: if the graph holds no traced operations (traced without example inputs).
     """
-    reader: Reader | None = graph.graph.get("reader")
-    if reader is None:
+    if graph.spaces is None:
         raise TraceError(
             "coupled groups need a traced forward: call trace(model, example_inputs) first"
         )
-    return _collect(reader)
+    return _collect(graph.spaces, graph.attachments)
 
 
-def _collect(reader: Reader) -> tuple[CoupledGroup, ...]:
+def _collect(spaces: Spaces, attachments: Iterable[Attachment]) -> tuple[CoupledGroup, ...]:
     members: dict[int, dict[Member, None]] = {}
     sizes: dict[int, int] = {}
-    for attachment in reader.attachments:
-        for space, size, member in _members(reader, attachment):
+    for attachment in attachments:
+        for space, size, member in _members(spaces, attachment):
             members.setdefault(space, {})[member] = None
             sizes[space] = size
-    mixed: dict[int, dict[str, None]] = {}
-    for dim, reason in reader.mixed:
-        for space in reader.spaces.labelled(dim):
-            mixed.setdefault(space, {})[reason] = None
+    mixed = spaces.mixed()
     return tuple(
-        CoupledGroup(
-            sizes[space],
-            tuple(found),
-            reader.spaces.reasons(space),
-            tuple(mixed.get(space, ())),
-        )
+        CoupledGroup(sizes[space], tuple(found), spaces.reasons(space), mixed.get(space, ()))
         for space, found in members.items()
         if any(m.role == "producer" for m in found)
     )
 
 
-def _members(reader: Reader, attachment: Attachment) -> list[tuple[int, int, Member]]:
+def _members(spaces: Spaces, attachment: Attachment) -> list[tuple[int, int, Member]]:
     found, offset = [], 0
-    for segment in reader.spaces.fine(attachment.dim):
+    for segment in spaces.fine(attachment.dim):
         sizes = [atom.size for atom in segment]
         for index, atom in enumerate(segment):
             if atom.space is None:
@@ -130,6 +123,11 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
 
     The model computes what it did before, up to rounding, as long as the group is not frozen.
 
+    Args:
+        model: the traced one.
+        group: of :func:`coupled_groups`.
+        permutation: shape ``(group.size,)``, whole numbers.
+
     Raises:
         TraceError: if the group is frozen or ``permutation`` is not one of its size.
     """
@@ -143,7 +141,14 @@ def permute_channels(model: nn.Module, group: CoupledGroup, permutation: Tensor)
 def permute_members(
     model: nn.Module, group: CoupledGroup, members: tuple[Member, ...], permutation: Tensor
 ) -> None:
-    """Reorder the channels in some members only: half of a change, for controls and searches."""
+    """Reorder the channels in some members only: half of a change, for controls and searches.
+
+    Args:
+        model: the traced one.
+        group: of :func:`coupled_groups`.
+        members: those of its members that change.
+        permutation: shape ``(group.size,)``, whole numbers.
+    """
     tensors = dict(nn.Module.named_parameters(model)) | dict(nn.Module.named_buffers(model))
     with torch.no_grad():
         for member in members:

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
+from spikenm_fx.trace.channels.reader import ChannelReader, rule
 from spikenm_fx.trace.channels.rules_axes import (
     elementwise,
     unite_with,
@@ -22,11 +23,9 @@ from spikenm_fx.trace.channels.rules_nodes import (
 )
 from spikenm_fx.trace.channels.spaces import Dim, Layout, plain, size_of
 
-if TYPE_CHECKING:
-    from spikenm_fx.trace.channels.reader import Reader
 
-
-def getitem(reader: Reader, node: fx.Node) -> Layout:
+@rule("getitem")
+def getitem(reader: ChannelReader, node: fx.Node) -> Layout:
     """An item of a container, or an index into a tensor."""
     source, key = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
@@ -37,7 +36,7 @@ def getitem(reader: Reader, node: fx.Node) -> Layout:
     return indexed(reader, reader.layouts[source], key, shape_of(node), node.name)
 
 
-def result(reader: Reader, source: fx.Node, shape: tuple[int, ...]) -> Layout:
+def result(reader: ChannelReader, source: fx.Node, shape: tuple[int, ...]) -> Layout:
     """A tensor in the tuple that a neuron returned: spikes, or state of the same channels."""
     while is_item(source):
         (source, *_) = source.all_input_nodes
@@ -49,7 +48,9 @@ def result(reader: Reader, source: fx.Node, shape: tuple[int, ...]) -> Layout:
     return layout
 
 
-def state_of_one_step(reader: Reader, layout: Layout, shape: tuple[int, ...], where: str) -> Layout:
+def state_of_one_step(
+    reader: ChannelReader, layout: Layout, shape: tuple[int, ...], where: str
+) -> Layout:
     """State of a neuron that steps through time itself has no time axis, its first."""
     if [size_of(d) for d in layout[1:]] == list(shape):
         return layout[1:]
@@ -58,8 +59,13 @@ def state_of_one_step(reader: Reader, layout: Layout, shape: tuple[int, ...], wh
     return plain(shape)
 
 
-def write_view(reader: Reader, node: fx.Node) -> Layout:
-    """After an in-place change through a view: the change has united the channels already."""
+@rule("write_view")
+def write_view(reader: ChannelReader, node: fx.Node) -> Layout:
+    """After an in-place change through a view: the change has united the channels already.
+
+    Raises:
+        NotUnderstood: if the change brought channels that the tensor does not have.
+    """
     base, update = node.all_input_nodes[0], node.all_input_nodes[-1]
     known = {s for dim in reader.layouts[base] for s in reader.spaces.labelled(dim)}
     new = {s for dim in reader.layouts[update] for s in reader.spaces.labelled(dim)}
@@ -68,7 +74,8 @@ def write_view(reader: Reader, node: fx.Node) -> Layout:
     return reader.layouts[base]
 
 
-def selected(reader: Reader, node: fx.Node) -> Layout:
+@rule("select")
+def selected(reader: ChannelReader, node: fx.Node) -> Layout:
     """``x.select(dim, i)``."""
     layout = reader.source(node)
     axis = axis_of(node, len(layout))
@@ -76,7 +83,9 @@ def selected(reader: Reader, node: fx.Node) -> Layout:
     return (*layout[:axis], *layout[axis + 1 :])
 
 
-def indexed(reader: Reader, layout: Layout, key: Any, shape: tuple[int, ...], where: str) -> Layout:
+def indexed(
+    reader: ChannelReader, layout: Layout, key: Any, shape: tuple[int, ...], where: str
+) -> Layout:
     """The layout of ``x[key]``.
 
     Raises:
@@ -106,7 +115,7 @@ def indexed(reader: Reader, layout: Layout, key: Any, shape: tuple[int, ...], wh
     return tuple(out)
 
 
-def sliced(reader: Reader, dim: Dim, key: slice, length: int, where: str) -> Dim:
+def sliced(reader: ChannelReader, dim: Dim, key: slice, length: int, where: str) -> Dim:
     """A slice of an axis; one of several equal parts keeps its channels' order inside."""
     size = size_of(dim)
     if length == size and key.step in (None, 1):
@@ -121,7 +130,8 @@ def sliced(reader: Reader, dim: Dim, key: slice, length: int, where: str) -> Dim
     return plain((length,))[0]
 
 
-def setitem(reader: Reader, node: fx.Node) -> Layout:
+@rule("setitem")
+def setitem(reader: ChannelReader, node: fx.Node) -> Layout:
     """``x[key] = value``: the channels written become those of the place.
 
     Raises:
@@ -148,13 +158,17 @@ def setitem(reader: Reader, node: fx.Node) -> Layout:
     return adopt(reader, layout, key, value, node.name)
 
 
-def carries(reader: Reader, layout: Layout) -> bool:
+def carries(reader: ChannelReader, layout: Layout) -> bool:
     """Whether any axis indexes channels."""
     return any(reader.spaces.labelled(dim) for dim in layout)
 
 
-def adopt(reader: Reader, layout: Layout, key: Any, value: fx.Node, where: str) -> Layout:
-    """A buffer of zeros takes over the channels that are written into it."""
+def adopt(reader: ChannelReader, layout: Layout, key: Any, value: fx.Node, where: str) -> Layout:
+    """A buffer of zeros takes over the channels that are written into it.
+
+    Raises:
+        NotUnderstood: if only a part of an axis is written.
+    """
     keys = key if isinstance(key, tuple) else (key,)
     if any(isinstance(k, slice) and k != slice(None) for k in keys) or ... in keys:
         raise NotUnderstood("written in parts")
@@ -166,8 +180,13 @@ def adopt(reader: Reader, layout: Layout, key: Any, value: fx.Node, where: str) 
     return tuple(out)
 
 
-def chunk(reader: Reader, node: fx.Node) -> Layout:
-    """Equal parts of an axis: the parts keep their order, the channels inside go together."""
+@rule("chunk", "split", "tensor_split")
+def chunk(reader: ChannelReader, node: fx.Node) -> Layout:
+    """Equal parts of an axis: the parts keep their order, the channels inside go together.
+
+    Raises:
+        NotUnderstood: if the parts are of unequal length, or cut a concatenation.
+    """
     layout = reader.source(node)
     items = [u for u in node.users if is_item(u)]
     sizes = {shape_of(u) for u in items}
@@ -184,7 +203,8 @@ def chunk(reader: Reader, node: fx.Node) -> Layout:
     return plain(shape_of(node))
 
 
-def unbind(reader: Reader, node: fx.Node) -> Layout:
+@rule("unbind")
+def unbind(reader: ChannelReader, node: fx.Node) -> Layout:
     """A tensor taken apart along one axis."""
     layout = reader.source(node)
     axis = axis_of(node, len(layout))

@@ -1,43 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each recorded operation carries channel spaces from its inputs to its output."""
+"""Walk the recorded operations and carry channel spaces from their inputs to their outputs.
+
+How one kind of operation does that is a rule; rules are registered by the modules that hold them
+(:mod:`~spikenm_fx.trace.channels.rules` knows which).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
-from spikenm_fx.trace.analysis.ops import ELEMENTWISE
-from spikenm_fx.trace.channels.parts import (
-    chunk,
-    getitem,
-    selected,
-    setitem,
-    unbind,
-    write_view,
-)
-from spikenm_fx.trace.channels.rules_axes import (
-    cat,
-    elementwise,
-    expanded,
-    made_like,
-    permuted,
-    reduced,
-    reshaped,
-    resized,
-    stack,
-)
-from spikenm_fx.trace.channels.rules_layers import (
-    conv,
-    linear,
-    matmul,
-    module_layout,
-)
 from spikenm_fx.trace.channels.rules_nodes import (
     Attachment,
+    ChannelRole,
     NotUnderstood,
-    Role,
     name_of,
     owners,
     shape_of,
@@ -46,13 +24,40 @@ from spikenm_fx.trace.channels.spaces import Atom, Dim, Layout, Spaces, plain
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.values import is_matrix
 
-__all__ = ["Attachment", "Reader", "Role"]
+__all__ = ["ChannelReader", "Rule", "rule", "rule_where"]
 
 _SURPRISES = (IndexError, ValueError, TypeError, KeyError, AttributeError, AssertionError)
 """What an operation called in an unforeseen way makes a rule raise."""
 
 
-class Reader:
+Rule: TypeAlias = Callable[["ChannelReader", fx.Node], Layout]
+"""From an operation, whose inputs' layouts are known, to the layout of its result."""
+
+_RULES: dict[str, Rule] = {}
+_FALLBACKS: list[tuple[Callable[[str], bool], Rule]] = []
+
+
+def rule(*operations: str) -> Callable[[Rule], Rule]:
+    """Decorator: this is the rule of ``operations``, by their canonical names."""
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(operations, function))
+        return function
+
+    return register
+
+
+def rule_where(fits: Callable[[str], bool]) -> Callable[[Rule], Rule]:
+    """Decorator: the rule of operations with no rule of their own whose name fits; first come."""
+
+    def register(function: Rule) -> Rule:
+        _FALLBACKS.append((fits, function))
+        return function
+
+    return register
+
+
+class ChannelReader:
     """Walk the recorded operations once; afterwards ``attachments`` tells who holds what."""
 
     def __init__(self, trace: Trace) -> None:
@@ -64,7 +69,6 @@ class Reader:
         self.neurons: dict[fx.Node, Layout] = {}
         self.times: list[Dim] = []
         self._time_spaces: frozenset[int] | None = None
-        self.mixed: list[tuple[Dim, str]] = []
         self.outputs: dict[str, Dim] = {}
         self.inputs: dict[str, Dim] = {}
         self.names = {
@@ -110,19 +114,10 @@ class Reader:
             for source in node.all_input_nodes:
                 self.freeze(source, "output of the model")
             return ()
-        if node.op == "call_module":
-            return module_layout(self, node)
         name = name_of(node)
-        rule = _RULES.get(name)
-        if rule is not None:
-            return rule(self, node)
-        if name in ("softmax", "log_softmax"):
-            for dim in self.source(node):
-                self.mix(dim, f"{node.name}: normalises over one of these axes")
-        if name in ELEMENTWISE or name in ("surrogate", "softmax", "log_softmax"):
-            return elementwise(self, node, node.all_input_nodes)
-        if "pool" in name or name in ("interpolate", "upsample") or "upsample" in name:
-            return resized(self, node)
+        found = _RULES.get(name) or next((r for fits, r in _FALLBACKS if fits(name)), None)
+        if found is not None:
+            return found(self, node)
         if not node.all_input_nodes:
             return plain(shape_of(node))  # a factory
         raise NotUnderstood(f"no rule for {name}")
@@ -168,12 +163,7 @@ class Reader:
             for dim in layout:
                 self.spaces.freeze(dim, reason)
 
-    def mix(self, dim: Dim, reason: str) -> None:
-        """The channels of ``dim`` meet each other: their order is free, their number is not."""
-        if self.spaces.labelled(dim):
-            self.mixed.append((dim, reason))
-
-    def attach(self, tensor: Tensor, axis: int, dim: Dim, role: Role = "attached") -> None:
+    def attach(self, tensor: Tensor, axis: int, dim: Dim, role: ChannelRole = "attached") -> None:
         """Note that ``tensor`` holds the channels of ``dim`` along ``axis``.
 
         Raises:
@@ -194,40 +184,3 @@ class Reader:
         if not isinstance(source, fx.Node):
             raise NotUnderstood("no tensor as first argument")
         return self.layouts[source]
-
-
-Rule = Callable[[Reader, fx.Node], Layout]
-_RULES: dict[str, Rule] = {
-    **dict.fromkeys(
-        ("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as"),
-        reshaped,
-    ),
-    **dict.fromkeys(("permute", "transpose", "t", "T", "mT", "movedim", "moveaxis"), permuted),
-    **dict.fromkeys(("sum", "mean", "var", "std", "amax", "amin"), reduced),
-    **dict.fromkeys(("matmul", "bmm", "mm"), matmul),
-    **dict.fromkeys(
-        (
-            *("conv", "conv1d", "conv2d", "conv3d"),
-            *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
-        ),
-        conv,
-    ),
-    **dict.fromkeys(("expand", "repeat", "expand_as", "broadcast_to"), expanded),
-    **dict.fromkeys(("chunk", "split", "tensor_split"), chunk),
-    **dict.fromkeys(
-        ("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones"),
-        made_like,
-    ),
-    "linear": linear,
-    "getitem": getitem,
-    "setitem": setitem,
-    "stack": stack,
-    "cat": cat,
-    "unbind": unbind,
-    "write_view": write_view,
-    "select": selected,
-    "slice": resized,
-    "narrow": resized,
-    "pad": resized,
-    "constant_pad_nd": resized,
-}

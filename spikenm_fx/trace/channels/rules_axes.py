@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+from spikenm_fx.trace.analysis.ops import ELEMENTWISE
+from spikenm_fx.trace.channels.reader import ChannelReader, rule, rule_where
 from spikenm_fx.trace.channels.rules_nodes import (
     NotUnderstood,
     axis_of,
@@ -17,11 +19,8 @@ from spikenm_fx.trace.channels.rules_nodes import (
 )
 from spikenm_fx.trace.channels.spaces import Layout, plain, size_of
 
-if TYPE_CHECKING:
-    from spikenm_fx.trace.channels.reader import Reader
 
-
-def elementwise(reader: Reader, node: fx.Node, operands: list[fx.Node]) -> Layout:
+def elementwise(reader: ChannelReader, node: fx.Node, operands: list[fx.Node]) -> Layout:
     """Operands of equal or broadcast shape: their channels become the same."""
     shape = shape_of(node)
     result: Layout = plain(shape)
@@ -37,18 +36,32 @@ def elementwise(reader: Reader, node: fx.Node, operands: list[fx.Node]) -> Layou
     )
 
 
-def is_labelled(reader: Reader, node: fx.Node) -> bool:
+@rule("softmax", "log_softmax")
+def normalised(reader: ChannelReader, node: fx.Node) -> Layout:
+    """One axis is normalised over; which one is not asked."""
+    for dim in reader.source(node):
+        reader.spaces.mix(dim, f"{node.name}: normalises over one of these axes")
+    return elementwise(reader, node, node.all_input_nodes)
+
+
+@rule_where(lambda name: name in ELEMENTWISE or name == "surrogate")
+def elementwise_all(reader: ChannelReader, node: fx.Node) -> Layout:
+    """Whatever treats all channels alike, with all its inputs."""
+    return elementwise(reader, node, node.all_input_nodes)
+
+
+def is_labelled(reader: ChannelReader, node: fx.Node) -> bool:
     """Whether any axis of ``node`` indexes channels."""
     return any(reader.spaces.labelled(dim) for dim in reader.layouts[node])
 
 
-def broadcast(reader: Reader, node: fx.Node, rank: int) -> Layout:
+def broadcast(reader: ChannelReader, node: fx.Node, rank: int) -> Layout:
     """The operand with as many axes as the result; its axes of length 1 stay so for now."""
     layout = reader.layouts[node]
     return (*plain((1,) * (rank - len(layout))), *layout)
 
 
-def unite_with(reader: Reader, layout: Layout, other: fx.Node, where: str) -> Layout:
+def unite_with(reader: ChannelReader, layout: Layout, other: fx.Node, where: str) -> Layout:
     """``layout`` after an element-wise operation with ``other``."""
     theirs, shift = reader.layouts[other], len(layout) - len(reader.layouts[other])
     out = list(layout)
@@ -65,7 +78,7 @@ def unite_with(reader: Reader, layout: Layout, other: fx.Node, where: str) -> La
     return tuple(out)
 
 
-def harmless(reader: Reader, node: fx.Node, axis: int) -> bool:
+def harmless(reader: ChannelReader, node: fx.Node, axis: int) -> bool:
     """Whether an operand is the same for all channels."""
     tensor = node.meta.get("tensor")
     if isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter):
@@ -73,7 +86,7 @@ def harmless(reader: Reader, node: fx.Node, axis: int) -> bool:
     return node.op == "call_function" and is_uniform(node)
 
 
-def fitted(reader: Reader, layout: Layout, shape: tuple[int, ...], where: str) -> Layout:
+def fitted(reader: ChannelReader, layout: Layout, shape: tuple[int, ...], where: str) -> Layout:
     """The layout where axes of another length than ``shape`` lose (and freeze) their channels.
 
     Raises:
@@ -89,42 +102,52 @@ def fitted(reader: Reader, layout: Layout, shape: tuple[int, ...], where: str) -
     )
 
 
-def resized(reader: Reader, node: fx.Node) -> Layout:
-    """Pooling and the like: axes of unchanged length keep their channels."""
+@rule("slice", "narrow", "pad", "constant_pad_nd")
+@rule_where(lambda name: "pool" in name or name == "interpolate" or "upsample" in name)
+def resized(reader: ChannelReader, node: fx.Node) -> Layout:
+    """Pooling and the like: axes of unchanged length keep their channels.
+
+    Raises:
+        NotUnderstood: if the number of axes changes.
+    """
     layout, shape = reader.source(node), shape_of(node)
     if len(layout) != len(shape):
         raise NotUnderstood("changes the number of axes")
     return fitted(reader, layout, shape, node.name)
 
 
-def reshaped(reader: Reader, node: fx.Node) -> Layout:
+@rule("reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel", "view_as")
+def reshaped(reader: ChannelReader, node: fx.Node) -> Layout:
     """Views, flattenings and squeezes."""
     return reader.spaces.reshape(reader.source(node), shape_of(node), node.name)
 
 
-def permuted(reader: Reader, node: fx.Node) -> Layout:
+@rule("permute", "transpose", "t", "T", "mT", "movedim", "moveaxis")
+def permuted(reader: ChannelReader, node: fx.Node) -> Layout:
     """Axes in another order."""
     layout = reader.source(node)
     return tuple(layout[i] for i in order_of(node, len(layout)))
 
 
-def reduced(reader: Reader, node: fx.Node) -> Layout:
+@rule("sum", "mean", "var", "std", "amax", "amin")
+def reduced(reader: ChannelReader, node: fx.Node) -> Layout:
     """Sums and means do not care in which order they run over an axis."""
     layout, shape = reader.source(node), shape_of(node)
     dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if dims is None or not shape:
         for dim in layout:
-            reader.mix(dim, f"{node.name}: reduces over these channels")
+            reader.spaces.mix(dim, f"{node.name}: reduces over these channels")
         return plain(shape)
     gone = {int(d) % len(layout) for d in (dims if isinstance(dims, tuple) else (dims,))}
     for axis in gone:
-        reader.mix(layout[axis], f"{node.name}: reduces over these channels")
+        reader.spaces.mix(layout[axis], f"{node.name}: reduces over these channels")
     if len(shape) == len(layout):
         return tuple(plain((1,))[0] if i in gone else d for i, d in enumerate(layout))
     return tuple(d for i, d in enumerate(layout) if i not in gone)
 
 
-def stack(reader: Reader, node: fx.Node) -> Layout:
+@rule("stack")
+def stack(reader: ChannelReader, node: fx.Node) -> Layout:
     """A new axis; the parts' channels become the same."""
     parts = parts_of(node)
     axis = axis_of(node, len(shape_of(node)))
@@ -134,7 +157,8 @@ def stack(reader: Reader, node: fx.Node) -> Layout:
     return (*layout[:axis], plain((len(parts),))[0], *layout[axis:])
 
 
-def cat(reader: Reader, node: fx.Node) -> Layout:
+@rule("cat")
+def cat(reader: ChannelReader, node: fx.Node) -> Layout:
     """Parts behind each other along one axis; along the others their channels become the same."""
     parts = parts_of(node)
     axis = axis_of(node, len(shape_of(node)))
@@ -149,7 +173,8 @@ def cat(reader: Reader, node: fx.Node) -> Layout:
     return tuple(out)
 
 
-def expanded(reader: Reader, node: fx.Node) -> Layout:
+@rule("expand", "repeat", "expand_as", "broadcast_to")
+def expanded(reader: ChannelReader, node: fx.Node) -> Layout:
     """Axes of length 1 repeated; repeated channels are frozen."""
     layout, shape = reader.source(node), shape_of(node)
     full = (*plain(shape[: len(shape) - len(layout)]), *layout)
@@ -162,6 +187,7 @@ def expanded(reader: Reader, node: fx.Node) -> Layout:
     )
 
 
-def made_like(reader: Reader, node: fx.Node) -> Layout:
+@rule("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones")
+def made_like(reader: ChannelReader, node: fx.Node) -> Layout:
     """``zeros_like(x)``: the same for all channels, whatever x is."""
     return plain(shape_of(node))

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from spikenm_fx._torch import ConvTransposeNd
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.analysis.ops import module_family
+from spikenm_fx.trace.channels.reader import ChannelReader, rule
 from spikenm_fx.trace.channels.rules_axes import (
     elementwise,
     fitted,
@@ -18,8 +19,8 @@ from spikenm_fx.trace.channels.rules_axes import (
     unite_with,
 )
 from spikenm_fx.trace.channels.rules_nodes import (
+    ChannelRole,
     NotUnderstood,
-    Role,
     is_container,
     is_uniform,
     name_of,
@@ -27,16 +28,13 @@ from spikenm_fx.trace.channels.rules_nodes import (
 )
 from spikenm_fx.trace.channels.spaces import Atom, Dim, Layout, plain, size_of
 
-if TYPE_CHECKING:
-    from spikenm_fx.trace.channels.reader import Reader
-
-
 _ELEMENTWISE_MODULES = frozenset(
     ("Sigmoid", "Tanh", "GELU", "SiLU", "LeakyReLU", "Hardtanh", "ELU", "Softplus", "Threshold")
 )
 
 
-def module_layout(reader: Reader, node: fx.Node) -> Layout:
+@rule("call_module")
+def module_layout(reader: ChannelReader, node: fx.Node) -> Layout:
     """A leaf module.
 
     Raises:
@@ -61,18 +59,18 @@ def module_layout(reader: Reader, node: fx.Node) -> Layout:
     raise NotUnderstood(f"no rule for {type(module).__name__}")
 
 
-def layer_layout(reader: Reader, node: fx.Node, module: Any) -> Layout:
+def layer_layout(reader: ChannelReader, node: fx.Node, module: Any) -> Layout:
     """A Linear or convolution module."""
     weight: Tensor = module.weight
     bias: Tensor | None = getattr(module, "bias", None)
     spatial = weight.dim() - 2
     groups = int(getattr(module, "groups", 1))
-    transposed = isinstance(module, _ConvTransposeNd)
+    transposed = isinstance(module, ConvTransposeNd)
     return weighted(reader, node, weight, bias, spatial, groups, transposed)
 
 
 def weighted(
-    reader: Reader,
+    reader: ChannelReader,
     node: fx.Node,
     weight: Tensor,
     bias: Tensor | None,
@@ -80,7 +78,20 @@ def weighted(
     groups: int,
     transposed: bool,
 ) -> Layout:
-    """A linear or convolution: reads the input's channel axis and opens a space of its own."""
+    """A linear or convolution: reads the input's channel axis and opens a space of its own.
+
+    Args:
+        reader: holds what is known so far.
+        node: the call.
+        weight: shape ``(out, in, *kernel)``, or ``(in, out, *kernel)`` where ``transposed``.
+        bias: shape ``(out,)``, or None.
+        spatial: axes of the kernel.
+        groups: groups of channels.
+        transposed: whether it is a transposed convolution.
+
+    Raises:
+        NotUnderstood: for a layer whose output has another number of channels than its weight.
+    """
     layout, shape = reader.source(node), shape_of(node)
     channel = len(layout) - 1 - spatial
     for dim in layout[channel + 1 :]:
@@ -113,7 +124,7 @@ def weighted(
     return (*layout[:channel], made, *plain(shape[len(shape) - spatial :] if spatial else ()))
 
 
-def grouped(reader: Reader, read: Dim, made: Dim, groups: int, where: str) -> Dim:
+def grouped(reader: ChannelReader, read: Dim, made: Dim, groups: int, where: str) -> Dim:
     """Channels of a group stay in it: groups move as a whole, channels inside all alike."""
     inside, outside = size_of(read) // groups, size_of(made) // groups
     outer, inner = reader.spaces.reshape((read,), (groups, inside), where)
@@ -122,7 +133,7 @@ def grouped(reader: Reader, read: Dim, made: Dim, groups: int, where: str) -> Di
     return inner
 
 
-def norm_layout(reader: Reader, node: fx.Node, module: Any) -> Layout:
+def norm_layout(reader: ChannelReader, node: fx.Node, module: Any) -> Layout:
     """A normalisation: its per-channel tensors go along.
 
     Raises:
@@ -132,7 +143,7 @@ def norm_layout(reader: Reader, node: fx.Node, module: Any) -> Layout:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         first = len(layout) - len(module.normalized_shape)
         for dim in layout[first:]:
-            reader.mix(dim, f"{node.name}: normalises over these channels")
+            reader.spaces.mix(dim, f"{node.name}: normalises over these channels")
         pair: tuple[Any, ...] = (module.weight, getattr(module, "bias", None))
         for tensor in pair:
             for axis in range(len(module.normalized_shape)) if tensor is not None else ():
@@ -145,10 +156,10 @@ def norm_layout(reader: Reader, node: fx.Node, module: Any) -> Layout:
         axis = fitting[0]
     if isinstance(module, nn.GroupNorm):
         inside = features // module.num_groups
-        reader.mix(layout[axis], f"{node.name}: normalises over these channels")
+        reader.spaces.mix(layout[axis], f"{node.name}: normalises over these channels")
         reader.spaces.reshape((layout[axis],), (module.num_groups, inside), node.name)
-    own = (*nn.Module.parameters(module), *nn.Module.buffers(module))
-    for tensor in own:
+    tensors = (*nn.Module.parameters(module), *nn.Module.buffers(module))
+    for tensor in tensors:
         if tensor.numel() == features and tensor.dim() == 1 and features > 1:
             reader.attach(tensor, 0, layout[axis])
         elif tensor.numel() > 1:
@@ -156,19 +167,19 @@ def norm_layout(reader: Reader, node: fx.Node, module: Any) -> Layout:
     return layout
 
 
-def neuron_layout(reader: Reader, node: fx.Node, module: nn.Module) -> Layout:
+def neuron_layout(reader: ChannelReader, node: fx.Node, module: nn.Module) -> Layout:
     """Element-wise: spikes and states have the input's channels; own tensors go along."""
     spec = reader.trace.neurons[str(node.target)]
     tensors = [n for n in node.all_input_nodes if shape_of(n) == shape_of(node.all_input_nodes[0])]
     layout = reader.layouts[tensors[0]]
     for other in tensors[1:]:
         layout = unite_with(reader, layout, other, node.name)
-    own = recurrent(reader, node, layout) if spec.framework != "unknown" else set()
+    accounted = recurrent(reader, node, layout) if spec.framework != "unknown" else set()
     for name, tensor in (
         *nn.Module.named_parameters(module),
         *nn.Module.named_buffers(module),
     ):
-        if tensor.numel() > 1 and name not in spec.state and id(tensor) not in own:
+        if tensor.numel() > 1 and name not in spec.state and id(tensor) not in accounted:
             attach_broadcast(reader, tensor, layout, node.name)
     reader.neurons[node] = layout
     for dim in layout if str(node.target) in reader.trace.shown_states else ():
@@ -181,11 +192,14 @@ def neuron_layout(reader: Reader, node: fx.Node, module: nn.Module) -> Layout:
     return layout
 
 
-def recurrent(reader: Reader, node: fx.Node, layout: Layout) -> set[int]:
+def recurrent(reader: ChannelReader, node: fx.Node, layout: Layout) -> set[int]:
     """Layers that a framework's neuron calls on its own spikes: both axes are its channels.
 
     Returns:
         The tensors that are accounted for.
+
+    Raises:
+        NotUnderstood: for a grouped layer.
     """
     done: set[int] = set()
     for name, call in reader.trace.inner.items():
@@ -203,8 +217,18 @@ def recurrent(reader: Reader, node: fx.Node, layout: Layout) -> set[int]:
     return done
 
 
-def attach_broadcast(reader: Reader, tensor: Tensor, layout: Layout, where: str) -> None:
-    """A per-channel tensor, aligned from the right; or of one axis, by its length."""
+def attach_broadcast(reader: ChannelReader, tensor: Tensor, layout: Layout, where: str) -> None:
+    """A per-channel tensor, aligned from the right; or of one axis, by its length.
+
+    Args:
+        reader: holds what is known so far.
+        tensor: of any shape that broadcasts with the neuron's input.
+        layout: of the neuron's input.
+        where: the neuron.
+
+    Raises:
+        NotUnderstood: if its axes fit no axes of the input, or several.
+    """
     axes = [a for a, size in enumerate(tensor.shape) if size > 1]
     for axis in axes:
         place = len(layout) - tensor.dim() + axis
@@ -220,12 +244,16 @@ def attach_broadcast(reader: Reader, tensor: Tensor, layout: Layout, where: str)
         reader.attach(tensor, axis, layout[place])
 
 
-def linear(reader: Reader, node: fx.Node) -> Layout:
+@rule("linear")
+def linear(reader: ChannelReader, node: fx.Node) -> Layout:
     """``F.linear``."""
     return functional(reader, node, spatial=0, groups=1, transposed=False)
 
 
-def conv(reader: Reader, node: fx.Node) -> Layout:
+@rule(
+    "conv", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"
+)
+def conv(reader: ChannelReader, node: fx.Node) -> Layout:
     """``F.conv*d``, its transposed kin, and ``aten.convolution``."""
     name = name_of(node)
     weight = node.args[1]
@@ -243,7 +271,7 @@ def conv(reader: Reader, node: fx.Node) -> Layout:
 
 
 def functional(
-    reader: Reader, node: fx.Node, spatial: int, groups: int, transposed: bool
+    reader: ChannelReader, node: fx.Node, spatial: int, groups: int, transposed: bool
 ) -> Layout:
     """A weight that is an argument: a parameter, or made of parameters."""
     weight = node.args[1]
@@ -256,7 +284,7 @@ def functional(
 
 
 def computed(
-    reader: Reader,
+    reader: ChannelReader,
     node: fx.Node,
     weight: Any,
     bias: Any,
@@ -264,7 +292,11 @@ def computed(
     groups: int,
     transposed: bool,
 ) -> Layout:
-    """A weight made from parameters (``w * gain``): its axes are followed like any tensor's."""
+    """A weight made from parameters (``w * gain``): its axes are followed like any tensor's.
+
+    Raises:
+        NotUnderstood: where it is grouped or transposed.
+    """
     if not isinstance(weight, fx.Node) or groups > 1 or transposed:
         raise NotUnderstood("a functional weight that is computed")
     layout, axes = reader.source(node), reader.layouts[weight]
@@ -281,16 +313,17 @@ def computed(
     return (*layout[:channel], made, *plain(after))
 
 
-def relabel(reader: Reader, dim: Dim, role: Role) -> None:
+def relabel(reader: ChannelReader, dim: Dim, role: ChannelRole) -> None:
     """The matrices that hold ``dim`` make or read its channels."""
-    own = set(reader.spaces.labelled(dim))
+    channels = set(reader.spaces.labelled(dim))
     for index, a in enumerate(reader.attachments):
         matrix = reader.matrices.get(a.tensor, False)
-        if matrix and a.role == "attached" and own & set(reader.spaces.labelled(a.dim)):
+        if matrix and a.role == "attached" and channels & set(reader.spaces.labelled(a.dim)):
             reader.attachments[index] = replace(a, role=role)
 
 
-def matmul(reader: Reader, node: fx.Node) -> Layout:
+@rule("matmul", "bmm", "mm")
+def matmul(reader: ChannelReader, node: fx.Node) -> Layout:
     """A product: with a parameter it is a layer, else the inner axes meet.
 
     Raises:
@@ -305,7 +338,7 @@ def matmul(reader: Reader, node: fx.Node) -> Layout:
     a, b = reader.layouts[first], reader.layouts[second]
     if len(a) < 2 or len(b) < 2:
         raise NotUnderstood("a product with a vector")
-    reader.mix(reader.spaces.unite(a[-1], b[-2], node.name), f"{node.name}: sums over them")
+    reader.spaces.mix(reader.spaces.unite(a[-1], b[-2], node.name), f"{node.name}: sums over them")
     batch = list(a[:-2] if len(a) >= len(b) else b[:-2])
     shorter = b[:-2] if len(a) >= len(b) else a[:-2]
     for i, dim in enumerate(shorter):

@@ -12,7 +12,7 @@ from torch import fx, nn
 from spikenm_fx.trace.analysis.ops import ELEMENTWISE, op_name
 from spikenm_fx.trace.channels.spaces import Dim
 
-Role = Literal["producer", "consumer", "attached"]
+ChannelRole = Literal["producer", "consumer", "attached"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Attachment:
     tensor: str
     axis: int
     dim: Dim
-    role: Role
+    role: ChannelRole
 
 
 class NotUnderstood(Exception):

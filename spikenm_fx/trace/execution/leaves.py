@@ -7,12 +7,13 @@ import time
 
 from torch import nn
 
+from spikenm_fx._torch import NormBase, is_scripted
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.execution.values import is_scripted, is_scripted_block
+from spikenm_fx.trace.execution.values import is_scripted_block
 
 __all__ = ["ATOMIC", "NORMS", "LeafRule", "Limits", "TraceLimitReached"]
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
+NORMS = (NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 ATOMIC = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 """torch's own modules that hold weight matrices but compute with them in one fused call."""
 
@@ -38,7 +39,11 @@ class Limits:
         return Limits(self.seconds, self.nodes)
 
     def check(self, nodes: int) -> None:
-        """Raise TraceLimitReached if either limit is passed."""
+        """Compare what was taken so far with the limits.
+
+        Raises:
+            TraceLimitReached: if either is passed.
+        """
         if nodes > self.nodes:
             raise TraceLimitReached(f"more than {self.nodes} operations")
         if time.monotonic() > self._deadline:

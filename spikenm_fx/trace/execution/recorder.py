@@ -10,31 +10,57 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
+from spikenm_fx._torch import TorchDispatchMode, storage_id, tree_flatten, tree_map
+from spikenm_fx.trace.execution.leaves import LeafRule
 from spikenm_fx.trace.execution.values import describe
 
-if TYPE_CHECKING:
-    from spikenm_fx.trace.execution.tracer import ValueTracer
+__all__ = ["GraphWriter", "Recorder"]
 
-__all__ = ["Recorder"]
+
+class GraphWriter(Protocol):
+    """What a recorder needs of the tracer whose graph it writes into."""
+
+    @property
+    def leaf(self) -> LeafRule:
+        """Which modules are one node."""
+        ...
+
+    def name_of(self, module: nn.Module) -> str:
+        """The qualified name of a module, in the tree or not."""
+        ...
+
+    def inside(self, module: nn.Module) -> AbstractContextManager[None]:
+        """What is recorded in the block comes from ``module``."""
+        ...
+
+    def constant(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor that no recorded operation made."""
+        ...
+
+    def create_arg(self, a: Any) -> Any:
+        """What a node may hold in place of an argument."""
+        ...
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Add a node to the graph."""
+        ...
 
 
 class Recorder(TorchDispatchMode):
-    """Watch the dispatcher and write what happens into ``tracer``'s graph.
+    """Watch the dispatcher and write what happens into a graph.
 
     Args:
-        tracer: names modules and owns the graph.
+        writer: names modules and owns the graph.
     """
 
-    def __init__(self, tracer: ValueTracer) -> None:
+    def __init__(self, writer: GraphWriter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.tracer = tracer
+        self._writer = writer
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
         self._writers: dict[int, fx.Node] = {}
         self._leaf: fx.Node | None = None
@@ -49,19 +75,17 @@ class Recorder(TorchDispatchMode):
         entry = self._nodes.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]
-        writer = self._writers.get(_storage(tensor))
-        return self.tracer.constant(tensor) if writer is None else writer
+        writer = self._writers.get(storage_id(tensor))
+        return self._writer.constant(tensor) if writer is None else writer
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called while recording: leaves become nodes, others are passed through."""
-        tracer = self.tracer
         if self._leaf is not None:
             return forward(*args, **kwargs)
-        tracer._scope.append(m)
-        try:
-            if not tracer.leaf(m):
+        with self._writer.inside(m):
+            if not self._writer.leaf(m):
                 return forward(*args, **kwargs)
-            node = self._record("call_module", tracer.name_of(m), args, kwargs)
+            node = self._record("call_module", self._writer.name_of(m), args, kwargs)
             node.meta["module"] = m
             self._leaf = node
             try:
@@ -70,8 +94,6 @@ class Recorder(TorchDispatchMode):
                 self._leaf = None
             self._outputs(node, out, measure=True)
             return out
-        finally:
-            tracer._scope.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -79,7 +101,7 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
             # whatever a leaf writes, its state included, is known to come from it
             for tensor in _tensors(out):
-                self._writers[_storage(tensor)] = self._leaf
+                self._writers[storage_id(tensor)] = self._leaf
             return out
         node = self._record("call_function", func, args, kwargs)
         out = func(*args, **kwargs)
@@ -89,8 +111,8 @@ class Recorder(TorchDispatchMode):
     def _record(self, kind: str, target: Any, args: Any, kwargs: Any) -> fx.Node:
         to_node = lambda x: self.node_of(x) if isinstance(x, Tensor) else x  # noqa: E731
         args, kwargs = tree_map(to_node, (args, kwargs))
-        tracer = self.tracer
-        return tracer.create_node(kind, target, tracer.create_arg(args), tracer.create_arg(kwargs))
+        writer = self._writer
+        return writer.create_node(kind, target, writer.create_arg(args), writer.create_arg(kwargs))
 
     def _outputs(self, node: fx.Node, out: Any, *, measure: bool = False) -> None:
         node.meta["value"] = describe(out, measure=measure)
@@ -100,7 +122,7 @@ class Recorder(TorchDispatchMode):
             items = out.items() if isinstance(out, dict) else enumerate(out)
             for key, item in items:
                 if _tensors(item):
-                    child = self.tracer.create_node(
+                    child = self._writer.create_node(
                         "call_function", operator.getitem, (node, key), {}
                     )
                     self._outputs(child, item, measure=measure)
@@ -108,14 +130,8 @@ class Recorder(TorchDispatchMode):
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
         """Note that ``tensor`` was made by ``node``."""
         self._nodes[id(tensor)] = (weakref.ref(tensor), node)
-        self._writers[_storage(tensor)] = node
+        self._writers[storage_id(tensor)] = node
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
-
-
-def _storage(tensor: Tensor) -> int:
-    if tensor.layout is not torch.strided:
-        return -id(tensor)
-    return int(tensor.untyped_storage()._cdata)

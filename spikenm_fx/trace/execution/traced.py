@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from spikenm_fx._torch import no_torch_function
+
 __all__ = ["Traced", "Unwrapped", "as_traced", "holds_tensors", "rebuild"]
 
 
 class Traced(Tensor):
     """A tensor of the trace: the example's value, its node, and the tensor it is a view of."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = no_torch_function
     node: fx.Node
     base: Traced | None
 
 
 def as_traced(value: Tensor, node: fx.Node, base: Traced | None = None) -> Traced:
-    """``value`` with ``node`` attached; ``base`` is what it is a view of."""
+    """``value``, of any shape, with ``node`` attached; ``base`` is what it is a view of."""
     traced = value.detach().as_subclass(Traced)
     traced.node, traced.base = node, base
     return traced
@@ -89,7 +91,7 @@ def holds_tensors(value: Any) -> bool:
 
 
 def shares_memory(a: Tensor, b: Tensor) -> bool:
-    """Whether both lie in the same storage."""
+    """Whether both, of any shapes, lie in the same storage."""
     if a.layout is not torch.strided or b.layout is not torch.strided or a.is_meta or b.is_meta:
         return False
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -19,14 +20,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx._symbolic_trace import _orig_module_call
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from spikenm_fx._torch import (
+    call_module_untraced,
+    disable_current_modes,
+    tree_flatten,
+    tree_map,
+    tree_unflatten,
+)
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.state.parameters import reading
-from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.state import preserved, reading
+from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
     PLAIN,
     call_site,
@@ -44,7 +49,7 @@ from spikenm_fx.trace.execution.values import (
     SurrogateCall,
     describe,
     is_scripted_block,
-    measure_kind,
+    kind_of_values,
     user_line,
     worst_of,
     write_view,
@@ -55,6 +60,9 @@ __all__ = ["Failure", "ValueTracer"]
 
 _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
+
+_innermost = threading.local()
+"""The tracer that this thread runs; one around it records nothing meanwhile."""
 
 
 class Untraceable(NotImplementedError):
@@ -139,8 +147,11 @@ class ValueTracer(fx.Tracer):
         return self._guarded()
 
     def _guarded(self) -> fx.Graph:
-        with _TRACING, torch.no_grad(), reading(self._read):
+        around: ValueTracer | None = getattr(_innermost, "tracer", None)
+        unseen = contextlib.nullcontext() if around is None else around._aside()
+        with _TRACING, torch.no_grad(), reading(self._read), unseen:
             try:
+                _innermost.tracer = self
                 return self.trace(self.model)
             except TraceLimitReached:
                 raise
@@ -148,6 +159,8 @@ class ValueTracer(fx.Tracer):
                 failed = self._failed_in
                 name = self._names.get(failed, "") if failed is not None else ""
                 raise Failure(failed, name, user_line(error), error) from error
+            finally:
+                _innermost.tracer = around
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
@@ -167,7 +180,8 @@ class ValueTracer(fx.Tracer):
             if self._whole:
                 out = self._run_opaque(self.model.forward, args, kwargs)
             else:
-                with watch_applies(self._on_apply), _Recording(self):
+                bound = standing_in_for_bound_applies(self._followed(self.model))
+                with bound, watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
             flat = tree_flatten(out)[0]
@@ -175,6 +189,14 @@ class ValueTracer(fx.Tracer):
             return tuple(t for t in flat if isinstance(t, Traced))
 
         return forward, []
+
+    def _followed(self, module: nn.Module) -> Iterator[nn.Module]:
+        """The modules whose Python is followed."""
+        if not self.leaf(module) and type(module) not in self.leaf.opaque:
+            yield module
+            for child in module._modules.values():
+                if child is not None:
+                    yield from self._followed(child)
 
     def _note_states(self, outputs: list[Any]) -> None:
         """Tensors that leave the model but were never seen: state that a module holds."""
@@ -208,18 +230,25 @@ class ValueTracer(fx.Tracer):
             return self.recorder.call_module(m, forward, args, kwargs)
         if self.computing:
             return self._run_inner(m, forward, args, kwargs)
-        self._scope.append(m)
+        with self.inside(m):
+            try:
+                if type(m) in self.leaf.opaque or is_scripted_block(m):
+                    call = functools.partial(call_module_untraced, m)
+                    return self._run_opaque(call, args, kwargs)
+                if self.leaf(m):
+                    return self._record("call_module", self.name_of(m), args, kwargs)
+                return forward(*args, **kwargs)
+            except Exception:
+                if not self.leaf(m):  # a leaf runs as it always does: what failed is around it
+                    self._failed_in = self._failed_in or m
+                raise
+
+    @contextlib.contextmanager
+    def inside(self, module: nn.Module) -> Iterator[None]:
+        """What is recorded in the block comes from ``module``."""
+        self._scope.append(module)
         try:
-            if type(m) in self.leaf.opaque or is_scripted_block(m):
-                call = functools.partial(_orig_module_call, m)
-                return self._run_opaque(call, args, kwargs)
-            if self.leaf(m):
-                return self._record("call_module", self.name_of(m), args, kwargs)
-            return forward(*args, **kwargs)
-        except Exception:
-            if not self.leaf(m):  # a leaf runs as it always does: what failed is around it
-                self._failed_in = self._failed_in or m
-            raise
+            yield
         finally:
             self._scope.pop()
 
@@ -271,7 +300,7 @@ class ValueTracer(fx.Tracer):
         if inside or id(parameter) not in self._tensor_names:
             return compute()
         if id(parameter) not in self._handed_out:
-            with self._aside(), _disable_current_modes():
+            with self._aside(), disable_current_modes():
                 value = self._handed_out[id(parameter)] = compute()
             self._stands_for[id(value)] = parameter
             for other in parameters[1:]:
@@ -359,7 +388,7 @@ class ValueTracer(fx.Tracer):
 
     def _call(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
         if module is not None:
-            return _orig_module_call(module, *args, **kwargs)
+            return call_module_untraced(module, *args, **kwargs)
         return target(*args, **kwargs)
 
     def _run_inner(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -400,7 +429,7 @@ class ValueTracer(fx.Tracer):
                 driven = wide.to(args[0].dtype).reshape(args[0].shape)
                 out = self._call(module, target, (driven, *args[1:]), kwargs)
                 first = next((t for t in tree_flatten(out)[0] if isinstance(t, Tensor)), None)
-                found = measure_kind(first)[0] if first is not None else None
+                found = kind_of_values(first, largest=math.inf) if first is not None else None
                 if isinstance(target, SurrogateCall) and first is not None:
                     self._steps[target] = first.numel() < 64 or first.unique().numel() <= 32
         except Exception:

@@ -10,17 +10,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.trace.execution.calls import NOT_USERS
 
 __all__ = [
+    "LARGEST_COUNT",
     "InnerCall",
     "Measured",
     "SurrogateCall",
     "ValueInfo",
     "describe",
     "is_matrix",
-    "is_scripted",
     "is_scripted_block",
+    "kind_of_values",
     "measure_kind",
     "user_line",
     "worst_of",
@@ -28,6 +30,10 @@ __all__ = [
 ]
 
 Measured = Literal["spike", "integer", "analog"]
+
+LARGEST_COUNT = 64
+"""Whole numbers up to here are taken for spike counts (sums of residual branches, frames of an
+event camera); larger ones are pixels or tokens' codes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +61,34 @@ def describe(value: Any, *, measure: bool = False) -> ValueInfo:
     return ValueInfo(tuple(value.shape), value.dtype, kind, varied)
 
 
-def measure_kind(value: Tensor) -> tuple[Measured | None, bool]:
-    """Look at the values: are they {0,1}, whole numbers, or neither; and do they differ at all."""
-    if value.is_meta or value.numel() == 0 or value.is_complex():
-        return None, False
-    varied = bool((value != value.reshape(-1)[0]).any())
-    if bool(((value == 0) | (value == 1)).all()):
-        return "spike", varied
-    if not value.is_floating_point() or bool((value == value.round()).all()):
-        return "integer", varied
-    return "analog", varied
+def kind_of_values(values: Tensor, *, largest: float = LARGEST_COUNT) -> Measured | None:
+    """What a tensor's values are, wherever this package asks.
+
+    Args:
+        values: of any shape.
+        largest: whole numbers beyond it, of either sign, are no counts.
+
+    Returns:
+        ``"spike"`` for {0,1}, ``"integer"`` for counts, else ``"analog"``; None where there is
+        nothing to look at: no values, complex ones, or the meta device.
+    """
+    if values.is_meta or values.numel() == 0 or values.is_complex():
+        return None
+    if values.dtype == torch.bool or bool(((values == 0) | (values == 1)).all()):
+        return "spike"
+    whole = values == values.round() if values.is_floating_point() else True
+    return "integer" if bool((whole & (values.abs() <= largest)).all()) else "analog"
+
+
+def measure_kind(value: Tensor, *, largest: float = LARGEST_COUNT) -> tuple[Measured | None, bool]:
+    """The kind of a tensor's values (:func:`kind_of_values`), and whether they differ at all.
+
+    Args:
+        value: of any shape.
+        largest: as for :func:`kind_of_values`.
+    """
+    kind = kind_of_values(value, largest=largest)
+    return kind, kind is not None and bool((value != value.reshape(-1)[0]).any())
 
 
 def worst_of(info: ValueInfo, driven: Measured | None) -> ValueInfo:
@@ -95,7 +119,7 @@ class SurrogateCall:
         self.__module__ = function.__module__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run it."""
+        """What the Function computes."""
         return self.function.apply(*args, **kwargs)
 
     def __eq__(self, other: object) -> bool:
@@ -106,13 +130,8 @@ class SurrogateCall:
 
 
 def write_view(base: Tensor, update: Tensor) -> Tensor:
-    """In a graph: ``base`` after ``update`` was written through a view of it."""
+    """In a graph: ``base``, of any shape, after ``update`` was written through a view of it."""
     return base
-
-
-def is_scripted(module: nn.Module) -> bool:
-    """Whether torch's script compiler runs ``module``; with ``PYTORCH_JIT=0`` none is."""
-    return isinstance(module, torch.jit.ScriptModule) and hasattr(module, "_c")
 
 
 def is_scripted_block(module: nn.Module) -> bool:
@@ -121,14 +140,14 @@ def is_scripted_block(module: nn.Module) -> bool:
 
 
 def is_matrix(parameter: Tensor) -> bool:
-    """Whether ``parameter`` has two axes or more that are longer than 1."""
+    """Whether ``parameter``, of any shape, has two axes or more that are longer than 1."""
     return sum(size > 1 for size in parameter.shape) >= 2
 
 
 def user_line(error: BaseException) -> str:
     """``file:line: code`` of the innermost frame that belongs to neither torch nor this library."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not any(part in f.filename for part in NOT_USERS)]
-    if not own:
+    users = [f for f in frames if not any(part in f.filename for part in NOT_USERS)]
+    if not users:
         return "inside torch"
-    return f"{own[-1].filename}:{own[-1].lineno}: {own[-1].line or ''}".rstrip(": ")
+    return f"{users[-1].filename}:{users[-1].lineno}: {users[-1].line or ''}".rstrip(": ")

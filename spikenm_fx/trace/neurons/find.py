@@ -11,13 +11,15 @@ import inspect
 import threading
 import types
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_scripted
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.execution.values import is_scripted
+from spikenm_fx.state import RESET_METHODS
+from spikenm_fx.trace.execution.intercept import function_of_apply
 from spikenm_fx.trace.neurons.adapters import ADAPTERS
 from spikenm_fx.trace.neurons.adapters.adapter import scalar
 from spikenm_fx.trace.neurons.spec import NeuronSpec, Scalar
@@ -25,21 +27,20 @@ from spikenm_fx.trace.neurons.spec import NeuronSpec, Scalar
 __all__ = ["find_neurons", "neuron_spec", "register_neuron"]
 
 N = TypeVar("N", bound=type[nn.Module])
-Reader = Callable[[nn.Module], NeuronSpec]
+SpecReader: TypeAlias = Callable[[nn.Module], NeuronSpec]
 
 MEMBRANES = frozenset(
     {"v", "mem", "v_mem", "vmem", "membrane", "membrane_potential", "mem_potential"}
     | {"u", "potential", "v_seq"}
 )
-RESETS = ("reset", "reset_state", "reset_states", "reset_mem", "reset_membrane", "n_reset")
 THRESHOLDS = ("v_threshold", "threshold", "thresh", "v_th", "vth", "thr", "Vth", "V_th")
 DECAYS = ("decay", "beta", "leak", "tau_decay")
 
 _lock = threading.Lock()
-_registered: dict[type[nn.Module], Reader | None] = {}
+_registered: dict[type[nn.Module], SpecReader | None] = {}
 
 
-def register_neuron(cls: N, read: Reader | None = None) -> N:
+def register_neuron(cls: N, read: SpecReader | None = None) -> N:
     """Tell the tracer that ``cls`` is a neuron; also usable as a class decorator.
 
     Args:
@@ -96,7 +97,7 @@ def _looks_like_neuron(module: nn.Module) -> bool:
     if any(adapter.owns(part) for part in parts[1:] for adapter in ADAPTERS):
         return len(list(module.children())) == 1  # a thin wrapper around one neuron
     names = set(vars(module)) | set(module._buffers) | set(_memories(module))
-    resets = any(hasattr(module, name) for name in RESETS)
+    resets = any(hasattr(module, name) for name in RESET_METHODS)
     return bool(names & MEMBRANES) and (resets or "mem" in _names_in(type(module).forward))
 
 
@@ -129,8 +130,7 @@ def _reaches_surrogate(module: nn.Module) -> bool:
 def _is_surrogate(value: object) -> bool:
     if isinstance(value, type):
         return issubclass(value, torch.autograd.Function) and value is not torch.autograd.Function
-    owner = getattr(value, "__self__", None)
-    return inspect.ismethod(value) and value.__name__ == "apply" and _is_surrogate(owner)
+    return function_of_apply(value) is not None
 
 
 def _plain_function(member: object) -> object:
@@ -174,15 +174,15 @@ def _names_in(function: object) -> set[str]:
 
 def _read_by_name(module: nn.Module) -> NeuronSpec:
     """A spec from attributes with the usual names: informative, never ``exact``."""
-    own = [*vars(module), *module._parameters, *module._buffers, *_memories(module)]
-    reset = next((n for n in RESETS if callable(getattr(module, n, None))), None)
+    attributes = [*vars(module), *module._parameters, *module._buffers, *_memories(module)]
+    reset = next((n for n in RESET_METHODS if callable(getattr(module, n, None))), None)
     return NeuronSpec(
         framework="unknown",
         class_name=type(module).__name__,
         decay=_first_number(module, DECAYS, 1.0),
         threshold=_first_number(module, THRESHOLDS, 1.0),
         reset="none" if reset is None else "hard",
-        state=tuple(name for name in own if name in MEMBRANES),
+        state=tuple(name for name in attributes if name in MEMBRANES),
         reset_call=reset,
         learned=tuple(n for n, p in module.named_parameters(recurse=False) if p.requires_grad),
     )

@@ -68,8 +68,8 @@ def scalar(value: Any, default: Scalar = 0.0) -> Scalar:
 
 def learned(module: nn.Module, *names: str) -> tuple[str, ...]:
     """Those of ``names`` that are trainable parameters of ``module``."""
-    own = dict(module.named_parameters(recurse=False))
-    return tuple(name for name in names if name in own and own[name].requires_grad)
+    parameters = dict(module.named_parameters(recurse=False))
+    return tuple(name for name in names if name in parameters and parameters[name].requires_grad)
 
 
 def numbers(source: object) -> dict[str, float]:
@@ -105,5 +105,5 @@ def is_own_class(module: nn.Module, package: str, *names: str) -> bool:
 
 
 def sigmoid(value: Tensor) -> Tensor:
-    """The logistic function of a detached tensor."""
+    """The logistic function of a detached tensor of any shape."""
     return torch.sigmoid(value.detach())

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every private name of torch that this package uses, in one place.
+
+No import depends on one of them.  Each is looked up here with something to take its place; where
+nothing can, the place is taken by what raises a :class:`~spikenm_fx.errors.TorchVersionError`, when
+it is used, that says what does not work.  All were tried with torch 2.13.0 and 2.14.1; where a name
+was missing was tried by taking it away.
+
+==========================  =================================================  =====================
+name here                   torch's                                            where it is missing
+==========================  =================================================  =====================
+``ConvNd``                  ``nn.modules.conv._ConvNd``                        the public classes
+``ConvTransposeNd``         ``nn.modules.conv._ConvTransposeNd``               the public classes
+``BatchNormBase``           ``nn.modules.batchnorm._BatchNorm``                the public classes
+``NormBase``                ``nn.modules.batchnorm._NormBase``                 the public classes
+``DropoutBase``             ``nn.modules.dropout._DropoutNd``                  the public classes
+``tree_flatten`` and kin    ``utils._pytree.tree_flatten``, ...                error: nested inputs
+``TorchDispatchMode``       ``utils._python_dispatch.TorchDispatchMode``       error: trace, pack
+``disable_current_modes``   ``utils._python_dispatch._disable_current_modes``  error: masked traces
+``DisableTorchFunction``    ``_C.DisableTorchFunction``                        error: trace
+``no_torch_function``       ``_C._disabled_torch_function_impl``               error: trace
+``call_module_untraced``    ``fx._symbolic_trace._orig_module_call``           ``Module.__call__``
+``operator_name``           ``_ops.OpOverload._schema``                        from its printed form
+``written_arguments``       ``_ops.OpOverload._schema``                        None: any may be
+``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
+``is_scripted``             ``jit.ScriptModule._c``                            False
+``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
+``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
+``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
+``in_backward``             ``_C._current_graph_task_id``                      False
+==========================  =================================================  =====================
+
+The dictionaries that every module carries (``_parameters``, ``_buffers``, ``_modules``, its hooks)
+are not listed: their names are part of what pickled models hold.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import functools
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import TorchVersionError
+
+__all__ = [
+    "BatchNormBase",
+    "ConvNd",
+    "ConvTransposeNd",
+    "DisableTorchFunction",
+    "DropoutBase",
+    "NormBase",
+    "TorchDispatchMode",
+    "call_module_untraced",
+    "disable_current_modes",
+    "disable_dynamo",
+    "in_backward",
+    "in_functorch",
+    "is_functorch_tensor",
+    "is_scripted",
+    "no_torch_function",
+    "operator_name",
+    "storage_id",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "written_arguments",
+]
+
+
+def _find(path: str, name: str) -> Any:
+    """``torch.<path>.<name>``, or None where this torch has no such thing."""
+    with contextlib.suppress(ImportError, AttributeError):
+        return getattr(importlib.import_module(f"torch.{path}"), name)
+    return None
+
+
+def _required(path: str, name: str, what: str) -> Any:
+    """The same; where it is missing a class that cannot be used, and says so."""
+    found = _find(path, name)
+    if found is not None:
+        return found
+
+    class Missing:
+        def __init__(self, *_: object, **__: object) -> None:
+            raise TorchVersionError(
+                f"torch {torch.__version__} has no torch.{path}.{name}, without which {what} does "
+                "not work; this package was tried with torch 2.11 to 2.14"
+            )
+
+    return Missing
+
+
+def _base(path: str, name: str, *public: type[nn.Module]) -> Any:
+    """A base class of ``public`` that torch names privately; without it, a class they count as."""
+    found = _find(path, name)
+    if found is not None:
+        return found
+    anyone = abc.ABCMeta(name, (), {})
+    for cls in public:
+        anyone.register(cls)
+    return anyone
+
+
+if TYPE_CHECKING:
+    from torch._C import DisableTorchFunction
+    from torch.nn.modules.batchnorm import _BatchNorm as BatchNormBase
+    from torch.nn.modules.batchnorm import _NormBase as NormBase
+    from torch.nn.modules.conv import _ConvNd as ConvNd
+    from torch.nn.modules.conv import _ConvTransposeNd as ConvTransposeNd
+    from torch.nn.modules.dropout import _DropoutNd as DropoutBase
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+else:
+    _convs = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    _transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    _batch = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    _instance = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    _dropouts = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    _dropouts += (nn.AlphaDropout, nn.FeatureAlphaDropout)
+    ConvNd = _base("nn.modules.conv", "_ConvNd", *_convs, *_transposed)
+    ConvTransposeNd = _base("nn.modules.conv", "_ConvTransposeNd", *_transposed)
+    BatchNormBase = _base("nn.modules.batchnorm", "_BatchNorm", *_batch)
+    NormBase = _base("nn.modules.batchnorm", "_NormBase", *_batch, *_instance)
+    DropoutBase = _base("nn.modules.dropout", "_DropoutNd", *_dropouts)
+    _nested = functools.partial(_required, "utils._pytree", what="a nest of inputs or outputs")
+    tree_flatten, tree_leaves = _nested("tree_flatten"), _nested("tree_leaves")
+    tree_map, tree_unflatten = _nested("tree_map"), _nested("tree_unflatten")
+    TorchDispatchMode = _required("utils._python_dispatch", "TorchDispatchMode", "tracing a model")
+    DisableTorchFunction = _required("_C", "DisableTorchFunction", "tracing a model")
+
+no_torch_function: Any = _required("_C", "_disabled_torch_function_impl", "tracing a model")
+"""For ``__torch_function__`` of a subclass of Tensor: its functions return ordinary tensors."""
+
+disable_current_modes: Any = _required(
+    "utils._python_dispatch", "_disable_current_modes", "tracing a model with masks"
+)
+"""A context manager: dispatch modes that are entered see nothing of what happens inside."""
+
+call_module_untraced: Callable[..., Any] = (
+    _find("fx._symbolic_trace", "_orig_module_call") or nn.Module.__call__
+)
+"""``nn.Module.__call__`` as it is while fx exchanges it."""
+
+
+def disable_dynamo(function: Any) -> Any:
+    """Leave ``function`` out of compiled code; dynamo is not imported before it is called."""
+    return (_find("_compile", "_disable_dynamo") or torch.compiler.disable)(function)
+
+
+def operator_name(target: Any) -> str | None:
+    """``"add"`` for ``aten.add.Tensor``; None for what is no operator overload."""
+    schema = getattr(target, "_schema", None)
+    if schema is not None:
+        return str(schema.name).split("::")[-1]
+    return str(target).split(".")[1] if type(target).__name__ == "OpOverload" else None
+
+
+def written_arguments(operator: Any) -> tuple[tuple[int, str], ...] | None:
+    """Place and name of each argument that ``operator`` writes into; None: any may be."""
+    schema = getattr(operator, "_schema", None)
+    if schema is None:
+        return None
+    # batch norms write their running statistics without saying so
+    silent = "batch_norm" in schema.name
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if silent or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
+
+
+def storage_id(tensor: Tensor) -> int:
+    """A number that tensors of one storage share, as long as it lives.
+
+    Args:
+        tensor: any; one that is not strided has a number of its own.
+    """
+    if tensor.layout is not torch.strided:
+        return -id(tensor)
+    storage = tensor.untyped_storage()
+    own = getattr(storage, "_cdata", None)
+    return int(storage.data_ptr() if own is None else own)
+
+
+def is_scripted(value: object) -> bool:
+    """Whether torch's script compiler runs this module; with ``PYTORCH_JIT=0`` none is."""
+    return isinstance(value, torch.jit.ScriptModule) and hasattr(value, "_c")
+
+
+def in_functorch() -> bool:
+    """Whether ``torch.func`` transforms what runs now."""
+    peek = _find("_C._functorch", "peek_interpreter_stack")
+    return peek is not None and peek() is not None
+
+
+def is_functorch_tensor(tensor: Tensor) -> bool:
+    """Whether ``tensor``, of any shape, stands for another inside a ``torch.func`` transform."""
+    wrapped = _find("_C._functorch", "is_functorch_wrapped_tensor")
+    return wrapped is not None and bool(wrapped(tensor))
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    task = _find("_C", "_current_graph_task_id")
+    return task is not None and task() != -1
