@@ -5,6 +5,7 @@
 always means *keep at most n of m* consecutive input channels.
 """
 
+from spikenm_fx.channels import permute, remove_channels, remove_dead_channels
 from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.fold import dense_state_dict, fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
@@ -32,7 +33,10 @@ __all__ = [
     "load_recipe",
     "pack",
     "param_groups",
+    "permute",
     "plan",
+    "remove_channels",
+    "remove_dead_channels",
     "report",
     "sparsify",
     "trace",

@@ -21,11 +21,11 @@ from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.channels import (
     Permutation,
     apply_permutation,
-    learnt_credits,
     permute,
     plan_permutation,
 )
 from spikenm_fx.errors import PlanError, SpikeNMError, TraceError
+from spikenm_fx.masks.credits import learnt_credits
 from spikenm_fx.pattern import NM, BlockView
 from spikenm_fx.trace import find_neurons
 from spikenm_fx.trace.channels.groups import permute_members
@@ -393,3 +393,19 @@ def test_the_callback_may_stop_it_and_nothing_has_moved() -> None:
     with pytest.raises(KeyboardInterrupt):
         permute(model, X, progress=stop)
     assert unchanged(model, before)
+
+
+def test_sparsify_permutes_first_if_asked() -> None:
+    """The mask by magnitude then keeps what the permutation found; without examples it cannot."""
+    plain = spikenm_fx.sparsify(small(), method="magnitude", example_inputs=X)
+    model = spikenm_fx.sparsify(small(), method="magnitude", example_inputs=X, permute=True)
+    spikenm_fx.fold(plain)
+    spikenm_fx.fold(model)
+    kept, kept_plain = (
+        sum(float(m[i].weight.detach().abs().sum()) for i in (2, 4)) for m in (model, plain)
+    )
+    assert kept > kept_plain
+    before = state_of(fresh := small())
+    with pytest.raises(PlanError, match="needs example_inputs"):
+        spikenm_fx.sparsify(fresh, method="magnitude", permute=True)
+    assert unchanged(fresh, before)

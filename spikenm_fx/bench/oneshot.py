@@ -9,7 +9,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from spikenm_fx.plan import Plan
 
 __all__ = ["fit", "main"]
 
-VARIANTS = ("none", "magnitude", "rate")
+VARIANTS: tuple[Literal["none", "magnitude", "rate"], ...] = ("none", "magnitude", "rate")
 """Orders of the channels: as trained, or permuted by a score; masks are by magnitude in all."""
 
 
@@ -111,7 +111,7 @@ def _pruned(
     options: argparse.Namespace,
     seed: int,
     pattern: str,
-    variant: str,
+    variant: Literal["none", "magnitude", "rate"],
 ) -> dict[str, Any]:
     network = copy.deepcopy(dense)
     for parameter in network.parameters():

@@ -14,7 +14,6 @@ from spikenm_fx.channels.removal import (
     remove_channels,
     remove_dead_channels,
 )
-from spikenm_fx.channels.scores import learnt_credits
 
 __all__ = [
     "GroupOrder",
@@ -22,7 +21,6 @@ __all__ = [
     "Permutation",
     "Removal",
     "apply_permutation",
-    "learnt_credits",
     "permute",
     "plan_permutation",
     "remove_channels",

@@ -9,6 +9,7 @@ follows from that is found on the way (interval bound propagation, Gowal et al.,
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spikenm_fx._torch import BatchNormBase, ConvNd, ConvTransposeNd
 from spikenm_fx.channels.reachable import can_spike
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
@@ -148,7 +148,7 @@ class _Run:
         if name in ("surrogate", "softmax", "sigmoid"):
             return _between_zero_and_one(node.meta["value"].shape)
         if name == "getitem" and node.args[0] in self.items:
-            return self.items[node.args[0]].get(node.args[1])  # type: ignore[arg-type,index]
+            return self.items[node.args[0]].get(node.args[1])  # type: ignore[arg-type]
         rule = _RULES.get(name)
         if rule is not None:
             operands = [self.value(argument) for argument in node.args]
@@ -160,8 +160,9 @@ class _Run:
         """An operation in which nothing falls when an input rises: on both bounds."""
         ends: list[Any] = []
         for side in ("low", "high"):
+            end = operator.attrgetter(side)
             args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda n, side=side: getattr(self.values[n], side)
+                (node.args, node.kwargs), lambda n, end=end: end(self.values[n])
             )
             target: Any = node.target
             call = getattr(args[0], target) if node.op == "call_method" else target
@@ -183,7 +184,7 @@ class _Run:
             return _weighted(module, x)
         family = module_family(module)
         own = copy.deepcopy(module).double().eval()
-        if isinstance(module, _BatchNorm) and module.track_running_stats:
+        if isinstance(module, BatchNormBase) and module.track_running_stats:
             ends = own(x.low), own(x.high)
             return Interval(torch.minimum(*ends), torch.maximum(*ends))
         if "pool" in family or "flatten" in family or family in ("identity", "relu"):
@@ -217,7 +218,7 @@ def _between_zero_and_one(shape: tuple[int, ...]) -> Interval:
 
 def _weighted(module: nn.Module, x: Interval) -> Interval | None:
     """A layer: positive weights on one bound, negative ones on the other."""
-    weight: Tensor = module.weight.detach().double()  # type: ignore[union-attr,operator]
+    weight: Tensor = module.weight.detach().double()
     bias = getattr(module, "bias", None)
     shift = None if bias is None else bias.detach().double()
     plus, minus = weight.clamp_min(0), weight.clamp_max(0)
@@ -227,7 +228,7 @@ def _weighted(module: nn.Module, x: Interval) -> Interval | None:
             return F.linear(value, w, b)
         return _convolve(module, value, w, b)
 
-    if isinstance(module, _ConvNd) and module.padding_mode != "zeros":
+    if isinstance(module, ConvNd) and module.padding_mode != "zeros":
         return None
     return Interval(
         apply(x.low, plus, shift) + apply(x.high, minus, None),
@@ -239,7 +240,7 @@ def _convolve(module: Any, value: Tensor, weight: Tensor, bias: Tensor | None) -
     spatial = weight.dim() - 2
     lead = value.shape[: -1 - spatial]
     flat = value.reshape(-1, *value.shape[-1 - spatial :])
-    transposed = isinstance(module, _ConvTransposeNd)
+    transposed = isinstance(module, ConvTransposeNd)
     name = f"conv_transpose{spatial}d" if transposed else f"conv{spatial}d"
     call: Callable[..., Tensor] = getattr(F, name)
     settings: dict[str, Any] = {"stride": module.stride, "padding": module.padding}

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spikenm_fx._torch import ConvNd, ConvTransposeNd, NormBase
 from spikenm_fx.channels.left_alone import named_tensors
 from spikenm_fx.trace import CoupledGroup, Member
 from spikenm_fx.trace.channels.groups import permute_members
@@ -39,9 +38,10 @@ def undoable(model: nn.Module) -> Iterator[None]:
         for module, attributes in plain:
             vars(module).update(attributes)
         for module, parameters, buffers in held:
-            for own, before in ((module._parameters, parameters), (module._buffers, buffers)):
-                own.clear()
-                own.update(before)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+            module._buffers.clear()
+            module._buffers.update(buffers)
         for tensor, data, copied in values:
             tensor.data = data
             tensor.data.copy_(copied)
@@ -90,9 +90,7 @@ def _shorten(model: nn.Module, member: Member, size: int, stay: int) -> None:
     """Leave the first ``stay`` channels of one tensor, which keeps its identity."""
     owner, _, key = member.tensor.rpartition(".")
     module = model.get_submodule(owner)
-    tensor = module._parameters.get(key)
-    tensor = module._buffers[key] if tensor is None else tensor
-    assert tensor is not None
+    tensor = named_tensors(module)[key]
     length = member.outer * size * member.inner
     parts = tensor.data.movedim(member.axis, 0).split(
         [member.offset, length, tensor.shape[member.axis] - member.offset - length]
@@ -105,16 +103,16 @@ def _resize(module: Any, group: CoupledGroup) -> None:
     """Bring a module's own numbers in line with its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _ConvNd):
+    elif isinstance(module, ConvNd):
         out, inside = module.weight.shape[:2]
-        if isinstance(module, _ConvTransposeNd):
+        if isinstance(module, ConvTransposeNd):
             out, inside = inside, out
         elif module.groups > 1 and group.size == module.groups:  # whole groups have gone
             module.groups = out // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = out, inside * module.groups
-    elif isinstance(module, _NormBase) and module.weight is not None:
+    elif isinstance(module, NormBase) and module.weight is not None:
         module.num_features = len(module.weight)
-    elif isinstance(module, _NormBase) and module.running_mean is not None:
+    elif isinstance(module, NormBase) and module.running_mean is not None:
         module.num_features = len(module.running_mean)
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(module.weight)
@@ -174,7 +172,7 @@ class Dependencies:
             for key, tensor in (*module._parameters.items(), *module._buffers.items()):
                 if tensor is None or tensor.dim() == 0 or (inside and key != "weight"):
                     continue
-                transposed = isinstance(module, _ConvTransposeNd)
+                transposed = isinstance(module, ConvTransposeNd)
                 axis = int(inside != transposed) if tensor.dim() > 1 else 0
                 taken.setdefault((f"{name}.{key}".lstrip("."), axis), set()).update(indices)
         return frozenset((name, axis, frozenset(i)) for (name, axis), i in taken.items())

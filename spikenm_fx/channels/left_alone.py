@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping
@@ -10,7 +11,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
-from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.trace import CoupledGroup
 
 __all__ = ["Sharing", "named_tensors", "refuse_unfinished"]
@@ -33,12 +33,14 @@ def refuse_unfinished(model: object, call: str) -> None:
     """
     if not isinstance(model, nn.Module):
         raise PlanError(no_module(call, model))
-    masked = next(masked_weights(model), None)
-    if masked is not None:
-        raise PlanError(
-            f"{masked[0]} is still masked: its mask belongs to the channels as they lie; {call} "
-            "before sparsify, or fold(model) first"
-        )
+    for name, module in nn.Module.named_modules(model):
+        for key in module._parameters:
+            # a property in front of a parameter hands it out masked
+            if isinstance(inspect.getattr_static(type(module), key, None), property):
+                raise PlanError(
+                    f"{name or type(module).__name__} is still masked: its mask belongs to the "
+                    f"channels as they lie; {call} before sparsify, or fold(model) first"
+                )
     for name, parameter in nn.Module.named_parameters(model):
         if parameter.grad is not None:
             raise PlanError(

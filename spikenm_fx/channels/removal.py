@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.channels.blocks import Columns, columns_of, staying
 from spikenm_fx.channels.bounds import constant_inputs
 from spikenm_fx.channels.cut import Dependencies, cut, parameters_and_bytes, undoable
@@ -234,8 +234,10 @@ def _has(layer: nn.Module, nm: NM) -> bool:
     view = BlockView.of_layer(layer, nm)
     if view.channels < nm.of:
         return False
-    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr,operator,assignment]
-    return bool(((view.to_blocks(weight) != 0).sum(1) <= nm.keep).all())
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
+    if weight is None:
+        return False  # computed
+    return bool(((view.to_blocks(weight.detach()) != 0).sum(1) <= nm.keep).all())
 
 
 # -- choosing -------------------------------------------------------------------------------------

@@ -10,11 +10,12 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import ConvTransposeNd
 from spikenm_fx.errors import PlanError
 from spikenm_fx.plan import LayerPlan
 from spikenm_fx.state import preserved_in_eval, reset_to_rest
 
-__all__ = ["Score", "WeightScores", "learnt_credits", "weight_scores"]
+__all__ = ["Score", "WeightScores", "weight_scores"]
 
 WeightScores: TypeAlias = Mapping[str, Tensor]
 """By the names of a plan; each of the shape of its weight and not negative."""
@@ -28,7 +29,8 @@ def weight_scores(
 
     ``"magnitude"`` is |W|.  ``"rate"`` is |W| sqrt(E[x^2]) with x the input on the examples; for
     spikes E[x^2] is the firing rate (Wanda's score, as SparseSNN uses it for spikes).  A mapping
-    gives them directly, see :func:`learnt_credits`; layers it does not name count by magnitude.
+    gives them directly, e.g. :func:`spikenm_fx.masks.credits.learnt_credits`; layers that it does
+    not name count by magnitude.
 
     Raises:
         PlanError: for an unknown score, or given ones that are negative, not finite or of another
@@ -106,32 +108,8 @@ def _watching_inputs(
 def _beside_weight(module: Any, power: Tensor) -> Tensor:
     """``[channels]`` as a factor of the weight, whose groups each read their own channels."""
     weight: Tensor = module.weight
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if isinstance(module, ConvTransposeNd):
         return power.reshape(-1, *[1] * (weight.dim() - 1))
     groups = int(getattr(module, "groups", 1))
     rows = power.reshape(groups, 1, -1).expand(-1, weight.shape[0] // groups, -1)
     return rows.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
-
-
-def learnt_credits(model: nn.Module) -> dict[str, Tensor]:
-    """What a sparsified and trained model has learnt of its weights: |W| times its EID credits.
-
-    Weights without credits (another method, before the first refresh) are left out.  Give it to
-    ``permute(dense, ..., score=...)`` of the dense model that was sparsified.
-
-    Raises:
-        PlanError: if no weight of the model has credits.
-    """
-    from spikenm_fx.masks.attach import masked_weights
-
-    found = {
-        name: (mask.dense.detach().abs() * mask.guide.average.abs()).float().cpu()
-        for name, _, mask in masked_weights(model)
-        if mask.guide is not None and mask.guide.average is not None
-    }
-    if not found:
-        raise PlanError(
-            f"{type(model).__name__} holds no learnt credits: sparsify it with method 'spikenm', "
-            "train it, and ask before fold"
-        )
-    return found
