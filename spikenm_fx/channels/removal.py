@@ -147,7 +147,9 @@ def remove_dead_channels(
             work = _independent(choices)
             if not work:
                 break
-            done += _carry_out(model, arguments, work, refused, exact=batches is None)
+            done += _carry_out(
+                model, arguments, work, refused, _loops(graph), exact=batches is None
+            )
         else:
             choices = []
     done += [c.left for c in choices]
@@ -205,7 +207,7 @@ def remove_channels(
             if not work:
                 break
             finished |= {_producers(choice.group) for choice in work}
-            done += _carry_out(model, arguments, work, refused, exact=None)
+            done += _carry_out(model, arguments, work, refused, _loops(graph), exact=None)
             if activity is not None:
                 activity = mean_activity(model, arguments)
         else:
@@ -382,6 +384,7 @@ def _carry_out(
     arguments: tuple[Any, ...],
     work: Sequence[_Choice],
     refused: dict[tuple[str, ...], str],
+    loops: bool,
     *,
     exact: bool | None,
 ) -> list[GroupRemoval]:
@@ -392,18 +395,19 @@ def _carry_out(
         arguments: the examples.
         work: what to remove.
         refused: told why groups were left, by their producers.
+        loops: the forward loops over time, where torch-pruning does not end.
         exact: outputs must agree; None where they only have to be there.
     """
     before = _outputs(model, arguments)
     try:
-        return _attempt(model, arguments, work, before, exact)
+        return _attempt(model, arguments, work, before, loops, exact)
     except _Disagrees as disagreement:
         if len(work) == 1:
             refused[_producers(work[0].group)] = str(disagreement)
             return []
     half = len(work) // 2
-    first = _carry_out(model, arguments, work[:half], refused, exact=exact)
-    return first + _carry_out(model, arguments, work[half:], refused, exact=exact)
+    first = _carry_out(model, arguments, work[:half], refused, loops, exact=exact)
+    return first + _carry_out(model, arguments, work[half:], refused, loops, exact=exact)
 
 
 class _Disagrees(Exception):
@@ -415,11 +419,12 @@ def _attempt(
     arguments: tuple[Any, ...],
     work: Sequence[_Choice],
     before: list[Tensor],
+    loops: bool,
     exact: bool | None,
 ) -> list[GroupRemoval]:
     with undoable(model):
         done = []
-        dependencies = _dependencies(model, arguments)
+        dependencies = None if loops else _dependencies(model, arguments)
         for layer, added in (item for c in work for item in (c.biases or {}).items()):
             _shift_bias(model.get_submodule(layer), added)
         for choice in work:
@@ -429,6 +434,11 @@ def _attempt(
             done.append(GroupRemoval(channels, choice.group.size, removed, choice.padding, by))
         _compare(model, arguments, before, exact)
     return done
+
+
+def _loops(graph: SpikingGraph) -> bool:
+    """Whether a layer is called more than once: torch-pruning's index lists grow with each call."""
+    return any(record.calls > 1 for record in graph.layers.values())
 
 
 def _dependencies(model: nn.Module, arguments: tuple[Any, ...]) -> Dependencies | None:
