@@ -441,7 +441,7 @@ def test_arguments_out_of_range_are_refused(options: dict, says: str) -> None:
 
 WHOLE = [
     *(f"spikingjelly/{n}/m" for n in ("sew_resnet18", "spikformer", "qkformer")),
-    *("snntorch/conv", "norse/loop", "hand/module", "hand/functional"),
+    *("snntorch/conv", "norse/loop", "hand/module"),
 ]
 
 

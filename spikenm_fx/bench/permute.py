@@ -62,9 +62,8 @@ def _random_matrices(patterns: list[str], seeds: int) -> list[dict[str, Any]]:
                 }
             )
             print(
-                "{nm} {search}: {efficacy:.1%} (least {least:.1%}), {seconds:.3f} s".format(
-                    **rows[-1]
-                )
+                f"{pattern} {rows[-1]['search']}: {statistics.mean(found):.1%} (least "
+                f"{min(found):.1%}), {statistics.median(seconds):.3f} s"
             )
     return rows
 
@@ -83,16 +82,16 @@ def _model(name: str, pattern: str) -> dict[str, Any]:
     }
     print(
         "{model} {nm}: {kept_before:.2%} -> {kept_after:.2%} kept, {groups_moved} of {groups} "
-        "groups, {channels_moved:.1%} of the channels moved, {channels_free:.1%} free, outputs "
-        "differ by {difference:.1e}, {seconds:.2f} s of processor time".format(**row)
+        "groups, {channels_moved:.1%} of the inner channels moved, {channels_free:.1%} free, "
+        "outputs differ by {difference:.1e}, {seconds:.2f} s of processor time".format(**row)
     )
     return row
 
 
 def _shares(found: Permutation) -> dict[str, Any]:
     weight = sum(entry.total for entry in found.groups)
-    channels = sum(entry.group.size for entry in found.groups)
     inside = [e for e in found.groups if "output of the model" not in e.reason]
+    channels = sum(entry.group.size for entry in inside)
     return {
         "groups": len(found.groups),
         "groups_moved": len(found.moved),

@@ -9,7 +9,6 @@ follows from that is found on the way (interval bound propagation, Gowal et al.,
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -160,10 +159,8 @@ class _Run:
         """An operation in which nothing falls when an input rises: on both bounds."""
         ends: list[Any] = []
         for side in ("low", "high"):
-            end = operator.attrgetter(side)
-            args, kwargs = fx.node.map_arg(
-                (node.args, node.kwargs), lambda n, end=end: end(self.values[n])
-            )
+            ends_of = {n: getattr(self.values[n], side) for n in node.all_input_nodes}
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), ends_of.__getitem__)
             target: Any = node.target
             call = getattr(args[0], target) if node.op == "call_method" else target
             ends.append(call(*(args[1:] if node.op == "call_method" else args), **kwargs))
@@ -218,7 +215,7 @@ def _between_zero_and_one(shape: tuple[int, ...]) -> Interval:
 
 def _weighted(module: nn.Module, x: Interval) -> Interval | None:
     """A layer: positive weights on one bound, negative ones on the other."""
-    weight: Tensor = module.weight.detach().double()
+    (weight,) = (p.detach().double() for k, p in module.named_parameters() if k == "weight")
     bias = getattr(module, "bias", None)
     shift = None if bias is None else bias.detach().double()
     plus, minus = weight.clamp_min(0), weight.clamp_max(0)
