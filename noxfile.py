@@ -62,6 +62,7 @@ def sanitize(session: nox.Session) -> None:
         "tests/test_pack_kernels.py",
         "tests/test_pack_counts.py",
         "tests/test_native_sampler.py",
+        "tests/test_permute_search.py",
     ]
     # A sanitizer ends the process: what pytest captures of its last words would be lost.
     visible = ("pytest", "-q", "--capture=sys")

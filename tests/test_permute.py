@@ -203,6 +203,15 @@ def test_scores_that_fit_nothing_are_refused(score: object, says: str) -> None:
     assert unchanged(model, before)
 
 
+def test_weights_that_are_not_finite_are_refused() -> None:
+    """By name and shape."""
+    model = small()
+    with torch.no_grad():
+        model[2].weight[0, 0] = float("nan")
+    with pytest.raises(PlanError, match=r"2 \(16, 16\) holds NaN"):
+        permute(model, X)
+
+
 def test_learnt_credits_come_from_a_trained_sparse_model() -> None:
     """They fit the dense model that was sparsified; without training there are none."""
     dense = small().train()

@@ -43,6 +43,12 @@ def weight_scores(
         )
     weights = {layer.name: layer.find(model) for layer in layers}
     found = {n: w.detach().abs().float().cpu() for n, w in weights.items() if w is not None}
+    for name, values in found.items():
+        if not bool(torch.isfinite(values).all()):
+            raise PlanError(
+                f"{name} {tuple(values.shape)} holds NaN or infinity: no order of its channels is "
+                "better than another; load or initialise finite weights first"
+            )
     if not isinstance(score, str):
         return found | _checked(score, found)
     if score == "rate":
