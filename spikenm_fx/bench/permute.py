@@ -25,7 +25,7 @@ MODELS = (
     *(f"spikingjelly/{n}/m" for n in ("spiking_resnet18", "sew_resnet18", "sew_resnet50")),
     *(f"spikingjelly/{n}/m" for n in ("ms_resnet18", "spiking_vgg11_bn", "spikformer")),
     *("spikingjelly/sdt/m", "spikingjelly/qkformer/m", "snntorch/conv", "snntorch/rleaky"),
-    *("norse/sequential", "sinabs/from_model", "sinabs/recurrent"),
+    *("norse/loop", "sinabs/from_model", "sinabs/recurrent"),
 )
 
 
@@ -89,7 +89,7 @@ def _model(name: str, pattern: str) -> dict[str, Any]:
 
 
 def _shares(found: Permutation) -> dict[str, Any]:
-    weight = sum(entry.total for entry in found.groups)
+    weight = sum(entry.total for entry in found.groups) or 1.0  # no N:M weight reads any
     inside = [e for e in found.groups if "output of the model" not in e.reason]
     channels = sum(entry.group.size for entry in inside)
     return {
