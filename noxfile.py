@@ -19,6 +19,7 @@ KERNEL_TESTS = (
     "tests/test_pack_kernels.py",
     "tests/test_pack_counts.py",
     "tests/test_native_sampler.py",
+    "tests/test_permute_search.py",
 )
 WHEEL_TESTS = ("tests/test_pack_kernels.py", "tests/test_native_sampler.py")  # no framework needed
 PROJECT = nox.project.load_toml("pyproject.toml")

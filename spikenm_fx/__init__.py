@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from spikenm_fx._lazy import attach
 
 if TYPE_CHECKING:
+    from spikenm_fx.channels import permute, remove_channels, remove_dead_channels
     from spikenm_fx.doctor import doctor
     from spikenm_fx.errors import SpikeNMError
     from spikenm_fx.fold import dense_state_dict, fold
@@ -40,11 +41,12 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "NM", "Plan", "Report", "Rule", "SpikeNMError", "SpikingGraph", "Verification", "__version__",
     "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe", "native_status",
-    "pack", "packing", "param_groups", "plan", "progress", "report", "save_packed", "sparsify",
-    "step", "trace", "verify",
+    "pack", "packing", "param_groups", "permute", "plan", "progress", "remove_channels",
+    "remove_dead_channels", "report", "save_packed", "sparsify", "step", "trace", "verify",
 ]  # fmt: skip
 
 _HOMES = {
+    "channels": "permute remove_channels remove_dead_channels",
     "doctor": "doctor",
     "errors": "SpikeNMError",
     "fold": "dense_state_dict fold",

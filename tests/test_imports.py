@@ -23,6 +23,7 @@ LAYERS = (
     "state surgery native",
     "trace",
     "plan",
+    "channels",
     "masks",
     "fold verify checkpoint pack permute export",
     "report",

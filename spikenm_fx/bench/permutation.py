@@ -15,7 +15,7 @@ from spikenm_fx.bench.zoo import Case
 from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups
 from spikenm_fx.trace.channels.groups import permute_members
 
-__all__ = ["count_groups", "other_order"]
+__all__ = ["count_groups", "in_double", "other_order", "outputs_of", "staying"]
 
 PATIENCE = 900.0
 """Seconds for one model's negative controls, one forward each; what is left is counted."""
@@ -30,13 +30,13 @@ def count_groups(case: Case, graph: SpikingGraph) -> dict[str, int]:
     """
     groups = coupled_groups(graph)
     free = [group for group in groups if not group.frozen]
-    with _double(case) as (exactly, precise):
-        wrong = _wrong(case.model, free, _staying(exactly, precise))
+    with in_double(case) as (exactly, precise):
+        wrong = _wrong(case.model, free, staying(exactly, precise))
         deadline = time.monotonic() + PATIENCE
-        quiet, unasked = _quiet(case.model, free, _staying(exactly, precise), deadline)
+        quiet, unasked = _quiet(case.model, free, staying(exactly, precise), deadline)
         if quiet:
             with _brighter(case.model):
-                quiet, late = _quiet(case.model, quiet, _staying(exactly, precise), deadline)
+                quiet, late = _quiet(case.model, quiet, staying(exactly, precise), deadline)
                 unasked += late
     return {
         **{"exact": len(free) - len(wrong), "wrong": len(wrong)},
@@ -44,12 +44,12 @@ def count_groups(case: Case, graph: SpikingGraph) -> dict[str, int]:
     }
 
 
-def _staying(case: Case, precise: bool) -> Callable[[], bool]:
+def staying(case: Case, precise: bool) -> Callable[[], bool]:
     """Asks whether the outputs are still what they are now."""
-    before = _outputs(case)
+    before = outputs_of(case)
     scale = max((float(t.abs().max()) for t in before), default=0.0) or 1.0
     tolerance = 1e-8 if precise else 1e-4 * scale
-    return lambda: _difference(before, _outputs(case)) <= tolerance
+    return lambda: _difference(before, outputs_of(case)) <= tolerance
 
 
 def _quiet(
@@ -125,15 +125,15 @@ def other_order(size: int) -> Tensor:
 
 
 @contextmanager
-def _double(case: Case) -> Iterator[tuple[Case, bool]]:
-    """The same case in float64, and whether that works."""
+def in_double(case: Case) -> Iterator[tuple[Case, bool]]:
+    """The same case in float64, and whether that works; else in float32 on a coarse grid."""
     before = torch.get_default_dtype()
     inputs = tuple(x.double() if x.is_floating_point() else x for x in case.inputs)
     double = Case(case.model, inputs, case.reset)
     try:
         torch.set_default_dtype(torch.float64)
         case.model.double()
-        _outputs(double)
+        outputs_of(double)
     except RuntimeError:  # the framework makes float32 tensors of its own
         torch.set_default_dtype(before)
         case.model.float()
@@ -164,7 +164,8 @@ def _coarse(model: nn.Module) -> Iterator[None]:
                 parameter.copy_(old)
 
 
-def _outputs(case: Case) -> list[Tensor]:
+def outputs_of(case: Case) -> list[Tensor]:
+    """What the model returns from rest, its tensors in order."""
     case.reset(case.model)
     with torch.no_grad():
         outputs = [t for t in tree_flatten(case.run())[0] if isinstance(t, Tensor)]

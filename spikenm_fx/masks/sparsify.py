@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.channels import permute as permute_channels
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
@@ -43,6 +44,7 @@ def sparsify(
     total_steps: int | None = None,
     schedule: Schedule | None = None,
     seed: int = 0,
+    permute: bool = False,
 ) -> ModelT:
     """Make ``model`` N:M sparse, in place, and let it learn which weights to keep.
 
@@ -76,6 +78,9 @@ def sparsify(
         total_steps: optimizer steps of the whole run, if known.
         schedule: instead of ``total_steps``, for full control.
         seed: of the sampling noise; torch's own generators are not touched.
+        permute: first put coupled channels in the order in which N:M keeps most, see
+            :func:`spikenm_fx.channels.permute`; needs ``example_inputs``.  For methods that prune
+            at once, as ``"magnitude"``; learnt masks find their own way.
 
     Returns:
         ``model`` itself.
@@ -97,6 +102,8 @@ def sparsify(
     chosen = method_named(method)
     decided = _decide(model, nm, example_inputs, ordered_rules(rules), remainder)
     _refuse_unusable(model, decided)
+    if permute:
+        _reorder(model, decided, example_inputs, seed)
     run = Run(seed)
     run.root = model
     eid = getattr(chosen, "eid", None)
@@ -168,6 +175,15 @@ def _decide(
                 f"{shape or 'missing'} here; make it anew with plan(model, ...)"
             )
     return nm
+
+
+def _reorder(model: nn.Module, decided: Plan, example_inputs: Any, seed: int) -> None:
+    if example_inputs is None:
+        raise PlanError(
+            "permute=True needs example_inputs, which show which channels go together: "
+            "sparsify(model, nm, example_inputs=x, permute=True)"
+        )
+    permute_channels(model, example_inputs, decided, seed=seed)
 
 
 def _refuse_unusable(model: nn.Module, decided: Plan) -> None:

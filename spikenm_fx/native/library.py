@@ -28,6 +28,9 @@ __all__ = [
     "Kernels",
     "NativeStatus",
     "Neuron",
+    "Permutation",
+    "Progress",
+    "Scores",
     "available_kernels",
     "kernels",
     "load_library",
@@ -39,12 +42,12 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 """Kernels of packed layers, in the order of their table."""
 
 LEVELS = ("baseline", "v3", "v4", "amx")
-ABI_VERSION = 5
+ABI_VERSION = 6
 
 _log = logging.getLogger("spikenm_fx.native")
 
 _i64, _i32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p
-_u32, _f32 = ctypes.c_uint32, ctypes.c_float
+_u32, _f32, _f64 = ctypes.c_uint32, ctypes.c_float, ctypes.c_double
 
 
 class Geometry(ctypes.Structure):
@@ -112,10 +115,40 @@ class Draws(ctypes.Structure):
     ]
 
 
+Progress = ctypes.CFUNCTYPE(_i32, _f64)
+"""Told the share that is done; what is not 0 stops the search."""
+
+
+class Scores(ctypes.Structure):
+    """``snm_scores`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        ("scores", _ptr),
+        *((n, _i64) for n in ("stride", "columns", "fixed", "keep", "of")),
+    ]
+
+
+class Permutation(ctypes.Structure):
+    """``snm_permutation`` of ``csrc/abi.h``."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(Scores)),
+        ("n_parts", _i64),
+        ("channels", _i64),
+        ("order", _ptr),
+        ("proposals", _i64),
+        ("tries", _i64),
+        *((n, _f64) for n in ("hot", "cold", "seconds")),
+        ("seed", ctypes.c_uint64),
+        ("progress", Progress),
+    ]
+
+
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
 _draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
 _items = ctypes.CFUNCTYPE(_i64, ctypes.POINTER(Draws))
 _checksum = ctypes.CFUNCTYPE(ctypes.c_uint64, _ptr, _i64)
+_permute = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Permutation))
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
 _planes_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _i64, _ptr, _i64)
 _rows_from = ctypes.CFUNCTYPE(None, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -141,6 +174,7 @@ class Kernels(ctypes.Structure):
         ("draws", _draws),
         ("items", _items),
         ("checksum", _checksum),
+        ("permute", _permute),
     ]
 
 
@@ -149,6 +183,8 @@ MIRRORS: dict[str, type[ctypes.Structure]] = {
     "snm_neuron": Neuron,
     "snm_call": Call,
     "snm_draws": Draws,
+    "snm_scores": Scores,
+    "snm_permutation": Permutation,
     "snm_kernels": Kernels,
 }
 """The mirror of each structure of ``csrc/abi.h``, by its C name."""

@@ -87,6 +87,29 @@ typedef struct {
   float look, keep_momentum;  // weights of the momentum in the step, and in the next momentum
 } snm_draws;
 
+// Scores of the columns that one weight reads, a row for each output channel and kernel position.
+typedef struct {
+  const float *scores;  // [columns][stride], not negative, 0 in the rows that only pad
+  int64_t stride;       // rows, rounded up to 16
+  int64_t columns;      // all; channels [fixed, fixed + channels) of them move
+  int64_t fixed;
+  int64_t keep, of;  // 1 <= keep < of <= 64
+} snm_scores;
+
+// The order of channels that keeps most in all parts together, by swaps of two.
+typedef struct {
+  const snm_scores *parts;
+  int64_t n_parts;
+  int64_t channels;
+  int64_t *order;     // [channels]: where to start; the result
+  int64_t proposals;  // swaps tried by annealing
+  int64_t tries;      // and then, at most, by descent
+  double hot, cold;   // first and last temperature, in mean gains of a random swap
+  double seconds;     // after which it stops where it is
+  uint64_t seed;
+  int32_t (*progress)(double share);  // null, or asked now and then; not 0 stops
+} snm_permutation;
+
 // All return 0, or a negative number if the call cannot be served (the caller falls back).
 typedef struct {
   const char *name;
@@ -109,6 +132,7 @@ typedef struct {
   int32_t (*draws)(const snm_draws *);
   int64_t (*items)(const snm_draws *);  // how many sums a call writes
   uint64_t (*checksum)(const void *memory, int64_t bytes);
+  int32_t (*permute)(const snm_permutation *);
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.

@@ -51,6 +51,18 @@ const Row rows[] = {
     FIELD(snm_draws, strength), FIELD(snm_draws, inverse_temperature), FIELD(snm_draws, look),
     FIELD(snm_draws, keep_momentum),
 
+    WHOLE(snm_scores),
+    FIELD(snm_scores, scores), FIELD(snm_scores, stride), FIELD(snm_scores, columns),
+    FIELD(snm_scores, fixed), FIELD(snm_scores, keep), FIELD(snm_scores, of),
+
+    WHOLE(snm_permutation),
+    FIELD(snm_permutation, parts), FIELD(snm_permutation, n_parts),
+    FIELD(snm_permutation, channels), FIELD(snm_permutation, order),
+    FIELD(snm_permutation, proposals), FIELD(snm_permutation, tries),
+    FIELD(snm_permutation, hot), FIELD(snm_permutation, cold),
+    FIELD(snm_permutation, seconds), FIELD(snm_permutation, seed),
+    FIELD(snm_permutation, progress),
+
     WHOLE(snm_kernels),
     FIELD(snm_kernels, name),
     FIELD(snm_kernels, lut), FIELD(snm_kernels, fma),
@@ -59,6 +71,7 @@ const Row rows[] = {
     FIELD(snm_kernels, pack_rows), FIELD(snm_kernels, pack_planes),
     FIELD(snm_kernels, unpack_rows), FIELD(snm_kernels, unpack_planes),
     FIELD(snm_kernels, draws), FIELD(snm_kernels, items), FIELD(snm_kernels, checksum),
+    FIELD(snm_kernels, permute),
 };
 
 }  // namespace

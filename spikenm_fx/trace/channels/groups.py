@@ -54,11 +54,14 @@ class CoupledGroup:
         size: number of channels.
         members: every place that holds them.
         frozen: why they must not be touched; empty where permuting all members changes no output.
+        mixed: where they meet each other outside of the consumers (a mean, a LayerNorm, a product),
+            so that one of them cannot be left out without changing what is computed.
     """
 
     size: int
     members: tuple[Member, ...]
     frozen: tuple[str, ...] = ()
+    mixed: tuple[str, ...] = ()
 
     @property
     def producers(self) -> tuple[Member, ...]:
@@ -91,8 +94,9 @@ def _collect(spaces: Spaces, attachments: Iterable[Attachment]) -> tuple[Coupled
         for space, size, member in _members(spaces, attachment):
             members.setdefault(space, {})[member] = None
             sizes[space] = size
+    mixed = spaces.mixed()
     return tuple(
-        CoupledGroup(sizes[space], tuple(found), spaces.reasons(space))
+        CoupledGroup(sizes[space], tuple(found), spaces.reasons(space), mixed.get(space, ()))
         for space, found in members.items()
         if any(m.role == "producer" for m in found)
     )

@@ -36,7 +36,15 @@ def elementwise(reader: ChannelReader, node: fx.Node, operands: list[fx.Node]) -
     )
 
 
-@rule_where(lambda name: name in ELEMENTWISE or name in ("surrogate", "softmax", "log_softmax"))
+@rule("softmax", "log_softmax")
+def normalised(reader: ChannelReader, node: fx.Node) -> Layout:
+    """One axis is normalised over; which one is not asked."""
+    for dim in reader.source(node):
+        reader.spaces.mix(dim, f"{node.name}: normalises over one of these axes")
+    return elementwise(reader, node, node.all_input_nodes)
+
+
+@rule_where(lambda name: name in ELEMENTWISE or name == "surrogate")
 def elementwise_all(reader: ChannelReader, node: fx.Node) -> Layout:
     """Whatever treats all channels alike, with all its inputs."""
     return elementwise(reader, node, node.all_input_nodes)
@@ -127,8 +135,12 @@ def reduced(reader: ChannelReader, node: fx.Node) -> Layout:
     layout, shape = reader.source(node), shape_of(node)
     dims: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     if dims is None or not shape:
+        for dim in layout:
+            reader.spaces.mix(dim, f"{node.name}: reduces over these channels")
         return plain(shape)
     gone = {int(d) % len(layout) for d in (dims if isinstance(dims, tuple) else (dims,))}
+    for axis in gone:
+        reader.spaces.mix(layout[axis], f"{node.name}: reduces over these channels")
     if len(shape) == len(layout):
         return tuple(plain((1,))[0] if i in gone else d for i, d in enumerate(layout))
     return tuple(d for i, d in enumerate(layout) if i not in gone)

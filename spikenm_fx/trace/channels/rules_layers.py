@@ -142,6 +142,8 @@ def norm_layout(reader: ChannelReader, node: fx.Node, module: Any) -> Layout:
     layout, shape = reader.source(node), shape_of(node)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         first = len(layout) - len(module.normalized_shape)
+        for dim in layout[first:]:
+            reader.spaces.mix(dim, f"{node.name}: normalises over these channels")
         pair: tuple[Any, ...] = (module.weight, getattr(module, "bias", None))
         for tensor in pair:
             for axis in range(len(module.normalized_shape)) if tensor is not None else ():
@@ -154,6 +156,7 @@ def norm_layout(reader: ChannelReader, node: fx.Node, module: Any) -> Layout:
         axis = fitting[0]
     if isinstance(module, nn.GroupNorm):
         inside = features // module.num_groups
+        reader.spaces.mix(layout[axis], f"{node.name}: normalises over these channels")
         reader.spaces.reshape((layout[axis],), (module.num_groups, inside), node.name)
     tensors = (*nn.Module.parameters(module), *nn.Module.buffers(module))
     for tensor in tensors:
@@ -335,7 +338,7 @@ def matmul(reader: ChannelReader, node: fx.Node) -> Layout:
     a, b = reader.layouts[first], reader.layouts[second]
     if len(a) < 2 or len(b) < 2:
         raise NotUnderstood("a product with a vector")
-    reader.spaces.unite(a[-1], b[-2], node.name)
+    reader.spaces.mix(reader.spaces.unite(a[-1], b[-2], node.name), f"{node.name}: sums over them")
     batch = list(a[:-2] if len(a) >= len(b) else b[:-2])
     shorter = b[:-2] if len(a) >= len(b) else a[:-2]
     for i, dim in enumerate(shorter):

@@ -46,6 +46,7 @@ class Spaces:
         self._size: list[int] = []
         self._factors: dict[int, tuple[int, ...]] = {}
         self._frozen: dict[int, list[str]] = {}
+        self._mixed: list[tuple[Dim, str]] = []
 
     def new(self, size: int) -> int:
         """A space of ``size`` channels."""
@@ -168,6 +169,18 @@ class Spaces:
     def reasons(self, space: int) -> tuple[str, ...]:
         """Why a space is frozen; empty if it is not."""
         return tuple(self._frozen.get(self.find(space), ()))
+
+    def mix(self, dim: Dim, reason: str) -> None:
+        """The channels of this axis meet each other: their order is free, their number is not."""
+        self._mixed.append((dim, reason))
+
+    def mixed(self) -> dict[int, tuple[str, ...]]:
+        """By space, where its channels meet each other."""
+        found: dict[int, dict[str, None]] = {}
+        for dim, reason in self._mixed:
+            for space in self.labelled(dim):
+                found.setdefault(space, {})[reason] = None
+        return {space: tuple(reasons) for space, reasons in found.items()}
 
     def reshape(self, layout: Layout, shape: tuple[int, ...], where: str) -> Layout:
         """The layout after a reshape: axes are merged, or split at factor boundaries."""
