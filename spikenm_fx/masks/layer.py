@@ -258,7 +258,8 @@ class MaskedWeight:
 
     def warn_of_fade(self, what: str) -> None:
         """Say that what is ``what`` now is another network than the one that trains."""
-        if self.undrawn > 0 and not self.run.averaged and not is_reading():
+        quiet = self.run.quiet or is_reading() or self.run.averaged
+        if self.undrawn > 0 and not quiet:
             end = next(
                 step
                 for step in range(self.run.step, (self.schedule.total_steps or 0) + 1)

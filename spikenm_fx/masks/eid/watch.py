@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # graphs break where credits are measured
 from torch.utils._pytree import tree_leaves
 
 from spikenm_fx.errors import SpikeNMWarning, TraceError
@@ -73,7 +74,7 @@ class Watch:
         inside = {id(child) for child in nn.Module.modules(module)}
         if not any(id(source.layer) in inside for source in waiting):
             return
-        self._connecting = True  # the trace calls layers and neurons as well
+        self._connecting = self.run.quiet = True  # the trace calls layers and neurons as well
         try:
             graph = trace(module, args, example_kwargs=kwargs)
         except TraceError as error:
@@ -86,7 +87,7 @@ class Watch:
             )
             return
         finally:
-            self._connecting = False
+            self._connecting = self.run.quiet = False
         self.wire(module, graph)
 
     def postpone(self) -> None:
@@ -118,6 +119,16 @@ class Watch:
                 self.notes[source.name] = f"{what} behind it: no EID"
             for post in modules:
                 source.posts.append(self._watched(post, module.get_submodule(post)))
+            if modules:
+                self.see(source)
+
+    def first_look(self, source: Source) -> None:
+        """Notice a layer that is called without any module around it."""
+        source.layer.register_forward_pre_hook(_FirstHook(self, source))
+
+    def see(self, source: Source) -> None:
+        """Look at what goes in and out of a layer."""
+        source.layer.register_forward_hook(_LayerHook(self, source))
 
     def _watched(self, name: str, module: nn.Module) -> Neuron:
         known = next((n for n in self.neurons.values() if n.module is module), None)
@@ -176,7 +187,8 @@ class Watch:
             )
 
     def _blind(self) -> bool:
-        return self._step != self.run.step and any(not s.frozen for s in self.sources)
+        watched = [s for s in self.sources if not s.frozen and (s.posts or not self.needs_neuron)]
+        return self._step != self.run.step and bool(watched)
 
     def missed(self, source: Source) -> None:
         """A layer is called by itself: no call of a module shows what it drives.  Say so once."""
@@ -268,8 +280,8 @@ class Observed:
         self.watch = watch
         self.sources = [Source(name, layer) for name, layer in layers]
         watch.sources += self.sources
-        for source in self.sources:
-            source.layer.register_forward_hook(_LayerHook(watch, source))
+        for source in self.sources if not watch.needs_neuron else ():
+            watch.see(source)
 
     def close(self, step: int) -> None:
         """A backward pass has reached the weight: no further forward of the step is kept."""
@@ -359,8 +371,7 @@ class _LayerHook:
     source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            _after_layer(self, module, args, output)
+        _after_layer(self, module, args, output)
 
 
 @dataclass(slots=True, eq=False)
@@ -369,8 +380,16 @@ class _NeuronHook:
     neuron: Neuron
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            _before_neuron(self, module, args, kwargs)
+        _before_neuron(self, module, args, kwargs)
+
+
+@dataclass(slots=True, eq=False)
+class _FirstHook:
+    watch: Watch
+    source: Source
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _before_layer(self, module)
 
 
 @dataclass(slots=True, eq=False)
@@ -381,8 +400,7 @@ class CallHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the forward of a module that contains watched layers."""
-        if not torch.compiler.is_compiling():
-            _before_call(self, module, args, kwargs)
+        _before_call(self, module, args, kwargs)
 
 
 def _outside_of_checkpoints() -> Any:
@@ -399,13 +417,19 @@ def _graph_can_be_asked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+@_disable_dynamo
 def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
-        if not hook.source.connected:
-            hook.watch.missed(hook.source)
         hook.watch.saw_layer(hook.source, args[0], output)
 
 
+@_disable_dynamo
+def _before_layer(hook: _FirstHook, module: nn.Module) -> None:
+    if not hook.source.connected and hook.watch.recording(module, hook.source):
+        hook.watch.missed(hook.source)
+
+
+@_disable_dynamo
 def _before_neuron(
     hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -415,6 +439,7 @@ def _before_neuron(
             hook.watch.saw_neuron(hook.neuron, args, kwargs, askable)
 
 
+@_disable_dynamo
 def _before_call(
     hook: CallHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -433,12 +458,23 @@ def _before_call(
 def watch_calls(model: nn.Module, watch: Watch) -> None:
     """Hook every module that contains a watched layer: the loop may call any of them first.
 
+    Not where all modules without children are torch's own, among which there is no neuron.
+
     Args:
         model: the sparsified model.
         watch: of it.
     """
+    modules = list(nn.Module.modules(model))
     layers = {id(source.layer) for source in watch.sources}
-    for module in nn.Module.modules(model):
+    leaves = [m for m in modules if not m._modules and id(m) not in layers]
+    if all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+        for source in watch.sources:
+            source.connected = True
+            watch.notes[source.name] = "no neuron behind it: no EID"
+        return
+    for source in watch.sources:
+        watch.first_look(source)
+    for module in modules:
         inside = (id(child) for child in nn.Module.modules(module) if child is not module)
         if any(child in layers for child in inside):
             module.register_forward_pre_hook(CallHook(watch), with_kwargs=True)
@@ -451,7 +487,7 @@ def remove_hooks(model: nn.Module) -> None:
             ours = [
                 key
                 for key, hook in hooks.items()
-                if isinstance(hook, _LayerHook | _NeuronHook | CallHook)
+                if isinstance(hook, _LayerHook | _NeuronHook | _FirstHook | CallHook)
             ]
             for key in ours:
                 del hooks[key]
