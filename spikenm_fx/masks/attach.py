@@ -191,7 +191,8 @@ def plain_class(layer: MaskedLayer) -> type[nn.Module]:
 
 @functools.cache
 def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
-    properties: dict[str, Any] = {"_plain_class": plain}
+    # the module tells torch.fx whether a layer is a leaf, which ours is where the plain one is
+    properties: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__}
     if hasattr(plain, _ROCKPOOL_LIST):
         properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
     for key in keys:

@@ -152,6 +152,8 @@ def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = No
     for mask in fresh:
         if mask.guide is not None and not mask.frozen:
             mask.guide.refresh(run.step)
+    if fresh and run.watch is not None:
+        run.watch.warn_if_blind()
     _prepare(fresh, run.step, optimizer, learning=True)
     if not _active_inner():  # a closure's further evaluations, whose gradients are new ones
         again = [mask for mask in ready if id(mask) in run.prepared]
@@ -189,6 +191,7 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
         run.stepped.clear()
         run.step += 1
         run.advances += 1
+        _warn_past_the_end(run)
         draw_masks(run.weights, run.step)
     else:
         draw_masks(stepped, run.step)
@@ -200,6 +203,18 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
     run.stepped_since()
     if run.watch is not None:
         run.watch.forget()
+
+
+def _warn_past_the_end(run: Run) -> None:
+    totals = {m.schedule.total_steps for m in run.weights if m.schedule.total_steps is not None}
+    total = max(totals, default=None)
+    if total is not None and run.step == total + 1:
+        run.warn(
+            "end",
+            f"training goes on past total_steps={total}, for which the masks were sparsified: they "
+            "have been frozen since and stay so. total_steps counts optimizer steps of the whole "
+            "run, not epochs: epochs * len(loader), over accumulated batches once",
+        )
 
 
 def _new_gradients(run: Run) -> bool:

@@ -242,7 +242,11 @@ class PackedLayer(nn.Module):
         if bits is not None:
             shape = self.shape_of(x.shape)
             layout = rows_layout(shape, x.shape)
-            out = torch.empty_strided(*layout) if rows else torch.empty(layout[0])
+            plain = {"dtype": torch.float32, "device": "cpu"}
+            if rows:
+                out = torch.empty_strided(*layout, **plain)
+            else:
+                out = torch.empty(layout[0], **plain)
             self.call(bits, shape, out=out, channels_first=not rows)
             return out
         y = None
