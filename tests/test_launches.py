@@ -87,7 +87,7 @@ def _totals(counted: Any) -> list[int]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     case, kind = sys.argv[1:]
-    print(json.dumps(_child(*CASES[case], neurons=kind == "neurons")))
+    sys.stdout.write(json.dumps(_child(*CASES[case], neurons=kind == "neurons")))
 
 
 # -- in the tests ---------------------------------------------------------------------------------
@@ -159,9 +159,7 @@ def test_evaluation_only_applies_the_masks(
 
 
 @pytest.mark.parametrize(("case", "kind"), BOTH)
-def test_nothing_waits_for_the_device(
-    counted: Callable[..., Any], case: str, kind: str
-) -> None:
+def test_nothing_waits_for_the_device(counted: Callable[..., Any], case: str, kind: str) -> None:
     """No host sync in passes, steps and evaluation, refreshes of the credits included."""
     found = counted(case, kind)
     sparse = found["sparse"]

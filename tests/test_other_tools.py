@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -141,4 +142,4 @@ def test_layers_shared_by_two_models() -> None:
         model(x).square().mean().backward()
         optimizer.step()
         seen.append(masks(first)["0.layer"])
-    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+    assert all(not torch.equal(a, b) for a, b in itertools.pairwise(seen))

@@ -94,7 +94,8 @@ def or_says_fold() -> Iterator[None]:
     try:
         yield
     except SpikeNMError as error:
-        assert "fold" in str(error), error
+        if "fold" not in str(error):
+            raise
 
 
 # -- torch.func -----------------------------------------------------------------------------------
@@ -117,7 +118,7 @@ def test_per_sample_gradients(training: bool) -> None:
 
 @MODES
 def test_jacobians(training: bool) -> None:
-    """jacrev in the inputs and in the parameters, and per-sample by vmap over it."""
+    """Jacrev in the inputs and in the parameters, and per-sample by vmap over it."""
     model, plain = pair(training=training)
     x = batches(1, size=2)[0]
     torch.testing.assert_close(torch.func.jacrev(model)(x), torch.func.jacrev(plain)(x))
@@ -173,9 +174,8 @@ def test_forward_mode(training: bool) -> None:
 
     try:
         found = along(model)
-    except Exception as error:
-        # torch itself says that a custom function has no forward mode: loud enough
-        assert isinstance(error, SpikeNMError | RuntimeError | NotImplementedError)
+    except (SpikeNMError, RuntimeError, NotImplementedError):
+        pass  # torch itself says that a custom function has no forward mode: loud enough
     else:
         torch.testing.assert_close(found, along(plain))
 

@@ -15,6 +15,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -29,7 +31,16 @@ from spikenm_fx.bench.networks import LIF, OverTime, direct_code
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
-__all__ = ["Launches", "answer", "deep", "fully_connected", "launches", "living", "serve", "stepper"]
+__all__ = [
+    "Launches",
+    "answer",
+    "deep",
+    "fully_connected",
+    "launches",
+    "living",
+    "serve",
+    "stepper",
+]
 
 DEPTH = 54
 _LENGTH = 10**6  # of the run: nothing freezes while it is measured
@@ -55,7 +66,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
@@ -75,7 +86,8 @@ class Launches(TorchDispatchMode):
 
 def launches(run: Callable[[], object]) -> Launches:
     """What ``run()`` starts and waits for."""
-    with Launches() as counted:
+    counted = Launches()
+    with counted:
         run()
     return counted
 
@@ -92,11 +104,7 @@ def living() -> dict[int, int]:
 def fully_connected(width: int, inputs: int = 784, classes: int = 10) -> nn.Module:
     """784-width-width-width-10 with LIF neurons over ``[T, B, 784]``."""
     sizes = [inputs, width, width, width]
-    hidden = [
-        layer
-        for a, b in zip(sizes, sizes[1:], strict=False)
-        for layer in (OverTime(nn.Linear(a, b)), LIF())
-    ]
+    hidden = [layer for a, b in pairwise(sizes) for layer in (OverTime(nn.Linear(a, b)), LIF())]
     return nn.Sequential(*hidden, OverTime(nn.Linear(width, classes)))
 
 
@@ -227,7 +235,7 @@ def _count(method: str | None, nm: str) -> dict[str, Any]:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(inputs)
-            evaluation = launches(lambda model=model, inputs=inputs: model(inputs))
+            evaluation = launches(partial(model, inputs))
         found[name] = {
             kind: {"launches": sum(c.kernels.values()), "syncs": sum(c.syncs.values())}
             for kind, c in (("passes", both), ("step", last), ("evaluation", evaluation))
@@ -255,7 +263,7 @@ def _graphs(nm: str, steps: int) -> dict[str, Any]:
             graphs += 1
             return graph.forward
 
-        compiled = torch.compile(model, backend=backend)
+        compiled: Any = torch.compile(model, backend=backend)
         first = 0
         for number in range(steps):
             x = torch.rand(8, 16)
