@@ -508,7 +508,7 @@ def test_step_refuses_what_has_no_masks() -> None:
 
 def test_gradients_made_elsewhere() -> None:
     """Gradients that functional calls made and somebody put into ``.grad``: it is one step."""
-    model, plain = sparse(), sparse()
+    model, plain = (sparse(method=SpikeNM(eid=None)) for _ in range(2))
     optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in (model, plain)]
     for step, x in enumerate(batches(3)):
         lent = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}

@@ -8,6 +8,7 @@ surface alone, and networks that are here, so that it measures any checkout on `
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -95,10 +96,16 @@ def launches(run: Callable[[], object]) -> Launches:
 def living() -> dict[int, int]:
     """Bytes of every storage that a tensor known to the garbage collector holds, by address."""
     gc.collect()
-    kinds = (Tensor, nn.Parameter)  # and no fake or sparse tensors, which have no storage
+    usual = Tensor.__torch_dispatch__  # fake tensors have another, and no storage
+    kinds = {kind for kind in map(type, gc.get_objects()) if issubclass(kind, Tensor)}
+    kinds = {kind for kind in kinds if kind.__torch_dispatch__ is usual}
     found = [thing for thing in gc.get_objects() if type(thing) in kinds]
     storages = [t.untyped_storage() for t in found if t.layout is torch.strided]
-    return {s.data_ptr(): s.nbytes() for s in storages if s.device.type != "meta"}
+    alive: dict[int, int] = {}
+    for storage in storages:
+        with contextlib.suppress(RuntimeError):  # of a compiler's: it holds no memory
+            alive[storage.data_ptr()] = storage.nbytes()
+    return alive
 
 
 def fully_connected(width: int, inputs: int = 784, classes: int = 10) -> nn.Module:
