@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages, copies and swaps of parameters: evaluation uses the masks that what it holds implies."""
+"""Averages, copies, swaps of parameters: evaluation uses the masks that its tensors imply."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from loops import close, final_masks, heard, masks, same, sparse, step_of, train
 from strategies import ALL_LAYERS, batches, most_nonzero, network
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, get_swa_multi_avg_fn, update_bn
+from torch.optim.swa_utils import (
+    AveragedModel,
+    get_ema_multi_avg_fn,
+    get_swa_multi_avg_fn,
+    update_bn,
+)
 
 import spikenm_fx
 from spikenm_fx.masks.methods.spikenm import SpikeNM

@@ -21,9 +21,8 @@ from spikenm_fx.masks.noise import gumbel, noise_key
 from spikenm_fx.pattern import NM
 
 
-def draw(nm: NM, step: int = 1, *, kappa: float = 3.0, tau: float = 0.7, frozen: bool = False):
-    keys = noise_key(0, step, "layer"), noise_key(0, 0, "layer")
-    return Draw(nm, *keys, kappa=kappa, tau=tau, frozen=frozen, present=None)
+def draw(nm: NM, step: int = 1, *, kappa: float = 3.0, tau: float = 0.7):
+    return Draw(nm, kappa=kappa, tau=tau, key=noise_key(0, step, "layer"))
 
 
 @pytest.mark.parametrize("method", [SRSTE(decay=0.3), SpikeNM(decay=0.3, eid=None)])
@@ -38,6 +37,7 @@ def test_the_gradient_of_sr_ste(method) -> None:
     x = batches(1)[0]
     model(x).square().mean().backward()
     plain(x).square().mean().backward()
+    torch.optim.SGD(model.parameters(), lr=0.0).step()  # what it sees has the decay in it
     for index, weight in masked.items():
         dense = model[index].weight_dense.detach()
         expected = plain[index].weight.grad + 0.3 * dense * (weight == 0)
@@ -53,7 +53,11 @@ def test_sr_ste_follows_the_weights() -> None:
         start = model[2].weight.detach() != 0
         with torch.no_grad():
             model[2].weight_dense.copy_(model[2].weight_dense.flip(1))
-        now = model[2].weight.detach() != 0
+        in_evaluation = model.eval()[2].weight.detach() != 0
+        model.train()(batches(1)[0]).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()
+        now = model[2].weight.detach() != 0  # masks of training move with the steps
+        assert torch.equal(now, in_evaluation)
         blocks = model[2].weight_dense.detach().abs().view(-1, 4)
         largest = torch.zeros_like(blocks, dtype=torch.bool)
         largest.scatter_(1, blocks.argmax(1, keepdim=True), True)
@@ -116,10 +120,17 @@ def test_maskllm_prior() -> None:
 def test_random_masks_are_uniform_and_fixed() -> None:
     """Every position is kept equally often, and the same ones at every step."""
     nm, weight = NM(1, 4), torch.zeros(20_000, 4, 1)
-    masks = [RandomMask().train_mask(weight, None, draw(nm, step)) for step in (1, 2)]
+    masks = [RandomMask().final_mask(weight, None, draw(nm, 0)) for _ in range(2)]
     assert torch.equal(*masks)
     share = masks[0].float().mean((0, 2))
     torch.testing.assert_close(share, torch.full((4,), 0.25), atol=0.015, rtol=0)
+    model = spikenm_fx.sparsify(network(), "1:4", method=RandomMask())
+    seen = []
+    for x in batches(3):
+        seen.append(model[2].weight.detach() != 0)
+        model(x).square().mean().backward()
+        torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert all(torch.equal(seen[0], mask) for mask in seen)
 
 
 def test_magnitude_only_trains_what_it_keeps() -> None:

@@ -493,7 +493,7 @@ def logits_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sampling(logits: Tensor, weight: Tensor, present: Tensor, kappa: float) -> Tensor:
-    """p of the first step: softmax of kappa / spread times logits and prior, block by block."""
+    """P of the first step: softmax of kappa / spread times logits and prior, block by block."""
     spread = (logits - logits.mean(1, keepdim=True)).square().mean().sqrt()
     mean = (weight.abs() * present).sum(1, keepdim=True) / present.sum(1, keepdim=True)
     raised = logits + 3.0 * spread * weight.abs() / mean

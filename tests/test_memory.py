@@ -10,7 +10,6 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from spikenm_fx.bench.worker import living
 from loops import heard, sequences, sparse_spiking, spiking_net, train, train_step
 from strategies import ALL_LAYERS
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 import spikenm_fx
 from spikenm_fx import Rule
 from spikenm_fx.bench.nets.handwritten import StatefulLIF
+from spikenm_fx.bench.worker import living
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 

@@ -15,6 +15,7 @@ import spikenm_fx
 from spikenm_fx.errors import CheckpointError, PatternError
 from spikenm_fx.masks.methods import METHODS, kept
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.pattern import BlockView
 
 SPARSE = sorted(set(METHODS) - {"dense"})
 
@@ -38,7 +39,7 @@ def used(model) -> int:
 @pytest.mark.parametrize("method", [*sorted({*SPARSE} - {"spikenm"}), SpikeNM(fade=0.0)])
 def test_training_and_folding(method):
     """Trains with N:M weights throughout, folds bit-identically, and verifies."""
-    model = sparse(method, total_steps=6)
+    model = sparse(method, total_steps=8)
     before = model[2].weight_dense.detach().clone()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for x in batches(8):
@@ -46,7 +47,7 @@ def test_training_and_folding(method):
         assert used(model) == 2
         assert used(model.eval()) == 2
         model.train()
-    assert int(model[2].weight_nm[4]) == 8
+    assert spikenm_fx.progress(model).step == 8
     assert not torch.equal(before, model[2].weight_dense)
     x = batches(1)[0]
     scores = model.eval()(x)
@@ -61,16 +62,16 @@ def test_training_and_folding(method):
 def test_resuming_is_bit_exact(method, stop):
     """A run that was stopped and resumed from disk ends with the same bits."""
     data = batches(6)
-    whole = sparse(method, total_steps=5)
+    whole = sparse(method, total_steps=6)
     train(whole, torch.optim.Adam(whole.parameters(), lr=0.01), data)
-    first = sparse(method, total_steps=5)
+    first = sparse(method, total_steps=6)
     optimizer = torch.optim.Adam(first.parameters(), lr=0.01)
     train(first, optimizer, data[:stop])
     buffer = io.BytesIO()
     torch.save((first.state_dict(), optimizer.state_dict()), buffer)
     buffer.seek(0)
     model_state, optimizer_state = torch.load(buffer, weights_only=True)
-    second = sparse(method, total_steps=5)
+    second = sparse(method, total_steps=6)
     optimizer = torch.optim.Adam(second.parameters(), lr=0.01)
     second.load_state_dict(model_state)
     optimizer.load_state_dict(optimizer_state)
@@ -131,6 +132,7 @@ def test_decay_is_added_once_per_step(method):
         model = spikenm_fx.sparsify(nn.Sequential(nn.Linear(8, 4)), method=method)
         for part in x.split(6 // passes):
             model(part).sum().backward()
+        torch.optim.SGD(model.parameters(), lr=0.0).step()  # what it sees has the decay in it
         return model[0].weight_dense.grad
 
     torch.testing.assert_close(gradient(3), gradient(1))
@@ -164,36 +166,53 @@ def test_kept_equals_where(dtype, channels_last, undrawn, seed):
     )
 
 
-@given(cases())
+@given(cases(dtypes=(torch.float32,)))
 def test_the_prior_is_the_magnitude_over_its_blocks_mean(case):
-    """Each logit rises by prior * spread * |W| / mean of its block: a loop over blocks agrees."""
+    """Each logit rises by prior * spread * |W| / mean of its block: a loop over blocks agrees.
+
+    Read off the final mask, which keeps the N largest of what rises.
+    """
     model = spikenm_fx.sparsify(
-        case.model(), case.nm, method=SpikeNM(prior=2.0, std=0.5), remainder="pad"
-    )
-    mask = model[0]._nm_mask
-    draw = mask.draw(None)
-    pi = mask.scores.detach().double()
-    weight = mask.view.to_blocks(mask.dense.detach()).double().abs()
-    spread = (pi - pi.mean(1, keepdim=True)).square().mean().sqrt() if pi.numel() else 0.0
-    there = torch.ones_like(pi, dtype=torch.bool) if draw.present is None else draw.present
-    there = there.expand(pi.shape)
-    found = mask.logits(draw).detach().double()
+        case.model(), case.nm, method=SpikeNM(prior=2.0, std=0.5, rescale=False), remainder="pad"
+    ).eval()
+    layer = model[0]
+    weight, pi = layer.weight_dense.detach().double(), layer.weight_logits.detach().double()
+    groups, of = getattr(layer, "groups", 1), case.nm.of
+    spread = float((pi - pi.mean(1, keepdim=True)).square().mean().sqrt()) if pi.numel() else 0.0
+    used = layer.weight.detach() != 0
+    view = BlockView(case.nm, tuple(weight.shape), case.transposed, groups)
+    blocks, kept_blocks = view.to_blocks(weight.abs()), view.to_blocks(used)
+    present = view.present()
+    there = torch.ones_like(pi, dtype=torch.bool) if present is None else present.expand(pi.shape)
     for lead in range(pi.shape[0]):
         for inner in range(pi.shape[2]):
             real = there[lead, :, inner]
-            size = weight[lead, :, inner][real]
+            size = blocks[lead, :, inner][real]
             mean = float(size.mean()) if len(size) else 0.0
             rise = 2.0 * spread * size / mean if mean else torch.zeros_like(size)
-            expected = pi[lead, :, inner][real] + rise
-            torch.testing.assert_close(found[lead, :, inner][real], expected, rtol=1e-3, atol=1e-3)
+            raised = pi[lead, :, inner][real] + rise
+            keeps = kept_blocks[lead, :, inner][real] | (size == 0)
+            ranked = raised.sort(descending=True)
+            count = min(case.nm.keep, len(size))
+            if count < len(size) and ranked.values[count - 1] - ranked.values[count] < 1e-4:
+                continue  # rounding may decide
+            assert keeps[ranked.indices[:count]].all()
+            assert not (keeps & (size != 0))[ranked.indices[count:]].any()
+    assert pi.shape[1] == of
+
+
+def final_masks(model) -> list[torch.Tensor]:
+    """Those of evaluation."""
+    found = [model.eval()[i].weight.detach() != 0 for i in (0, 2, 4)]
+    model.train()
+    return found
 
 
 def grow_the_pruned(model) -> None:
     """Make the weights that the final mask prunes the largest ones of their blocks."""
     with torch.no_grad():
-        for i in (0, 2, 4):
-            pruned = ~model[i]._nm_mask.mask()
-            model[i].weight_dense[pruned] = 10.0
+        for i, kept_now in zip((0, 2, 4), final_masks(model), strict=True):
+            model[i].weight_dense[~kept_now] = 10.0
 
 
 def test_the_prior_moves_with_the_weights_until_the_freeze():
@@ -201,25 +220,22 @@ def test_the_prior_moves_with_the_weights_until_the_freeze():
     model = sparse("spikenm", total_steps=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     train(model, optimizer, batches(4))
-    before = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
+    before = final_masks(model)
     grow_the_pruned(model)
-    moved = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
-    assert not any(map(torch.equal, before, moved))
+    assert not any(map(torch.equal, before, final_masks(model)))
     train(model, optimizer, batches(5))
     at_freeze = [model[i].weight.detach() != 0 for i in (0, 2, 4)]
-    model.eval()
-    assert all(map(torch.equal, [model[i].weight != 0 for i in (0, 2, 4)], at_freeze))
-    again = sparse("spikenm", total_steps=10).eval()
+    assert all(map(torch.equal, final_masks(model), at_freeze))
+    again = sparse("spikenm", total_steps=10)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     for each in (model, again):
         grow_the_pruned(each)
-        frozen = [each[i].weight != 0 for i in (0, 2, 4)]
-        assert all(map(torch.equal, frozen, at_freeze))
+        assert all(map(torch.equal, final_masks(each), at_freeze))
 
 
 def test_without_a_prior_only_logits_decide():
     """As in the paper: however large a weight has grown, its logit alone chooses it."""
-    model = sparse(SpikeNM(prior=0.0)).eval()
-    before = [model[i]._nm_mask.mask() for i in (0, 2, 4)]
+    model = sparse(SpikeNM(prior=0.0))
+    before = final_masks(model)
     grow_the_pruned(model)
-    assert all(map(torch.equal, before, [model[i]._nm_mask.mask() for i in (0, 2, 4)]))
+    assert all(map(torch.equal, before, final_masks(model)))

@@ -91,4 +91,3 @@ def _launches(running: dict[str, Version], nm: str) -> dict[str, Any]:
 
 def _graphs(running: dict[str, Version], nm: str) -> dict[str, Any]:
     return {name: v.ask("graphs", nm=nm, steps=GRAPH_STEPS) for name, v in running.items()}
-

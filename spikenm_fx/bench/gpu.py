@@ -171,7 +171,9 @@ def _launches(device: str, nm: str) -> dict[str, Any]:
     return {
         "layers": 54,
         **counted,
-        "extra": {kind: counted["sparse"][kind] - counted["dense"][kind] for kind in counted["dense"]},
+        "extra": {
+            kind: counted["sparse"][kind] - counted["dense"][kind] for kind in counted["dense"]
+        },
     }
 
 

@@ -91,9 +91,7 @@ def _row(
     row: dict[str, Any] = {"network": network, "method": method, "nm": nm}
     for name, found in seconds.items():
         ratios = {
-            kind: statistics.median(
-                a / b for a, b in zip(found[kind], found["dense"], strict=True)
-            )
+            kind: statistics.median(a / b for a, b in zip(found[kind], found["dense"], strict=True))
             for kind in kinds
         }
         every = EID().every if "refreshing" in kinds else 1
