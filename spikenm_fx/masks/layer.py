@@ -61,6 +61,7 @@ class MaskedWeight:
         measured: squares of the scores about the means of their blocks, by the native passes.
         measured_at: at which version of the scores.
         own: the parameter that was there last.
+        pinned: what was assigned to ``layer.weight.data`` in evaluation.
         settled: whether the scores have taken the prior in and the mask stays for good.
         guide: of the distillation, where there is one.
     """
@@ -94,6 +95,7 @@ class MaskedWeight:
         self.measured: float | None = None  # by the native passes: squares of the scores' spread
         self.measured_at = -1  # at which version of the scores
         self.own: nn.Parameter | None = None  # the parameter that was there last
+        self.pinned: Tensor | None = None  # what was assigned to .data in evaluation
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
@@ -217,6 +219,8 @@ class MaskedWeight:
             if training:
                 self._refuse_ensemble()
             return self.masked_anywhere(training)
+        if self.pinned is not None and not training:
+            return self.pinned
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
             mask, undrawn = self._final.of(self), 0.0
@@ -297,12 +301,26 @@ class MaskedWeight:
             self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
 
+    @torch.no_grad()
+    def replace(self, value: Tensor) -> None:
+        """``layer.weight.data`` was assigned to: in training the parameter takes the values.
+
+        In evaluation the layer uses exactly these, as counters of operations expect that write
+        ones into a copy, until it trains, or its masks are computed anew.
+        """
+        self._handed = None
+        if self.layer.training:
+            self.dense.data = value.detach().clone()
+        else:
+            self.pinned = value.detach()
+
     def forget_handed(self) -> None:
         """Compute the weight anew at the next access: somebody may write to this one."""
         self._handed = None
 
     def forget_final(self) -> None:
         """Compute the final mask anew when it is asked for."""
+        self.pinned = None
         self._final.forget()
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -137,15 +137,15 @@ def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
     shape = tuple(x.shape[1:] if spec.time_axis == 0 else x.shape)
     strides = tuple(x.stride()[1:] if spec.time_axis == 0 else x.stride())
     carried = spec.returns_state and not fusion.forgets
-    plain = {"dtype": torch.float32, "device": "cpu"}
-    v = torch.empty_strided(shape, strides, **plain)
+    memory: Any = {"dtype": torch.float32, "device": "cpu"}
+    v = torch.empty_strided(shape, strides, **memory)
     if not v.numel():
         return None
     if fusion.forgets:
         _fill(v, rule.initial)
     else:
         _load(neuron, v, _given(neuron, args, kwargs) if carried else _own(neuron))
-    current = torch.empty_strided(shape, strides, **plain).zero_() if rule.synapse else None
+    current = torch.empty_strided(shape, strides, **memory).zero_() if rule.synapse else None
     bits = source.fused(steps, NeuronCall(rule.parameters, rule.modes(), v, current))
     # The spikes have the batch layout of the layer; the views since then split its batch axis.
     spikes = LazyTensor(bits, x.meta_tensor, x.views)

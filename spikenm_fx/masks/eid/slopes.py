@@ -44,6 +44,7 @@ class Source:
     mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
     closed: int = -1  # the step in which a backward pass has reached it
     late: bool = False  # whether it is seen in recomputations inside backward
+    alone: bool = False  # whether it was called without a module around it that would show
     connected: bool = False  # whether the neurons behind it were looked for
 
     def __getstate__(self) -> dict[str, Any]:

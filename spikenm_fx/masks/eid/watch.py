@@ -176,6 +176,9 @@ class Watch:
 
     def warn_if_blind(self) -> None:
         """Say once that a refresh was due, but that no forward was seen."""
+        for source in self.sources:
+            if source.alone:
+                self.missed(source)
         due = self.run.step % self.every == 0 and not self.schedule.frozen(self.run.step)
         if due and self.sources and self._blind():
             self.run.warn(
@@ -426,7 +429,7 @@ def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], out
 @_disable_dynamo
 def _before_layer(hook: _FirstHook, module: nn.Module) -> None:
     if not hook.source.connected and hook.watch.recording(module, hook.source):
-        hook.watch.missed(hook.source)
+        hook.source.alone = True
 
 
 @_disable_dynamo
