@@ -50,6 +50,8 @@ def fold(model: ModelT) -> ModelT:
         )
     # All masks first, as that may fail; a mask takes a quarter of the memory of its weight.
     weights = {id(mask): mask for _, _, mask in masked_weights(model)}
+    for mask in weights.values():
+        mask.warn_of_fade("folded")
     masks = {key: mask.final() for key, mask in weights.items()}
     for key, mask in weights.items():
         mask.dense.data.copy_(kept(mask.dense.data, masks.pop(key)))

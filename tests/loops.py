@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
-from spikenm_fx.errors import SpikeNMWarning
+from spikenm_fx.errors import SpikeNMError, SpikeNMWarning
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
@@ -112,8 +112,8 @@ def any_moved(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def close(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None:
     """Assert that all tensors agree."""
     assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], msg=lambda m, k=key: f"{k}: {m}", **tolerance)
+    for key, value in a.items():
+        torch.testing.assert_close(value, b[key], msg=lambda m, k=key: f"{k}: {m}", **tolerance)
 
 
 def step_of(model: nn.Module) -> int:
@@ -142,6 +142,16 @@ def heard() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield texts
     texts += [str(w.message) for w in caught if issubclass(w.category, SpikeNMWarning)]
+
+
+def refused(run: Callable[[], object], *others: type[Exception]) -> str | None:
+    """The text of the error of ours (or of ``others``) that ``run`` ends in; None if in none."""
+    with heard():
+        try:
+            run()
+        except (SpikeNMError, *others) as error:
+            return str(error)
+    return None
 
 
 class DataSGD(torch.optim.Optimizer):

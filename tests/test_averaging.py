@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Averages, copies and swaps of parameters: evaluation uses the masks that what it holds implies."""
+"""Averages, copies, swaps of parameters: evaluation uses the masks that its tensors imply."""
 
 from __future__ import annotations
 

@@ -4,8 +4,12 @@
 import json
 from argparse import ArgumentParser
 
-from spikenm_fx.bench import dispatch
+import pytest
+import torch
+
+from spikenm_fx.bench import dispatch, gpu
 from spikenm_fx.bench.measure import add_resuming, measured
+from spikenm_fx.bench.versions import Version, versions
 
 
 def _options(tmp_path, *arguments):
@@ -53,3 +57,28 @@ def test_dispatch_measures_what_pack_chooses(tmp_path):
         assert row["choice"] in row["ms_at_pack"]
         assert row["over_dense"] == row["ms"]["dense"] / row["ms"]["packed"] > 0
     assert sum(group["of"] for group in saved["summary"].values()) == 2
+
+
+def test_two_versions_answer_the_same_questions(tmp_path):
+    """A worker runs whatever package its folder holds; a folder without one is refused."""
+    with pytest.raises(OSError, match="holds no package"):
+        versions(tmp_path)
+    found = versions(versions(None)["after"])
+    assert list(found) == ["before", "after"]
+    asked = {"network": "fc8", "method": "srste", "nm": "2:4", "batch": 2}
+    with Version(found["before"], threads=1) as version:
+        assert version.ask("time", **asked)["seconds"] > 0
+        memory = version.ask("memory", **asked)
+        assert memory["alive"][-1] > memory["weights"] > 0
+        with pytest.raises(OSError, match="ended"):
+            version.ask("nothing of the kind")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_nothing_is_claimed(tmp_path, capsys):
+    """The GPU bench says and records that it has not measured."""
+    gpu.main(["--out", str(tmp_path)])
+    assert gpu.NOT_MEASURED in capsys.readouterr().out
+    saved = json.loads((tmp_path / "gpu.json").read_text())
+    assert saved["status"] == gpu.NOT_MEASURED
+    assert "steps" not in saved

@@ -17,8 +17,13 @@ from typing import Any
 
 import pytest
 
-STAGES = ("sparsify", "train", "evaluate", "state_dict", "load", "copy", "verify", "report", "fold")
-STAGES += ("pack", "run")
+STAGES = {
+    "masks": (
+        *("sparsify", "train", "evaluate", "state_dict", "load", "copy", "verify", "report"),
+        "fold",
+    ),
+    "pack": ("pack", "run"),
+}
 WHERE = ("all", "every other")
 SETTINGS = ("float64", "bfloat16", "float16", "meta")
 
@@ -41,7 +46,7 @@ def _setting(name: str) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
-def _run(setting: str, where: str) -> None:
+def _run(setting: str, where: str, part: str) -> None:
     """The whole life of a model, some stages under ``setting``; prints what came of each."""
     import copy
 
@@ -85,7 +90,9 @@ def _run(setting: str, where: str) -> None:
         "pack": pack,
         "run": lambda: engine(data[0]),
     }
-    for number, stage in enumerate(STAGES):
+    if part == "pack":
+        spikenm_fx.fold(spikenm_fx.sparsify(model, "2:4", rules=ALL_LAYERS)).eval()
+    for number, stage in enumerate(STAGES[part]):
         inside = where == "all" or number % 2
         with _setting(setting) if inside else contextlib.nullcontext():
             result = actions[stage]()
@@ -97,24 +104,26 @@ def _run(setting: str, where: str) -> None:
         seen = [
             [str(t.dtype), str(t.device), float(t.detach().double().abs().sum())] for t in state
         ]
-        print(json.dumps({"stage": f"{where} {stage}", "seen": seen}), flush=True)
+        line = json.dumps({"stage": f"{part}, {where}: {stage}", "seen": seen})
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    for part in WHERE:
-        _run(sys.argv[1], part)
+    for where in WHERE:
+        _run(*sys.argv[1:2], where, sys.argv[2])
 
 
 # -- in the tests ---------------------------------------------------------------------------------
 
 
-def _child(setting: str) -> dict[str, Any]:
+def _child(setting: str, part: str) -> dict[str, Any]:
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ran = subprocess.run(
-        [sys.executable, __file__, setting],
+        [sys.executable, __file__, setting, part],
         env=environment,
         capture_output=True,
         text=True,
@@ -122,7 +131,7 @@ def _child(setting: str) -> dict[str, Any]:
     )
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     seen = {line["stage"]: line["seen"] for line in lines}
-    wanted = [f"{where} {stage}" for where in WHERE for stage in STAGES]
+    wanted = [f"{part}, {where}: {stage}" for where in WHERE for stage in STAGES[part]]
     missing = [stage for stage in wanted if stage not in seen]
     assert not missing, f"died (status {ran.returncode}) in {missing[0]}:\n{ran.stderr[-3000:]}"
     return seen
@@ -131,14 +140,15 @@ def _child(setting: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Any]:
     """The same under torch's own defaults."""
-    return _child("float32")
+    return {part: _child("float32", part) for part in STAGES}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_defaults_change_nothing(setting: str, expected: dict[str, Any]) -> None:
+@pytest.mark.parametrize("part", STAGES)
+def test_defaults_change_nothing(setting: str, part: str, expected: dict[str, Any]) -> None:
     """Under any default dtype or device each stage gives the same tensors, and none dies."""
-    seen = _child(setting)
-    for stage, tensors in expected.items():
+    seen = _child(setting, part)
+    for stage, tensors in expected[part].items():
         for (dtype, device, size), (dtype0, device0, size0) in zip(
             seen[stage], tensors, strict=True
         ):

@@ -26,6 +26,7 @@ from loops import (
     logits,
     masked_modules,
     masks,
+    refused,
     same,
     sequences,
     sparse,
@@ -291,10 +292,9 @@ def test_new_parameters(how: str) -> None:
     elif how == "register_parameter":
         model[2].register_parameter("weight", new)
     else:
-        try:
-            del model[2].weight
-        except SpikeNMError as error:
-            assert "fold" in str(error)
+        error = refused(lambda: delattr(model[2], "weight"))
+        if error is not None:
+            assert "fold" in error
             return
         model[2].weight = new
     assert model[2].weight_dense is new
@@ -349,11 +349,9 @@ def test_reparametrised_weights(how: str) -> None:
     model, x = sparse(), batches(1)[0]
     expected, keys = model.eval()(x), set(model.state_dict())
     model.train()
-    try:
-        with heard():
-            REPARAMETRISED[how](model[2])
-    except SpikeNMError as error:
-        assert "fold" in str(error)
+    error = refused(lambda: REPARAMETRISED[how](model[2]))
+    if error is not None:
+        assert "fold" in error
         assert set(model.state_dict()) == keys
         assert torch.equal(model.eval()(x), expected)
         train(model.train(), torch.optim.SGD(model.parameters(), lr=0.01), batches(2))
@@ -372,7 +370,7 @@ def test_reparametrised_weights(how: str) -> None:
 
 @pytest.mark.parametrize("how", ["bias", "another layer", "removed again"])
 def test_parametrisations_of_other_tensors(how: str) -> None:
-    """A parametrised bias, or another layer's weight, neither disturbs masks nor is lost in fold."""
+    """A parametrised bias or another layer's weight disturbs no mask and is not lost in fold."""
 
     class Absolute(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -395,12 +393,9 @@ def test_parametrisations_of_other_tensors(how: str) -> None:
 def test_low_rank_parametrisation_of_a_masked_weight_deep_in_a_model() -> None:
     """The same in a submodule: the error, if there is one, names the layer."""
     model = spikenm_fx.sparsify(nn.ModuleDict({"body": network()}))
-    try:
-        parametrizations.weight_norm(model["body"][2])
-    except SpikeNMError as error:
-        assert "body.2" in str(error)
-    else:
-        assert is_nm(model["body"][2].weight)
+    error = refused(lambda: parametrizations.weight_norm(model["body"][2]))
+    assert is_nm(model["body"][2].weight)
+    assert error is None or "body.2" in error
 
 
 # -- initialising and writing ---------------------------------------------------------------------
@@ -500,7 +495,7 @@ def test_initialising_everything_is_as_before_sparsify() -> None:
             if name in values:
                 parameter.copy_(values[name])
     close(
-        {k: v for k, v in dense(model).items()},
+        dense(model),
         {k: values[f"{k}.weight"].detach() for k in LAYERS},
     )
     train(model, torch.optim.SGD(model.parameters(), lr=0.01), batches(2))

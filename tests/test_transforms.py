@@ -94,7 +94,8 @@ def or_says_fold() -> Iterator[None]:
     try:
         yield
     except SpikeNMError as error:
-        assert "fold" in str(error), error
+        if "fold" not in str(error):
+            raise
 
 
 # -- torch.func -----------------------------------------------------------------------------------
@@ -173,9 +174,8 @@ def test_forward_mode(training: bool) -> None:
 
     try:
         found = along(model)
-    except Exception as error:
-        # torch itself says that a custom function has no forward mode: loud enough
-        assert isinstance(error, SpikeNMError | RuntimeError | NotImplementedError)
+    except (SpikeNMError, RuntimeError, NotImplementedError):
+        pass  # torch itself says that a custom function has no forward mode: loud enough
     else:
         torch.testing.assert_close(found, along(plain))
 
@@ -289,8 +289,8 @@ def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
             train_step(run, optimizers[0], x)
             train_step(models[1], optimizers[1], x)
     assert step_of(models[0]) == 5
-    close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
     if not said:
+        close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
         close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
 
 

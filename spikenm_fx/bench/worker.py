@@ -8,6 +8,7 @@ surface alone, and networks that are here, so that it measures any checkout on `
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import sys
@@ -15,6 +16,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -64,7 +67,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.kernels: Counter[str] = Counter()
         self.syncs: Counter[str] = Counter()
 
@@ -84,7 +87,8 @@ class Launches(TorchDispatchMode):
 
 def launches(run: Callable[[], object]) -> Launches:
     """What ``run()`` starts and waits for."""
-    with Launches() as counted:
+    counted = Launches()
+    with counted:
         run()
     return counted
 
@@ -92,20 +96,22 @@ def launches(run: Callable[[], object]) -> Launches:
 def living() -> dict[int, int]:
     """Bytes of every storage that a tensor known to the garbage collector holds, by address."""
     gc.collect()
-    kinds = (Tensor, nn.Parameter)  # and no fake or sparse tensors, which have no storage
+    usual = Tensor.__torch_dispatch__  # fake tensors have another, and no storage
+    kinds = {kind for kind in map(type, gc.get_objects()) if issubclass(kind, Tensor)}
+    kinds = {kind for kind in kinds if kind.__torch_dispatch__ is usual}
     found = [thing for thing in gc.get_objects() if type(thing) in kinds]
     storages = [t.untyped_storage() for t in found if t.layout is torch.strided]
-    return {s.data_ptr(): s.nbytes() for s in storages if s.device.type != "meta"}
+    alive: dict[int, int] = {}
+    for storage in storages:
+        with contextlib.suppress(RuntimeError):  # of a compiler's: it holds no memory
+            alive[storage.data_ptr()] = storage.nbytes()
+    return alive
 
 
 def fully_connected(width: int, inputs: int = 784, classes: int = 10) -> nn.Module:
     """784-width-width-width-10 with LIF neurons over ``[T, B, 784]``."""
     sizes = [inputs, width, width, width]
-    hidden = [
-        layer
-        for a, b in zip(sizes, sizes[1:], strict=False)
-        for layer in (OverTime(nn.Linear(a, b)), LIF())
-    ]
+    hidden = [layer for a, b in pairwise(sizes) for layer in (OverTime(nn.Linear(a, b)), LIF())]
     return nn.Sequential(*hidden, OverTime(nn.Linear(width, classes)))
 
 
@@ -236,7 +242,7 @@ def _count(method: str | None, nm: str) -> dict[str, Any]:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(inputs)
-            evaluation = launches(lambda model=model, inputs=inputs: model(inputs))
+            evaluation = launches(partial(model, inputs))
         found[name] = {
             kind: {"launches": sum(c.kernels.values()), "syncs": sum(c.syncs.values())}
             for kind, c in (("passes", both), ("step", last), ("evaluation", evaluation))
@@ -264,7 +270,7 @@ def _graphs(nm: str, steps: int) -> dict[str, Any]:
             graphs += 1
             return graph.forward
 
-        compiled = torch.compile(model, backend=backend)
+        compiled: Any = torch.compile(model, backend=backend)
         first = 0
         for number in range(steps):
             x = torch.rand(8, 16)

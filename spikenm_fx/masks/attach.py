@@ -11,6 +11,7 @@ difference in that subclass, so no hook is ever installed.  A raw parameter, as 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, PRIOR, StoredMask, meta_of
+from spikenm_fx.masks.computed import ComputedWeight
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
@@ -79,13 +81,18 @@ class MaskedLayer(StoredMask):
         return self
 
     def __delattr__(self, name: str) -> None:
-        if name == "weight" and name in self._nm_masks and is_weight_layer(self):
-            mask = self._nm_masks[name]
-            raise PlanError(
-                f"{mask.name} {mask.view.shape} is masked, so that its {name} cannot be taken out "
-                "or parametrized: do that before spikenm_fx.sparsify, or after spikenm_fx.fold"
-            )
+        caller = sys._getframe(1).f_globals.get("__name__")
+        if name in self._nm_masks and caller == "torch.nn.utils.parametrize":
+            raise _no_parameter(self._nm_masks[name], name)
         super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: Any) -> None:
+        """As of any module; a computed weight is no parameter."""
+        if isinstance(param, ComputedWeight) and not isinstance(param, nn.Parameter):
+            key = next((k for k in self._nm_masks if name.startswith(k)), None)
+            if key is not None:
+                raise _no_parameter(self._nm_masks[key], key)
+        super().register_parameter(name, param)
 
     def extra_repr(self) -> str:
         """The module's own description, the patterns and the method."""
@@ -191,7 +198,8 @@ def plain_class(layer: MaskedLayer) -> type[nn.Module]:
 
 @functools.cache
 def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
-    properties: dict[str, Any] = {"_plain_class": plain}
+    # the module tells torch.fx whether a layer is a leaf, which ours is where the plain one is
+    properties: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__}
     if hasattr(plain, _ROCKPOOL_LIST):
         properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
     for key in keys:
@@ -220,12 +228,7 @@ def _properties(key: str) -> dict[str, property]:
             layer.register_parameter(key, mask.own)
             for ending in ("_g", "_v", "_orig"):
                 layer._parameters.pop(key + ending, None)
-        raise PlanError(
-            f"{mask.name} {mask.view.shape} is masked: its {key} is computed at each access, and "
-            f"only an nn.Parameter can be put in its place, got {type(value).__name__}. Weight "
-            "norms, parametrizations and torch's pruning of this weight must be there before "
-            "spikenm_fx.sparsify, or come after spikenm_fx.fold"
-        )
+        raise _no_parameter(mask, key)
 
     def dense(layer: MaskedLayer) -> Tensor:
         return layer._nm_masks[key].dense
@@ -238,6 +241,15 @@ def _properties(key: str) -> dict[str, property]:
         key + DENSE: property(dense),
         key + META: property(meta),
     }
+
+
+def _no_parameter(mask: MaskedWeight, key: str) -> PlanError:
+    return PlanError(
+        f"{mask.name} {mask.view.shape} is masked: its {key} is computed at each access, and only "
+        "an nn.Parameter can be put in its place. Weight norms, parametrizations and torch's "
+        "pruning of this weight must be there before spikenm_fx.sparsify, or come after "
+        "spikenm_fx.fold"
+    )
 
 
 def _listing_dense(list_attributes: Callable[..., Any]) -> Callable[..., Any]:

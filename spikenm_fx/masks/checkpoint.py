@@ -117,12 +117,12 @@ def _warn_of_another_length(mask: MaskedWeight, meta: Tensor) -> None:
     stored = int(meta[7]) if len(meta) > 7 else None
     own = mask.schedule.total_steps or 0
     if stored is not None and stored != own:
-        words = ["an open-ended run" if n == 0 else f"total_steps={n}" for n in (stored, own)]
+        words = [f"total_steps={n or None}" for n in (stored, own)]
         mask.run.warn(
             "length",
-            f"the checkpoint is of {words[0]}, this model was sparsified for {words[1]}: "
-            "temperatures, fade and freeze go on by the model's. To continue the same run give "
-            f"sparsify {'no total_steps' if stored == 0 else words[0]}",
+            f"the checkpoint is of a run with {words[0]}, this model has {words[1]}: "
+            "temperatures, fade and freeze go on by the model's. To continue the same run, "
+            f"sparsify with {words[0]}",
         )
 
 

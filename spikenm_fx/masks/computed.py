@@ -36,12 +36,22 @@ class ComputedWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        self._tell()
-        Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        owner = self.owner()
+        if owner is None or self._is_a_parameter():
+            Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
+        else:
+            owner.replace(value)
+
+    def detach(self) -> Tensor:
+        """The values without a graph."""
+        return computed(Tensor.detach(self), self.owner)
+
+    def _is_a_parameter(self) -> bool:
+        return bool(getattr(self, "_is_param", False))  # torch.nn.Parameter(weight) makes it one
 
     def _tell(self) -> None:
         owner = self.owner()
-        if owner is not None:
+        if owner is not None and not self._is_a_parameter():
             owner.forget_handed()
             owner.run.warn(
                 "written",
@@ -51,7 +61,7 @@ class ComputedWeight(Tensor):
             )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().__reduce_ex__(protocol)
+        return Tensor.detach(self).__reduce_ex__(protocol)
 
 
 def computed(weight: Tensor, owner: weakref.ref[MaskedWeight]) -> Tensor:
@@ -72,7 +82,7 @@ def _telling(name: str) -> Any:
     return told
 
 
-_HARMLESS = {"detach_", "requires_grad_", "share_memory_", "rename_"}
+_HARMLESS = {"detach_", "requires_grad_", "share_memory_", "rename_", "set_"}
 for _name in dir(Tensor):
     if _name.endswith("_") and not _name.startswith("_") and _name not in _HARMLESS:
         setattr(ComputedWeight, _name, _telling(_name))

@@ -68,7 +68,7 @@ def _tensors(weight: MaskedWeight) -> list[Tensor]:
 def _look(tensors: list[Tensor]) -> list[Any]:
     return [
         (
-            *(id(t), t.data_ptr(), t.dtype, t.device, tuple(t.shape)),
+            *(id(t), t.data_ptr(), t.dtype, t.device),
             0 if t.is_inference() else t._version,
             checksum(t),
         )

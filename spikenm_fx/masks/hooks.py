@@ -151,6 +151,8 @@ def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = No
     for mask in fresh:
         if mask.guide is not None and not mask.frozen:
             mask.guide.refresh(run.step)
+    if fresh and run.watch is not None:
+        run.watch.warn_if_blind()
     _prepare(fresh, run.step, optimizer, learning=True)
     if not _active_inner():  # a closure's further evaluations, whose gradients are new ones
         again = [mask for mask in ready if id(mask) in run.prepared]
@@ -177,8 +179,11 @@ def _active_inner() -> bool:
 def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> None:
     """The step was made: go on to the next, unless another optimizer has made it before."""
     stepped = [mask for mask in share if mask.there and mask.dense.grad is not None]
+    if of is not None and not stepped and any(_has_grad(mask) for mask in run.weights):
+        return  # of another optimizer's weights
     together = (
         of is not None
+        and bool(stepped)
         and bool(run.stepped)
         and not any(id(mask) in run.stepped for mask in stepped)
         and not _new_gradients(run)
@@ -188,6 +193,8 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
         run.stepped.clear()
         run.step += 1
         run.advances += 1
+        _warn_past_the_end(run)
+        _warn_of_rest(run)
         draw_masks(run.weights, run.step)
     else:
         draw_masks(stepped, run.step)
@@ -199,6 +206,33 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
     run.stepped_since()
     if run.watch is not None:
         run.watch.forget()
+
+
+def _has_grad(mask: MaskedWeight) -> bool:
+    return mask.there and mask.dense.grad is not None
+
+
+def _warn_of_rest(run: Run) -> None:
+    learning = [m for m in run.weights if m.there and m.learns and not m.frozen]
+    if learning and not any(m.dense.requires_grad for m in learning):
+        run.warn(
+            "rest",
+            "none of the masked weights requires a gradient, so that their masks do not learn; "
+            "steps count and the masks freeze all the same. To learn masks let the weights "
+            "require gradients, also where no optimizer holds them",
+        )
+
+
+def _warn_past_the_end(run: Run) -> None:
+    totals = {m.schedule.total_steps for m in run.weights if m.schedule.total_steps is not None}
+    total = max(totals, default=None)
+    if total is not None and run.step == total + 1:
+        run.warn(
+            "end",
+            f"training goes on past total_steps={total}, for which the masks were sparsified: they "
+            "have been frozen since and stay so. total_steps counts optimizer steps of the whole "
+            "run, not epochs: epochs * len(loader), over accumulated batches once",
+        )
 
 
 def _new_gradients(run: Run) -> bool:

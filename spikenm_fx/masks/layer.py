@@ -21,6 +21,7 @@ from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
+from spikenm_fx.state.parameters import is_reading
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid import Guide
@@ -60,6 +61,7 @@ class MaskedWeight:
         measured: squares of the scores about the means of their blocks, by the native passes.
         measured_at: at which version of the scores.
         own: the parameter that was there last.
+        pinned: what was assigned to ``layer.weight.data`` in evaluation.
         settled: whether the scores have taken the prior in and the mask stays for good.
         guide: of the distillation, where there is one.
     """
@@ -93,6 +95,7 @@ class MaskedWeight:
         self.measured: float | None = None  # by the native passes: squares of the scores' spread
         self.measured_at = -1  # at which version of the scores
         self.own: nn.Parameter | None = None  # the parameter that was there last
+        self.pinned: Tensor | None = None  # what was assigned to .data in evaluation
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
@@ -187,9 +190,14 @@ class MaskedWeight:
     @torch.no_grad()
     def final(self) -> Tensor:
         """The final mask of what weight and scores hold now, computed afresh."""
-        if self.method.fixed and not self.lent:
+        if self.method.fixed:
             return self.mask
-        draw = self.draw(None)
+        prior = self.prior
+        draw = Draw(
+            self.view.nm,
+            prior=0.0 if prior is None else prior.detach(),
+            present=self.view.present(self.mask.device),
+        )
         blocks = self.view.to_blocks(self.dense.detach())
         return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))
 
@@ -206,11 +214,19 @@ class MaskedWeight:
         """
         refuse_sharded(self.name, self.dense)
         if torch._C._functorch.peek_interpreter_stack() is not None:
+            if training:
+                self._refuse_ensemble()
             return self.masked_anywhere(training)
+        if self.pinned is not None and not training:
+            return self.pinned
         if not training or self.run.averaged:
+            self.warn_of_fade("evaluated")
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
+        if torch.jit.is_tracing():
+            other = self.dense * undrawn if undrawn else self.dense.new_zeros(())
+            return torch.where(mask, self.dense, other)
         if not (torch.is_grad_enabled() and self.dense.requires_grad):
             return computed(kept(self.dense.detach(), mask, undrawn), weakref.ref(self))
         state = _Handed.state_of(self.dense, mask, undrawn)
@@ -228,6 +244,37 @@ class MaskedWeight:
             self._handed = None  # somebody wrote to it
             return self.masked(training)
         return self._handed.weight
+
+    def _refuse_ensemble(self) -> None:
+        """Weights that vmap stacks have one mask of training each, which nobody gives us."""
+        tensor = self.dense
+        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            if torch._C._functorch.is_batchedtensor(tensor):
+                raise PlanError(
+                    f"{self.name} {self.view.shape} is stacked by vmap in training mode, where "
+                    "each of the stacked models has masks of its own that are no part of its "
+                    "parameters: train them one by one, stack them in evaluation mode, or after "
+                    "spikenm_fx.fold"
+                )
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+
+    def warn_of_fade(self, what: str) -> None:
+        """Say that what is ``what`` now is another network than the one that trains."""
+        quiet = self.run.quiet or is_reading() or self.run.averaged
+        if self.undrawn > 0 and not quiet:
+            end = next(
+                step
+                for step in range(self.run.step, (self.schedule.total_steps or 0) + 1)
+                if not self.schedule.undrawn_at(step)
+            )
+            self.run.warn(
+                "fade",
+                f"the model is {what} at step {self.run.step}, but until step {end} the weights "
+                "outside the masks fade out and still take part in training: without them it "
+                "computes something else, mostly much worse. Train to that step first "
+                f"(total_steps={self.schedule.total_steps} sets it), or "
+                "sparsify with SpikeNM(fade=0.0)",
+            )
 
     def masked_anywhere(self, training: bool) -> Tensor:
         """The same as a pure function of tensors: for compilers and the transforms of torch.func.
@@ -252,12 +299,26 @@ class MaskedWeight:
             self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
 
+    @torch.no_grad()
+    def replace(self, value: Tensor) -> None:
+        """``layer.weight.data`` was assigned to: in training the parameter takes the values.
+
+        In evaluation the layer uses exactly these, as counters of operations expect that write
+        ones into a copy, until it trains, or its masks are computed anew.
+        """
+        self._handed = None
+        if self.layer.training:
+            self.dense.data = value.detach().clone()
+        else:
+            self.pinned = value.detach()
+
     def forget_handed(self) -> None:
         """Compute the weight anew at the next access: somebody may write to this one."""
         self._handed = None
 
     def forget_final(self) -> None:
         """Compute the final mask anew when it is asked for."""
+        self.pinned = None
         self._final.forget()
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -315,6 +376,8 @@ def _note_backward(noted: weakref.ref[MaskedWeight]) -> None:
     owner._handed = None
     if not owner.there:
         return
+    if owner.guide is not None:
+        owner.guide.close(owner.run.step)
     version = version_of(owner.dense)
     written = owner._seen not in (-1, version) and not owner.lent
     owner._seen = version

@@ -15,7 +15,7 @@ from spikenm_fx.masks.layer import MaskedWeight
 
 __all__ = ["Phase", "Progress", "progress"]
 
-Phase = Literal["fading", "annealing", "open-ended", "frozen"]
+Phase = Literal["fading", "annealing", "frozen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Progress:
             that it follows.
         total_steps: of the whole run, or None where its length is not known.
         phase: ``"fading"`` while undrawn weights still take part, ``"annealing"`` while masks are
-            searched with falling noise, ``"open-ended"`` the same without a known end, ``"frozen"``
-            once they stay.  Of layers in different phases the earliest.
+            searched with falling noise (for good where ``total_steps`` is None), ``"frozen"`` once
+            they stay.  Of layers in different phases the earliest.
         changed: share of the mask positions of training that are others than when ``progress`` was
             asked of this model before, or than at its first masks.
     """
@@ -71,7 +71,7 @@ def progress(model: nn.Module) -> Progress:
     for mask in masks:
         mask.run.look()
     phases = [_phase(mask, mask.run.shown_step) for mask in masks]
-    order: tuple[Phase, ...] = ("fading", "annealing", "open-ended", "frozen")
+    order: tuple[Phase, ...] = ("fading", "annealing", "frozen")
     totals = [m.schedule.total_steps for m in masks if m.schedule.total_steps is not None]
     return Progress(
         step=step,
@@ -86,7 +86,7 @@ def _phase(mask: MaskedWeight, step: int) -> Phase:
         return "fading"
     if mask.method.fixed or (mask.learns and mask.schedule.frozen(step)):
         return "frozen"
-    return "open-ended" if mask.schedule.total_steps is None else "annealing"
+    return "annealing"
 
 
 def _changed(masks: list[MaskedWeight]) -> float:

@@ -47,6 +47,7 @@ class Run:
         self._weights: list[weakref.ref[MaskedWeight]] = []
         self._root: weakref.ref[nn.Module] | None = None
         self._source: weakref.ref[Run] | None = None  # of a copy that has not stepped itself
+        self.quiet = False  # while the library itself runs the model
         self._warned: set[str] = set()
         self._not_finite: Tensor | None = None  # on a device that is not waited for
         self.forget_step()

@@ -9,7 +9,7 @@ computed parameter tell whoever looks which parameter that was
 (:mod:`~spikenm_fx.state.parameters`).
 """
 
-from spikenm_fx.state.parameters import ParameterReader, read_parameter, reading
+from spikenm_fx.state.parameters import ParameterReader, is_reading, read_parameter, reading
 from spikenm_fx.state.rest import (
     RESET_METHODS,
     preserved_in_eval,
@@ -22,6 +22,7 @@ __all__ = [
     "RESET_METHODS",
     "ParameterReader",
     "detach_state",
+    "is_reading",
     "preserved",
     "preserved_in_eval",
     "read_parameter",

@@ -14,7 +14,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["ParameterReader", "read_parameter", "reading"]
+__all__ = ["ParameterReader", "is_reading", "read_parameter", "reading"]
 
 ParameterReader: TypeAlias = Callable[[tuple[Tensor, ...], Callable[[], Tensor]], Tensor]
 """Called with parameters and what computes the tensor handed out instead of the first of them."""
@@ -31,6 +31,11 @@ def read_parameter(parameters: tuple[Tensor, ...], compute: Callable[[], Tensor]
     """
     readers: list[ParameterReader] = getattr(_local, "readers", [])
     return readers[-1](parameters, compute) if readers else compute()
+
+
+def is_reading() -> bool:
+    """Whether this thread traces: what runs is no forward of the user's."""
+    return bool(getattr(_local, "readers", []))
 
 
 @contextlib.contextmanager

@@ -24,6 +24,9 @@ class Measured(Protocol):
     def measure(self) -> Tensor | None:
         """Its credit in this step, of the weight's shape."""
 
+    def close(self, step: int) -> None:
+        """Look at no further forward of this step."""
+
 
 class Guide:
     """The running credits of one masked weight, and the pull on its logits that comes of them.
@@ -42,6 +45,11 @@ class Guide:
         self.average: Tensor | None = None
         self.refreshed = -1
         self.observed = observed
+
+    def close(self, step: int) -> None:
+        """A backward pass reached the weight: further forwards of this step are not looked at."""
+        if self.observed is not None:
+            self.observed.close(step)
 
     def due(self, step: int) -> bool:
         """Whether the credits are to be refreshed in this optimizer step."""

@@ -42,6 +42,9 @@ class Source:
     uses: list[Use] = field(default_factory=list)
     same_order: bool | None = None  # do neuron inputs lie in memory as the layer's outputs do?
     mapped: list[Tensor] = field(default_factory=list)  # slopes brought back through the graph
+    closed: int = -1  # the step in which a backward pass has reached it
+    late: bool = False  # whether it is seen in recomputations inside backward
+    alone: bool = False  # whether it was called without a module around it that would show
     connected: bool = False  # whether the neurons behind it were looked for
 
     def __getstate__(self) -> dict[str, Any]:
@@ -49,6 +52,11 @@ class Source:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _set_state(self, state)
+
+    @property
+    def lent(self) -> bool:
+        """Whether functional_call has put another weight in the layer's place for now."""
+        return not isinstance(self.layer._parameters.get("weight"), nn.Parameter)
 
     @property
     def frozen(self) -> bool:
@@ -68,6 +76,7 @@ class Neuron:
     failed: bool = False
     through_time: bool | None = None
     known: NeuronSpec | None = None  # of this step
+    late: bool = False
 
     def __getstate__(self) -> dict[str, Any]:
         return _state(self) | {"calls": [], "slopes": None, "known": None}

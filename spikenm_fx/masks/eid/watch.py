@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # graphs break where credits are measured
 from torch.utils._pytree import tree_leaves
 
 from spikenm_fx.errors import SpikeNMWarning, TraceError
@@ -73,7 +74,7 @@ class Watch:
         inside = {id(child) for child in nn.Module.modules(module)}
         if not any(id(source.layer) in inside for source in waiting):
             return
-        self._connecting = True  # the trace calls layers and neurons as well
+        self._connecting = self.run.quiet = True  # the trace calls layers and neurons as well
         try:
             graph = trace(module, args, example_kwargs=kwargs)
         except TraceError as error:
@@ -86,7 +87,7 @@ class Watch:
             )
             return
         finally:
-            self._connecting = False
+            self._connecting = self.run.quiet = False
         self.wire(module, graph)
 
     def postpone(self) -> None:
@@ -118,6 +119,16 @@ class Watch:
                 self.notes[source.name] = f"{what} behind it: no EID"
             for post in modules:
                 source.posts.append(self._watched(post, module.get_submodule(post)))
+            if modules:
+                self.see(source)
+
+    def first_look(self, source: Source) -> None:
+        """Notice a layer that is called without any module around it."""
+        source.layer.register_forward_pre_hook(_FirstHook(self, source))
+
+    def see(self, source: Source) -> None:
+        """Look at what goes in and out of a layer."""
+        source.layer.register_forward_hook(_LayerHook(self, source))
 
     def _watched(self, name: str, module: nn.Module) -> Neuron:
         known = next((n for n in self.neurons.values() if n.module is module), None)
@@ -132,22 +143,55 @@ class Watch:
         """Whether every layer knows what it drives."""
         return not self.needs_neuron or all(source.connected for source in self.sources)
 
-    def recording(self, module: nn.Module) -> bool:
-        """Whether calls of ``module`` are to be kept now."""
+    def recording(self, module: nn.Module, one: Source | Neuron) -> bool:
+        """Whether this call of a layer or neuron is to be kept.
+
+        Of checkpointed parts the forward is kept, where it runs with gradients, and else (reentrant
+        checkpoints) its recomputation inside of backward; the first pass of a step alone.
+        """
         step = self.run.step
-        wanted = (
-            module.training
-            and not self._connecting
-            and step % self.every == 0
-            and self._closed != step
-            and torch.is_grad_enabled()
-            and torch._C._current_graph_task_id() == -1  # no recomputation inside backward
-            and not self.schedule.frozen(step)
-        )
-        if wanted and self._step != step:
+        if (
+            not module.training
+            or self._connecting
+            or step % self.every
+            or not torch.is_grad_enabled()
+            or self.schedule.frozen(step)
+        ):
+            return False
+        if self._step != step:
             self.forget()
             self._step = step
-        return wanted
+        late = torch._C._current_graph_task_id() != -1
+        sources = self._sources_of(one)
+        closed = any(source.closed == step or source.lent for source in sources)
+        seen = one.uses if isinstance(one, Source) else one.calls
+        if not seen:
+            one.late = late
+        return not closed and self._closed != step and one.late is late
+
+    def _sources_of(self, one: Source | Neuron) -> list[Source]:
+        if isinstance(one, Source):
+            return [one]
+        return [source for source in self.sources if one in source.posts]
+
+    def warn_if_blind(self) -> None:
+        """Say once that a refresh was due, but that no forward was seen."""
+        for source in self.sources:
+            if source.alone:
+                self.missed(source)
+        due = self.run.step % self.every == 0 and not self.schedule.frozen(self.run.step)
+        if due and self.sources and self._blind():
+            self.run.warn(
+                "blind",
+                f"EID saw no forward of a masked layer in step {self.run.step}, where its credits "
+                "were due, so that it is off, or stays with the credits it had: compiled graphs "
+                "and the transforms of torch.func run no hooks. Run every "
+                f"{self.every}th step uncompiled, or use SpikeNM(eid=None)",
+            )
+
+    def _blind(self) -> bool:
+        watched = [s for s in self.sources if not s.frozen and (s.posts or not self.needs_neuron)]
+        return self._step != self.run.step and bool(watched)
 
     def missed(self, source: Source) -> None:
         """A layer is called by itself: no call of a module shows what it drives.  Say so once."""
@@ -186,8 +230,10 @@ class Watch:
         kept = output if self.needs_neuron and not source.same_order else None
         source.uses.append(Use(self.order(), inputs.detach(), output.shape, kept))
 
-    def saw_neuron(self, neuron: Neuron, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A neuron is about to be called."""
+    def saw_neuron(
+        self, neuron: Neuron, args: tuple[Any, ...], kwargs: dict[str, Any], askable: bool
+    ) -> None:
+        """A neuron is about to be called; ``askable``: its graph can be walked now."""
         if args:
             current, rest = args[0], args[1:]
         else:
@@ -202,12 +248,10 @@ class Watch:
         call.starts = not neuron.calls or _starts(neuron.module, spec, rest)
         neuron.calls.append(call)
         for source in self.sources:
-            if neuron in source.posts and source.uses:
+            if askable and neuron in source.posts and source.uses:
                 self._locate(source, neuron, spec, current)
 
     def _locate(self, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> None:
-        if not _graph_can_be_asked():
-            return
         if source.same_order is None:
             source.same_order = _same_order(source, neuron, spec, current)
         if source.same_order or spec.step_mode != "multi":
@@ -239,8 +283,13 @@ class Observed:
         self.watch = watch
         self.sources = [Source(name, layer) for name, layer in layers]
         watch.sources += self.sources
+        for source in self.sources if not watch.needs_neuron else ():
+            watch.see(source)
+
+    def close(self, step: int) -> None:
+        """A backward pass has reached the weight: no further forward of the step is kept."""
         for source in self.sources:
-            source.layer.register_forward_hook(_LayerHook(watch, source))
+            source.closed = step
 
     def measure(self) -> Tensor | None:
         """The credit that this step's forward passes left, without |W|; None where nothing did."""
@@ -297,7 +346,7 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
     if len(source.posts) > 1 or not current.requires_grad or before + current.numel() > total:
         return None
     index = in_layer_order(
-        torch.arange(current.numel()).view(current.shape), spec, len(source.uses)
+        torch.arange(current.numel(), device="cpu").view(current.shape), spec, len(source.uses)
     )
     places = index.tolist()
     for place in {int(share * current.numel()) for share in _PROBES}:
@@ -308,7 +357,9 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
         except RuntimeError:  # a compiled graph, an output that was overwritten
             return None
         flat = [
-            torch.zeros(y.numel(), device=y.device) if g is None else g.flatten().float().abs()
+            torch.zeros(y.numel(), dtype=torch.float32, device=y.device)
+            if g is None
+            else g.flatten().float().abs()
             for y, g in zip(outputs, grads, strict=True)
         ]
         strongest = torch.cat(flat)
@@ -325,8 +376,7 @@ class _LayerHook:
     source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            _after_layer(self, module, args, output)
+        _after_layer(self, module, args, output)
 
 
 @dataclass(slots=True, eq=False)
@@ -335,8 +385,16 @@ class _NeuronHook:
     neuron: Neuron
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            _before_neuron(self, module, args, kwargs)
+        _before_neuron(self, module, args, kwargs)
+
+
+@dataclass(slots=True, eq=False)
+class _FirstHook:
+    watch: Watch
+    source: Source
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        _before_layer(self, module)
 
 
 @dataclass(slots=True, eq=False)
@@ -347,8 +405,16 @@ class CallHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the forward of a module that contains watched layers."""
-        if not torch.compiler.is_compiling():
-            _before_call(self, module, args, kwargs)
+        _before_call(self, module, args, kwargs)
+
+
+def _outside_of_checkpoints() -> Any:
+    """What is computed inside is not counted among what a checkpointed part saves."""
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _graph_can_be_asked() -> bool:
@@ -356,20 +422,29 @@ def _graph_can_be_asked() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+@_disable_dynamo
 def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if args and isinstance(output, Tensor) and hook.watch.recording(module):
-        if not hook.source.connected:
-            hook.watch.missed(hook.source)
+    if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
         hook.watch.saw_layer(hook.source, args[0], output)
 
 
+@_disable_dynamo
+def _before_layer(hook: _FirstHook, module: nn.Module) -> None:
+    if not hook.source.connected and hook.watch.recording(module, hook.source):
+        hook.source.alone = True
+
+
+@_disable_dynamo
 def _before_neuron(
     hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    if (args or kwargs) and hook.watch.recording(module):
-        hook.watch.saw_neuron(hook.neuron, args, kwargs)
+    if (args or kwargs) and hook.watch.recording(module, hook.neuron):
+        askable = _graph_can_be_asked()
+        with _outside_of_checkpoints():
+            hook.watch.saw_neuron(hook.neuron, args, kwargs, askable)
 
 
+@_disable_dynamo
 def _before_call(
     hook: CallHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -379,7 +454,8 @@ def _before_call(
     if watch.schedule.frozen(watch.run.step):
         return
     if torch._C._functorch.peek_interpreter_stack() is None:
-        watch.connect(module, args, kwargs)
+        with _outside_of_checkpoints():
+            watch.connect(module, args, kwargs)
     else:
         watch.postpone()
 
@@ -387,12 +463,23 @@ def _before_call(
 def watch_calls(model: nn.Module, watch: Watch) -> None:
     """Hook every module that contains a watched layer: the loop may call any of them first.
 
+    Not where all modules without children are torch's own, among which there is no neuron.
+
     Args:
         model: the sparsified model.
         watch: of it.
     """
+    modules = list(nn.Module.modules(model))
     layers = {id(source.layer) for source in watch.sources}
-    for module in nn.Module.modules(model):
+    leaves = [m for m in modules if not m._modules and id(m) not in layers]
+    if all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+        for source in watch.sources:
+            source.connected = True
+            watch.notes[source.name] = "no neuron behind it: no EID"
+        return
+    for source in watch.sources:
+        watch.first_look(source)
+    for module in modules:
         inside = (id(child) for child in nn.Module.modules(module) if child is not module)
         if any(child in layers for child in inside):
             module.register_forward_pre_hook(CallHook(watch), with_kwargs=True)
@@ -405,7 +492,7 @@ def remove_hooks(model: nn.Module) -> None:
             ours = [
                 key
                 for key, hook in hooks.items()
-                if isinstance(hook, _LayerHook | _NeuronHook | CallHook)
+                if isinstance(hook, _LayerHook | _NeuronHook | _FirstHook | CallHook)
             ]
             for key in ours:
                 del hooks[key]

@@ -51,7 +51,7 @@ class Pending:
         shape, strides = rows_layout(self.shape, self.x.shape)
         if self.shape.geometry.kind == "linear":
             shape, strides = (self.shape.tokens, self.channels), (self.channels, 1)
-        self.layout = torch.empty_strided(shape, strides, device="meta")
+        self.layout = torch.empty_strided(shape, strides, dtype=torch.float32, device="meta")
 
     @property
     def channels(self) -> int:
@@ -79,7 +79,9 @@ class Pending:
         y = y.reshape(-1, *layout.shape[1:])
         if y.stride() == layout.stride():
             return y
-        return torch.empty_strided(y.shape, layout.stride()).copy_(y)
+        return torch.empty_strided(y.shape, layout.stride(), dtype=y.dtype, device=y.device).copy_(
+            y
+        )
 
     def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> PooledSums:
         """The pooled output waits as well."""
@@ -90,7 +92,8 @@ class Pending:
     def fused(self, steps: int, neuron: NeuronCall) -> SpikeBits:
         """Run the layer and a neuron over ``steps`` time steps, which lead the batch."""
         shape = replace(self.shape, steps=steps, images=self.shape.images // steps)
-        bits = torch.empty(shape.tokens, -(-shape.outputs // 64), dtype=torch.int64)
+        words = -(-shape.outputs // 64)
+        bits = torch.empty(shape.tokens, words, dtype=torch.int64, device="cpu")
         if self._repeats(steps) or not self._in_kernel(shape, neuron, bits):
             self.integrated(steps, neuron, bits)
         return SpikeBits(bits, self.shape.images, shape.out, self.layout, shape.outputs)
@@ -180,13 +183,17 @@ class PooledSums:
     def layout(self) -> Tensor:
         """Shape and strides after pooling."""
         shape = (self.shape.images, self.channels, *self.pooling.out)
-        return torch.empty(shape, device="meta", memory_format=torch.channels_last)
+        form = torch.channels_last
+        return torch.empty(shape, dtype=torch.float32, device="meta", memory_format=form)
 
     def dense(self) -> Tensor:
         """Run the layer, and pool."""
         p, y = self.pooling, self.pending.dense()
         pooled = F.max_pool2d(y, p.kernel, p.stride, p.padding)
-        return torch.empty_strided(pooled.shape, self.layout.stride()).copy_(pooled)
+        strides = self.layout.stride()
+        return torch.empty_strided(
+            pooled.shape, strides, dtype=pooled.dtype, device=pooled.device
+        ).copy_(pooled)
 
     def values(self) -> Tensor:
         """Run the layer, and pool, channel by channel."""
@@ -201,7 +208,7 @@ class PooledSums:
     def fused(self, steps: int, neuron: NeuronCall) -> SpikeBits:
         """Run the layer, pool and integrate over ``steps`` time steps, which lead the batch."""
         words = -(-self.channels // 64)
-        bits = torch.empty(self.shape.tokens, words, dtype=torch.int64)
+        bits = torch.empty(self.shape.tokens, words, dtype=torch.int64, device="cpu")
         self.pending.integrated(steps, neuron, bits, self.pooling)
         return SpikeBits(bits, self.shape.images, self.shape.out, self.layout, self.channels)
 

@@ -142,14 +142,15 @@ def _fused(neuron: FusedNeuron, x: LazyTensor, args: Any, kwargs: Any) -> Any:
     shape = tuple(x.shape[1:] if spec.time_axis == 0 else x.shape)
     strides = tuple(x.stride()[1:] if spec.time_axis == 0 else x.stride())
     carried = spec.returns_state and not fusion.forgets
-    v = torch.empty_strided(shape, strides)
+    memory: Any = {"dtype": torch.float32, "device": "cpu"}
+    v = torch.empty_strided(shape, strides, **memory)
     if not v.numel():
         return None
     if fusion.forgets:
         _fill(v, rule.initial)
     else:
         _load(neuron, v, _carried_state(neuron, args, kwargs) if carried else _kept_state(neuron))
-    current = torch.empty_strided(shape, strides).zero_() if rule.synapse else None
+    current = torch.empty_strided(shape, strides, **memory).zero_() if rule.synapse else None
     bits = source.fused(steps, NeuronCall(rule.parameters, rule.modes(), v, current))
     # The spikes have the batch layout of the layer; the views since then split its batch axis.
     spikes = LazyTensor(bits, x.meta_tensor, x.views)
@@ -234,7 +235,7 @@ def _alone(neuron: FusedNeuron, x: Tensor) -> Tensor | None:
         return None
     rule = fusion.rule(LANES)
     assert rule is not None
-    v = torch.empty(shape)
+    v = torch.empty(shape, dtype=torch.float32, device="cpu")
     _load(neuron, v, _kept_state(neuron))
     spikes, after = integrate(
         x.reshape(steps, -1, LANES), v.view(-1, LANES), rule.parameters, rule.modes()

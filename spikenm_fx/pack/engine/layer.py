@@ -278,7 +278,11 @@ class PackedLayer(nn.Module):
         if bits is not None:
             shape = self.shape_of(x.shape)
             layout = rows_layout(shape, x.shape)
-            out = torch.empty_strided(*layout) if rows else torch.empty(layout[0])
+            memory: Any = {"dtype": torch.float32, "device": "cpu"}
+            if rows:
+                out = torch.empty_strided(*layout, **memory)
+            else:
+                out = torch.empty(layout[0], **memory)
             self.call(bits, shape, out=out, channels_first=not rows)
             return out
         y = None

@@ -74,7 +74,9 @@ class SpikeBits:
         """fp32 values, pixel by pixel in memory."""
         if self._dense is None:
             rows = self.bits.shape[0]
-            out = torch.empty_strided(self.layout.shape, self.layout.stride())
+            out = torch.empty_strided(
+                self.layout.shape, self.layout.stride(), dtype=torch.float32, device="cpu"
+            )
             flat = out.as_strided((rows, self.channels), (self.channels, 1))
             self._decode(flat, (rows, self.planes, self.channels), 1)
             self._dense = out
@@ -85,7 +87,7 @@ class SpikeBits:
         if self.layout.is_contiguous():
             return self.dense()
         if self._values is None:
-            self._values = torch.empty(self.layout.shape)
+            self._values = torch.empty(self.layout.shape, dtype=torch.float32, device="cpu")
             pixels = self.size[0] * self.size[1]
             flat = self._values.view(self.images, self.channels, pixels)
             self._decode(flat, (self.images, self.planes, self.channels, pixels), pixels)
@@ -95,7 +97,7 @@ class SpikeBits:
         """Unpack, ``pixels`` of a channel side by side, and add up the digits (axis 1)."""
         native = kernels()
         assert native is not None  # bits come from the kernels
-        unpacked = out if self.binary else torch.empty(digits)
+        unpacked = out if self.binary else torch.empty(digits, dtype=torch.float32, device="cpu")
         pointers = (self.bits.data_ptr(), digits[0], self.planes, self.channels)
         threads = torch.get_num_threads()
         if pixels == 1:
@@ -135,7 +137,8 @@ class SpikeBits:
         if not self.binary:
             return None
         full, rest = divmod(self.channels, WORD)
-        mask = torch.tensor([-1] * full + [(1 << rest) - 1] * bool(rest))
+        words = [-1] * full + [(1 << rest) - 1] * bool(rest)
+        mask = torch.tensor(words, dtype=torch.int64, device="cpu")
         return replace(self, bits=self.bits ^ mask, **FRESH)
 
     def max_pool(
@@ -188,7 +191,10 @@ class SpikeBits:
         grid = torch.cat(digits, dim=-1) if len(digits) > 1 else digits[0]
         size = (grid.shape[1], grid.shape[2])
         layout = torch.empty(
-            (self.images, self.channels, *size), device="meta", memory_format=torch.channels_last
+            (self.images, self.channels, *size),
+            dtype=torch.float32,
+            device="meta",
+            memory_format=torch.channels_last,
         )
         bits = grid.reshape(self.images * size[0] * size[1], -1)
         return SpikeBits(bits, self.images, size, layout, self.channels, highest, scale)

@@ -181,7 +181,7 @@ def is_channels_last(x: Tensor) -> bool:
 
 def pack_spikes(x: Tensor, shape: LayerShape, native: Kernels) -> Tensor | None:
     """fp32 spikes as bits, int64 ``(rows, row_words)``; None unless all are exactly 0 or 1."""
-    bits = torch.empty(shape.rows, shape.row_words, dtype=torch.int64)
+    bits = torch.empty(shape.rows, shape.row_words, dtype=torch.int64, device="cpu")
     if not bits.numel():
         return bits
     groups, threads = shape.geometry.groups, torch.get_num_threads()
@@ -232,6 +232,8 @@ def run_layer(
     last = is_channels_last(x)
     out = torch.empty(
         shape.result(x.shape),
+        dtype=torch.float32,
+        device="cpu",
         memory_format=torch.channels_last if last else torch.contiguous_format,
     )
     if not out.numel():

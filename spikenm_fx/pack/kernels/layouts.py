@@ -122,7 +122,7 @@ def _blocks(packed: PackedWeight, size: int, units_of: int, per_unit: int = 1) -
             rows.append([tap, first, channels, offset, 0])
             offset += -(-channels // units_of) * per_unit
     rows[-1][4] = 1
-    return torch.tensor(rows, dtype=torch.int64)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def _by_group_and_block(packed: PackedWeight, parts: Tensor, sizes: list[int]) -> Tensor:
@@ -173,7 +173,7 @@ def _pad_blocks(x: Tensor, multiple: int, of: NM | None = None) -> Tensor:
         return x
     filler = x.new_zeros(*x.shape[:2], missing, x.shape[3])
     if of is not None:
-        filler += torch.arange(of.keep)
+        filler += torch.arange(of.keep, device=filler.device)
     return torch.cat([x, filler], dim=2)
 
 
@@ -199,7 +199,7 @@ def _fma(packed: PackedWeight) -> Layout:
     size = max(nm.of, (128 if nm.density <= 1 / 8 else 64) // nm.of * nm.of)
     blocks = _blocks(packed, size, nm.of, nm.keep)
     sizes = [-(-channels // nm.of) * nm.keep for channels in blocks[:, 2].tolist()]
-    local = torch.arange(packed.blocks) % (size // nm.of) * nm.of
+    local = torch.arange(packed.blocks, device="cpu") % (size // nm.of) * nm.of
     picks = (packed.positions().to(torch.int64) + local[:, None]).to(torch.uint8)
     return Layout(
         "fma",
@@ -223,7 +223,9 @@ def _paired(flat: Tensor, sizes: list[int], groups: int) -> Tensor:
 def _event(packed: PackedWeight) -> Layout:
     weights = _input_major(_fp32(packed), packed, outputs=128, granule=16)
     blocks = _blocks(packed, EVENT_INPUTS, 1)
-    return Layout("event", weights, torch.empty(0, dtype=torch.uint8), blocks, 0, None)
+    return Layout(
+        "event", weights, torch.empty(0, dtype=torch.uint8, device="cpu"), blocks, 0, None
+    )
 
 
 def _event8(packed: PackedWeight) -> Layout:
@@ -231,7 +233,7 @@ def _event8(packed: PackedWeight) -> Layout:
     integers = _integers(packed)
     blocks = _segmented(_blocks(packed, EVENT_INPUTS, 1), integers)
     weights = _input_major(integers.to(torch.int16), packed, outputs=256, granule=32)
-    empty = torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     return Layout("event8", weights, empty, blocks, 0, packed.scale.contiguous())
 
 
@@ -254,7 +256,7 @@ def _amx(packed: PackedWeight) -> Layout:
     return Layout(
         "amx",
         torch.stack(tiles, dim=3).flatten().contiguous(),
-        torch.empty(0, dtype=torch.uint8),
+        torch.empty(0, dtype=torch.uint8, device="cpu"),
         _blocks(packed, AMX_INPUTS, 32),
         0,
         None,
@@ -264,7 +266,7 @@ def _amx(packed: PackedWeight) -> Layout:
 def _amx8(packed: PackedWeight) -> Layout:
     assert packed.scale is not None
     tiles = _tiles(_integers(packed).to(torch.int8), packed, channels=64, depth=4)
-    empty = torch.empty(0, dtype=torch.uint8)
+    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     blocks = _blocks(packed, AMX_INPUTS, 64)
     return Layout("amx8", tiles.flatten().contiguous(), empty, blocks, 0, packed.scale.contiguous())
 
@@ -301,8 +303,8 @@ def _segmented(blocks: Tensor, integers: Tensor) -> Tensor:
     its negative ones: both stay inside int16 in every segment.
     """
     folded = integers.flatten(2).transpose(1, 2) if integers.dim() > 2 else integers[:, None]
-    high = torch.zeros(integers.shape[0])
-    low = torch.zeros(integers.shape[0])
+    high = torch.zeros(integers.shape[0], dtype=torch.float32, device="cpu")
+    low = torch.zeros(integers.shape[0], dtype=torch.float32, device="cpu")
     blocks[:, 4] = 0
     for index, (tap, first, channels, _, _) in enumerate(blocks.tolist()):
         part = folded[:, tap, first : first + channels]
