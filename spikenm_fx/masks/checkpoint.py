@@ -14,7 +14,17 @@ from spikenm_fx.masks.start import loaded
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["DENSE", "EID_KEY", "LOGITS", "META", "MOMENTUM", "PRIOR", "StoredMask", "check_checkpoint", "meta_of"]
+__all__ = [
+    "DENSE",
+    "EID_KEY",
+    "LOGITS",
+    "META",
+    "MOMENTUM",
+    "PRIOR",
+    "StoredMask",
+    "check_checkpoint",
+    "meta_of",
+]
 
 LOGITS, DENSE, META, EID_KEY = "_logits", "_dense", "_nm", "_eid"
 PRIOR, MOMENTUM = "_prior", "_momentum"
@@ -100,9 +110,7 @@ def meta_of(mask: MaskedWeight) -> Tensor:
     view, run = mask.view, mask.run
     axis, groups = (0, view.groups) if view.transposed else (1, 1)
     numbers = [_META_VERSION, view.nm.keep, view.nm.of, run.seed, run.shown_step, axis, groups]
-    return torch.tensor(
-        [*numbers, mask.schedule.total_steps or 0], dtype=torch.int64, device="cpu"
-    )
+    return torch.tensor([*numbers, mask.schedule.total_steps or 0], dtype=torch.int64, device="cpu")
 
 
 def _warn_of_another_length(mask: MaskedWeight, meta: Tensor) -> None:

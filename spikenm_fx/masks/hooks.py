@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -210,7 +209,7 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
 
 
 def _has_grad(mask: MaskedWeight) -> bool:
-    return mask.there and mask.dense.grad is not None
+    return mask.there and mask.dense.requires_grad and mask.dense.grad is not None
 
 
 def _warn_of_rest(run: Run) -> None:
@@ -283,5 +282,3 @@ def _is_skipped(optimizer: Optimizer) -> bool:
     """Whether a fused optimizer is about to skip the step, which it finds out on the device."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
-
-

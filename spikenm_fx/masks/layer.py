@@ -144,9 +144,7 @@ class MaskedWeight:
         """The momentum, zeros at first."""
         if self.momentum is None:
             assert self.scores is not None
-            self.momentum = torch.zeros_like(
-                self.scores, dtype=torch.float32, requires_grad=False
-            )
+            self.momentum = torch.zeros_like(self.scores, dtype=torch.float32, requires_grad=False)
         return self.momentum
 
     @property
@@ -303,13 +301,13 @@ class MaskedWeight:
 
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
-        """``layer.weight.data`` was assigned to: in training the parameter takes the values.
+        """``layer.weight.data`` was assigned to: the parameter takes the values.
 
-        In evaluation the layer uses exactly these, as counters of operations expect that write
-        ones into a copy, until it trains, or its masks are computed anew.
+        A copy in evaluation uses exactly these until it trains: counters of operations write ones
+        into copies of layers.
         """
         self._handed = None
-        if self.layer.training:
+        if self.layer.training or self.run.root is not None:
             self.dense.data = value.detach().clone()
         else:
             self.pinned = value.detach()
@@ -336,7 +334,13 @@ class MaskedWeight:
         self._final.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handed": None, "_final": FinalMask(), "_seen": -1, "measured": None}
+        return {
+            **self.__dict__,
+            "_handed": None,
+            "_final": FinalMask(),
+            "_seen": -1,
+            "measured": None,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

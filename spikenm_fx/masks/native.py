@@ -38,7 +38,11 @@ def kernel_for(
         others: further tensors of the same shape.
         level: ISA level; None for the best one of this machine.
     """
-    if torch.compiler.is_compiling() or scores.dim() != 3 or not 1 <= keep <= scores.shape[1] <= _MAX_M:
+    if (
+        torch.compiler.is_compiling()
+        or scores.dim() != 3
+        or not 1 <= keep <= scores.shape[1] <= _MAX_M
+    ):
         return None
     if scores.numel() >= _COUNTERS or not all(plain(tensor) for tensor in (scores, *others)):
         return None

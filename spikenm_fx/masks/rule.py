@@ -10,7 +10,6 @@ less and less.  ``spikenm_fx/bench/results/update-rule.json`` has what the alter
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 __all__ = ["KEEP", "LOOK", "moved"]

@@ -16,8 +16,8 @@ from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid import EID, Guide
 from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
-from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
 from spikenm_fx.masks.hooks import install
+from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
 from spikenm_fx.masks.methods import Draw, Method, method_named
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
@@ -241,7 +241,9 @@ def _parameters_of(
 def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
     """Give each mask its credits, and the hooks that measure them."""
     _, _, first = next(masked_weights(model))
-    watch = first.run.watch = Watch(first.run, first.schedule, eid)  # all schedules freeze at the same step
+    watch = first.run.watch = Watch(
+        first.run, first.schedule, eid
+    )  # all schedules freeze at the same step
     holders: dict[int, list[tuple[str, nn.Module]]] = defaultdict(list)
     masks: dict[int, MaskedWeight] = {}
     layers = {name for name, module in nn.Module.named_modules(model) if is_weight_layer(module)}

@@ -126,9 +126,7 @@ def _grad(member: MaskedWeight) -> Tensor:
     return grad.detach()
 
 
-def _finish_gradients(
-    weights: Iterable[MaskedWeight], scale: Tensor | None, sign: int
-) -> None:
+def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None, sign: int) -> None:
     """Add decay where the mask is zero, or take the gradient away there."""
     for weight in weights:
         decay, grad = weight.method.decay, _grad(weight)
@@ -146,9 +144,7 @@ def _finish_gradients(
 
 
 @torch.no_grad()
-def draw_masks(
-    weights: Iterable[MaskedWeight], step: int, *, follow_prior: bool = True
-) -> None:
+def draw_masks(weights: Iterable[MaskedWeight], step: int, *, follow_prior: bool = True) -> None:
     """Write the masks of an optimizer step, in place.
 
     Args:

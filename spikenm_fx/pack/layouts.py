@@ -223,7 +223,9 @@ def _paired(flat: Tensor, sizes: list[int], groups: int) -> Tensor:
 def _event(packed: PackedWeight) -> Layout:
     weights = _input_major(_fp32(packed), packed, outputs=128, granule=16)
     blocks = _blocks(packed, EVENT_INPUTS, 1)
-    return Layout("event", weights, torch.empty(0, dtype=torch.uint8, device="cpu"), blocks, 0, None)
+    return Layout(
+        "event", weights, torch.empty(0, dtype=torch.uint8, device="cpu"), blocks, 0, None
+    )
 
 
 def _event8(packed: PackedWeight) -> Layout:

@@ -75,7 +75,9 @@ def _sparse_layer(
 def _sparse_layer_shape(x: Tensor, *, weight_shape: list[int], geometry: list[int]) -> Tensor:
     shape = LayerShape.of_call(x.shape, tuple(weight_shape), _geometry(geometry))
     form = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape.result(x.shape), dtype=torch.float32, device=x.device, memory_format=form)
+    return torch.empty(
+        shape.result(x.shape), dtype=torch.float32, device=x.device, memory_format=form
+    )
 
 
 def _integrate(x: Tensor, v: Tensor, parameters: Tensor, modes: list[int]) -> tuple[Tensor, Tensor]:

@@ -82,7 +82,9 @@ class Pending:
         y = y.reshape(-1, *layout.shape[1:])
         if y.stride() == layout.stride():
             return y
-        return torch.empty_strided(y.shape, layout.stride(), dtype=y.dtype, device=y.device).copy_(y)
+        return torch.empty_strided(y.shape, layout.stride(), dtype=y.dtype, device=y.device).copy_(
+            y
+        )
 
     def max_pool(self, kernel: list[int], stride: list[int], padding: list[int]) -> PooledSums:
         """The pooled output waits as well."""

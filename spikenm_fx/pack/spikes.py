@@ -97,9 +97,7 @@ class SpikeBits:
         """Unpack, ``pixels`` of a channel side by side, and add up the digits (axis 1)."""
         native = kernels()
         assert native is not None  # bits come from the kernels
-        unpacked = (
-            out if self.binary else torch.empty(digits, dtype=torch.float32, device="cpu")
-        )
+        unpacked = out if self.binary else torch.empty(digits, dtype=torch.float32, device="cpu")
         pointers = (self.bits.data_ptr(), digits[0], self.planes, self.channels)
         threads = torch.get_num_threads()
         if pixels == 1:

@@ -62,5 +62,3 @@ class EID:
     def needs_input(self) -> bool:
         """Whether the credit looks at activations at all."""
         return self.credit != "weight"
-
-

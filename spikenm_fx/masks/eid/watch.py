@@ -19,14 +19,12 @@ from torch._compile import _disable_dynamo  # graphs break where credits are mea
 from torch.utils._pytree import tree_leaves
 
 from spikenm_fx.errors import SpikeNMWarning, TraceError
-from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.eid.eligibility import (
     correlate,
     presynaptic_rate,
 )
 from spikenm_fx.masks.eid.replay import Call
-from spikenm_fx.masks.run import Run
-from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.eid.slopes import (
     Neuron,
     Source,
@@ -36,6 +34,8 @@ from spikenm_fx.masks.eid.slopes import (
     slopes_at,
     slopes_of,
 )
+from spikenm_fx.masks.run import Run
+from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
 
 __all__ = ["Observed", "Watch", "remove_hooks", "watch_calls"]
@@ -357,7 +357,9 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
         except RuntimeError:  # a compiled graph, an output that was overwritten
             return None
         flat = [
-            torch.zeros(y.numel(), dtype=torch.float32, device=y.device) if g is None else g.flatten().float().abs()
+            torch.zeros(y.numel(), dtype=torch.float32, device=y.device)
+            if g is None
+            else g.flatten().float().abs()
             for y, g in zip(outputs, grads, strict=True)
         ]
         strongest = torch.cat(flat)
