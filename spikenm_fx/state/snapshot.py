@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import types
 from collections import deque
@@ -105,6 +106,12 @@ class _Undo:
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._steps.append(lambda: _forget(value.set_state(state)))
+        elif isinstance(value, types.MethodType):
+            self.remember(value.__self__, depth)
+        elif isinstance(value, functools.partial):
+            self._remember_all([value.func, *value.args, *value.keywords.values()], depth)
+        elif isinstance(value, types.FunctionType):  # what a hook closes over: a monitor's records
+            self._remember_all(_enclosed(value), depth)
         elif is_scripted(value):
             self._remember_all([*value.parameters(), *value.buffers()], depth)
         elif isinstance(value, nn.Module):
@@ -149,14 +156,20 @@ def _is_immutable(value: Any) -> bool:
         | float
         | complex
         | type
-        | types.FunctionType
         | types.BuiltinFunctionType
-        | types.MethodType
         | types.ModuleType
         | torch.dtype
         | torch.device
         | torch.Size,
     )
+
+
+def _enclosed(function: types.FunctionType) -> list[Any]:
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return [*found, *(function.__defaults__ or ())]
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
