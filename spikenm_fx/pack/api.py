@@ -20,6 +20,7 @@ from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.forms import Forms
 from spikenm_fx.pack.summary import PackReport, Proof
 from spikenm_fx.pattern import NM, PatternLike
+from spikenm_fx.state import preserved_records
 
 __all__ = ["pack", "packing"]
 
@@ -85,19 +86,34 @@ def pack(
     _refuse(model)
     engine = copy_at_rest(model)
     args = _arguments(example_inputs)
+    with preserved_records(model, engine):
+        report = _build(model, engine, args, backend, dtype, nm, check=check)
+    engine.__dict__["_spikenm_packing"] = report
+    return engine
+
+
+def _build(
+    model: nn.Module,
+    engine: nn.Module,
+    args: tuple[Any, ...] | None,
+    backend: str | Mapping[str, str],
+    dtype: torch.dtype | None,
+    nm: PatternLike | None,
+    *,
+    check: bool,
+) -> PackReport:
     builder = EngineBuilder(engine, args, dtype, None if nm is None else NM.parse(nm))
     builder.replace_layers()
     if args is None:
         choose(engine, None, builder.layers, backend)
-        return _reported(engine, replace(builder.report(), note=NO_EXAMPLES))
+        return replace(builder.report(), note=NO_EXAMPLES)
     builder.fuse()
     builder.put_back_unmultiplied()
     reference = copy_at_rest(model)
     try:
-        report = _settle(builder, reference, args, backend, check=check)
+        return _settle(builder, reference, args, backend, check=check)
     finally:
         unregister(reference)
-    return _reported(engine, report)
 
 
 def _settle(
@@ -126,11 +142,6 @@ def _settle(
     forms.finish()
     note = "" if auto else "The backend was given, so that the whole forward was not timed."
     return replace(builder.report(), whole=whole, proof=proof, note=note)
-
-
-def _reported(engine: nn.Module, report: PackReport) -> nn.Module:
-    engine.__dict__["_spikenm_packing"] = report
-    return engine
 
 
 def packing(engine: nn.Module) -> PackReport:

@@ -65,8 +65,8 @@ class Forms:
             args: of one forward.
         """
         forms, seconds = self._forms(), {}
-        with torch.no_grad(), preserved(reference), preserved(self.builder.engine):
-            seconds = self._take_turns(forms, reference, args)
+        with torch.no_grad(), preserved(reference), preserved(self.builder.engine) as rest:
+            seconds = self._take_turns(forms, reference, args, rest)
         milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds.items()}
         best = min(forms, key=milliseconds.__getitem__)
         whole = WholeForward(milliseconds[MODEL], milliseconds[best], best)
@@ -96,7 +96,11 @@ class Forms:
         return forms
 
     def _take_turns(
-        self, forms: dict[str, _Form], reference: nn.Module, args: tuple[Any, ...]
+        self,
+        forms: dict[str, _Form],
+        reference: nn.Module,
+        args: tuple[Any, ...],
+        rest: Callable[[], None],
     ) -> dict[str, list[float]]:
         engine, ways = self.builder.engine, (MODEL, *forms)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -104,6 +108,7 @@ class Forms:
         for counted in _rounds():
             for way in ways:
                 if way != MODEL:
+                    rest()  # state lies in memory as the form that made it left it
                     self._apply(forms[way])
                 module = reference if way == MODEL else engine
                 if not runs:

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from spikenm_fx._torch import is_scripted
 from spikenm_fx.state.guard import Watched, watching
 
-__all__ = ["detach_state", "preserved"]
+__all__ = ["detach_state", "preserved", "preserved_records"]
 
 _DEPTH = 4
 """How deep state may lie in lists, dicts and plain objects of a module."""
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @contextlib.contextmanager
@@ -53,6 +55,30 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         restore()
 
 
+@contextlib.contextmanager
+def preserved_records(*models: nn.Module) -> Iterator[None]:
+    """On leaving, what the hooks of ``models`` have recorded inside is gone again.
+
+    Monitors keep what they see in lists that their hooks close over, outside of any module.  The
+    modules themselves are left as the block leaves them.
+    """
+    undo = _Undo()
+    modules = [module for model in models for module in nn.Module.modules(model)]
+    undo.leave([*modules, *(p for m in modules for p in m._parameters.values() if p is not None)])
+    with torch.no_grad():
+        for module in modules:
+            for kind, hooks in vars(module).items():
+                if kind in _HOOKS:
+                    for hook in list(hooks.values()):
+                        for value in _enclosed(hook):
+                            undo.remember(value, _DEPTH)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            undo.restore()
+
+
 def detach_state(model: nn.Module) -> None:
     """Put copies in place of state that is still part of an autograd graph.
 
@@ -78,6 +104,10 @@ class _Undo:
         self._seen: dict[int, Any] = {}
         self._steps: list[Callable[[], None]] = []
         self.watched: list[Watched] = []
+
+    def leave(self, values: list[Any]) -> None:
+        """Never touch these."""
+        self._seen.update({id(value): value for value in values})
 
     def restore(self) -> None:
         for step in self._steps:
@@ -106,12 +136,6 @@ class _Undo:
         elif isinstance(value, torch.Generator):
             state = value.get_state()
             self._steps.append(lambda: _forget(value.set_state(state)))
-        elif isinstance(value, types.MethodType):
-            self.remember(value.__self__, depth)
-        elif isinstance(value, functools.partial):
-            self._remember_all([value.func, *value.args, *value.keywords.values()], depth)
-        elif isinstance(value, types.FunctionType):  # what a hook closes over: a monitor's records
-            self._remember_all(_enclosed(value), depth)
         elif is_scripted(value):
             self._remember_all([*value.parameters(), *value.buffers()], depth)
         elif isinstance(value, nn.Module):
@@ -156,7 +180,9 @@ def _is_immutable(value: Any) -> bool:
         | float
         | complex
         | type
+        | types.FunctionType
         | types.BuiltinFunctionType
+        | types.MethodType
         | types.ModuleType
         | torch.dtype
         | torch.device
@@ -164,12 +190,23 @@ def _is_immutable(value: Any) -> bool:
     )
 
 
-def _enclosed(function: types.FunctionType) -> list[Any]:
-    found = []
+def _enclosed(function: Any) -> list[Any]:
+    """What a hook can write to: what it closes over or is bound to."""
+    if isinstance(function, types.MethodType):
+        return [function.__self__]
+    if isinstance(function, functools.partial):
+        return [*_enclosed(function.func), *function.args, *function.keywords.values()]
+    if not isinstance(function, types.FunctionType):
+        return [function]  # an object that can be called
+    found = list(function.__defaults__ or ())
     for cell in function.__closure__ or ():
         with contextlib.suppress(ValueError):  # an empty cell
             found.append(cell.cell_contents)
-    return [*found, *(function.__defaults__ or ())]
+    return [part for item in found for part in ([item] if not _is_hook(item) else _enclosed(item))]
+
+
+def _is_hook(value: Any) -> bool:
+    return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
 
 
 def _can_be_watched(tensor: Tensor) -> bool:

@@ -128,7 +128,7 @@ def _differences(
         return hook
 
     def run(module: nn.Module) -> Any:
-        with torch.no_grad(), preserved(module):
+        with preserved(nn.Module()):  # the random generators: both draw alike
             handles = []
             for name, draft in builder.layers.items():
                 at = draft.norm[0] if draft.norm is not None and module is reference else name
@@ -141,7 +141,8 @@ def _differences(
                     handle.remove()
 
     try:
-        wanted, given, neurons = forced(reference, builder.engine, run)
+        with torch.no_grad(), preserved(reference), preserved(builder.engine):
+            wanted, given, neurons = forced(reference, builder.engine, run)
     except Exception as error:  # the user's forward may raise anything where a layer is another
         return found or {"": f"its forward raises {type(error).__name__}: {error}"}
     for neuron in neurons:
