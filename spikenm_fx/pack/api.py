@@ -59,7 +59,9 @@ def pack(
     to keep the model.  Without examples nothing is measured, fused or compared.
 
     The copy starts at rest: its neurons are reset, and state that hangs on an autograd graph is
-    detached.  The engine itself cannot be pickled where its neurons are fused (``torch.save(engine)`` fails).
+    detached.
+
+    The engine itself cannot be pickled where its neurons are fused (``torch.save(engine)`` fails).
     Store the weights: :func:`~spikenm_fx.pack.weights.files.save_packed` with the ``packed`` of
     each packed layer, or the state dict, which loads into an engine packed alike.
 

@@ -42,8 +42,8 @@ UNMULTIPLIED = (
     "seen in it; write it so, with what else it does before or after, to pack it."
 )
 ALONE = (
-    "It runs natively, but by itself: no packed layer drives it alone; nothing is to be done unless "
-    "it should run inside that layer's kernel, which takes a chain of layer, norm and neuron."
+    "It runs natively, but by itself: no packed layer drives it alone. Nothing is to be done, but if"
+    " it should run inside a layer's kernel, let the model chain that layer, its norm and it."
 )
 
 
@@ -250,7 +250,7 @@ class EngineBuilder:
             PackedNeuronReport(name, fused.get(name, ""), note)
             for name, note in self.neurons.items()
         )
-        return PackReport(tuple(rows[name] for name in sorted(rows, key=order.__getitem__)), neurons)
+        return PackReport(tuple(rows[n] for n in sorted(rows, key=order.__getitem__)), neurons)
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:

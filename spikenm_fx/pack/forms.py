@@ -65,7 +65,8 @@ class Forms:
             args: of one forward.
         """
         forms, seconds = self._forms(), {}
-        with torch.no_grad(), preserved(reference), preserved(self.builder.engine) as rest:
+        engine = self.builder.engine
+        with torch.no_grad(), preserved(engine, guarded=False) as rest:
             seconds = self._take_turns(forms, reference, args, rest)
         milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds.items()}
         best = min(forms, key=milliseconds.__getitem__)
@@ -111,14 +112,11 @@ class Forms:
                     rest()  # state lies in memory as the form that made it left it
                     self._apply(forms[way])
                 module = reference if way == MODEL else engine
-                if not runs:
-                    module(*args)
-                    runs = _runs(lambda module=module: module(*args))
                 module(*args)  # caches are warm, as in any loop over batches
-                meter = Meter()
-                meter.measure(lambda module=module: [module(*args) for _ in range(runs)])
+                runs = runs or _runs(module, args)
+                spent = _spent(module, args, runs)
                 if counted:
-                    seconds[way].append(meter.seconds / runs)
+                    seconds[way].append(spent)
         return seconds
 
     def _apply(self, form: _Form) -> None:
@@ -143,7 +141,7 @@ class Forms:
         if best == "fused":
             return
         fused = f"{milliseconds['fused']:.3g} ms fused, {milliseconds[best]:.3g} ms without"
-        reason = f"The whole forward is faster with its own forward ({fused}); nothing is to be done."
+        reason = f"The whole forward is faster without fusing it ({fused}); nothing is to be done."
         for name in self.builder.fused:
             self.builder.neurons[name] = reason
         self.builder.fused.clear()
@@ -163,10 +161,20 @@ def _rounds() -> Iterator[bool]:
         yield True
 
 
-def _runs(call: Callable[[], Any]) -> int:
-    start = time.perf_counter()
-    call()
-    return max(1, min(MOST_RUNS, int(TURN / max(time.perf_counter() - start, 1e-6))))
+def _runs(module: nn.Module, args: tuple[Any, ...]) -> int:
+    return max(1, min(MOST_RUNS, int(TURN / max(_spent(module, args, 1), 1e-6))))
+
+
+def _spent(module: nn.Module, args: tuple[Any, ...], runs: int) -> float:
+    """Seconds of one forward, of several in a row."""
+    meter = Meter()
+
+    def call() -> None:
+        for _ in range(runs):
+            module(*args)
+
+    meter.measure(call)
+    return meter.seconds / runs
 
 
 def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:

@@ -75,9 +75,7 @@ def _clash(layer: nn.Module) -> str:
     return next((n for n in sorted(taken) if hasattr(layer, n) and not hasattr(nn.Module, n)), "")
 
 
-def why_neuron_kept(
-    module: nn.Module | None, record: NeuronRecord, *, state_read: bool
-) -> str:
+def why_neuron_kept(module: nn.Module | None, record: NeuronRecord, *, state_read: bool) -> str:
     """Why a neuron keeps its own forward, as a sentence with a way out; "" if it is fused."""
     if record.functional or module is None:
         return (

@@ -202,7 +202,10 @@ def _values(x: Tensor) -> Tensor:
 
 
 def difference(x: Tensor, wanted: Tensor) -> float:
-    """The largest of two tensors of one shape, relative to the largest magnitude; infinity where only one of them is not finite."""
+    """Largest difference of two tensors of one shape, relative to the largest magnitude wanted.
+
+    Infinity where only one of them is not finite.
+    """
     if not x.numel() or torch.equal(x, wanted):
         return 0.0
     if x.dtype == torch.bool or not (x.is_floating_point() or x.is_complex()):

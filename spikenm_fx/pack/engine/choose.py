@@ -95,7 +95,7 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
 
     Neurons that are fused, conversions of the input and what lies in the caches all count.
     """
-    with torch.no_grad(), preserved(engine):
+    with torch.no_grad(), preserved(engine, guarded=False):
         _look_at_inputs(engine, args, layers)
         prepared = {name: _candidates(layer) for name, layer in layers.items()}
         seconds: dict[str, dict[str, list[float]]] = {
@@ -158,7 +158,8 @@ def _look_at_inputs(
             handle.remove()
         for name, layer in layers.items():
             if isinstance(layer.packed, PackedProducts):
-                inputs |= {name: x for x in layer.packed.watched or ()}
+                for x in layer.packed.watched or ():
+                    inputs[name] = x
                 layer.packed.watched = None
     for name, x in inputs.items():
         packed = layers[name].packed

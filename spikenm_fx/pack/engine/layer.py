@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikenm_fx import surgery
@@ -225,6 +226,9 @@ class PackedLayer(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._compiled(x)
+        y = self._directly(x)
+        if y is not None:
+            return y
         self._check(x)
         spatial = self.geometry.spatial
         lead: tuple[int, ...] | None = None
@@ -240,6 +244,24 @@ class PackedLayer(nn.Module):
         if lead is None:
             return y
         return y.unflatten(0, lead) if len(lead) == 2 else y.squeeze(0)
+
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """Torch's layer at once, where nothing but that is to be done: small layers notice."""
+        own = self.__dict__
+        dense = own["_buffers"]["_dense"]
+        if dense is None or own["waits"] or own["meter"] is not None or type(x) is not Tensor:
+            return None
+        if x.dtype is not torch.float32 or x.requires_grad or not x.is_cpu:
+            return None
+        bias = own["_parameters"]["bias"]
+        if dense.dim() == 2:
+            return F.linear(x, dense, bias)
+        if x.dim() != dense.dim():
+            return None
+        g = own["geometry"]
+        convolve = F.conv2d if dense.dim() == 4 else F.conv1d
+        y = convolve(x, dense, bias, g.stride, g.padding, g.dilation, g.groups)
+        return y if y.is_contiguous() or is_channels_last(x) else y.contiguous()
 
     def _compiled(self, x: Tensor) -> Tensor:
         spatial = self.geometry.spatial

@@ -2,10 +2,10 @@
 """Packed layers whose class has a forward of its own: packed is the product in it.
 
 A convolution that a subclass calls once per time step, scales, or calls through a helper is one
-call of ``F.conv2d`` on the layer's weight all the same.  Such a layer keeps its forward.  Its weight
-is a tensor that knows its packed form: ``F.linear``, ``F.conv1d`` and ``F.conv2d`` on it, called
-as the layer itself would call them, run packed; any other operation sees an ordinary tensor.  So a
-forward that changes the weight first computes what it did.
+call of ``F.conv2d`` on the layer's weight all the same.  Such a layer keeps its forward.  Its
+weight is a tensor that knows its packed form: ``F.linear``, ``F.conv1d`` and ``F.conv2d`` on it,
+called as the layer itself would call them, run packed; any other operation sees an ordinary tensor.
+So a forward that changes the weight first computes what it did.
 """
 
 from __future__ import annotations
