@@ -51,7 +51,8 @@ def pack(
     put back to the model's own, with a :class:`~spikenm_fx.errors.SpikeNMWarning` that names it.
     That costs a second copy of the model while packing, and one forward of each of the two where
     nothing differs, at most :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations
-    are kept meanwhile.  ``packing(engine).proof`` says what it took.
+    are kept meanwhile.  Where ``dtype`` rounds weights, the model is compared with the same rounded
+    weights.  ``packing(engine).proof`` says what it took.
 
     **It is not slower than the model**: with ``backend="auto"`` the whole forward of the model and
     of the engine's forms (fused; with neurons as they were; all torch's) take turns on the
@@ -113,6 +114,8 @@ def _build(
     builder.put_back_unmultiplied()
     reference = copy_at_rest(model)
     try:
+        if dtype is not None:
+            builder.round_alike(reference)
         return _settle(builder, reference, args, backend, check=check)
     finally:
         unregister(reference)

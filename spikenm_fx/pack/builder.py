@@ -24,7 +24,7 @@ from spikenm_fx.pack.engine.norms import (
 from spikenm_fx.pack.engine.products import PackedProducts
 from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept, why_neuron_kept
 from spikenm_fx.pack.summary import PackedLayerReport, PackedNeuronReport, PackReport
-from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pattern import NM, is_weight_layer, tightest
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import LayerRecord, NeuronSpec, SpikingGraph, trace
@@ -41,9 +41,13 @@ UNMULTIPLIED = (
     "no F.linear or F.conv on the weight itself, with the layer's bias, stride and padding, was "
     "seen in it; write it so, with what else it does before or after, to pack it."
 )
+APART = (
+    "It runs apart from any neuron, as what it gives goes elsewhere too, or through more operations"
+    " first. Nothing is to be done; to fuse a neuron, let it take this layer's output alone."
+)
 ALONE = (
-    "It runs natively, but by itself: no packed layer drives it alone. Nothing is to be done, but if"
-    " it should run inside a layer's kernel, let the model chain that layer, its norm and it."
+    "It runs natively, but by itself, as no packed layer drives it alone. Nothing is to be done; to"
+    " run it inside a layer's kernel, let the model chain that layer, its norm and it."
 )
 
 
@@ -103,6 +107,21 @@ class EngineBuilder:
                 packed = PackedProducts.of(packed, layer)
             self.layers[name] = LayerDraft(packed, math.prod(shape) * 4, before=before, norm=norm)
 
+    def round_alike(self, reference: nn.Module) -> None:
+        """Give a copy of the model the weights that are stored here, norms multiplied in.
+
+        Args:
+            reference: the copy, changed in place.
+        """
+        for name, draft in self.layers.items():
+            layer, packed = reference.get_submodule(name), draft.packed
+            rounded = {"weight": unpack_weight(packed.packed).float(), "bias": packed.bias}
+            for key, value in rounded.items():
+                if value is not None:
+                    setattr(layer, key, nn.Parameter(value.clone(), requires_grad=False))
+            if draft.norm is not None:
+                _replace(reference, reference.get_submodule(draft.norm[0]), nn.Identity())
+
     def _record(self, name: str) -> LayerRecord | None:
         return self.graph.layers.get(name) if self.graph is not None else None
 
@@ -157,7 +176,7 @@ class EngineBuilder:
         for draft in self.layers.values():
             if draft.neuron == name:
                 draft.neuron, draft.packed.waits = "", False
-                draft.note = f"{name} is not fused with it: {reason}"
+                draft.note = f"Its neuron {name} is not fused with it. {reason}"
                 draft.packed.choose(draft.packed.choice)
 
     def _pack(self, layer: Any, name: str, affine: tuple[Tensor, Tensor] | None) -> PackedLayer:
@@ -212,7 +231,7 @@ class EngineBuilder:
             layer = self.layers.get(drivers.get(name, ""))
             if reason:
                 if layer is not None:
-                    layer.note = f"{name} is not fused with it: {reason}"
+                    layer.note = f"Its neuron {name} is not fused with it. {reason}"
                 continue
             assert module is not None
             fuse_neuron(module, record.spec)
@@ -222,6 +241,19 @@ class EngineBuilder:
             else:
                 layer.packed.waits = True
                 layer.neuron = name
+
+    def _why_apart(self, name: str, layer: LayerDraft) -> str:
+        """Why a packed layer runs without a neuron, as a sentence; "" if it does not."""
+        record = self._record(name)
+        if layer.neuron or record is None:
+            return ""
+        if isinstance(layer.packed, PackedProducts):
+            return "Packed inside its own forward, apart from any neuron. Nothing is to be done."
+        if record.is_readout:
+            return "It drives no neuron, as what it gives leaves the model. Nothing is to be done."
+        if hooked(layer.packed):
+            return "Its hooks see what it gives, so no neuron runs in it; remove them to fuse one."
+        return APART
 
     def report(self) -> PackReport:
         """What became of each layer and neuron, in the order of the module tree."""
@@ -234,7 +266,7 @@ class EngineBuilder:
                 layer.rate,
                 layer.milliseconds,
                 layer.neuron,
-                layer.note,
+                layer.note or self._why_apart(name, layer),
                 layer.dense_bytes,
                 layer.packed.packed.nbytes,
                 layer.packed.resident_bytes,

@@ -147,7 +147,7 @@ class Forms:
         self.builder.fused.clear()
         for draft in self.builder.layers.values():
             if draft.neuron:
-                draft.note = f"{draft.neuron} is not fused with it: {reason}"
+                draft.note = f"Its neuron {draft.neuron} is not fused with it. {reason}"
             draft.neuron = ""
 
 
