@@ -260,6 +260,7 @@ def _layer(
     signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
     used = record is None or record.calls > 0 or graph is None or graph.route in _UNRUN
     note = packed.note if packed is not None and entry.nm is not None else ""
+    note = "" if "nothing is to be done" in note.lower() else note
     return LayerDiagnosis(
         name=entry.name,
         weight=entry.shape,
