@@ -4,30 +4,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx, nn
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.analysis.chains import find_chains
+from spikenm_fx.trace.analysis.firing import Firing, find_firings
 from spikenm_fx.trace.analysis.flow import Flow
 from spikenm_fx.trace.analysis.infer import Inference
 from spikenm_fx.trace.analysis.nodes import (
-    is_step,
     kind_of_op,
     layer_kind,
     unique,
     with_layers,
 )
 from spikenm_fx.trace.analysis.ops import module_family, op_name
-from spikenm_fx.trace.analysis.products import Product, parameter_behind, product_of
+from spikenm_fx.trace.analysis.products import Product, ProductFinder, parameter_behind
+from spikenm_fx.trace.analysis.rewrite import simplify
 from spikenm_fx.trace.analysis.signal import ANALOG, Signal, join, of_kind
 from spikenm_fx.trace.channels.reader import ChannelReader
 from spikenm_fx.trace.channels.rules import read_channels
 from spikenm_fx.trace.channels.rules_nodes import is_item, name_of
 from spikenm_fx.trace.execution.record import Trace
-from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
+from spikenm_fx.trace.execution.values import ValueInfo
 from spikenm_fx.trace.graph import (
     LayerRecord,
     NeuronRecord,
@@ -48,6 +49,35 @@ def build(trace: Trace) -> SpikingGraph:
     return builder.finish()
 
 
+@dataclass(slots=True)
+class _Group:
+    """Firings of one neuron: of one place in the code, or of one membrane."""
+
+    key: tuple[object, object]
+    places: set[tuple[int, ...]]
+    layers: set[str]
+    sources: set[fx.Node]
+    members: list[Firing]
+
+    def is_with(self, other: _Group) -> bool:
+        """Whether both are the same neuron."""
+        if self.key != other.key:
+            return False
+        here = not self.places.isdisjoint(other.places)
+        driven = not self.layers.isdisjoint(other.layers) or not other.layers
+        return (here and driven) or not self.sources.isdisjoint(other.sources)
+
+    def merged(self, other: _Group) -> _Group:
+        """Both as one."""
+        return _Group(
+            self.key,
+            self.places | other.places,
+            self.layers | other.layers,
+            self.sources | other.sources,
+            self.members + other.members,
+        )
+
+
 class _Builder:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -55,10 +85,14 @@ class _Builder:
         self.signals: dict[fx.Node, Signal] = {}
         self.ident: dict[fx.Node, str] = {}
         self.weights: dict[fx.Node, str] = {}
+        self.finder = ProductFinder()
         self.products: dict[str, list[Product]] = {}
+        self.multiplied: dict[str, list[fx.Node]] = {}
         self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
         self.flow = Flow(self.ident, self.weights, self.specs)
         self.functional: set[str] = set()
+        self.firings: list[Firing] = []
+        self.emitted: dict[str, Signal] = {}
         self.notes = list(trace.notes)
         self.out = nx.DiGraph()
         self.reader: ChannelReader | None = None
@@ -67,12 +101,14 @@ class _Builder:
 
     def read(self) -> None:
         for node in self.nodes:
+            simplify(node)
             self._note_product(node)
         inference = Inference(self.specs, self._note)
         for node in self.nodes:
             inference.visit(node)
         self.signals = inference.known
-        self._name_surrogates()
+        self.firings = find_firings(self.nodes, self.signals, self.flow)
+        self._name_firings()
         for node in self.nodes:
             self.ident[node] = self.flow.identity(node)
         if self.trace.route != "symbolic":
@@ -81,10 +117,10 @@ class _Builder:
 
     def _note_product(self, node: fx.Node) -> None:
         """Where ``node`` multiplies by something made of parameters alone: it is a layer."""
-        product = product_of(node)
-        if product is not None:
-            self.weights[node] = product.parameter
+        for product in self.finder.of(node):
+            self.weights.setdefault(node, product.parameter)
             self.products.setdefault(product.parameter, []).append(product)
+            self.multiplied.setdefault(product.parameter, []).append(node)
 
     def _note(self, where: str, text: str) -> None:
         note = Note(where, text)
@@ -93,44 +129,45 @@ class _Builder:
 
     # -- functional neurons -----------------------------------------------------------------------
 
-    def _name_surrogates(self) -> None:
+    def _name_firings(self) -> None:
         """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
-        groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
-        for node in self.nodes:
-            if not is_step(node):
-                continue
-            function = getattr(node.target, "function", None)
-            key = (node.meta["scope"], function, node.meta.get("at", ()))
+        groups: list[_Group] = []
+        for firing in self.firings:
+            firing.node.meta["fires"] = True
+        for firing in self.firings:
+            node = firing.node
             layers = set(self.flow.backward(node)[0])
-            for known_key, known_layers, members in groups:
-                if known_key == key and (known_layers & layers or not layers):
-                    known_layers |= layers
-                    members.append(node)
-                    break
-            else:
-                groups.append((key, layers, [node]))
+            key = (node.meta["scope"], getattr(node.target, "function", None))
+            one = _Group(key, {node.meta.get("at", ())}, layers, {firing.source}, [firing])
+            for other in [group for group in groups if group.is_with(one)]:
+                groups.remove(other)
+                one = other.merged(one)
+            groups.append(one)
         taken: set[str] = set()
-        for (scope, function, at), _, members in groups:
-            line = at[0] if isinstance(at, tuple) and at else "?"
-            name = f"{scope}:{getattr(function, '__name__', 'Function')}@{line}".lstrip(":")
+        for group in sorted(groups, key=lambda g: self.nodes.index(g.members[0].node)):
+            first = group.members[0].node
+            at = first.meta.get("at", ())
+            scope, function = group.key
+            what = getattr(function, "__name__", "Function") if function else op_name(first)
+            name = f"{scope}:{what}@{at[0] if at else '?'}".lstrip(":")
             while name in taken:
                 name += "'"
             taken.add(name)
-            self._add_functional(name, members)
+            self._add_functional(name, group.members)
 
-    def _add_functional(self, name: str, members: list[fx.Node]) -> None:
-        surrogate = members[0].target
-        assert isinstance(surrogate, SurrogateCall)
+    def _add_functional(self, name: str, members: list[Firing]) -> None:
+        function = getattr(members[0].node.target, "function", None)
+        self.emitted[name] = join([signal for one in members for signal in one.emitted])
         self.specs[name] = NeuronSpec(
             framework="function",
-            class_name=surrogate.function.__name__,
-            output=self.signals[members[0]].kind,
+            class_name=function.__name__ if function else op_name(members[0].node),
+            output=self.emitted[name].kind,
             state=(),
             reset_call=None,
         )
         self.functional.add(name)
-        for node in members:
-            self.ident[node] = name
+        for firing in members:
+            self.ident[firing.node] = name
 
     # -- the networkx graph -----------------------------------------------------------------------
 
@@ -204,6 +241,9 @@ class _Builder:
                 layers[name] = self._layer_record(
                     name, calls[name][0].meta.get("module"), calls[name]
                 )
+        for name, nodes in self.multiplied.items():
+            if name not in layers:  # beside another parameter in the same product
+                layers[name] = self._layer_record(name, None, nodes)
         layers |= self._weights_in_neurons(layers, calls)
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
         neurons = with_layers(neurons, layers)
@@ -249,6 +289,7 @@ class _Builder:
             input_shape=info.shape if info else None,
             output_shape=result.shape if result else None,
             time_axis=self._time_axis(sources[0]) if sources else None,
+            multiplies_input=self.flow.multiplies_input(calls[0]),
             is_readout=not spiking and any(left for _, _, left in ahead),
             axis=product.axis,
             groups=product.groups,
@@ -336,11 +377,12 @@ class _Builder:
             signals.append(self.signals[spikes])
             emitted: ValueInfo | None = spikes.meta.get("value")
             shape = shape or (emitted.shape if emitted else None)
+        output = join(signals) if signals else of_kind(self.specs[name].output)
         return NeuronRecord(
             name=name,
             spec=self.specs[name],
             calls=len(calls),
-            output=join(signals) if signals else of_kind(self.specs[name].output),
+            output=self.emitted.get(name, output),
             functional=name in self.functional,
             shape=shape,
         )

@@ -84,6 +84,26 @@ class Flow:
             return node.all_input_nodes
         return [n for n in node.all_input_nodes if parameter_behind(n) is None]
 
+    def multiplies_input(self, node: fx.Node) -> bool:
+        """Whether the model's input reaches a layer as it is, and no layer comes before it."""
+        near: list[bool] = []
+        behind: list[bool] = []
+
+        def stop(found: fx.Node) -> bool:
+            near.append(found.op == "placeholder")
+            return self.is_layer(found) or self.is_neuron(found)
+
+        def stop_at_layer(found: fx.Node) -> bool:
+            behind.append(self.is_layer(found))
+            return behind[-1]
+
+        sources = self.data_inputs(node)
+        walk(sources, lambda n: n.all_input_nodes, stop)
+        if not any(near):
+            return False
+        walk(sources, lambda n: n.all_input_nodes, stop_at_layer)
+        return not any(behind)
+
     def forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
         """Neurons and layers that ``node``'s output reaches, and whether it leaves the model."""
         neurons: list[str] = []

@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from spikenm_fx._torch import ConvNd
 from spikenm_fx.trace.analysis.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
-from spikenm_fx.trace.execution.values import SurrogateCall
 from spikenm_fx.trace.graph import LayerRecord, NeuronRecord, NodeKind
 
 
@@ -63,8 +62,8 @@ def kind_of_op(name: str, inputs: int) -> NodeKind:
 
 
 def is_step(node: fx.Node) -> bool:
-    """An autograd Function that emits levels: a spike; delays and gradient scalers do not."""
-    return isinstance(node.target, SurrogateCall) and bool(node.meta.get("steps", True))
+    """Whether it fires (:func:`~spikenm_fx.trace.analysis.firing.find_firings`)."""
+    return bool(node.meta.get("fires"))
 
 
 def is_identity(node: fx.Node) -> bool:

@@ -33,6 +33,7 @@ from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import preserved, reading
 from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
+    COMPARING,
     PLAIN,
     call_site,
     label,
@@ -341,8 +342,9 @@ class ValueTracer(fx.Tracer):
             )
             info = describe(value, measure=self.measure or surrogate or module is not None)
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
-            if surrogate:
+            if surrogate or getattr(target, "__name__", "").strip("_") in COMPARING:
                 node.meta["at"] = call_site()
+            if surrogate:
                 node.meta["steps"] = self._steps.get(target, True)
             if written is not None:
                 self._rebind(written, node)
