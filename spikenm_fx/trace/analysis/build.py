@@ -21,12 +21,14 @@ from spikenm_fx.trace.analysis.nodes import (
     with_layers,
 )
 from spikenm_fx.trace.analysis.ops import module_family, op_name
+from spikenm_fx.trace.analysis.owned import weights_of_neurons
 from spikenm_fx.trace.analysis.products import Product, ProductFinder, parameter_behind
 from spikenm_fx.trace.analysis.rewrite import simplify
 from spikenm_fx.trace.analysis.signal import ANALOG, Signal, join, of_kind
 from spikenm_fx.trace.channels.reader import ChannelReader
 from spikenm_fx.trace.channels.rules import read_channels
 from spikenm_fx.trace.channels.rules_nodes import is_item, name_of
+from spikenm_fx.trace.execution.leaves import ATOMIC
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.values import ValueInfo
 from spikenm_fx.trace.graph import (
@@ -91,6 +93,8 @@ class _Builder:
         self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
         self.flow = Flow(self.ident, self.weights, self.specs)
         self.functional: set[str] = set()
+        self.fused: dict[str, list[fx.Node]] = {}
+        self.owned: dict[str, str] = {}  # weights that belong to neurons
         self.firings: list[Firing] = []
         self.emitted: dict[str, Signal] = {}
         self.notes = list(trace.notes)
@@ -154,6 +158,13 @@ class _Builder:
                 name += "'"
             taken.add(name)
             self._add_functional(name, group.members)
+        members = {name: self._firings_of(name) for name in self.functional}
+        for node, name in weights_of_neurons(self.nodes, members, self.flow).items():
+            self.owned.setdefault(self.flow.identity(node), name)
+            self.flow.owned.add(node)
+
+    def _firings_of(self, name: str) -> list[Firing]:
+        return [firing for firing in self.firings if self.ident[firing.node] == name]
 
     def _add_functional(self, name: str, members: list[Firing]) -> None:
         function = getattr(members[0].node.target, "function", None)
@@ -231,6 +242,11 @@ class _Builder:
         for node in self.nodes:
             if node.op != "get_attr":
                 calls.setdefault(self.ident[node], []).append(node)
+        self.fused = {
+            name: nodes
+            for name, nodes in calls.items()
+            if isinstance(nodes[0].meta.get("module"), ATOMIC)
+        }
         layers = {
             name: self._layer_record(name, module, calls.get(name, []))
             for name, module in nn.Module.named_modules(self.trace.model)
@@ -244,6 +260,7 @@ class _Builder:
         for name, nodes in self.multiplied.items():
             if name not in layers:  # beside another parameter in the same product
                 layers[name] = self._layer_record(name, None, nodes)
+        layers |= self._fused_weights()
         layers |= self._weights_in_neurons(layers, calls)
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
         neurons = with_layers(neurons, layers)
@@ -267,6 +284,10 @@ class _Builder:
         kind = layer_kind(module)
         weight = getattr(module, "weight", None)
         shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
+        if name in self.owned:
+            inside = self.owned[name]
+            why = f"belongs to the neuron {inside}, which stays as it is"
+            return LayerRecord(name, kind, shape, len(calls), inside=inside, undecided=why)
         if not calls:
             return self._inner_record(name, kind, shape)
         pre = unique(s for call in calls for s in self.flow.backward(call)[1])
@@ -293,7 +314,7 @@ class _Builder:
             is_readout=not spiking and any(left for _, _, left in ahead),
             axis=product.axis,
             groups=product.groups,
-            undecided=product.undecided,
+            undecided=product.undecided or self.trace.computed.get(name, ""),
         )
 
     def _product(self, name: str) -> Product:
@@ -310,7 +331,10 @@ class _Builder:
         seen = self.trace.inner.get(name)
         if seen is None:
             inside = next((n for n in self.specs if name.startswith(f"{n}.")), None)
-            return LayerRecord(name, kind, shape, inside=inside)
+            fused = next((n for n in self.fused if name.startswith(f"{n}.")), None)
+            if fused is not None and inside is None:
+                return self._fused_record(name, kind, shape, fused)
+            return LayerRecord(name, kind, shape, inside=inside, undecided=self._hidden(name))
         spec = self.specs.get(seen.inside)
         pair = (seen.inside,) if spec is not None else ()
         self.out.add_node(name, kind="layer", op=kind, shape=seen.output_shape, calls=seen.calls)
@@ -331,6 +355,46 @@ class _Builder:
             output_shape=seen.output_shape,
             inside=seen.inside,
         )
+
+    def _fused_record(
+        self, name: str, kind: str, shape: tuple[int, ...], fused: str, undecided: str = ""
+    ) -> LayerRecord:
+        """A weight that one of torch's own modules uses by itself (an attention's projections)."""
+        calls = self.fused[fused]
+        ahead = [self.flow.forward(call) for call in calls]
+        post = unique(n for neurons, _, _ in ahead for n in neurons)
+        return LayerRecord(
+            name,
+            kind,
+            shape,
+            calls=len(calls),
+            pre=unique(s for call in calls for s in self.flow.backward(call)[1]),
+            post=post,
+            feeds=unique(n for _, layers, _ in ahead for n in layers),
+            input_signal=ANALOG,
+            is_readout=not post and any(left for _, _, left in ahead),
+            undecided=undecided,
+        )
+
+    def _fused_weights(self) -> dict[str, LayerRecord]:
+        """Matrices of torch's own modules that are no layers (in_proj_weight, weight_hh_l0)."""
+        found: dict[str, LayerRecord] = {}
+        for fused, calls in self.fused.items():
+            module = calls[0].meta["module"]
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 2 and min(parameter.shape[:2]) > 1:
+                    name = f"{fused}.{key}".lstrip(".")
+                    why = f"{type(module).__name__} computes with it in one fused call"
+                    shape = tuple(parameter.shape)
+                    found[name] = self._fused_record(name, "functional", shape, fused, why)
+        return found
+
+    def _hidden(self, name: str) -> str:
+        """Why nothing is known of a layer's use, where that was not followed."""
+        for note in self.trace.notes:
+            if note.where and name.startswith(f"{note.where}.") and "not be followed" in note.text:
+                return f"how {note.where} uses its weight could not be followed; see trace's notes"
+        return ""
 
     def _raw_shape(self, name: str) -> tuple[int, ...]:
         tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
@@ -391,7 +455,7 @@ class _Builder:
         if self.trace.graph is None:
             return
         for record in layers.values():
-            if not record.calls:
+            if not record.calls and f"{record.name}.weight".lstrip(".") not in layers:
                 self._note(record.name, "no call of this layer was seen in the traced forward")
         named = {str(n.target) for n in self.nodes if n.op == "get_attr"}
         owners = {r.name for r in layers.values()}

@@ -34,6 +34,7 @@ class Flow:
         specs: Mapping[str, NeuronSpec],
     ) -> None:
         self.ident, self.weights, self.specs = ident, weights, specs
+        self.owned: set[fx.Node] = set()  # products with weights that belong to a neuron
 
     def identity(self, node: fx.Node) -> str:
         """The name under which ``node`` is known: of its layer, neuron or module, or its own."""
@@ -51,6 +52,8 @@ class Flow:
 
     def is_layer(self, node: fx.Node) -> bool:
         """Whether it multiplies with a weight."""
+        if node in self.owned:
+            return False
         module = node.meta.get("module")
         return node in self.weights or (module is not None and is_weight_layer(module))
 
