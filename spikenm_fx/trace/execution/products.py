@@ -77,7 +77,10 @@ class ProductWatch(TorchDispatchMode):
         name = operator_name(func) or ""
         if name in _FACTORS:
             self._product(name, tuple(args), out)
-        elif all(names is not None for names in made):
+        elif not all(names is not None for names in made):
+            for tensor in (t for t in tree_flatten(out)[0] if isinstance(t, Tensor)):
+                self._made.pop(storage_id(tensor), None)  # data was written into it
+        else:
             names = dict.fromkeys(name for one in made for name in one or ())
             largest = sorted(names, key=lambda one: -self._sizes[one])
             for tensor in (t for t in tree_flatten(out)[0] if isinstance(t, Tensor)):
