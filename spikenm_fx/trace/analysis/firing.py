@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from spikenm_fx.trace.analysis.flow import Flow
+from spikenm_fx.trace.analysis.nodes import value_inputs
 from spikenm_fx.trace.analysis.ops import op_name
 from spikenm_fx.trace.analysis.signal import Signal
 from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
@@ -56,7 +57,7 @@ def find_firings(
     for node in nodes:
         if node.op in ("placeholder", "call_module"):
             made_of_data.add(node)
-        elif any(source in made_of_data for source in node.all_input_nodes):
+        elif any(source in made_of_data for source in value_inputs(node)):
             made_of_data.add(node)
     found = []
     for node in nodes:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import fx
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.analysis.nodes import is_step, unique, walk
+from spikenm_fx.trace.analysis.nodes import is_step, unique, value_inputs, value_users, walk
 from spikenm_fx.trace.analysis.products import parameter_behind
 from spikenm_fx.trace.neurons.spec import NeuronSpec
 
@@ -72,8 +72,8 @@ class Flow:
                 return False
             return True
 
-        starts = self.data_inputs(node) if self.is_layer(node) else node.all_input_nodes
-        walk(starts, lambda n: n.all_input_nodes, stop)
+        starts = self.data_inputs(node) if self.is_layer(node) else value_inputs(node)
+        walk(starts, value_inputs, stop)
         return unique(layers), unique(sources)
 
     def at(self, node: fx.Node) -> Names:
@@ -101,10 +101,10 @@ class Flow:
             return behind[-1]
 
         sources = self.data_inputs(node)
-        walk(sources, lambda n: n.all_input_nodes, stop)
+        walk(sources, value_inputs, stop)
         if not any(near):
             return False
-        walk(sources, lambda n: n.all_input_nodes, stop_at_layer)
+        walk(sources, value_inputs, stop_at_layer)
         return not any(behind)
 
     def forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
@@ -124,5 +124,5 @@ class Flow:
                 return False
             return True
 
-        walk(list(node.users), lambda n: list(n.users), stop)
+        walk(value_users(node), value_users, stop)
         return unique(neurons), unique(layers), bool(left)

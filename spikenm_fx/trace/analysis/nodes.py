@@ -28,6 +28,25 @@ def walk(
                     queue.append(following)
 
 
+def reads_shape_alone(node: fx.Node) -> bool:
+    """Whether ``node`` takes the shape of what it is given, and none of its values."""
+    name = op_name_or_none(node) or ""
+    return name.endswith("_like") or name.startswith(("new_", "zero", "ones"))
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """What ``node``'s values are made of."""
+    if reads_shape_alone(node):
+        return []
+    like = (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
+    return list(node.all_input_nodes)[: 1 if like else None]
+
+
+def value_users(node: fx.Node) -> list[fx.Node]:
+    """Whose values are made of ``node``'s."""
+    return [user for user in node.users if node in value_inputs(user)]
+
+
 def readers(node: fx.Node) -> list[fx.Node]:
     """Who uses ``node``, looking through tuples that are taken apart."""
     return [

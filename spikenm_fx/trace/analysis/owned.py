@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from spikenm_fx.trace.analysis.firing import Firing
 from spikenm_fx.trace.analysis.flow import Flow
-from spikenm_fx.trace.analysis.nodes import walk
+from spikenm_fx.trace.analysis.nodes import value_inputs, walk
 from spikenm_fx.trace.analysis.ops import op_name
 from spikenm_fx.trace.execution.values import ValueInfo
 
@@ -86,7 +86,7 @@ def _sources(starts: Sequence[fx.Node], flow: Flow) -> list[fx.Node]:
             return True
         return node.op == "get_attr"
 
-    walk(starts, lambda node: node.all_input_nodes, stop)
+    walk(starts, value_inputs, stop)
     return found
 
 
