@@ -109,19 +109,19 @@ class Decisions:
         return tuple(entries.values())
 
     def refuse_rules_in_vain(self, entries: Mapping[str, LayerPlan]) -> None:
-        """A rule that asks for N:M must be able to give it to one weight at least.
+        """A rule that states a pattern must be able to give it to one weight at least.
 
         Raises:
             PlanError: for one that only weights match which no rule can change.
         """
         for rule in self.rules:
-            if rule.action != "sparsify":
+            if rule.action != "sparsify" or rule.nm is None:
                 continue
             decided = [name for name, weight in self.weights.items() if self.rule(weight) is rule]
             if decided and not any(self.can_change(name) for name in decided):
                 seen = "; ".join(f"{name}: {entries[name].reason}" for name in decided[:3])
                 raise PlanError(
-                    f"rule {rule.match!r} asks for {rule.pattern or self.nm} and cannot have it: "
+                    f"rule {rule.match!r} asks for {rule.pattern} and cannot have it: "
                     f"{seen}. Take the rule out, or give such weights action='keep_dense'"
                 )
 

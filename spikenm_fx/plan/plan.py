@@ -127,8 +127,8 @@ def plan(
 
     Raises:
         PatternError: for a malformed pattern, or a remainder under policy ``"error"``.
-        PlanError: if ``model`` is no module, if a rule is none, matches nothing or asks for what
-            none of its weights can be, or if no layer at all would become N:M.
+        PlanError: if ``model`` is no module, if a rule is none, matches nothing or states a
+            pattern that none of its weights can have, or if no layer at all would become N:M.
         TraceError: if the model raises on the example inputs.
     """
     if not isinstance(model, nn.Module):
