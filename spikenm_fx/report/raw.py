@@ -49,7 +49,6 @@ class RawProducts:
     @contextlib.contextmanager
     def attached(self) -> Iterator[None]:
         """Within it the products of one batch are counted."""
-        constants = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         fast = torch.backends.mha.get_fastpath_enabled()
         with contextlib.ExitStack() as stack:
             for name, layer in self.layers.items():
@@ -60,7 +59,7 @@ class RawProducts:
             # the fused attention of eval mode hides its projections from everybody
             torch.backends.mha.set_fastpath_enabled(False)
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            stack.enter_context(ProductWatch(constants, self._see))
+            stack.enter_context(ProductWatch(self.model, self._see))
             yield
 
     def describe(
@@ -99,6 +98,35 @@ class RawProducts:
             if product.operand.shape == self.layers[name].weight.shape:
                 self.counters[name].mask = (product.operand.detach() != 0).cpu()
             return
+        parts = self._parts(product)
+        for part in parts:
+            self._count(part)
+        if parts:
+            return
+        self._count(product)
+
+    def _parts(self, product: Multiplied) -> list[Multiplied]:
+        """One product per parameter, where the operand holds several one below the other."""
+        turned = _as_layer(product) if len(product.names) > 1 else None
+        if turned is None or not isinstance(turned[0], nn.Linear):
+            return []
+        layer, data, out = turned
+        found: list[Multiplied] = []
+        for name in product.names:
+            part = self.model.get_parameter(name).detach()
+            part = part if part.dim() == 2 and part.shape[1] == layer.weight.shape[1] else part.mT
+            rows = [
+                row
+                for row in range(layer.weight.shape[0] - part.shape[0] + 1)
+                if torch.equal(layer.weight[row : row + part.shape[0]], part)
+            ]
+            if not rows:
+                return []
+            args = (data, layer.weight[rows[0] : rows[0] + part.shape[0]])
+            found.append(Multiplied((name,), "linear", args, 0, 1, out[..., : part.shape[0]]))
+        return found
+
+    def _count(self, product: Multiplied) -> None:
         parameter = product.names[0]
         owner = parameter.removesuffix(".weight")
         if owner != parameter and owner in self.layers:

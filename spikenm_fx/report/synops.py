@@ -95,16 +95,13 @@ def _in_spikes(values: Tensor, scale: float) -> tuple[Tensor, Signal]:
 
     Args:
         values: of any shape.
-        scale: what a trace tells; where it tells nothing, one level beside 0 is a scale.
+        scale: what a trace tells.
     """
     if scale != 1.0 and values.is_floating_point():
         counts = values / scale
         if bool(((counts - counts.round()).abs() <= _TOLERANCE * (1 + counts.abs())).all()):
             return counts.round(), "scaled"
-    kind = signal_kind(values)
-    if kind == "analog" and one_level(values) is not None:
-        return (values != 0).to(values.dtype), "scaled"
-    return values, kind
+    return values, signal_kind(values)
 
 
 _TOLERANCE = 1e-4

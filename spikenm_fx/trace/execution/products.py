@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikenm_fx._torch import TorchDispatchMode, operator_name, storage_id, tree_flatten
 
@@ -57,18 +57,20 @@ class ProductWatch(TorchDispatchMode):
     """Within it each product of data with something made of parameters alone is shown.
 
     Args:
-        constants: tensors that are no data, by name: parameters and buffers.
+        model: whose parameters and buffers are no data.
         seen: called with each product.
     """
 
-    def __init__(
-        self, constants: Mapping[str, Tensor], seen: Callable[[Multiplied], object]
-    ) -> None:
+    def __init__(self, model: nn.Module, seen: Callable[[Multiplied], object]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sizes = {name: t.numel() for name, t in constants.items()}
+        parameters = dict(nn.Module.named_parameters(model))
+        self._sizes = {name: t.numel() for name, t in parameters.items()}
         self._seen = seen
         # tensors are kept with what they are made of: their storage is not used again meanwhile
-        self._made = {storage_id(t): ((name,), t) for name, t in constants.items() if t.numel()}
+        self._made: dict[int, tuple[tuple[str, ...], Tensor]] = {
+            storage_id(t): ((), t) for _, t in nn.Module.named_buffers(model) if t.numel()
+        }
+        self._made |= {storage_id(t): ((n,), t) for n, t in parameters.items() if t.numel()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
