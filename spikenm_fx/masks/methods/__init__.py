@@ -133,6 +133,8 @@ def kept(tensor: Tensor, mask: Tensor, undrawn: float = 0.0) -> Tensor:
         undrawn: a factor.
     """
     if undrawn and (tensor.device.type != "cpu" or kernels() is None):
+        if mask.stride() != tensor.stride():
+            mask = torch.empty_like(tensor, dtype=torch.bool).copy_(mask)
         return torch.where(mask, tensor, tensor * undrawn)
     # masks as bits: ten times as fast as torch.where or masked_fill, and 0 * NaN is no question
     bits = tensor.view(_BITS[tensor.element_size()])
