@@ -25,6 +25,7 @@ name here                   torch's                                            w
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
+``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
 ``in_backward``             ``_C._current_graph_task_id``                      False
@@ -59,6 +60,7 @@ __all__ = [
     "call_module_untraced",
     "disable_current_modes",
     "disable_dynamo",
+    "global_hooks",
     "in_backward",
     "in_functorch",
     "is_functorch_tensor",
@@ -210,3 +212,10 @@ def in_backward() -> bool:
     """Whether this thread runs a backward pass."""
     task = _find("_C", "_current_graph_task_id")
     return task is not None and task() != -1
+
+
+def global_hooks() -> list[Any]:
+    """The hooks that run for every module of the process; none where torch keeps them elsewhere."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    found = (_find("nn.modules.module", f"_global_{kind}") for kind in kinds)
+    return [hook for hooks in found if hooks for hook in list(hooks.values())]

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from spikenm_fx._torch import tree_map
 from spikenm_fx.pack.engine.choose import typical
 from spikenm_fx.pack.engine.fused import fuse_neuron, release_neuron
 from spikenm_fx.pack.engine.layer import PackedLayer

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
+from spikenm_fx._torch import tree_flatten, tree_map
 from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.pack.check.agreement import OUTPUT, Agreement
 from spikenm_fx.pack.check.forced import ROUNDING, difference, forced
