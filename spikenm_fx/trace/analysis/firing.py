@@ -55,9 +55,8 @@ def find_firings(
     """
     made_of_data: set[fx.Node] = set()
     for node in nodes:
-        if node.op in ("placeholder", "call_module"):
-            made_of_data.add(node)
-        elif any(source in made_of_data for source in value_inputs(node)):
+        known = node.op in ("placeholder", "call_module")
+        if known or any(source in made_of_data for source in value_inputs(node)):
             made_of_data.add(node)
     found = []
     for node in nodes:
@@ -107,9 +106,7 @@ def _is_op(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
-def _emitted(
-    node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow
-) -> tuple[Signal, ...]:
+def _emitted(node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow) -> tuple[Signal, ...]:
     """The signals in which ``node``'s spikes leave for something else than a gate."""
     scope = node.meta.get("scope")
     waiting, seen = [node], {node}

@@ -52,7 +52,9 @@ def _item_of_stack(node: fx.Node) -> fx.Node | None:
         if name == "stack" and isinstance(source.args[0], tuple | list):
             members: Any = source.args[0]
             along = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
-            return members[index] if along == axis and -len(members) <= index < len(members) else None
+            return (
+                members[index] if along == axis and -len(members) <= index < len(members) else None
+            )
         if name != "setitem" or axis != 0 or not isinstance(source.args[1], int):
             return None
         size = (_shape(source) or (0,))[0]

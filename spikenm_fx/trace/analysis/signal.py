@@ -2,7 +2,7 @@
 """What values flow along an edge: spikes {0,1}, integers, scaled spikes, or analog values.
 
 A small abstract interpretation: each value is known by the step of which it is a whole multiple, if
-any, and by its range, so that ``(1 - a) * b`` of two spikes is found to be a spike again, and ``a + b`` is not.
+any, and by its range: so ``(1 - a) * b`` of two spikes is found to be a spike again, ``a + b`` not.
 Signals are those of eval mode (dropout passes its input through).
 """
 
@@ -46,8 +46,9 @@ class Signal:
 
     @property
     def kind(self) -> SignalKind:
-        """``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"`` for spikes or
-        counts times a known number that is not whole, else ``"analog"``.
+        """``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"``, ``"analog"``.
+
+        Scaled are spikes or counts times a known number that is not whole.
         """
         if not self.integral:
             return "analog"
