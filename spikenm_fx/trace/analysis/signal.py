@@ -73,7 +73,7 @@ class Signal:
         return self.kind != "analog"
 
     def __str__(self) -> str:
-        return f"spike x {self.step:g}" if self.kind == "scaled" else self.kind
+        return self.kind
 
 
 SPIKE = Signal(True, 0.0, 1.0)
