@@ -142,7 +142,9 @@ def _impossible(layer: nn.Module) -> str:
     return "its weight is computed (spectral_norm or the like), not a parameter"
 
 
-def _unmaskable(weight: Tensor) -> str:
+def _unmaskable(weight: Tensor | None) -> str:
+    if weight is None:
+        return "its weight is computed, not a parameter"
     if isinstance(weight, UninitializedParameter):
         return "lazy: run one forward pass before planning"
     if not weight.is_floating_point():

@@ -76,8 +76,8 @@ def _place(node: fx.Node) -> tuple[Any, int, int] | None:
             return source.args[0], axis, given[1]
         return (source, 0, given[1]) if _shape(source) is not None else None
     if name == "select" and len(given) == 3 and all(isinstance(k, int) for k in given[1:]):
-        axis, index = given[1:]
-        return given[0], axis, index
+        select: Any = given
+        return select[0], select[1], select[2]
     return None
 
 

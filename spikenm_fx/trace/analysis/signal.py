@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from spikenm_fx.trace.analysis.ops import COMPARISONS, COPIES, MOVES, RESHAPES, SELECTIONS
-from spikenm_fx.trace.execution.values import Measured
 
 __all__ = ["ANALOG", "SPIKE", "Signal", "SignalKind", "join", "of_kind", "transfer"]
 
@@ -81,7 +80,7 @@ ANALOG = Signal(False)
 INTEGER = Signal(True)
 
 
-def of_kind(kind: Measured | None) -> Signal:
+def of_kind(kind: SignalKind | None) -> Signal:
     """The widest signal of a kind."""
     if kind == "spike":
         return SPIKE
