@@ -134,6 +134,8 @@ class RawProducts:
             turned = _as_layer(product)
             if turned is None or turned[0].weight.shape != layer.weight.shape:
                 counter = None
+            else:
+                counter.mask = (turned[0].weight != 0).cpu()
             name = owner
         else:
             turned, name = _as_layer(product), parameter
