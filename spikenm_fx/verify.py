@@ -259,7 +259,7 @@ def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[
 
 
 def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
-    _, keep, of, _, _, axis, groups = meta.tolist()
+    _, keep, of, _, _, axis, groups, *_ = meta.tolist()
     return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), _not_finite(tensor))
 
 
