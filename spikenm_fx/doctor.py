@@ -241,7 +241,7 @@ def _helped_by_rules(
         with contextlib.suppress(PlanError):  # no rule can have an effect on this one
             asked = (*rules, Rule(name))
             tried = plan(model, options["nm"], graph=graph, rules=asked, remainder="skip")
-            helped |= {entry.name: entry.nm for entry in tried.sparse if entry.name == name}
+            helped |= {e.name: e.nm for e in tried.sparse if e.name == name and e.nm is not None}
     return helped
 
 

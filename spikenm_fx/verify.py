@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -188,6 +188,9 @@ def verify(
         if entry.kind == RAW:
             weights.pop(entry.name.removesuffix(".weight"), None)  # a layer's, judged by the key
             weights |= _planned(model, entry)
+        elif entry.name in weights:  # blocks lie along the axis that its use sums over
+            known = weights[entry.name]
+            weights[entry.name] = replace(known, transposed=entry.axis == 0, groups=entry.groups)
     required = _required(weights, nm)
     return Verification(tuple(_check(name, w, required.get(name)) for name, w in weights.items()))
 
@@ -256,7 +259,7 @@ def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[
 
 
 def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
-    _, keep, of, _, _, axis, groups = meta.tolist()
+    _, keep, of, _, _, axis, groups, *_ = meta.tolist()
     return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), _not_finite(tensor))
 
 

@@ -352,3 +352,93 @@ def test_a_sparse_layer_is_not_explained_by_what_keeps_others_dense():
     assert only.name == "0"
     assert "input is analog" not in only.reason
     assert "no other layer" in only.reason
+
+
+class Multiplied(nn.Module):
+    """Two spiking layers around one raw weight, multiplied after ``prepare``."""
+
+    def __init__(self, prepare, shape=(16, 8)):
+        super().__init__()
+        self.first, self.w, self.prepare = nn.Linear(8, 8), nn.Parameter(torch.rand(shape)), prepare
+        self.gain = nn.Parameter(torch.rand(shape[0], 1) + 0.5)
+        self.register_buffer("mask", torch.ones(shape).tril())
+        self.last = nn.Linear(16, 4)
+
+    def forward(self, x):
+        """[B, 8] to [B, 4]."""
+        x = torch.nn.functional.linear((self.first(x) > 0).float(), self.prepare(self))
+        return self.last((x[:, :16] > 0).float())
+
+
+KEEPS = {
+    "repeated rows": lambda m: m.w.repeat(2, 1),
+    "expanded": lambda m: m.w[None].expand(3, -1, -1).flatten(0, 1),
+    "lower triangle": lambda m: m.w.tril(),
+    "a filled diagonal": lambda m: m.w.clone().fill_diagonal_(0),
+    "masked with zero": lambda m: m.w.masked_fill(m.mask == 0, 0.0),
+    "written with zero": lambda m: m.w.clone().index_fill_(0, torch.tensor([1, 3]), 0.0),
+    "masked and scaled": lambda m: m.w * m.mask * m.gain.exp(),
+    "chunks and concatenation": lambda m: torch.cat(m.w.chunk(2)[::-1]),
+    "normalised by its rows": lambda m: m.gain * m.w / m.w.norm(dim=1, keepdim=True),
+    "a constant of the forward": lambda m: m.w * torch.arange(1.0, 9.0),
+}
+FILLS = {
+    "standardised": lambda m: m.w - m.w.mean(1, keepdim=True),
+    "softmax": lambda m: torch.softmax(m.w, 1),
+    "rolled along inputs": lambda m: m.w.roll(1, 1),
+    "rows mixed": lambda m: m.w + m.w.flip(0),
+    "filled with one": lambda m: m.w.masked_fill(m.mask == 0, 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", KEEPS)
+def test_what_keeps_zeros_in_place_keeps_the_pattern(kind):
+    """The raw weight becomes N:M, and so is what the model multiplies."""
+    torch.manual_seed(0)
+    model, x = Multiplied(KEEPS[kind]), torch.randn(4, 8)
+    decided = plan(model, "2:4", example_inputs=x)
+    assert entry(decided, "w").nm == NM(2, 4), entry(decided, "w").reason
+    spikenm_fx.fold(spikenm_fx.sparsify(model, decided, example_inputs=x))
+    blocks = KEEPS[kind](model).detach().unflatten(1, (-1, 4))
+    assert int((blocks != 0).sum(-1).max()) == 2
+
+
+@pytest.mark.parametrize("kind", FILLS)
+def test_what_moves_or_fills_zeros_is_dense_with_the_reason(kind):
+    """A mask on the parameter would be none on the product."""
+    decided = plan(Multiplied(FILLS[kind]), "2:4", example_inputs=torch.randn(4, 8))
+    assert entry(decided, "w").nm is None
+    assert "zeros" in entry(decided, "w").reason
+    with pytest.raises(PlanError, match="cannot have it"):
+        plan(
+            Multiplied(FILLS[kind]),
+            example_inputs=torch.randn(4, 8),
+            rules=[Rule("w", "2:4"), Rule("re:.*")],
+        )
+
+
+class Standardised(nn.Linear):
+    """Subtracts the mean of each row before it multiplies."""
+
+    def forward(self, x):
+        """As a Linear's."""
+        return torch.nn.functional.linear(x, self.weight - self.weight.mean(1, keepdim=True))
+
+
+class Doubled(nn.Linear):
+    """Scales its weight before it multiplies."""
+
+    def forward(self, x):
+        """As a Linear's."""
+        return torch.nn.functional.linear(x, 2 * self.weight)
+
+
+@pytest.mark.parametrize(("kind", "sparse"), [(Standardised, False), (Doubled, True)])
+def test_layers_that_compute_their_weight(kind, sparse):
+    """What is multiplied decides: a scaled weight keeps its zeros, a standardised one does not."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), kind(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    decided = plan(model, "2:4", example_inputs=torch.rand(2, 8), rules=[])
+    assert (entry(decided, "2").nm is not None) == sparse
+    assert sparse or "zeros do not stay in place" in entry(decided, "2").reason
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

@@ -303,13 +303,16 @@ def test_layer_that_never_ran_is_said_to() -> None:
     assert "never ran" in str(result)
 
 
-def test_weights_outside_of_layers_are_said_to_be() -> None:
-    """The recurrent weights that Norse keeps in its cell are no layer's, and are not counted."""
+def test_weights_outside_of_layers_are_counted() -> None:
+    """The recurrent weights that Norse keeps in its cell are no layer's, and are counted too."""
     norse = pytest.importorskip("norse.torch")
     model = norse.SequentialState(nn.Linear(6, 8), norse.LIFRecurrent(8, 8), nn.Linear(8, 3))
     described = report(model, torch.rand(4, 2, 6) * 5, batch_dim=1)
-    assert len(described.layers) == 2
-    assert any("not counted" in note and "1." in note for note in described.notes)
+    raw = {one.name: one for one in described.layers if one.kind == "Parameter"}
+    assert set(raw) == {"1.input_weights", "1.recurrent_weights"}
+    assert all(one.calls == 4 and one.operations.dense for one in raw.values())
+    assert raw["1.input_weights"].operations.dense == 4 * 2 * 8 * 8
+    assert not any("not counted" in note for note in described.notes)
     others = report(norse_net(), torch.rand(4, 2, 12), batch_dim=1)
     assert not any("not counted" in note for note in others.notes)
 

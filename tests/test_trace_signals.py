@@ -57,7 +57,7 @@ def test_random_networks(drawn: tuple[nn.Module, Tensor]) -> None:
 
 
 def test_the_abstract_values() -> None:
-    """Sums of spikes are integers, (1 - a) * b is a spike, products with reals are analog."""
+    """Sums of spikes are integers, (1 - a) * b is a spike, half of one a scaled spike."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -73,9 +73,10 @@ def test_the_abstract_values() -> None:
     graph = trace(Net(), torch.rand(4, 4))
     kinds = [str(graph.layers[f"layers.{i}"].input_signal) for i in range(8)]
     assert kinds == [
-        *("spike", "integer", "spike", "analog", "integer", "spike"),
+        *("spike", "integer", "spike", "scaled", "integer", "spike"),
         *("spike", "spike"),
     ]
+    assert graph.layers["layers.3"].input_signal.step == 0.5
 
 
 def test_joins_widen() -> None:

@@ -108,11 +108,11 @@ def plan(
     raw parameter lie along the axis that its product sums over; it stays dense, with the reason,
     where that cannot be told or where zeros would not stay in place on the way to the product.
 
-    Kept dense by default, and turned on by a rule that names them: the layer that sees the analog
-    input, and the classifier head.  Depthwise convolutions stay dense: their blocks would hold one
-    weight.  What a layer sees and feeds is read
-    from the graph; where no layer can be followed, the first and the last of the module tree stand
-    for input and head.
+    Kept dense by default, and turned on by a rule that names them: the layer that multiplies the
+    analog input, behind no other layer, and the head, whose output the model returns without a
+    neuron or layer after it.  Depthwise convolutions stay dense: their blocks would hold one
+    weight.  What a layer sees and feeds is read from the graph; where no layer can be followed, the
+    first and the last of the module tree stand for input and head.
 
     Args:
         model: any module; layers are found by inheritance, whatever framework they come from.

@@ -104,9 +104,9 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         holder = modules.get(owner)
         if record.kind != "functional" or holder is None or is_scripted(holder):
             continue  # scripted ones are listed by their modules
-        if key == "weight" and is_weight_layer(holder):
-            if record.axis == _axis(holder) or _used_by_itself(owner, graph) is not None:
-                continue  # its layer is listed, and masked as this use needs it
+        listed = key == "weight" and is_weight_layer(holder)
+        if listed and (record.axis == _axis(holder) or _used_by_itself(owner, graph)):
+            continue  # its layer is listed, and masked as this use needs it
         axis = 1 if record.axis is None else record.axis
         if key not in holder._parameters:
             impossible = "not registered in any module of the model"
@@ -142,7 +142,9 @@ def _impossible(layer: nn.Module) -> str:
     return "its weight is computed (spectral_norm or the like), not a parameter"
 
 
-def _unmaskable(weight: Tensor) -> str:
+def _unmaskable(weight: Tensor | None) -> str:
+    if weight is None:
+        return "its weight is computed, not a parameter"
     if isinstance(weight, UninitializedParameter):
         return "lazy: run one forward pass before planning"
     if not weight.is_floating_point():

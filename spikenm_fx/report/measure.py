@@ -105,9 +105,7 @@ def report(
     samples = count = 0
     with preserved_in_eval(model):
         counters = {
-            name: LayerCounter(
-                layer, (layer.weight.detach() != 0).cpu(), scale=_scale(graph, name)
-            )
+            name: LayerCounter(layer, (layer.weight.detach() != 0).cpu(), scale=_scale(graph, name))
             for name, layer in layers.items()
         }
         neurons = NeuronWatch.of_model(model)

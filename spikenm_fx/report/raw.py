@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,9 +63,7 @@ class RawProducts:
             stack.enter_context(ProductWatch(self.model, self._see))
             yield
 
-    def describe(
-        self, name: str, parameter: Tensor, report: LayerReport
-    ) -> LayerReport:
+    def describe(self, name: str, parameter: Tensor, report: LayerReport) -> LayerReport:
         """The record of a raw weight, from that of the layer that it is counted as.
 
         Args:
@@ -95,8 +94,8 @@ class RawProducts:
     def _see(self, product: Multiplied) -> None:
         if self._inside:
             name = self._inside[-1]
-            if product.operand.shape == self.layers[name].weight.shape:
-                self.counters[name].mask = (product.operand.detach() != 0).cpu()
+            if product.as_layers_weight.shape == self.layers[name].weight.shape:
+                self.counters[name].mask = (product.as_layers_weight.detach() != 0).cpu()
             return
         parts = self._parts(product)
         for part in parts:
@@ -135,6 +134,8 @@ class RawProducts:
             turned = _as_layer(product)
             if turned is None or turned[0].weight.shape != layer.weight.shape:
                 counter = None
+            else:
+                counter.mask = (turned[0].weight != 0).cpu()
             name = owner
         else:
             turned, name = _as_layer(product), parameter
@@ -156,13 +157,14 @@ class RawProducts:
 
 def _as_layer(product: Multiplied) -> tuple[WeightLayer, Tensor, Tensor] | None:
     """A layer of the same geometry, its input and output; None for what has none."""
-    weight, data, out = product.operand.detach(), product.args[product.data], product.output
+    weight, data, out = (
+        product.as_layers_weight.detach(),
+        product.args[product.data],
+        product.output,
+    )
     if product.operator == "convolution":
         return (_convolution(product, weight), data, out) if product.weight == 1 else None
-    weight_first = product.weight < product.data
-    if product.operator != "linear" and not weight_first:
-        weight = weight.mT  # data @ W: one row per output
-    if weight_first:
+    if product.weight < product.data:
         if data.dim() < 2:
             data, out = data[:, None], out[:, None]
         data, out = data.mT, out.mT
@@ -187,9 +189,9 @@ def _side_by_side(values: Tensor) -> Tensor:
 
 def _convolution(product: Multiplied, weight: Tensor) -> WeightLayer:
     stride, padding, dilation, transposed, _, groups = product.args[3:9]
-    kinds = _TRANSPOSED if transposed else _CONV
+    kind: Any = (_TRANSPOSED if transposed else _CONV)[weight.dim() - 3]
     first, second = weight.shape[0], weight.shape[1] * groups
-    layer: WeightLayer = kinds[weight.dim() - 3](
+    layer: WeightLayer = kind(
         first if transposed else second,
         second if transposed else first,
         tuple(weight.shape[2:]),

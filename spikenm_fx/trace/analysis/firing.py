@@ -55,9 +55,8 @@ def find_firings(
     """
     made_of_data: set[fx.Node] = set()
     for node in nodes:
-        if node.op in ("placeholder", "call_module"):
-            made_of_data.add(node)
-        elif any(source in made_of_data for source in value_inputs(node)):
+        known = node.op in ("placeholder", "call_module")
+        if known or any(source in made_of_data for source in value_inputs(node)):
             made_of_data.add(node)
     found = []
     for node in nodes:
@@ -68,11 +67,11 @@ def find_firings(
                 source = next(s for s in node.all_input_nodes if s in made_of_data)
                 found.append(Firing(node, source, (signals[node],)))
             continue
-        source = _compared(node, signals, made_of_data)
-        if source is not None:
+        compared = _compared(node, signals, made_of_data)
+        if compared is not None:
             emitted = _emitted(node, signals, flow)
             if emitted:
-                found.append(Firing(node, source, emitted))
+                found.append(Firing(node, compared, emitted))
     return found
 
 
@@ -107,9 +106,7 @@ def _is_op(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
-def _emitted(
-    node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow
-) -> tuple[Signal, ...]:
+def _emitted(node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow) -> tuple[Signal, ...]:
     """The signals in which ``node``'s spikes leave for something else than a gate."""
     scope = node.meta.get("scope")
     waiting, seen = [node], {node}

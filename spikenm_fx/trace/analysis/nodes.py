@@ -35,11 +35,13 @@ def reads_shape_alone(node: fx.Node) -> bool:
 
 
 def value_inputs(node: fx.Node) -> list[fx.Node]:
-    """What ``node``'s values are made of."""
-    if reads_shape_alone(node):
-        return []
-    like = (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
-    return list(node.all_input_nodes)[: 1 if like else None]
+    """What ``node``'s values are made of; asked often, and read once."""
+    if "value_inputs" not in node.meta:
+        inputs = [] if reads_shape_alone(node) else list(node.all_input_nodes)
+        like = (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
+        node.meta["value_inputs"] = inputs[: 1 if like else None]
+    found: list[fx.Node] = node.meta["value_inputs"]
+    return found
 
 
 def value_users(node: fx.Node) -> list[fx.Node]:

@@ -41,9 +41,9 @@ def weights_of_neurons(
     for scope, names in scopes.items():
         nested = any(other != scope and _is_in(other, scope) for other in scopes)
         inside = [node for node in layers if _is_in(flow.identity(node), scope)]
-        if scope and len(names) == 1 and not nested and inside:
-            if _are_neurons_own(inside, firings[names[0]], scope, flow):
-                found |= dict.fromkeys(inside, names[0])
+        alone = bool(scope) and len(names) == 1 and not nested and bool(inside)
+        if alone and _are_neurons_own(inside, firings[names[0]], scope, flow):
+            found |= dict.fromkeys(inside, names[0])
     return found
 
 

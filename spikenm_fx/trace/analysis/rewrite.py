@@ -52,7 +52,9 @@ def _item_of_stack(node: fx.Node) -> fx.Node | None:
         if name == "stack" and isinstance(source.args[0], tuple | list):
             members: Any = source.args[0]
             along = source.kwargs.get("dim", source.args[1] if len(source.args) > 1 else 0)
-            return members[index] if along == axis and -len(members) <= index < len(members) else None
+            return (
+                members[index] if along == axis and -len(members) <= index < len(members) else None
+            )
         if name != "setitem" or axis != 0 or not isinstance(source.args[1], int):
             return None
         size = (_shape(source) or (0,))[0]
@@ -74,8 +76,8 @@ def _place(node: fx.Node) -> tuple[Any, int, int] | None:
             return source.args[0], axis, given[1]
         return (source, 0, given[1]) if _shape(source) is not None else None
     if name == "select" and len(given) == 3 and all(isinstance(k, int) for k in given[1:]):
-        axis, index = given[1:]
-        return given[0], axis, index
+        select: Any = given
+        return select[0], select[1], select[2]
     return None
 
 

@@ -2,7 +2,7 @@
 """What values flow along an edge: spikes {0,1}, integers, scaled spikes, or analog values.
 
 A small abstract interpretation: each value is known by the step of which it is a whole multiple, if
-any, and by its range, so that ``(1 - a) * b`` of two spikes is found to be a spike again, and ``a + b`` is not.
+any, and by its range: so ``(1 - a) * b`` of two spikes is found to be a spike again, ``a + b`` not.
 Signals are those of eval mode (dropout passes its input through).
 """
 
@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from spikenm_fx.trace.analysis.ops import COMPARISONS, COPIES, MOVES, RESHAPES, SELECTIONS
-from spikenm_fx.trace.execution.values import Measured
 
 __all__ = ["ANALOG", "SPIKE", "Signal", "SignalKind", "join", "of_kind", "transfer"]
 
@@ -46,8 +45,9 @@ class Signal:
 
     @property
     def kind(self) -> SignalKind:
-        """``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"`` for spikes or
-        counts times a known number that is not whole, else ``"analog"``.
+        """``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"``, ``"analog"``.
+
+        Scaled are spikes or counts times a known number that is not whole.
         """
         if not self.integral:
             return "analog"
@@ -72,7 +72,7 @@ class Signal:
         return self.kind != "analog"
 
     def __str__(self) -> str:
-        return f"spike x {self.step:g}" if self.kind == "scaled" else self.kind
+        return self.kind
 
 
 SPIKE = Signal(True, 0.0, 1.0)
@@ -80,7 +80,7 @@ ANALOG = Signal(False)
 INTEGER = Signal(True)
 
 
-def of_kind(kind: Measured | None) -> Signal:
+def of_kind(kind: SignalKind | None) -> Signal:
     """The widest signal of a kind."""
     if kind == "spike":
         return SPIKE

@@ -120,7 +120,9 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 def _compute(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         tensor = node.meta["tensor"].detach()
-        return _positive(tensor) if isinstance(node.meta["tensor"], nn.Parameter) else tensor.clone()
+        return (
+            _positive(tensor) if isinstance(node.meta["tensor"], nn.Parameter) else tensor.clone()
+        )
     args = fx.map_arg(node.args, values.__getitem__)
     kwargs = fx.map_arg(node.kwargs, values.__getitem__)
     target: Any = node.target

@@ -80,6 +80,5 @@ def _holds(layer: nn.Module, call: Callable[[], Any], mask: Tensor) -> bool:
         _watched(layer, call, seen)
     finally:
         layer._parameters["weight"] = weight
-    operand = torch.nan_to_num(seen[0].operand) != 0
-    same = mask if operand.shape == mask.shape else mask.mT
-    return operand.shape == same.shape and not bool((operand & (same == 0)).any())
+    operand = torch.nan_to_num(seen[0].as_layers_weight) != 0
+    return operand.shape == mask.shape and not bool((operand & (mask == 0)).any())

@@ -52,6 +52,12 @@ class Multiplied:
         found: Tensor = self.args[self.weight]
         return found
 
+    @property
+    def as_layers_weight(self) -> Tensor:
+        """The same with one row per output, as a Linear or Conv holds it."""
+        turned = self.weight > self.data and self.operator not in ("linear", "convolution")
+        return self.operand.mT if turned else self.operand
+
 
 class ProductWatch(TorchDispatchMode):
     """Within it each product of data with something made of parameters alone is shown.
