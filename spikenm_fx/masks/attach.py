@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, PRIOR, StoredMask, meta_of
+from spikenm_fx.masks.checkpoint import StoredMask, meta_of
 from spikenm_fx.masks.computed import ComputedWeight
+from spikenm_fx.masks.keys import DENSE, LOGITS, META, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer

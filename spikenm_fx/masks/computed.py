@@ -7,8 +7,9 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
+
+from spikenm_fx._torch import no_torch_function
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -23,7 +24,7 @@ class ComputedWeight(Tensor):
     at the next access: the first time that is done, a warning names the parameter to write to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as of nn.Parameter
+    __torch_function__ = no_torch_function  # as of nn.Parameter
     owner: weakref.ref[MaskedWeight]
 
     @property

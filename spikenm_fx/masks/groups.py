@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spikenm_fx._torch import foreach
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.noise import gumbel_of_layers
 from spikenm_fx.pattern import planes
@@ -87,7 +88,7 @@ class Group:
 
     def norms(self, parts: Sequence[Tensor]) -> Tensor:
         """Root mean square of each member's part, float32 ``[members]``."""
-        norms = torch.stack(torch._foreach_norm(list(parts)))
+        norms = torch.stack(foreach("norm", list(parts)))
         counts = [max(part.numel(), 1) ** -0.5 for part in parts]
         return norms * self.numbers(counts)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import in_functorch, is_stacked_by_vmap
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import LOGITS, PRIOR
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
+from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
 from spikenm_fx.masks.noise import noise_key
@@ -213,7 +214,7 @@ class MaskedWeight:
         functional_call lends do not take part in that, as nothing tells how long they train.
         """
         refuse_sharded(self.name, self.dense)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_functorch():
             if training:
                 self._refuse_ensemble()
             return self.masked_anywhere(training)
@@ -247,16 +248,13 @@ class MaskedWeight:
 
     def _refuse_ensemble(self) -> None:
         """Weights that vmap stacks have one mask of training each, which nobody gives us."""
-        tensor = self.dense
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            if torch._C._functorch.is_batchedtensor(tensor):
-                raise PlanError(
-                    f"{self.name} {self.view.shape} is stacked by vmap in training mode, where "
-                    "each of the stacked models has masks of its own that are no part of its "
-                    "parameters: train them one by one, stack them in evaluation mode, or after "
-                    "spikenm_fx.fold"
-                )
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if is_stacked_by_vmap(self.dense):
+            raise PlanError(
+                f"{self.name} {self.view.shape} is stacked by vmap in training mode, where "
+                "each of the stacked models has masks of its own that are no part of its "
+                "parameters: train them one by one, stack them in evaluation mode, or after "
+                "spikenm_fx.fold"
+            )
 
     def warn_of_fade(self, what: str) -> None:
         """Say that what is ``what`` now is another network than the one that trains."""

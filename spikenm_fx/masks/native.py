@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_functorch_tensor
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.native.library import Draws, kernels
 
@@ -120,5 +121,5 @@ def plain(tensor: Tensor) -> bool:
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_tensor(tensor)
     )

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spikenm_fx._torch import foreach
 from spikenm_fx.masks import fused
 from spikenm_fx.masks.eid.pull import pull
 from spikenm_fx.masks.groups import Group, grouped, noise_of
@@ -44,8 +45,11 @@ def before_step(
         scale: what a fused optimizer is about to divide the gradients by, if it does.
         sign: -1 where the optimizer climbs.
     """
-    options = {"learning": learning, "scale": scale, "sign": sign}
-    rest = [w for w in weights if not fused.before_step(w, step, **options)]
+    rest = [
+        weight
+        for weight in weights
+        if not fused.before_step(weight, step, learning=learning, scale=scale, sign=sign)
+    ]
     searching = [w for w in rest if learning and w.learns and not w.frozen]
     if searching:
         groups = grouped(searching)
@@ -74,8 +78,8 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     momentum = torch.where(known_rows, momentum, before)
     direction = torch.where(known_rows, direction, 0.0).mul_(-group.first.method.step_size)
     own = [member.scores.detach() for member in group.members if member.scores is not None]
-    torch._foreach_add_(own, group.split(direction))
-    torch._foreach_copy_(momenta, group.split(momentum))
+    foreach("add_", own, group.split(direction))
+    foreach("copy_", momenta, group.split(momentum))
     group.first.run.note_sizes(size)
 
 
@@ -136,11 +140,11 @@ def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None, sig
     if not decaying:
         return
     dense = [w.dense.detach() for w in decaying]
-    rest = torch._foreach_mul(dense, [~w.mask for w in decaying])
-    torch._foreach_mul_(rest, [sign * float(w.method.decay or 0.0) for w in decaying])
+    rest = foreach("mul", dense, [~w.mask for w in decaying])
+    foreach("mul_", rest, [sign * float(w.method.decay or 0.0) for w in decaying])
     if scale is not None:
-        torch._foreach_mul_(rest, scale)
-    torch._foreach_add_([_grad(w) for w in decaying], rest)
+        foreach("mul_", rest, scale)
+    foreach("add_", [_grad(w) for w in decaying], rest)
 
 
 @torch.no_grad()
@@ -183,7 +187,7 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
         method = group.first.method
         logits = None if scores is None else method.logits(blocks, scores, draw)
         masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
-        torch._foreach_copy_([member.mask for member in group.members], masks)
+        foreach("copy_", [member.mask for member in group.members], masks)
         for member in group.members:
             _started(member, step)
 
@@ -200,10 +204,10 @@ def _measure(group: Group, scores: Tensor | None, follow_prior: bool) -> None:
         return
     spread = group.norms(group.split(scores - scores.mean(1, keepdim=True)))
     spread = spread.nan_to_num(0.0, 0.0, 0.0)
-    torch._foreach_copy_([member.spread for member in group.members], list(spread.unbind()))
+    foreach("copy_", [member.spread for member in group.members], list(spread.unbind()))
     priors = [member.prior.detach() for member in group.members if member.prior is not None]
     if priors and follow_prior:
-        torch._foreach_copy_(priors, list((spread * method.moving_prior).unbind()))
+        foreach("copy_", priors, list((spread * method.moving_prior).unbind()))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:
@@ -215,8 +219,8 @@ def _settle(weights: Sequence[MaskedWeight]) -> None:
         logits = group.first.method.logits(blocks, scores, draw)
         if group.priors() is not None:
             own = [m.scores.detach() for m in group.members if m.scores is not None]
-            torch._foreach_copy_(own, group.split(logits))
-            torch._foreach_zero_([m.prior.detach() for m in group.members if m.prior is not None])
+            foreach("copy_", own, group.split(logits))
+            foreach("zero_", [m.prior.detach() for m in group.members if m.prior is not None])
     for weight, mask in final_masks(weights).items():
         weight.mask.copy_(mask)
         weight.settled = True

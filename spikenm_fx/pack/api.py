@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from spikenm_fx._torch import tree_map
 from spikenm_fx.errors import PackError
 from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.pack.builder import EngineBuilder

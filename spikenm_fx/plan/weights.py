@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from spikenm_fx._torch import is_scripted
+from spikenm_fx._torch import ConvTransposeNd, is_scripted
 from spikenm_fx.pattern import is_weight_layer, torch_class
 from spikenm_fx.trace.graph import LayerRecord, SpikingGraph
 
@@ -74,7 +73,7 @@ def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight
 
 
 def _of_layer(name: str, layer: nn.Module) -> Weight:
-    groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 1
+    groups = layer.groups if isinstance(layer, ConvTransposeNd) else 1
     kind = torch_class(layer).__name__
     impossible = _impossible(layer._parameters.get("weight"))
     return Weight(name, kind, layer, "weight", _axis(layer), groups, impossible)
@@ -82,7 +81,7 @@ def _of_layer(name: str, layer: nn.Module) -> Weight:
 
 def _axis(layer: nn.Module) -> int:
     """The weight's axis of input channels."""
-    return 0 if isinstance(layer, _ConvTransposeNd) else 1
+    return 0 if isinstance(layer, ConvTransposeNd) else 1
 
 
 def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[Weight]:

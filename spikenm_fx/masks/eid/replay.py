@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from spikenm_fx._torch import tree_map
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import NeuronSpec
 
@@ -41,8 +41,8 @@ def replayed_slopes(neuron: nn.Module, spec: NeuronSpec, calls: Sequence[Call]) 
     """Gradient of the summed spikes with respect to each input, by the neuron's own backward.
 
     For a neuron whose reset is detached and subtracts, this is what
-    :func:`~spikenm_fx.masks.eid.eligibility.filtered_slopes` computes; otherwise the path through the
-    reset is in it as well, because nothing outside the neuron can tell the two apart.
+    :func:`~spikenm_fx.masks.eid.eligibility.filtered_slopes` computes; otherwise the path
+    through the reset is in it as well, because nothing outside the neuron tells the two apart.
 
     Args:
         neuron: the module; its state afterwards is as before.

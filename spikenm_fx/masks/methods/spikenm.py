@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.eid import EID
+from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -32,7 +32,8 @@ class SpikeNM:
     Attributes:
         std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
             weights that rest; here they move.
-        rate: how far one optimizer step moves each logit, in units of ``std``: see :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
+        rate: how far one optimizer step moves each logit, in units of ``std``; see
+            :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
         relative: count the schedule's kappa in units of one over the spread of the layer's logits
             (their root mean square within the blocks).  Otherwise the learning rate and the length
             of the run decide how soon the logits outgrow the noise and the masks stop moving.
