@@ -28,7 +28,7 @@ class ComputedWeight(Tensor):
     owner: weakref.ref[MaskedWeight]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values, which the layer does not use again."""
         owner = self.owner()
         if owner is not None:
@@ -37,6 +37,7 @@ class ComputedWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        """Hand a value of the weight's shape to the layer, which decides what becomes of it."""
         owner = self.owner()
         if owner is None or self._is_a_parameter():
             Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
@@ -66,8 +67,8 @@ class ComputedWeight(Tensor):
 
 
 def computed(weight: Tensor, owner: weakref.ref[MaskedWeight]) -> Tensor:
-    """Let ``weight`` tell whoever writes to it."""
-    weight.__class__ = ComputedWeight  # type: ignore[assignment]
+    """Let ``weight``, of any shape, tell whoever writes to it."""
+    weight.__class__ = ComputedWeight
     cast("ComputedWeight", weight).owner = owner
     return weight
 

@@ -50,7 +50,7 @@ class FinalMask:
         return self._made_of is not None and self._made_of == _look(_tensors(weight))
 
     def take(self, weight: MaskedWeight, mask: Tensor) -> None:
-        """Keep ``mask``, just made."""
+        """Keep ``mask``, just made, bool of the shape of the weight."""
         self._held = _tensors(weight)
         self._made_of, self._mask = _look(self._held), mask
 

@@ -77,7 +77,7 @@ class Group:
         return values.repeat_interleave(self._repeats, output_size=total).view(-1, 1, 1)
 
     def split(self, blocks: Tensor) -> list[Tensor]:
-        """The blocks of each member, in contiguous memory."""
+        """Blocks ``(lead, M, inner)`` of all to those of each member, in contiguous memory."""
         whole = blocks.contiguous()
         return list(whole.split(self._leads)) if len(self._leads) > 1 else [whole]
 
@@ -113,7 +113,12 @@ class Group:
         return torch.stack(found) if found else None
 
     def draw(self, step: int | None, noise: Tensor | None = None) -> Draw:
-        """Of all members; None for the final masks."""
+        """What the masks of all members depend on besides their tensors.
+
+        Args:
+            step: the optimizer step; None for the final masks.
+            noise: Gumbel noise of the shape of the scores of all.
+        """
         priors = self.priors()
         return Draw(
             nm=self.first.view.nm,

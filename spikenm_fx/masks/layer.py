@@ -31,7 +31,11 @@ __all__ = ["MaskedWeight", "refuse_sharded"]
 
 
 def refuse_sharded(name: str, weight: Tensor) -> None:
-    """Raise PlanError if ``weight`` is a DTensor, as FSDP and tensor parallelism make them."""
+    """Let through a weight of any shape, but no DTensor, as FSDP and tensor parallelism make them.
+
+    Raises:
+        PlanError: for a DTensor.
+    """
     if hasattr(weight, "device_mesh"):
         raise PlanError(
             f"{name} {tuple(weight.shape)} is sharded over devices (a DTensor), but blocks need "
@@ -105,7 +109,11 @@ class MaskedWeight:
 
     @property
     def dense(self) -> Tensor:
-        """The weight parameter as the optimizer sees it."""
+        """The weight parameter as the optimizer sees it.
+
+        Raises:
+            PlanError: if the module has it no more.
+        """
         weight = self.layer._parameters.get(self.key)
         if weight is None:
             raise PlanError(
@@ -225,7 +233,7 @@ class MaskedWeight:
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             other = self.dense * undrawn if undrawn else self.dense.new_zeros(())
             return torch.where(mask, self.dense, other)
         if not (torch.is_grad_enabled() and self.dense.requires_grad):
@@ -303,6 +311,9 @@ class MaskedWeight:
 
         In evaluation the layer uses exactly these, as counters of operations expect that write
         ones into a copy, until it trains, or its masks are computed anew.
+
+        Args:
+            value: of the weight's shape.
         """
         self._handed = None
         if self.layer.training:
@@ -320,7 +331,11 @@ class MaskedWeight:
         self._final.forget()
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Take the tensors that are no parameters along when the module moves or is cast."""
+        """Take the tensors that are no parameters along when the module moves or is cast.
+
+        Args:
+            function: what the module applies to each tensor; it leaves the shape as it is.
+        """
         self.mask = function(self.mask)
         device = self.mask.device
         self.faded, self.spread = self.faded.to(device), self.spread.to(device)
@@ -363,7 +378,7 @@ class _Handed:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The in-place version counter, 0 for an inference tensor, which has none."""
+    """How often any tensor was written to in place; 0 for an inference tensor, which counts not."""
     return 0 if tensor.is_inference() else int(tensor._version)
 
 

@@ -22,8 +22,8 @@ def moved(gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
     """The step's direction, in {-1, 0, 1}, and the next momentum.
 
     Args:
-        gradient: in units of its root mean square.
-        momentum: of the steps before, zeros at first.
+        gradient: in units of its root mean square, of the shape of the scores.
+        momentum: of the steps before and the same shape, zeros at first.
     """
     direction = momentum.lerp(gradient, 1 - LOOK).sign_()
     return direction, momentum.lerp(gradient, 1 - KEEP)

@@ -42,7 +42,7 @@ def before_step(
         weights: that have a gradient.
         step: the optimizer step.
         learning: False where the scores have learnt in this step already.
-        scale: what a fused optimizer is about to divide the gradients by, if it does.
+        scale: the scalar that a fused optimizer is about to divide the gradients by, if it does.
         sign: -1 where the optimizer climbs.
     """
     rest = [
@@ -64,6 +64,12 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     Each layer's gradient is divided by its own root mean square: neither the scale of the loss nor
     the user's learning rate decides how fast masks move.  What this makes of a layer whose gradient
     is zero or not finite is nothing at all.
+
+    Args:
+        group: whose weights have gradients.
+        step: the optimizer step.
+        noise: Gumbel noise of the step, ``(lead, M, inner)`` as the group's scores.
+        sign: -1 where the optimizer climbs.
     """
     task, size, pulled = _directions(group, step, noise)
     known = torch.isfinite(size) & (size > 0)

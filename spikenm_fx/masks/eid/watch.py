@@ -114,7 +114,7 @@ class Watch:
         names = {id(child): name for name, child in nn.Module.named_modules(module)}
         for source in self.sources:
             name = names.get(id(source.layer))
-            if source.connected or name not in graph.layers:
+            if source.connected or name is None or name not in graph.layers:
                 continue
             source.connected = True
             posts = graph.layers[name].post
@@ -229,7 +229,7 @@ class Watch:
         return self._order
 
     def saw_layer(self, source: Source, inputs: Tensor, output: Tensor) -> None:
-        """A layer was called."""
+        """A layer was called on ``inputs``, and gave ``output``, each of any shape."""
         if source.frozen:
             return
         kept = output if self.needs_neuron and not source.same_order else None
