@@ -143,7 +143,7 @@ class Run:
             )
 
     def note_sizes(self, sizes: Tensor) -> None:
-        """Root mean squares ``[W]`` of W weights' score gradients, of which none should be infinite."""
+        """Root mean squares ``[W]`` of the score gradients of W weights; none should be inf."""
         if sizes.device.type == "cpu":
             if not np.isfinite(sizes.numpy()).all():
                 self.note_not_finite()
