@@ -256,7 +256,7 @@ def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[
 
 
 def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
-    _, keep, of, _, _, axis, groups = meta.tolist()
+    _, keep, of, _seed, _step, axis, groups, *_later = meta.tolist()
     return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), _not_finite(tensor))
 
 
