@@ -7,6 +7,7 @@ on this machine on a copy that is pruned in one shot.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import platform
 import statistics
@@ -235,9 +236,13 @@ def _helped_by_rules(
     ]
     if not dense:
         return {}
-    asked = (*rules, *(Rule(name) for name in dense))
-    tried = plan(model, options["nm"], graph=graph, rules=asked, remainder="skip")
-    return {entry.name: entry.nm for entry in tried.layers if entry.nm and entry.name in dense}
+    helped: dict[str, NM] = {}
+    for name in dense:
+        with contextlib.suppress(PlanError):  # no rule can have an effect on this one
+            asked = (*rules, Rule(name))
+            tried = plan(model, options["nm"], graph=graph, rules=asked, remainder="skip")
+            helped |= {entry.name: entry.nm for entry in tried.sparse if entry.name == name}
+    return helped
 
 
 def _neurons(graph: SpikingGraph | None) -> dict[str, int]:
@@ -256,10 +261,11 @@ def _layer(
     pattern: NM | None,
 ) -> LayerDiagnosis:
     """One line; ``pattern`` is what a rule could give the layer, where it is dense."""
-    record = graph.layers.get(entry.name) if graph is not None else None
+    record = graph.record(entry.name) if graph is not None else None
     signal = str(record.input_signal) if record is not None and record.input_signal else "unknown"
     used = record is None or record.calls > 0 or graph is None or graph.route in _UNRUN
     note = packed.note if packed is not None and entry.nm is not None else ""
+    note = "" if "nothing is to be done" in note.lower() else note
     return LayerDiagnosis(
         name=entry.name,
         weight=entry.shape,

@@ -209,7 +209,7 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
 
 
 def _has_grad(mask: MaskedWeight) -> bool:
-    return mask.there and mask.dense.grad is not None
+    return mask.there and mask.dense.requires_grad and mask.dense.grad is not None
 
 
 def _warn_of_rest(run: Run) -> None:

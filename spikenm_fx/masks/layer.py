@@ -307,16 +307,16 @@ class MaskedWeight:
 
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
-        """``layer.weight.data`` was assigned to: in training the parameter takes the values.
+        """``layer.weight.data`` was assigned to: the parameter takes the values.
 
-        In evaluation the layer uses exactly these, as counters of operations expect that write
-        ones into a copy, until it trains, or its masks are computed anew.
+        A copy in evaluation uses exactly these until it trains: counters of operations write ones
+        into copies of layers.
 
         Args:
             value: of the weight's shape.
         """
         self._handed = None
-        if self.layer.training:
+        if self.layer.training or self.run.root is not None:
             self.dense.data = value.detach().clone()
         else:
             self.pinned = value.detach()

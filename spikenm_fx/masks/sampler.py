@@ -65,10 +65,9 @@ def draw_mask(
         noise: instead of a key, the Gumbel noise itself.
         present: as in :func:`top_mask`.
     """
-    kernel = native.kernel_for(logits, keep) if noise is None else None
+    kernel = native.kernel_for(logits, keep) if noise is None and _one(kappa) else None
     if kernel is not None:
-        assert not isinstance(kappa, Tensor)
-        return native.mask(kernel, logits, keep, kappa=kappa, key=key, present=present)
+        return native.mask(kernel, logits, keep, kappa=float(kappa), key=key, present=present)
     z = _finite(_perturbed(logits, kappa, key, noise), present)
     return _mask(_taken(z, keep), logits, present)
 
@@ -105,16 +104,20 @@ def straight_through(
         float32 gradient of the logits' shape.
     """
     others = (grad,) if weight is None else (grad, weight)
-    kernel = native.kernel_for(logits, keep, *others) if noise is None else None
+    kernel = native.kernel_for(logits, keep, *others) if noise is None and _one(kappa) else None
     if kernel is not None:
         assert key is not None
-        assert not isinstance(kappa, Tensor)
         return native.gradient(
-            *(kernel, grad, logits, keep, kappa, tau, key), weight=weight, present=present
+            *(kernel, grad, logits, keep, float(kappa), tau, key), weight=weight, present=present
         )
     z = _finite(_perturbed(logits, kappa, key, noise), present)
     h = grad.float() if weight is None else grad.float() * weight.float()
     return draws_backward(z, h, keep, tau).mul_(kappa / tau)
+
+
+def _one(kappa: float | Tensor) -> bool:
+    """Whether one number scales all logits: kernels know no other scale."""
+    return not isinstance(kappa, Tensor) or kappa.numel() == 1
 
 
 def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:

@@ -46,19 +46,30 @@ summation alone.
 **5. What is fastest is measured** (:mod:`spikenm_fx.pack.engine.choose`). On your examples every
 layer's candidates take turns, torch's own dense layer in both memory formats among them; a kernel
 must beat dense by five per cent, or the layer stays dense. ``packing(engine)`` is the report: per
-layer the choice, the times, the firing rate and, where a layer stayed dense or a neuron unfused,
-the reason. A file that is half as large does not mean half the memory at run time: the layouts that
-the fastest kernels read may be as large as dense weights.
+layer the choice, the times, the firing rate and, where a layer is not packed or a neuron unfused,
+the reason. In the end the whole forward is timed beside the model's (:mod:`spikenm_fx.pack.forms`):
+fused, with neurons as they were, or all torch's, the fastest form runs, and where none gains the
+report says to keep the model. A file that is half as large does not mean half the memory at run
+time: the layouts that the fastest kernels read may be as large as dense weights.
 
 **Is it the same network?**  Rounding can move a membrane that lies on its threshold to the other
 side, and a deep network amplifies one such spike.  :mod:`spikenm_fx.pack.check` therefore compares
 engine and model neuron by neuron, each on the model's own spikes, and tells such ties from errors.
+``pack`` does so before it returns, and what differs is the model's own again
+(:mod:`spikenm_fx.pack.check.proof`).  A layer whose class has a forward of its own keeps that; the
+products in it run packed (:mod:`spikenm_fx.pack.engine.products`).
 """
 
 from spikenm_fx.native.library import NativeStatus, native_status
 from spikenm_fx.pack.api import pack, packing
 from spikenm_fx.pack.engine.layer import PackedLayer
-from spikenm_fx.pack.summary import PackedLayerReport, PackReport
+from spikenm_fx.pack.summary import (
+    PackedLayerReport,
+    PackedNeuronReport,
+    PackReport,
+    Proof,
+    WholeForward,
+)
 from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pack.weights.models import save_packed_model, tightest_plan, unpacked_state
@@ -69,7 +80,10 @@ __all__ = [
     "PackReport",
     "PackedLayer",
     "PackedLayerReport",
+    "PackedNeuronReport",
     "PackedWeight",
+    "Proof",
+    "WholeForward",
     "is_packed",
     "load_packed",
     "native_status",

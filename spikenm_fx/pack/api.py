@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spikenm_fx._torch import tree_map
 from spikenm_fx.errors import PackError
 from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.pack.builder import EngineBuilder
+from spikenm_fx.pack.check.proof import prove
+from spikenm_fx.pack.copying import copy_at_rest, unregister
 from spikenm_fx.pack.engine.choose import choose
 from spikenm_fx.pack.engine.layer import PackedLayer
-from spikenm_fx.pack.engine.lazy import LazyTensor
-from spikenm_fx.pack.summary import PackReport
+from spikenm_fx.pack.forms import Forms
+from spikenm_fx.pack.summary import PackReport, Proof
 from spikenm_fx.pattern import NM, PatternLike
+from spikenm_fx.state import preserved_records
 
 __all__ = ["pack", "packing"]
+
+NO_EXAMPLES = (
+    "No example inputs were given: nothing was measured, fused or compared, and every layer runs "
+    "dense; call pack(model, example_inputs)."
+)
 
 
 def pack(
@@ -30,6 +37,7 @@ def pack(
     backend: str | Mapping[str, str] = "auto",
     dtype: torch.dtype | None = None,
     nm: PatternLike | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """An inference copy of ``model`` that runs on packed weights.
 
@@ -37,6 +45,22 @@ def pack(
     neuron alone, its batch norm is folded in and layer and neuron run as one kernel over all time
     steps, handing spikes on as bits.  The copy has the class, the call signature and the reset
     protocol of the model, which is left as it is.
+
+    **It is compared with the model** on the examples before it is returned, layer by layer on the
+    same spikes (see :mod:`spikenm_fx.pack.check.proof`).  What differs beyond rounding and ties is
+    put back to the model's own, with a :class:`~spikenm_fx.errors.SpikeNMWarning` that names it.
+    That costs a second copy of the model while packing, and one forward of each of the two where
+    nothing differs, at most :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations
+    are kept meanwhile.  Where ``dtype`` rounds weights, the model is compared with the same rounded
+    weights.  ``packing(engine).proof`` says what it took.
+
+    **It is not slower than the model**: with ``backend="auto"`` the whole forward of the model and
+    of the engine's forms (fused; with neurons as they were; all torch's) take turns on the
+    examples, and the fastest form is returned; ``packing(engine).verdict`` says what it gains, or
+    to keep the model.  Without examples nothing is measured, fused or compared.
+
+    The copy starts at rest: its neurons are reset, and state that hangs on an autograd graph is
+    detached.
 
     The engine itself cannot be pickled where its neurons are fused (``torch.save(engine)`` fails).
     Store the weights: :func:`~spikenm_fx.pack.weights.files.save_packed` with the ``packed`` of
@@ -53,6 +77,7 @@ def pack(
         dtype: stored values: None keeps fp32; ``torch.int8``, ``float16`` and ``bfloat16`` round.
         nm: refuse layers that the model sparsified to another pattern: each layer that is not
             entirely dense must be ``nm``.
+        check: compare the engine with the model on the examples.
 
     Returns:
         The copy, in eval mode; :func:`packing` gives its report.
@@ -62,17 +87,66 @@ def pack(
             model on another device or packed already, or a backend that does not exist.
     """
     _refuse(model)
-    engine = _copy(model)
+    engine = copy_at_rest(model)
     args = _arguments(example_inputs)
+    with preserved_records(model, engine):
+        report = _build(model, engine, args, backend, dtype, nm, check=check)
+    engine.__dict__["_spikenm_packing"] = report
+    return engine
+
+
+def _build(
+    model: nn.Module,
+    engine: nn.Module,
+    args: tuple[Any, ...] | None,
+    backend: str | Mapping[str, str],
+    dtype: torch.dtype | None,
+    nm: PatternLike | None,
+    *,
+    check: bool,
+) -> PackReport:
     builder = EngineBuilder(engine, args, dtype, None if nm is None else NM.parse(nm))
     builder.replace_layers()
-    if args is not None:
-        builder.fuse()
-    choose(engine, args, builder.layers, backend)
-    engine.__dict__["_spikenm_packing"] = builder.report()
-    if any(layer.packed.waits for layer in builder.layers.values()):  # else nothing is lazy
-        engine.register_forward_hook(_plain_outputs)
-    return engine
+    if args is None:
+        choose(engine, None, builder.layers, backend)
+        return replace(builder.report(), note=NO_EXAMPLES)
+    builder.fuse()
+    builder.put_back_unmultiplied()
+    reference = copy_at_rest(model)
+    try:
+        if dtype is not None:
+            builder.round_alike(reference)
+        return _settle(builder, reference, args, backend, check=check)
+    finally:
+        unregister(reference)
+
+
+def _settle(
+    builder: EngineBuilder,
+    reference: nn.Module,
+    args: tuple[Any, ...],
+    backend: str | Mapping[str, str],
+    *,
+    check: bool,
+) -> PackReport:
+    """Choose how each layer runs, prove the engine right, and let its fastest form run."""
+    engine, forms, auto = builder.engine, Forms(builder), backend == "auto"
+    proof: Proof | None = None
+    try:
+        choose(engine, args, builder.layers, backend)
+    except Exception as error:  # the forward does not run with what became of its layers
+        if not (check and auto) or not builder.layers:
+            raise
+        proof = prove(builder, reference, args)
+        if not proof.put_back:
+            raise error
+        choose(engine, args, builder.layers, backend)
+    if check:
+        proof = prove(builder, reference, args, before=proof)
+    whole = forms.fastest(reference, args) if auto else None
+    forms.finish()
+    note = "" if auto else "The backend was given, so that the whole forward was not timed."
+    return replace(builder.report(), whole=whole, proof=proof, note=note)
 
 
 def packing(engine: nn.Module) -> PackReport:
@@ -100,33 +174,6 @@ def _refuse(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.device.type != "cpu":
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
-
-
-def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:
-    """What leaves the engine is ordinary tensors."""
-    if type(output) is Tensor or torch.compiler.is_compiling():
-        return output
-    return tree_map(lambda x: x.materialize() if isinstance(x, LazyTensor) else x, output)
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        copied = copy.deepcopy(model).eval().requires_grad_(False)
-    except Exception as error:  # a module's own __deepcopy__ may raise anything
-        raise PackError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
-            "works on a copy.deepcopy of the model"
-        ) from error
-    _register(model, copied)
-    return copied
-
-
-def _register(model: nn.Module, copied: nn.Module) -> None:
-    """Enter copies where their originals are listed: snnTorch resets the neurons of such a list."""
-    for original, twin in zip(model.modules(), copied.modules(), strict=True):
-        listed = getattr(type(original), "instances", None)
-        if isinstance(listed, list) and any(entry is original for entry in listed):
-            listed.append(twin)
 
 
 def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:

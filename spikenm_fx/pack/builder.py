@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from spikenm_fx import surgery
 from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.pack.engine.choose import LayerDraft
-from spikenm_fx.pack.engine.fused import fuse_neuron, why_not_fused
+from spikenm_fx.pack.engine.fused import fuse_neuron, release_neuron
 from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.engine.norms import (
     FoldedNorm,
@@ -20,11 +21,13 @@ from spikenm_fx.pack.engine.norms import (
     neurons_behind_pools,
     norms_behind_layers,
 )
-from spikenm_fx.pack.kernels.reference import dense_layer
-from spikenm_fx.pack.summary import PackedLayerReport, PackReport
-from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
-from spikenm_fx.pattern import NM, is_weight_layer, tightest, torch_class
-from spikenm_fx.trace import SpikingGraph, trace
+from spikenm_fx.pack.engine.products import PackedProducts
+from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept, why_neuron_kept
+from spikenm_fx.pack.summary import PackedLayerReport, PackedNeuronReport, PackReport
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
+from spikenm_fx.pattern import NM, is_weight_layer, tightest
+from spikenm_fx.state import preserved
+from spikenm_fx.trace import LayerRecord, NeuronSpec, SpikingGraph, trace
 
 __all__ = ["EngineBuilder"]
 
@@ -33,6 +36,19 @@ PATTERNS = tuple(
     NM.parse(p) for p in ("1:16", "1:8", "2:16", "1:4", "2:8", "4:16", "1:2", "2:4", "4:8")
 )
 DENSE = NM(1, 1)
+UNMULTIPLIED = (
+    "{cls} has a forward of its own, which computes something else than a product with its weight: "
+    "no F.linear or F.conv on the weight itself, with the layer's bias, stride and padding, was "
+    "seen in it; write it so, with what else it does before or after, to pack it."
+)
+APART = (
+    "It runs apart from any neuron, as what it gives goes elsewhere too, or through more operations"
+    " first. Nothing is to be done; to fuse a neuron, let it take this layer's output alone."
+)
+ALONE = (
+    "It runs natively, but by itself, as no packed layer drives it alone. Nothing is to be done; to"
+    " run it inside a layer's kernel, let the model chain that layer, its norm and it."
+)
 
 
 class EngineBuilder:
@@ -58,6 +74,8 @@ class EngineBuilder:
         self.engine, self.args, self.dtype, self.nm = engine, args, dtype, nm
         self.layers: dict[str, LayerDraft] = {}
         self.skipped: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.neurons: dict[str, str] = {}
+        self.fused: dict[str, NeuronSpec] = {}
         self.graph: SpikingGraph | None = None
         if args is not None:
             try:
@@ -66,7 +84,7 @@ class EngineBuilder:
                 raise PackError(f"the model does not run on the examples: {error}") from error
 
     def replace_layers(self) -> None:
-        """Put a packed layer in the place of every Linear, Conv1d and Conv2d.
+        """Make a packed layer of every Linear, Conv1d and Conv2d that can be one.
 
         Raises:
             PackError: for a weight that is not finite, or not what it must be.
@@ -75,35 +93,91 @@ class EngineBuilder:
         for name, layer in list(self.engine.named_modules()):
             if not is_weight_layer(layer):
                 continue
-            reason = self._why_kept(layer, name)
+            shape = tuple(layer.weight.shape)
+            reason = why_layer_kept(layer, self._record(name))
             if reason:
-                self.skipped[name] = (tuple(layer.weight.shape), reason)
+                self.skipped[name] = (shape, reason)
                 continue
-            packed = self._pack(layer, name, folded.get(name))
-            packed.stand_for(layer)
-            weight: Any = layer.weight
-            self.layers[name] = LayerDraft(packed, weight.numel() * 4)
-            _replace(self.engine, name, layer, packed)
+            affine, norm = folded.get(name, (None, None))
+            before = type(layer), vars(layer)
+            packed = self._pack(layer, name, affine)
+            if computes_torchs(layer) and not self._used_elsewhere(name):
+                packed = packed.stand_for(layer)
+            else:
+                packed = PackedProducts.of(packed, layer)
+            self.layers[name] = LayerDraft(packed, math.prod(shape) * 4, before=before, norm=norm)
 
-    def _why_kept(self, layer: nn.Module, name: str) -> str:
-        record = self.graph.layers.get(name) if self.graph is not None else None
-        if record is not None and record.inside:
-            return f"lies inside {record.inside}"
-        if parametrize.is_parametrized(layer):
-            return "its weight is computed by a parametrization"
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d):
-            return f"a {type(layer).__name__} has no packed form"
-        if layer.weight.dtype != torch.float32:
-            return f"its weight is {layer.weight.dtype}, kernels compute in float32"
-        if "forward" in vars(layer):
-            return "its forward was replaced on the instance"
-        try:
-            LayerGeometry.of_layer(layer, name=name)
-        except PackError as error:
-            return str(error)
-        if not _plain_forward(layer):
-            return f"{type(layer).__name__} has a forward of its own, which computes something else"
-        return surgery.why_not_extended(layer, PackedLayer, leading=True)
+    def round_alike(self, reference: nn.Module) -> None:
+        """Give a copy of the model the weights that are stored here, norms multiplied in.
+
+        Args:
+            reference: the copy, changed in place.
+        """
+        for name, draft in self.layers.items():
+            layer, packed = reference.get_submodule(name), draft.packed
+            rounded = {"weight": unpack_weight(packed.packed).float(), "bias": packed.bias}
+            for key, value in rounded.items():
+                if value is not None:
+                    setattr(layer, key, nn.Parameter(value.clone(), requires_grad=False))
+            if draft.norm is not None:
+                _replace(reference, reference.get_submodule(draft.norm[0]), nn.Identity())
+
+    def _record(self, name: str) -> LayerRecord | None:
+        return self.graph.layers.get(name) if self.graph is not None else None
+
+    def _used_elsewhere(self, name: str) -> bool:
+        """Whether somebody multiplies the weight without calling the layer."""
+        return self.graph is not None and f"{name}.weight" in self.graph.layers
+
+    def put_back_unmultiplied(self) -> None:
+        """Put back layers with a forward of their own in which no product of theirs is seen."""
+        assert self.args is not None
+        layers = {n: d.packed for n, d in self.layers.items()}
+        own = {n: p for n, p in layers.items() if isinstance(p, PackedProducts)}
+        if not own:
+            return
+        seen: dict[str, list[Tensor]] = {name: [] for name in own}
+        with torch.no_grad(), preserved(self.engine), contextlib.suppress(Exception):
+            for name, layer in own.items():
+                layer.watched = seen[name]
+            self.engine(*self.args)
+        for name, layer in own.items():
+            if not seen[name]:
+                self.put_back(name, UNMULTIPLIED.format(cls=surgery.plain_class(layer).__name__))
+
+    def put_back(self, name: str, reason: str) -> None:
+        """Let a layer be torch's again, with its norm and, if one is fused with it, its neuron.
+
+        Args:
+            name: of a packed layer.
+            reason: a sentence for the report.
+        """
+        draft = self.layers.pop(name)
+        layer, (cls, attributes) = draft.packed, draft.before
+        self.skipped[name] = (layer.weight_shape, reason)
+        object.__setattr__(layer, "__dict__", attributes)
+        surgery.give_class(layer, cls)
+        if draft.norm is not None:
+            norm_name, norm = draft.norm
+            _replace(self.engine, self.engine.get_submodule(norm_name), norm)
+        if draft.neuron:
+            self.unfuse(draft.neuron, f"The layer that drives it, {name}, is torch's; see there.")
+
+    def unfuse(self, name: str, reason: str) -> None:
+        """Give a neuron its own forward back.
+
+        Args:
+            name: of a fused neuron.
+            reason: a sentence for the report.
+        """
+        release_neuron(self.engine.get_submodule(name))
+        self.neurons[name] = reason
+        self.fused.pop(name, None)
+        for draft in self.layers.values():
+            if draft.neuron == name:
+                draft.neuron, draft.packed.waits = "", False
+                draft.note = f"Its neuron {name} is not fused with it. {reason}"
+                draft.packed.choose(draft.packed.choice)
 
     def _pack(self, layer: Any, name: str, affine: tuple[Tensor, Tensor] | None) -> PackedLayer:
         weight, bias = layer.weight.detach(), layer.bias
@@ -121,20 +195,20 @@ class EngineBuilder:
             pattern = self.nm
         return pack_weight(weight, pattern, geometry=geometry, dtype=self.dtype, name=name)
 
-    def _foldable(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def _foldable(self) -> dict[str, tuple[tuple[Tensor, Tensor], tuple[str, nn.Module]]]:
         """Norms right behind a layer, as factor and shift per output channel; they are removed."""
         found = {}
         pairs = norms_behind_layers(self.graph) if self.graph is not None else {}
         for layer_name, norm_name in pairs.items():
             norm, layer = self._module(norm_name), self._module(layer_name)
-            if norm is None or layer is None or self._why_kept(layer, layer_name):
+            if norm is None or layer is None or why_layer_kept(layer, self._record(layer_name)):
                 continue
-            if _hooked(norm) or _hooked(layer):  # they see what is between the two
-                continue
+            if hooked(norm) or hooked(layer) or not computes_torchs(layer):
+                continue  # hooks see what is between the two
             affine = affine_of(norm, layer)
             if affine is not None:
-                found[layer_name] = affine
-                _replace(self.engine, norm_name, norm, FoldedNorm(norm).eval())
+                found[layer_name] = affine, (norm_name, norm)
+                _replace(self.engine, norm, FoldedNorm(norm).eval())
         return found
 
     def _module(self, name: str) -> nn.Module | None:
@@ -150,23 +224,41 @@ class EngineBuilder:
         drivers = {neuron: chain.layer for neuron, chain in chains.items()}
         drivers |= {n: layer for layer, n in neurons_behind_pools(self.graph).items()}
         for name, record in self.graph.neurons.items():
-            module, chain, spec = self._module(name), chains.get(name), record.spec
-            if record.functional or module is None:
-                continue
-            reason = why_not_fused(module, spec, state_read=chain is None or chain.state_read)
+            module, chain = self._module(name), chains.get(name)
+            state_read = chain is None or chain.state_read
+            reason = why_neuron_kept(module, record, state_read=state_read)
+            self.neurons[name] = reason
             layer = self.layers.get(drivers.get(name, ""))
-            if not reason:
-                fuse_neuron(module, spec)
+            if reason:
                 if layer is not None:
-                    layer.packed.waits = True
-                    layer.neuron = name
-            elif layer is not None:
-                layer.note = f"{name} is not fused: {reason}"
+                    layer.note = f"Its neuron {name} is not fused with it. {reason}"
+                continue
+            assert module is not None
+            fuse_neuron(module, record.spec)
+            self.fused[name] = record.spec
+            if layer is None or isinstance(layer.packed, PackedProducts) or hooked(layer.packed):
+                self.neurons[name] = ALONE
+            else:
+                layer.packed.waits = True
+                layer.neuron = name
+
+    def _why_apart(self, name: str, layer: LayerDraft) -> str:
+        """Why a packed layer runs without a neuron, as a sentence; "" if it does not."""
+        record = self._record(name)
+        if layer.neuron or record is None:
+            return ""
+        if isinstance(layer.packed, PackedProducts):
+            return "Packed inside its own forward, apart from any neuron. Nothing is to be done."
+        if record.is_readout:
+            return "It drives no neuron, as what it gives leaves the model. Nothing is to be done."
+        if hooked(layer.packed):
+            return "Its hooks see what it gives, so no neuron runs in it; remove them to fuse one."
+        return APART
 
     def report(self) -> PackReport:
-        """What became of each layer, in the order of the module tree."""
-        rows = [
-            PackedLayerReport(
+        """What became of each layer and neuron, in the order of the module tree."""
+        rows = {
+            name: PackedLayerReport(
                 name,
                 layer.packed.weight_shape,
                 str(layer.packed.nm),
@@ -174,57 +266,26 @@ class EngineBuilder:
                 layer.rate,
                 layer.milliseconds,
                 layer.neuron,
-                layer.note,
+                layer.note or self._why_apart(name, layer),
                 layer.dense_bytes,
                 layer.packed.packed.nbytes,
                 layer.packed.resident_bytes,
                 layer.planes,
             )
             for name, layer in self.layers.items()
-        ]
-        rows += [
-            PackedLayerReport(name, shape, note=reason)
-            for name, (shape, reason) in self.skipped.items()
-        ]
-        return PackReport(tuple(rows))
+        }
+        for name, (shape, reason) in self.skipped.items():
+            rows[name] = PackedLayerReport(name, shape, note=reason)
+        order = {name: place for place, (name, _) in enumerate(self.engine.named_modules())}
+        fused = {layer.neuron: name for name, layer in self.layers.items() if layer.neuron}
+        neurons = tuple(
+            PackedNeuronReport(name, fused.get(name, ""), note)
+            for name, note in self.neurons.items()
+        )
+        return PackReport(tuple(rows[n] for n in sorted(rows, key=order.__getitem__)), neurons)
 
 
-def _plain_forward(layer: Any) -> bool:
-    """Whether the layer computes what torch's own computes, time axes aside."""
-    cls, base = type(layer), torch_class(layer)
-    inherited = (
-        getattr(cls, n, None) is getattr(base, n, None) for n in ("forward", "_conv_forward")
-    )
-    if all(inherited):
-        return True
-    return cls.__module__.startswith("spikingjelly.") and _agrees(layer)
-
-
-def _agrees(layer: Any) -> bool:
-    """Whether a forward that handles time gives what torch's gives: some do more than that."""
-    geometry = LayerGeometry.of_layer(layer)
-    sizes = [
-        d * (k - 1) + 2 for d, k in zip(geometry.dilation, layer.weight.shape[2:], strict=True)
-    ]
-    channels = layer.weight.shape[1] * geometry.groups
-    probe = torch.randn(2, channels, *sizes, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = dense_layer(probe, layer.weight, layer.bias, geometry)
-        try:
-            multi = getattr(layer, "step_mode", "s") == "m"
-            seen = layer.forward(probe[None])[0] if multi else layer.forward(probe)
-        except Exception:  # whatever a foreign forward dislikes, it is not packed
-            return False
-    if seen.shape != expected.shape:
-        return False
-    return torch.allclose(seen, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def _replace(root: nn.Module, name: str, old: nn.Module, new: nn.Module) -> None:
+def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` stands: a module may be registered under several names."""
     for parent in root.modules():
         for key, child in parent._modules.items():

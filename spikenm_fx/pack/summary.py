@@ -6,9 +6,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from spikenm_fx.errors import some_of
 from spikenm_fx.table import html_table, text_table
 
-__all__ = ["PackReport", "PackedLayerReport"]
+__all__ = ["PackReport", "PackedLayerReport", "PackedNeuronReport", "Proof", "WholeForward"]
+
+GAINS = 1.02
+"""What is called a gain: less is noise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +56,73 @@ class PackedLayerReport:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedNeuronReport:
+    """What became of one neuron.
+
+    Attributes:
+        name: qualified.
+        layer: the layer that it is fused with, or "".
+        note: why it is not fused, and what to do about it.
+    """
+
+    name: str
+    layer: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeForward:
+    """One forward of the engine beside one of the model, taking turns on the examples.
+
+    Attributes:
+        model: milliseconds of the folded model, the median of the faster half of the runs.
+        engine: milliseconds of the engine, alike.
+        form: which form of the engine was fastest: ``"fused"``, ``"unfused"`` (packed layers, and
+            neurons as they were) or ``"torch"`` (every layer dense).
+    """
+
+    model: float
+    engine: float
+    form: str
+
+    @property
+    def gain(self) -> float:
+        """How many times faster the engine is."""
+        return self.model / self.engine
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What the comparison of engine and model took.
+
+    Attributes:
+        rounds: comparisons; each is a forward of the model and one of the engine.
+        seconds: of all of them.
+        put_back: layers and neurons that differed and run as the model's own since.
+    """
+
+    rounds: int
+    seconds: float
+    put_back: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class PackReport:
-    """All layers of a packed engine, in the order of the module tree."""
+    """All layers of a packed engine, in the order of the module tree.
+
+    Attributes:
+        layers: every weight layer.
+        neurons: every neuron that the trace found; empty without examples.
+        whole: times of the whole forward; None where they were not measured.
+        proof: of the comparison with the model; None where there was none.
+        note: what was not done, and why.
+    """
 
     layers: tuple[PackedLayerReport, ...]
+    neurons: tuple[PackedNeuronReport, ...] = ()
+    whole: WholeForward | None = None
+    proof: Proof | None = None
+    note: str = ""
 
     @property
     def choices(self) -> dict[str, str]:
@@ -64,7 +131,38 @@ class PackReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for JSON."""
-        return {"layers": [asdict(layer) | {"gain": layer.gain} for layer in self.layers]}
+        whole = self.whole
+        return {
+            "layers": [asdict(layer) | {"gain": layer.gain} for layer in self.layers],
+            "neurons": [asdict(neuron) for neuron in self.neurons],
+            "whole": None if whole is None else asdict(whole) | {"gain": whole.gain},
+            "proof": None if self.proof is None else asdict(self.proof),
+            "note": self.note,
+        }
+
+    @property
+    def verdict(self) -> str:
+        """What the whole forward gains, in a sentence."""
+        if self.whole is None:
+            return self.note
+        model, engine = (f"{value:.3g} ms" for value in (self.whole.model, self.whole.engine))
+        if self.whole.gain < GAINS:
+            return (
+                f"No gain: keep your model. Its forward takes {model}, the engine's {engine}, with "
+                f"every layer {'torch' if self.whole.form == 'torch' else 'at its fastest'}."
+            )
+        return f"The whole forward gains {self.whole.gain:.2f}x: {model} became {engine}."
+
+    def _lines(self) -> list[str]:
+        lines = [self.verdict] if self.verdict else []
+        if self.proof is not None:
+            proof = self.proof
+            back = f"; put back: {some_of(proof.put_back)}" if proof.put_back else ""
+            lines.append(
+                f"Compared with the model {proof.rounds} time(s), in {proof.seconds:.2g} s{back}."
+            )
+        lines += [f"{n.name}: {n.note}" for n in self.neurons if n.note]
+        return lines
 
     def _rows(self) -> list[tuple[str, ...]]:
         head = ("layer", "weight", "N:M", "runs as", "rate", "gain", "neuron", "note")
@@ -73,10 +171,11 @@ class PackReport:
     def _repr_html_(self) -> str:
         packed = sum(bool(layer.pattern) for layer in self.layers)
         smaller = f"{packed} of {len(self.layers)} weight layers are packed"
-        return html_table(self._rows(), caption=smaller)
+        caption = ". ".join([smaller, *self._lines()])
+        return html_table(self._rows(), caption=caption)
 
     def __str__(self) -> str:
-        return "\n".join(text_table(self._rows()))
+        return "\n".join([*text_table(self._rows()), *self._lines()])
 
 
 def _row(layer: PackedLayerReport) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from spikenm_fx.errors import PatternError
+from spikenm_fx.errors import PatternError, PlanError
 from spikenm_fx.pattern import NM, BlockView, Remainder
 from spikenm_fx.plan.roles import DefaultRole
 from spikenm_fx.plan.rules import Rule
@@ -105,15 +105,42 @@ class Decisions:
             if entries[name].nm and (why_not or dense):
                 why = why_not or f"shares its weight with {dense}, which differs"
                 entries[name] = self.dense(self.weights[name], why)
+        self.refuse_rules_in_vain(entries)
         return tuple(entries.values())
+
+    def refuse_rules_in_vain(self, entries: Mapping[str, LayerPlan]) -> None:
+        """A rule that states a pattern must be able to give it to one weight at least.
+
+        Raises:
+            PlanError: for one that only weights match which no rule can change.
+        """
+        for rule in self.rules:
+            if rule.action != "sparsify" or rule.nm is None:
+                continue
+            decided = [name for name, weight in self.weights.items() if self.rule(weight) is rule]
+            if decided and not any(self.can_change(name) for name in decided):
+                seen = "; ".join(f"{name}: {entries[name].reason}" for name in decided[:3])
+                raise PlanError(
+                    f"rule {rule.match!r} asks for {rule.pattern} and cannot have it: "
+                    f"{seen}. Take the rule out, or give such weights action='keep_dense'"
+                )
+
+    def rule(self, weight: Weight) -> Rule | None:
+        """The rule that decides ``weight``: ignore before all others, else the first to match."""
+        matching = [rule for rule in self.rules if rule.matches(weight.name, weight.subject)]
+        ignored = next((rule for rule in matching if rule.action == "ignore"), None)
+        return ignored or (matching[0] if matching else None)
+
+    def can_change(self, name: str) -> bool:
+        """Whether a rule could make the weight N:M, were its shape to allow it."""
+        _, shared = self.sharing.get(name, ((), None))
+        return not self.weights[name].impossible and not shared
 
     def one(self, weight: Weight, roles: Mapping[str, DefaultRole]) -> LayerPlan:
         """The decision for one weight, regardless of who shares its parameter."""
         if weight.impossible:
             return self.dense(weight, weight.impossible)
-        matching = [rule for rule in self.rules if rule.matches(weight.name, weight.subject)]
-        ignored = next((rule for rule in matching if rule.action == "ignore"), None)
-        rule = ignored or (matching[0] if matching else None)
+        rule = self.rule(weight)
         if rule is None and weight.name in roles:
             return self.dense(weight, roles[weight.name].reason)
         if rule is not None and rule.action != "sparsify":
@@ -150,7 +177,7 @@ class Decisions:
         return [
             (name, weight)
             for name, weight in self.weights.items()
-            if not weight.impossible and self.sparse(weight, self.nm, remainder, "").nm
+            if self.can_change(name) and self.sparse(weight, self.nm, remainder, "").nm
         ]
 
     def dense(self, weight: Weight, reason: str) -> LayerPlan:

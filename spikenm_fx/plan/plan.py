@@ -127,8 +127,8 @@ def plan(
 
     Raises:
         PatternError: for a malformed pattern, or a remainder under policy ``"error"``.
-        PlanError: if ``model`` is no module, if a rule is none or matches nothing, or if no layer
-            at all would become N:M.
+        PlanError: if ``model`` is no module, if a rule is none, matches nothing or states a
+            pattern that none of its weights can have, or if no layer at all would become N:M.
         TraceError: if the model raises on the example inputs.
     """
     if not isinstance(model, nn.Module):
@@ -147,15 +147,24 @@ def plan(
     roles = default_roles(weights, graph)
     decisions = Decisions(model, weights, pattern, remainder, ordered, graph)
     entries = decisions.all(roles)
-    if not ordered and not any(entry.nm for entry in entries):
+    sparse = [entry.name for entry in entries if entry.nm]
+    if not ordered and all(_is_last(graph, name) for name in sparse):
         # a network with one hidden layer: better its input layer than nothing at all
         entries = decisions.all({n: role for n, role in roles.items() if role.place != "input"})
         why = "no other layer can become N:M, so the one behind the input does"
+        if sparse:
+            why = "only the last layer is another that can become N:M, so the first does too"
         entries = tuple(replace(e, reason=why) if e.nm and e.name in roles else e for e in entries)
     result = Plan(type(model).__name__, (*entries, *_hidden(model)))
     if not result.sparse:
         raise PlanError(_nothing_to_do(result, pattern, decisions))
     return result
+
+
+def _is_last(graph: SpikingGraph | None, name: str) -> bool:
+    """Whether no other layer comes after it."""
+    record = graph.record(name) if graph is not None else None
+    return record is not None and record.is_head
 
 
 def _hidden(model: nn.Module) -> Iterator[LayerPlan]:

@@ -33,19 +33,17 @@ def default_roles(layers: Collection[str], graph: SpikingGraph | None) -> dict[s
     if not any(record.calls for record in seen.values()):
         return _by_order(list(layers))
     ran = graph.route not in ("symbolic", "modules")
-    sources = set(graph.of_kind("input"))
     roles: dict[str, DefaultRole] = {}
     for name, record in seen.items():
         signal = record.input_signal.kind if record.input_signal else "analog"
         if not record.calls:
             if ran:
                 roles[name] = DefaultRole("unused", "not used in the traced forward")
-        elif signal != "spike" and not sources.isdisjoint(record.pre):
+        elif signal != "spike" and record.multiplies_input:
             image = " image" if signal == "analog" and record.kind == "conv2d" else ""
             roles[name] = DefaultRole("input", f"input is {signal}{image}")
-        elif record.is_head:
-            what = "classifier head" if record.post else "feeds no neuron: readout"
-            roles[name] = DefaultRole("head", what)
+        elif record.is_readout and not record.feeds:
+            roles[name] = DefaultRole("head", "feeds no neuron: readout")
     return roles
 
 

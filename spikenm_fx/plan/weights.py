@@ -64,7 +64,7 @@ class Weight:
 def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight]:
     """Every weight, by name: layers in module order, then parameters in order of their use."""
     found = [
-        _of_layer(name, module)
+        _of_layer(name, module, graph)
         for name, module in nn.Module.named_modules(model)
         if is_weight_layer(module)
     ]
@@ -72,11 +72,24 @@ def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight
     return {weight.name: weight for weight in (*found, *_raw(modules, graph))}
 
 
-def _of_layer(name: str, layer: nn.Module) -> Weight:
+def _of_layer(name: str, layer: nn.Module, graph: SpikingGraph | None) -> Weight:
     groups = layer.groups if isinstance(layer, ConvTransposeNd) else 1
-    kind = torch_class(layer).__name__
-    impossible = _impossible(layer._parameters.get("weight"))
-    return Weight(name, kind, layer, "weight", _axis(layer), groups, impossible)
+    kind, axis = torch_class(layer).__name__, _axis(layer)
+    impossible = _impossible(layer)
+    alone = _used_by_itself(name, graph)
+    if alone is not None and not impossible:
+        axis, groups = (alone.axis, alone.groups) if alone.axis is not None else (axis, groups)
+        impossible = alone.undecided
+    record = graph.record(name) if graph is not None else None
+    if record is not None and not impossible:
+        impossible = record.undecided
+    return Weight(name, kind, layer, "weight", axis, groups, impossible)
+
+
+def _used_by_itself(name: str, graph: SpikingGraph | None) -> LayerRecord | None:
+    """The use of a layer's weight, where the layer itself is never called."""
+    record = graph.record(name) if graph is not None else None
+    return record if record is not None and record.name != name else None
 
 
 def _axis(layer: nn.Module) -> int:
@@ -90,13 +103,15 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         holder = modules.get(owner)
         if record.kind != "functional" or holder is None or is_scripted(holder):
             continue  # scripted ones are listed by their modules
-        if key == "weight" and is_weight_layer(holder) and record.axis == _axis(holder):
+        if (key == "weight" and is_weight_layer(holder)) and (
+            record.axis == _axis(holder) or _used_by_itself(owner, graph) is not None
+        ):
             continue  # its layer is listed, and masked as this use needs it
         axis = 1 if record.axis is None else record.axis
         if key not in holder._parameters:
             impossible = "not registered in any module of the model"
         else:
-            impossible = _impossible(holder._parameters[key]) or _unfit(record, holder)
+            impossible = _unmaskable(holder._parameters[key]) or _unfit(record, holder)
         yield Weight(name, RAW, holder, key, axis, record.groups, impossible)
 
 
@@ -113,9 +128,21 @@ def _unfit(record: LayerRecord, holder: nn.Module) -> str:
     return ""
 
 
-def _impossible(weight: Tensor | None) -> str:
-    if weight is None:
-        return "its weight is computed (weight_norm, a parametrization), not a parameter"
+def _impossible(layer: nn.Module) -> str:
+    """Why a layer's weight cannot be masked; empty where it can."""
+    weight = layer._parameters.get("weight")
+    if weight is not None:
+        return _unmaskable(weight)
+    if "weight_g" in layer._parameters:
+        way = "torch.nn.utils.remove_weight_norm(layer)"
+        return f"its weight is computed (weight_norm) from weight_v and weight_g: {way} first"
+    if "parametrizations" in layer._modules:
+        way = "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+        return f"its weight is computed (weight_norm or another parametrization): {way} first"
+    return "its weight is computed (spectral_norm or the like), not a parameter"
+
+
+def _unmaskable(weight: Tensor) -> str:
     if isinstance(weight, UninitializedParameter):
         return "lazy: run one forward pass before planning"
     if not weight.is_floating_point():

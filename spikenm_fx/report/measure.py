@@ -26,6 +26,7 @@ from spikenm_fx.report.engine import is_engine, kernels_of, visible_twin
 from spikenm_fx.report.latency import measure_latency
 from spikenm_fx.report.masks import PES
 from spikenm_fx.report.neurons import NeuronWatch
+from spikenm_fx.report.raw import RawProducts
 from spikenm_fx.report.synops import LayerCounter
 from spikenm_fx.report.view import Report
 from spikenm_fx.state import preserved_in_eval, reset_to_rest
@@ -89,7 +90,7 @@ def report(
     original, kernels = model, {}
     if is_engine(model):
         kernels, model = kernels_of(model), visible_twin(model)
-    layers = _weight_layers(model)
+    layers: dict[str, WeightLayer] = _weight_layers(model)
     constants = energy or EnergyModel()
     decisions = {e.name: (e.action, e.reason) for e in plan.layers} if plan is not None else {}
     chosen = forward or _default_forward
@@ -104,32 +105,46 @@ def report(
     samples = count = 0
     with preserved_in_eval(model):
         counters = {
-            name: LayerCounter(layer, (layer.weight.detach() != 0).cpu())
+            name: LayerCounter(layer, (layer.weight.detach() != 0).cpu(), scale=_scale(graph, name))
             for name, layer in layers.items()
         }
         neurons = NeuronWatch.of_model(model)
+        scales = {raw: _scale(graph, raw) for raw in graph.layers} if graph is not None else {}
+        products = RawProducts(model, layers, counters, neurons.layer_ran, scales)
         with _watching(layers, counters, neurons):
             for batch in given:
                 rest(model)
                 batch = _to_device(batch, model)
                 _refuse_non_finite(batch, count)
-                _run(run, model, batch, count)
+                with products.attached() if _has_raw(graph) else contextlib.nullcontext():
+                    _run(run, model, batch, count)
                 samples += _samples(batch, batch_dim)
                 count += 1
         if not samples:
             raise ReportError("the batches hold no sample: nothing could be measured")
+        watched = [(name, layer, counters[name]) for name, layer in layers.items()]
+        watched += [(name, counter.layer, counter) for name, counter in products.raw.items()]
+        if not watched:
+            raise ReportError(_nothing_multiplied(model))
         described = [
             describe(
                 name,
                 layer,
-                counters[name],
+                counter,
                 rate_out=neurons.rate_after(name, *_driven(graph, name)),
                 dense=_dense_weight(name, layer, reference),
                 decision=decisions.get(name),
                 energy=constants,
                 pes=pes,
             )
-            for name, layer in layers.items()
+            for name, layer, counter in watched
+        ]
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        described = [
+            products.describe(one.name, parameters[one.name], one)
+            if one.name in products.raw
+            else one
+            for one in described
         ]
     variants = {"model": original} if latency is True else dict(latency or {})
     return Report(
@@ -144,7 +159,7 @@ def report(
         neurons=neurons.reports(),
         latency=_latency(variants, _to_device(first, model), run, rest, repeats),
         pes=pes,
-        notes=_notes(described, neurons.reports(), graph),
+        notes=_notes(described, neurons.reports(), graph, products.uncounted),
     )
 
 
@@ -154,12 +169,30 @@ def _weight_layers(model: nn.Module) -> dict[str, WeightLayer]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Module) and is_weight_layer(module)
     }
-    if not layers:
-        raise ReportError(
-            f"{type(model).__name__} has no Linear or Conv layer, and the products of raw "
-            "parameters are not counted; there is nothing to report"
-        )
+    if not layers and not any(p.dim() >= 2 for p in model.parameters()):
+        raise ReportError(_nothing_multiplied(model))
     return layers  # type: ignore[return-value]
+
+
+def _nothing_multiplied(model: nn.Module) -> str:
+    return (
+        f"{type(model).__name__} has no Linear or Conv layer, and no raw parameter was seen "
+        "multiplied with data; there is nothing to report"
+    )
+
+
+def _has_raw(graph: SpikingGraph | None) -> bool:
+    """Whether something may be multiplied that no call of a layer shows."""
+    if graph is None:
+        return True
+    return any(r.kind == "functional" or r.undecided for r in graph.layers.values())
+
+
+def _scale(graph: SpikingGraph | None, name: str) -> float:
+    """What the spikes that a layer sees are multiplied with; 1 where nothing is known."""
+    record = graph.record(name) if graph is not None else None
+    signal = record.input_signal if record is not None else None
+    return signal.step if signal is not None and signal.is_multiple else 1.0
 
 
 def _batches(batches: Any) -> Iterator[Any]:
@@ -307,7 +340,10 @@ def _layer_hook(
 
 
 def _notes(
-    layers: list[LayerReport], neurons: tuple[NeuronReport, ...], graph: SpikingGraph | None
+    layers: list[LayerReport],
+    neurons: tuple[NeuronReport, ...],
+    graph: SpikingGraph | None,
+    uncounted: list[str],
 ) -> tuple[str, ...]:
     never = [layer.name for layer in layers if not layer.calls]
     silent = [neuron.name for neuron in neurons if not neuron.rate]
@@ -326,17 +362,15 @@ def _notes(
             "the model could not be traced on one sample: 'rate out' is that of the next neuron to "
             "run; pass graph=trace(model, inputs) to be sure"
         )
-    records = graph.layers.items() if graph is not None else ()
-    raw = [name for name, record in records if record.kind == "functional"]
     odd = [layer.name for layer in layers if layer.not_finite]
     if odd:
         notes.append(
             f"{len(odd)} layers hold weights that are NaN or infinite, which count as non-zero: "
             f"{some_of(odd)}"
         )
-    if raw:
+    if uncounted:
         notes.append(
-            f"{len(raw)} weights are multiplied outside of any Linear or Conv module and are not "
-            f"counted: {some_of(raw)}"
+            f"{len(uncounted)} weights are multiplied outside of any Linear or Conv module in a "
+            f"way that is not counted: {some_of(uncounted)}"
         )
     return tuple(notes)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.report.data import NeuronReport
-from spikenm_fx.report.synops import SIGNALS, Signal, signal_kind
+from spikenm_fx.report.synops import SIGNALS, Signal, one_level, signal_kind
 
 __all__ = ["NeuronWatch"]
 
@@ -34,7 +34,10 @@ class _Seen:
     mixed_shapes: bool = False
 
     def add(self, inputs: Tensor, output: Tensor) -> None:
-        self.inputs = _worse(self.inputs, signal_kind(inputs))
+        if one_level(inputs) is None:
+            self.inputs = _worse(self.inputs, signal_kind(inputs))
+        if one_level(output) is not None:
+            output = (output != 0).to(output.dtype)  # spikes of whatever height
         self.outputs = _worse(self.outputs, signal_kind(output))
         if self.outputs != "spike":
             return
@@ -117,7 +120,8 @@ class NeuronWatch:
                 after it, which misleads only where branches run side by side.
             known: all neurons of the trace: whom they drive is told, so order says nothing of them.
         """
-        rates = [self._seen[name].rate for name in driven if name in self._seen]
+        seen = [self._seen[name] for name in driven if name in self._seen]
+        rates = [one.rate for one in seen if one.outputs == "spike"]
         if rates:
             return sum(rates) / len(rates)
         chosen, told = self._neurons(), frozenset(known)

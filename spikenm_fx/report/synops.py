@@ -30,13 +30,14 @@ __all__ = [
     "Operations",
     "Signal",
     "fan_out",
+    "one_level",
     "padded_ops",
     "signal_kind",
 ]
 
-Signal = Literal["spike", "integer", "analog"]
+Signal = Literal["spike", "integer", "scaled", "analog"]
 
-SIGNALS: tuple[Signal, ...] = ("spike", "integer", "analog")
+SIGNALS: tuple[Signal, ...] = ("spike", "integer", "scaled", "analog")
 """From the most to the least spike-like."""
 
 
@@ -70,10 +71,41 @@ class Operations:
 def signal_kind(values: Tensor) -> Signal:
     """What kind of signal a tensor is: ``spike`` {0,1}, ``integer`` (small counts), ``analog``.
 
+    A scale of spikes is not looked for: see :func:`one_level`.
+
     Args:
         values: of any shape and dtype.
     """
     return kind_of_values(values) or "spike"
+
+
+def one_level(values: Tensor) -> float | None:
+    """The height of spikes: the one value that ``values``, of any shape, hold beside 0.
+
+    None where there are others, and where there is none.
+    """
+    top = values.abs().amax() if values.numel() else values.new_zeros(())
+    if not bool(top) or not values.is_floating_point() or not bool(top.isfinite()):
+        return None
+    return float(top) if bool(((values == 0) | (values == top)).all()) else None
+
+
+def _in_spikes(values: Tensor, scale: float) -> tuple[Tensor, Signal]:
+    """Scaled spikes as whole numbers of spikes, and their kind; others as they are.
+
+    Args:
+        values: of any shape.
+        scale: what a trace tells.
+    """
+    if scale != 1.0 and values.is_floating_point():
+        counts = values / scale
+        if bool(((counts - counts.round()).abs() <= _TOLERANCE * (1 + counts.abs())).all()):
+            return counts.round(), "scaled"
+    return values, signal_kind(values)
+
+
+_TOLERANCE = 1e-4
+"""Of a spike count: a scale in single precision moves it by less."""
 
 
 def fan_out(
@@ -169,6 +201,7 @@ class LayerCounter:
         active: those that are not zero.
         total: sum of their absolute values (spike counts).
         calls: how often the layer ran.
+        scale: what its spikes are multiplied with, where a trace tells; counts are of spikes.
     """
 
     layer: WeightLayer
@@ -178,6 +211,7 @@ class LayerCounter:
     active: int = 0
     total: float = 0.0
     calls: int = 0
+    scale: float = 1.0
     _seen: dict[tuple[tuple[int, ...], tuple[int, ...]], _Seen] = field(default_factory=dict)
 
     def add(self, inputs: Tensor, output: Tensor) -> None:
@@ -192,7 +226,7 @@ class LayerCounter:
             return
         size, out = tuple(inputs.shape[-dims:]), tuple(output.shape[-dims:])[1:]
         flat = inputs.detach().reshape(-1, *size)
-        kind = signal_kind(flat)
+        flat, kind = _in_spikes(flat, self.scale)
         self.signal = SIGNALS[max(SIGNALS.index(kind), SIGNALS.index(self.signal or "spike"))]
         magnitude = flat.double().abs()
         events = magnitude.sum(0).cpu()

@@ -16,7 +16,7 @@ from spikenm_fx.state.rest import (
     reset_to_rest,
     takes_no_arguments,
 )
-from spikenm_fx.state.snapshot import detach_state, preserved
+from spikenm_fx.state.snapshot import detach_state, preserved, preserved_records
 
 __all__ = [
     "RESET_METHODS",
@@ -25,6 +25,7 @@ __all__ = [
     "is_reading",
     "preserved",
     "preserved_in_eval",
+    "preserved_records",
     "read_parameter",
     "reading",
     "reset_to_rest",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import types
 from collections import deque
@@ -17,19 +18,26 @@ from torch import Tensor, nn
 from spikenm_fx._torch import is_scripted
 from spikenm_fx.state.guard import Watched, watching
 
-__all__ = ["detach_state", "preserved"]
+__all__ = ["detach_state", "preserved", "preserved_records"]
 
 _DEPTH = 4
 """How deep state may lie in lists, dicts and plain objects of a module."""
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
+def preserved(model: nn.Module, *, guarded: bool = True) -> Iterator[Callable[[], None]]:
     """Restore ``model`` and the random generators on leaving, whatever happened inside.
 
     Tensors keep their identity and, unless the block wrote into them, their version; containers
     keep theirs.  Buffers and state are copied for the time of the block, parameters and their
     gradients only when something is about to write into them.
+
+    Args:
+        model: any model.
+        guarded: look out for writes into parameters, which costs tens of microseconds for each
+            operation; without, what is written into them stays, and times can be measured.
 
     Yields:
         A function that restores at once, for another try inside the block.
@@ -46,10 +54,34 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
         restore_rng()
 
     try:
-        with watching(undo.watched):
+        with watching(undo.watched if guarded else ()):
             yield restore
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def preserved_records(*models: nn.Module) -> Iterator[None]:
+    """On leaving, what the hooks of ``models`` have recorded inside is gone again.
+
+    Monitors keep what they see in lists that their hooks close over, outside of any module.  The
+    modules themselves are left as the block leaves them.
+    """
+    undo = _Undo()
+    modules = [module for model in models for module in nn.Module.modules(model)]
+    undo.leave([*modules, *(p for m in modules for p in m._parameters.values() if p is not None)])
+    with torch.no_grad():
+        for module in modules:
+            for kind, hooks in vars(module).items():
+                if kind in _HOOKS:
+                    for hook in list(hooks.values()):
+                        for value in _enclosed(hook):
+                            undo.remember(value, _DEPTH)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            undo.restore()
 
 
 def detach_state(model: nn.Module) -> None:
@@ -77,6 +109,10 @@ class _Undo:
         self._seen: dict[int, Any] = {}
         self._steps: list[Callable[[], None]] = []
         self.watched: list[Watched] = []
+
+    def leave(self, values: list[Any]) -> None:
+        """Never touch these."""
+        self._seen.update({id(value): value for value in values})
 
     def restore(self) -> None:
         for step in self._steps:
@@ -157,6 +193,25 @@ def _is_immutable(value: Any) -> bool:
         | torch.device
         | torch.Size,
     )
+
+
+def _enclosed(function: Any) -> list[Any]:
+    """What a hook can write to: what it closes over or is bound to."""
+    if isinstance(function, types.MethodType):
+        return [function.__self__]
+    if isinstance(function, functools.partial):
+        return [*_enclosed(function.func), *function.args, *function.keywords.values()]
+    if not isinstance(function, types.FunctionType):
+        return [function]  # an object that can be called
+    found = list(function.__defaults__ or ())
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # an empty cell
+            found.append(cell.cell_contents)
+    return [part for item in found for part in ([item] if not _is_hook(item) else _enclosed(item))]
+
+
+def _is_hook(value: Any) -> bool:
+    return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
 
 
 def _can_be_watched(tensor: Tensor) -> bool:

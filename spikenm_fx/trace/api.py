@@ -106,7 +106,7 @@ def _attempts(
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
-            return Trace(model, graph, neurons, route, notes, tracer.inner, tracer.shown_states)
+            return _result(tracer, graph, neurons, route, notes)
         except TraceLimitReached as error:
             raise _over_limit(error) from error
         except Failure as failure:
@@ -130,7 +130,18 @@ def _attempts(
             + f"; given: {_shapes(args, kwargs)}. model(*example_inputs) must run as it stands. "
             "The model was left as it was."
         ) from failure.cause
-    return Trace(model, graph, neurons, "execution", notes, tracer.inner, tracer.shown_states)
+    return _result(tracer, graph, neurons, "execution", notes)
+
+
+def _result(
+    tracer: ValueTracer,
+    graph: fx.Graph,
+    neurons: Mapping[str, NeuronSpec],
+    route: Route,
+    notes: list[Note],
+) -> Trace:
+    inner, shown, computed = tracer.inner, tracer.shown_states, tracer.computed
+    return Trace(tracer.model, graph, neurons, route, notes, inner, shown, computed)
 
 
 def _fallback_note(failure: Failure) -> Note:

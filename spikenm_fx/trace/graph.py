@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import networkx as nx
 from torch import fx
 
-from spikenm_fx.trace.analysis.signal import Signal
+from spikenm_fx.trace.analysis.signal import Signal, SignalKind
 from spikenm_fx.trace.channels.rules_nodes import Attachment
 from spikenm_fx.trace.channels.spaces import Spaces
 from spikenm_fx.trace.neurons.spec import NeuronSpec
@@ -53,6 +53,7 @@ class LayerRecord:
         inside: the neuron that holds it (a recurrent weight), or None.
         is_readout: it drives no spiking neuron: what it computes leaves the model.
         is_head: no other layer comes after it.
+        multiplies_input: it multiplies what the model was given, behind no other layer.
         axis: of a raw parameter: its axis that is summed over, the input channels; None for
             modules, and where the calls do not tell.
         groups: of a raw parameter: the groups that share this axis (transposed convolutions).
@@ -73,6 +74,7 @@ class LayerRecord:
     inside: str | None = None
     is_readout: bool = False
     is_head: bool = False
+    multiplies_input: bool = False
     axis: int | None = None
     groups: int = 1
     undecided: str = ""
@@ -190,7 +192,7 @@ class SpikingGraph:
         ``F.linear(x, self.fc.weight)`` uses ``fc`` without calling it.
         """
         called, weight = self.layers.get(layer), self.layers.get(f"{layer}.weight".lstrip("."))
-        by_itself = weight is not None and weight.axis == 1 and (called is None or not called.calls)
+        by_itself = weight is not None and (called is None or not called.calls)
         return weight if by_itself else called
 
     def of_kind(self, *kinds: NodeKind) -> list[str]:
@@ -208,10 +210,10 @@ class SpikingGraph:
             raise KeyError(layer)
         if not record.calls and self.route not in ("modules", "symbolic"):
             return "not used in the traced forward"
-        if record.sees_input and record.input_signal is not None:
+        if record.multiplies_input and record.input_signal is not None:
             kind = record.input_signal.kind
             return f"input is {kind}" + (" image" if kind == "analog" and _image(record) else "")
-        if record.is_readout:
+        if record.is_readout and not record.feeds:
             return "feeds no neuron: readout"
         signal = record.input_signal.kind if record.input_signal else "unknown"
         return f"{signal} from {_listed(record.pre)}, drives {_listed(record.post)}"
@@ -225,7 +227,7 @@ class SpikingGraph:
             "unused": sum(not r.calls for r in self.layers.values()),
             "neurons": len(self.neurons),
             "chains": len(self.chains),
-            "inputs": {kind: kinds.count(kind) for kind in ("spike", "integer", "analog")},
+            "inputs": {kind: kinds.count(kind) for kind in get_args(SignalKind)},
             "notes": [str(note) for note in self.notes],
         }
 

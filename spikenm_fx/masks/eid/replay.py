@@ -41,8 +41,8 @@ def replayed_slopes(neuron: nn.Module, spec: NeuronSpec, calls: Sequence[Call]) 
     """Gradient of the summed spikes with respect to each input, by the neuron's own backward.
 
     For a neuron whose reset is detached and subtracts, this is what
-    :func:`~spikenm_fx.masks.eid.eligibility.filtered_slopes` computes; otherwise the path
-    through the reset is in it as well, because nothing outside the neuron tells the two apart.
+    :func:`~spikenm_fx.masks.eid.eligibility.filtered_slopes` computes; otherwise the path through
+    the reset is in it as well, because nothing outside the neuron can tell the two apart.
 
     Args:
         neuron: the module; its state afterwards is as before.

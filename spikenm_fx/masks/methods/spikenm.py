@@ -32,7 +32,7 @@ class SpikeNM:
     Attributes:
         std: standard deviation of the initial logits.  MaskLLM (arXiv 2409.17481) has 0.01 for
             weights that rest; here they move.
-        rate: how far one optimizer step moves each logit, in units of ``std``; see
+        rate: how far one optimizer step moves each logit, in units of ``std``: see
             :mod:`spikenm_fx.masks.rule`.  No learning rate of the user's enters.
         relative: count the schedule's kappa in units of one over the spread of the layer's logits
             (their root mean square within the blocks).  Otherwise the learning rate and the length

@@ -21,7 +21,7 @@ from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, find_neurons, membranes
 
-__all__ = ["ROUNDING", "NeuronDifference", "forced", "forced_mismatch"]
+__all__ = ["ROUNDING", "NeuronDifference", "difference", "forced", "forced_mismatch"]
 
 ROUNDING = 1e-4
 """How far rounding moves the input of a neuron or its membrane, relative to its largest value."""
@@ -98,8 +98,9 @@ def forced(
 
     def record(name: str) -> Any:
         def hook(_module: nn.Module, args: Any, out: Any) -> None:
-            received[name].append(args[0].clone())
-            emitted[name].append(_spikes(out).clone())
+            if args:
+                received[name].append(args[0].clone())
+                emitted[name].append(_spikes(out).clone())
 
         return hook
 
@@ -107,14 +108,16 @@ def forced(
         calls = zip(received[name], emitted[name], strict=True)
 
         def hook(_module: nn.Module, args: Any, out: Any) -> Any:
-            x, wanted = next(calls)
+            x, wanted = next(calls, (None, None))
             own = _spikes(out)
+            if x is None or own.shape != wanted.shape:  # it runs more often, or on something else
+                return None
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()
             differing[name].append(_values(own) != wanted)
             each.others += int(differing[name][-1].sum())
             each.steps += 1 if spec.time_axis is None else x.shape[spec.time_axis]
-            each.received = max(each.received, _difference(_values(args[0]), x))
+            each.received = max(each.received, difference(_values(args[0]), x))
             given = _as_bits(wanted, own) if isinstance(own, LazyTensor) else wanted
             return (given, *out[1:]) if isinstance(out, tuple) else given
 
@@ -146,7 +149,7 @@ def forced(
             layer = engine.get_submodule(name)
             for x, wanted in seen:
                 if outer in found:
-                    worst = _difference(_values(layer(x)), wanted)
+                    worst = difference(_values(layer(x)), wanted)
                     found[outer].inner = max(found[outer].inner, worst)
     return expected, output, tuple(each for each in found.values() if each.spikes)
 
@@ -198,10 +201,15 @@ def _values(x: Tensor) -> Tensor:
     return x.materialize() if isinstance(x, LazyTensor) else x
 
 
-def _difference(x: Tensor, wanted: Tensor) -> float:
-    """Largest, relative to the largest magnitude; infinity where only one of them is not finite."""
+def difference(x: Tensor, wanted: Tensor) -> float:
+    """Largest difference of two tensors of one shape, relative to the largest magnitude wanted.
+
+    Infinity where only one of them is not finite.
+    """
     if not x.numel() or torch.equal(x, wanted):
         return 0.0
+    if x.dtype == torch.bool or not (x.is_floating_point() or x.is_complex()):
+        x, wanted = x.double(), wanted.double()
     worst = float((x - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
     return worst if worst == worst else float("inf")
 

@@ -16,10 +16,11 @@ from spikenm_fx.errors import PackError
 from spikenm_fx.pack.engine.layer import Choice, PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
+from spikenm_fx.pack.engine.products import PackedProducts
 from spikenm_fx.state import preserved
 from spikenm_fx.trace.execution.values import kind_of_values
 
-__all__ = ["LayerDraft", "choose"]
+__all__ = ["LayerDraft", "choose", "typical"]
 
 ROUNDS = 4
 MOST_ROUNDS = 40  # of models that run in microseconds
@@ -31,10 +32,24 @@ DENSE = ("dense", CHANNELS_LAST)
 
 @dataclass(slots=True, eq=False)
 class LayerDraft:
-    """A packed layer under construction."""
+    """A packed layer under construction.
+
+    Attributes:
+        packed: the layer.
+        dense_bytes: of its fp32 weight.
+        before: class and attributes that the module had, to put back.
+        norm: name and module of the norm that is folded into it.
+        neuron: the neuron that is fused with it, or "".
+        note: what its user should know.
+        planes: binary digits of its input.
+        rate: share of its input that is not zero.
+        milliseconds: by choice.
+    """
 
     packed: PackedLayer
     dense_bytes: int
+    before: tuple[type[nn.Module], dict[str, Any]] = (nn.Module, {})
+    norm: tuple[str, nn.Module] | None = None
     neuron: str = ""
     note: str = ""
     planes: int = 1
@@ -80,7 +95,7 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
 
     Neurons that are fused, conversions of the input and what lies in the caches all count.
     """
-    with torch.no_grad(), preserved(engine):
+    with torch.no_grad(), preserved(engine, guarded=False):
         _look_at_inputs(engine, args, layers)
         prepared = {name: _candidates(layer) for name, layer in layers.items()}
         seconds: dict[str, dict[str, list[float]]] = {
@@ -100,7 +115,7 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
     # Only now: what is preserved above would take a choice back as well.
     for name, layer in layers.items():
         layer.packed.meter = None
-        milliseconds = {way: 1e3 * _typical(runs) for way, runs in seconds[name].items() if runs}
+        milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds[name].items() if runs}
         layer.packed.adopt(prepared[name][_fastest(milliseconds)])
         layer.packed.expect_counts()
         # The two memory formats of torch's layer are one choice.
@@ -119,7 +134,7 @@ def _rounds() -> Iterator[bool]:
         yield True
 
 
-def _typical(runs: list[float]) -> float:
+def typical(runs: list[float]) -> float:
     """The median of the faster half: other work on the machine only ever adds time."""
     return statistics.median(sorted(runs)[: (len(runs) + 1) // 2])
 
@@ -129,17 +144,23 @@ def _look_at_inputs(
 ) -> None:
     """Note the rate and the digits of what reaches each layer last."""
     inputs: dict[str, Tensor] = {}
-    hooks = [
-        layer.packed.register_forward_pre_hook(
-            lambda _module, args, name=name: inputs.__setitem__(name, args[0])
-        )
-        for name, layer in layers.items()
-    ]
+    hooks = []
+    for name, layer in layers.items():
+        if isinstance(layer.packed, PackedProducts):
+            layer.packed.watched = []
+        else:
+            hook = _keeping(inputs, name)
+            hooks.append(layer.packed.register_forward_pre_hook(hook))
     try:
         engine(*args)
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in hooks:
+            handle.remove()
+        for name, layer in layers.items():
+            if isinstance(layer.packed, PackedProducts):
+                for x in layer.packed.watched or ():
+                    inputs[name] = x
+                layer.packed.watched = None
     for name, x in inputs.items():
         packed = layers[name].packed
         if packed.geometry.spatial and x.dim() == packed.geometry.spatial + 3:
@@ -147,6 +168,11 @@ def _look_at_inputs(
         bits = packed.bits_of(x)
         layers[name].planes = 1 if bits is None else bits.planes
         layers[name].rate = _rate(x, counts=bits is not None)
+
+
+def _keeping(inputs: dict[str, Tensor], name: str) -> Any:
+    """A hook that keeps what comes last."""
+    return lambda _module, args: inputs.__setitem__(name, args[0])
 
 
 def _candidates(layer: LayerDraft) -> dict[str, PackedLayer]:

@@ -25,7 +25,7 @@ from spikenm_fx.pack.engine.spikes import in_row_order
 from spikenm_fx.pack.kernels.ops import integrate
 from spikenm_fx.trace import NeuronSpec
 
-__all__ = ["fuse_neuron", "why_not_fused"]
+__all__ = ["FusedNeuron", "fuse_neuron", "release_neuron", "why_not_fused"]
 
 WAITING = (Pending, PooledSums)
 LANES = 64  # channels of a row when a neuron with scalar parameters runs on any shape
@@ -93,6 +93,16 @@ def fuse_neuron(module: nn.Module, spec: NeuronSpec) -> None:
     forgets = spec.returns_state and spec.time_axis == 0
     module.__dict__["_spikenm_fusion"] = _Fusion(spec, forgets)
     surgery.extend(module, FusedNeuron)
+
+
+def release_neuron(module: nn.Module) -> None:
+    """Undo :func:`fuse_neuron`; state stays where it is.
+
+    Args:
+        module: a fused neuron.
+    """
+    surgery.restore(module)
+    module.__dict__.pop("_spikenm_fusion", None)
 
 
 class FusedNeuron(nn.Module):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikenm_fx import surgery
@@ -81,23 +82,33 @@ class PackedLayer(nn.Module):
         self.choose(choice)
         super().train(False)
 
-    def stand_for(self, layer: nn.Module) -> None:
-        """Become an instance of the class of ``layer`` too, with its attributes and its hooks.
+    def stand_for(self, layer: nn.Module, mixin: type[PackedLayer] | None = None) -> PackedLayer:
+        """Turn ``layer`` into this packed layer, in place, and an instance of its own class still.
 
-        Forwards that ask ``isinstance(layer, nn.Linear)`` or read ``layer.out_features`` then run
-        as they did.
+        Whoever holds the layer (a list, a bound method, a hook) then holds the packed one; forwards
+        that ask ``isinstance(layer, nn.Linear)`` or read ``layer.out_features`` run as they did.
 
         Args:
-            layer: the one whose place this layer takes.
+            layer: the one that becomes packed.
+            mixin: a subclass of this class to make it of.
+
+        Returns:
+            ``layer``.
 
         Raises:
             TypeError: if the class of ``layer`` cannot be extended.
         """
-        surgery.give_class(self, surgery.extended_class(type(layer), PackedLayer, prefix="Packed"))
-        hooks = [key for key in layer.__dict__ if key.endswith(_HOOKS)]
-        self.__dict__.update({key: layer.__dict__[key] for key in hooks})
-        own = self.__dict__
-        own.update({key: value for key, value in layer.__dict__.items() if key not in own})
+        plain, own = layer.__dict__, dict(self.__dict__)
+        made = surgery.extended_class(type(layer), mixin or PackedLayer, prefix="Packed")
+        for holder in ("_parameters", "_buffers", "_modules"):
+            extra = {k: v for k, v in plain[holder].items() if k not in own[holder]}
+            own[holder] = own[holder] | {k: v for k, v in extra.items() if k != "weight"}
+        own["_non_persistent_buffers_set"] |= plain["_non_persistent_buffers_set"]
+        own |= {key: value for key, value in plain.items() if key.endswith(_HOOKS)}
+        surgery.give_class(layer, made)
+        object.__setattr__(layer, "__dict__", {**plain, **own})
+        packed: Any = layer
+        return packed  # type: ignore[no-any-return]
 
     @property
     def weight_nm(self) -> Tensor | None:
@@ -215,6 +226,9 @@ class PackedLayer(nn.Module):
         """
         if torch.compiler.is_compiling():
             return self._compiled(x)
+        y = self._directly(x)
+        if y is not None:
+            return y
         self._check(x)
         spatial = self.geometry.spatial
         lead: tuple[int, ...] | None = None
@@ -230,6 +244,24 @@ class PackedLayer(nn.Module):
         if lead is None:
             return y
         return y.unflatten(0, lead) if len(lead) == 2 else y.squeeze(0)
+
+    def _directly(self, x: Tensor) -> Tensor | None:
+        """Torch's layer at once, where nothing but that is to be done: small layers notice."""
+        own = self.__dict__
+        dense = own["_buffers"]["_dense"]
+        if dense is None or own["waits"] or own["meter"] is not None or type(x) is not Tensor:
+            return None
+        if x.dtype is not torch.float32 or x.requires_grad or not x.is_cpu:
+            return None
+        bias = own["_parameters"]["bias"]
+        if dense.dim() == 2:
+            return F.linear(x, dense, bias)
+        if x.dim() != dense.dim():
+            return None
+        g = own["geometry"]
+        convolve = F.conv2d if dense.dim() == 4 else F.conv1d
+        y = convolve(x, dense, bias, g.stride, g.padding, g.dilation, g.groups)
+        return y if y.is_contiguous() or is_channels_last(x) else y.contiguous()
 
     def _compiled(self, x: Tensor) -> Tensor:
         spatial = self.geometry.spatial

@@ -4,30 +4,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import networkx as nx
 from torch import fx, nn
 
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.analysis.chains import find_chains
+from spikenm_fx.trace.analysis.firing import Firing, find_firings
 from spikenm_fx.trace.analysis.flow import Flow
 from spikenm_fx.trace.analysis.infer import Inference
 from spikenm_fx.trace.analysis.nodes import (
-    is_step,
     kind_of_op,
     layer_kind,
     unique,
     with_layers,
 )
 from spikenm_fx.trace.analysis.ops import module_family, op_name
-from spikenm_fx.trace.analysis.products import Product, parameter_behind, product_of
+from spikenm_fx.trace.analysis.owned import weights_of_neurons
+from spikenm_fx.trace.analysis.products import Product, ProductFinder, parameter_behind
+from spikenm_fx.trace.analysis.rewrite import simplify
 from spikenm_fx.trace.analysis.signal import ANALOG, Signal, join, of_kind
 from spikenm_fx.trace.channels.reader import ChannelReader
 from spikenm_fx.trace.channels.rules import read_channels
 from spikenm_fx.trace.channels.rules_nodes import is_item, name_of
+from spikenm_fx.trace.execution.leaves import ATOMIC
 from spikenm_fx.trace.execution.record import Trace
-from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
+from spikenm_fx.trace.execution.values import ValueInfo
 from spikenm_fx.trace.graph import (
     LayerRecord,
     NeuronRecord,
@@ -48,6 +51,35 @@ def build(trace: Trace) -> SpikingGraph:
     return builder.finish()
 
 
+@dataclass(slots=True)
+class _Group:
+    """Firings of one neuron: of one place in the code, or of one membrane."""
+
+    key: tuple[object, object]
+    places: set[tuple[int, ...]]
+    layers: set[str]
+    sources: set[fx.Node]
+    members: list[Firing]
+
+    def is_with(self, other: _Group) -> bool:
+        """Whether both are the same neuron."""
+        if self.key != other.key:
+            return False
+        here = not self.places.isdisjoint(other.places)
+        driven = not self.layers.isdisjoint(other.layers) or not other.layers
+        return (here and driven) or not self.sources.isdisjoint(other.sources)
+
+    def merged(self, other: _Group) -> _Group:
+        """Both as one."""
+        return _Group(
+            self.key,
+            self.places | other.places,
+            self.layers | other.layers,
+            self.sources | other.sources,
+            self.members + other.members,
+        )
+
+
 class _Builder:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
@@ -55,10 +87,16 @@ class _Builder:
         self.signals: dict[fx.Node, Signal] = {}
         self.ident: dict[fx.Node, str] = {}
         self.weights: dict[fx.Node, str] = {}
+        self.finder = ProductFinder()
         self.products: dict[str, list[Product]] = {}
+        self.multiplied: dict[str, list[fx.Node]] = {}
         self.specs: dict[str, NeuronSpec] = dict(trace.neurons)
         self.flow = Flow(self.ident, self.weights, self.specs)
         self.functional: set[str] = set()
+        self.fused: dict[str, list[fx.Node]] = {}
+        self.owned: dict[str, str] = {}  # weights that belong to neurons
+        self.firings: list[Firing] = []
+        self.emitted: dict[str, Signal] = {}
         self.notes = list(trace.notes)
         self.out = nx.DiGraph()
         self.reader: ChannelReader | None = None
@@ -67,12 +105,14 @@ class _Builder:
 
     def read(self) -> None:
         for node in self.nodes:
+            simplify(node)
             self._note_product(node)
         inference = Inference(self.specs, self._note)
         for node in self.nodes:
             inference.visit(node)
         self.signals = inference.known
-        self._name_surrogates()
+        self.firings = find_firings(self.nodes, self.signals, self.flow)
+        self._name_firings()
         for node in self.nodes:
             self.ident[node] = self.flow.identity(node)
         if self.trace.route != "symbolic":
@@ -81,10 +121,10 @@ class _Builder:
 
     def _note_product(self, node: fx.Node) -> None:
         """Where ``node`` multiplies by something made of parameters alone: it is a layer."""
-        product = product_of(node)
-        if product is not None:
-            self.weights[node] = product.parameter
+        for product in self.finder.of(node):
+            self.weights.setdefault(node, product.parameter)
             self.products.setdefault(product.parameter, []).append(product)
+            self.multiplied.setdefault(product.parameter, []).append(node)
 
     def _note(self, where: str, text: str) -> None:
         note = Note(where, text)
@@ -93,44 +133,52 @@ class _Builder:
 
     # -- functional neurons -----------------------------------------------------------------------
 
-    def _name_surrogates(self) -> None:
+    def _name_firings(self) -> None:
         """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
-        groups: list[tuple[tuple[object, ...], set[str], list[fx.Node]]] = []
-        for node in self.nodes:
-            if not is_step(node):
-                continue
-            function = getattr(node.target, "function", None)
-            key = (node.meta["scope"], function, node.meta.get("at", ()))
+        groups: list[_Group] = []
+        for firing in self.firings:
+            firing.node.meta["fires"] = True
+        for firing in self.firings:
+            node = firing.node
             layers = set(self.flow.backward(node)[0])
-            for known_key, known_layers, members in groups:
-                if known_key == key and (known_layers & layers or not layers):
-                    known_layers |= layers
-                    members.append(node)
-                    break
-            else:
-                groups.append((key, layers, [node]))
+            key = (node.meta["scope"], getattr(node.target, "function", None))
+            one = _Group(key, {node.meta.get("at", ())}, layers, {firing.source}, [firing])
+            for other in [group for group in groups if group.is_with(one)]:
+                groups.remove(other)
+                one = other.merged(one)
+            groups.append(one)
         taken: set[str] = set()
-        for (scope, function, at), _, members in groups:
-            line = at[0] if isinstance(at, tuple) and at else "?"
-            name = f"{scope}:{getattr(function, '__name__', 'Function')}@{line}".lstrip(":")
+        for group in sorted(groups, key=lambda g: self.nodes.index(g.members[0].node)):
+            first = group.members[0].node
+            at = first.meta.get("at", ())
+            scope, function = group.key
+            what = getattr(function, "__name__", "Function") if function else op_name(first)
+            name = f"{scope}:{what}@{at[0] if at else '?'}".lstrip(":")
             while name in taken:
                 name += "'"
             taken.add(name)
-            self._add_functional(name, members)
+            self._add_functional(name, group.members)
+        members = {name: self._firings_of(name) for name in self.functional}
+        for node, name in weights_of_neurons(self.nodes, members, self.flow).items():
+            self.owned.setdefault(self.flow.identity(node), name)
+            self.flow.owned.add(node)
 
-    def _add_functional(self, name: str, members: list[fx.Node]) -> None:
-        surrogate = members[0].target
-        assert isinstance(surrogate, SurrogateCall)
+    def _firings_of(self, name: str) -> list[Firing]:
+        return [firing for firing in self.firings if self.ident[firing.node] == name]
+
+    def _add_functional(self, name: str, members: list[Firing]) -> None:
+        function = getattr(members[0].node.target, "function", None)
+        self.emitted[name] = join([signal for one in members for signal in one.emitted])
         self.specs[name] = NeuronSpec(
             framework="function",
-            class_name=surrogate.function.__name__,
-            output=self.signals[members[0]].kind,
+            class_name=function.__name__ if function else op_name(members[0].node),
+            output=self.emitted[name].kind,
             state=(),
             reset_call=None,
         )
         self.functional.add(name)
-        for node in members:
-            self.ident[node] = name
+        for firing in members:
+            self.ident[firing.node] = name
 
     # -- the networkx graph -----------------------------------------------------------------------
 
@@ -194,6 +242,11 @@ class _Builder:
         for node in self.nodes:
             if node.op != "get_attr":
                 calls.setdefault(self.ident[node], []).append(node)
+        self.fused = {
+            name: nodes
+            for name, nodes in calls.items()
+            if isinstance(nodes[0].meta.get("module"), ATOMIC)
+        }
         layers = {
             name: self._layer_record(name, module, calls.get(name, []))
             for name, module in nn.Module.named_modules(self.trace.model)
@@ -204,6 +257,10 @@ class _Builder:
                 layers[name] = self._layer_record(
                     name, calls[name][0].meta.get("module"), calls[name]
                 )
+        for name, nodes in self.multiplied.items():
+            if name not in layers:  # beside another parameter in the same product
+                layers[name] = self._layer_record(name, None, nodes)
+        layers |= self._fused_weights()
         layers |= self._weights_in_neurons(layers, calls)
         neurons = {name: self._neuron_record(name, calls.get(name, [])) for name in self.specs}
         neurons = with_layers(neurons, layers)
@@ -227,6 +284,10 @@ class _Builder:
         kind = layer_kind(module)
         weight = getattr(module, "weight", None)
         shape = self._raw_shape(name) if module is None else tuple(getattr(weight, "shape", ()))
+        if name in self.owned:
+            inside = self.owned[name]
+            why = f"belongs to the neuron {inside}, which stays as it is"
+            return LayerRecord(name, kind, shape, len(calls), inside=inside, undecided=why)
         if not calls:
             return self._inner_record(name, kind, shape)
         pre = unique(s for call in calls for s in self.flow.backward(call)[1])
@@ -249,10 +310,11 @@ class _Builder:
             input_shape=info.shape if info else None,
             output_shape=result.shape if result else None,
             time_axis=self._time_axis(sources[0]) if sources else None,
+            multiplies_input=self.flow.multiplies_input(calls[0]),
             is_readout=not spiking and any(left for _, _, left in ahead),
             axis=product.axis,
             groups=product.groups,
-            undecided=product.undecided,
+            undecided=product.undecided or self.trace.computed.get(name, ""),
         )
 
     def _product(self, name: str) -> Product:
@@ -269,7 +331,10 @@ class _Builder:
         seen = self.trace.inner.get(name)
         if seen is None:
             inside = next((n for n in self.specs if name.startswith(f"{n}.")), None)
-            return LayerRecord(name, kind, shape, inside=inside)
+            fused = next((n for n in self.fused if name.startswith(f"{n}.")), None)
+            if fused is not None and inside is None:
+                return self._fused_record(name, kind, shape, fused)
+            return LayerRecord(name, kind, shape, inside=inside, undecided=self._hidden(name))
         spec = self.specs.get(seen.inside)
         pair = (seen.inside,) if spec is not None else ()
         self.out.add_node(name, kind="layer", op=kind, shape=seen.output_shape, calls=seen.calls)
@@ -290,6 +355,46 @@ class _Builder:
             output_shape=seen.output_shape,
             inside=seen.inside,
         )
+
+    def _fused_record(
+        self, name: str, kind: str, shape: tuple[int, ...], fused: str, undecided: str = ""
+    ) -> LayerRecord:
+        """A weight that one of torch's own modules uses by itself (an attention's projections)."""
+        calls = self.fused[fused]
+        ahead = [self.flow.forward(call) for call in calls]
+        post = unique(n for neurons, _, _ in ahead for n in neurons)
+        return LayerRecord(
+            name,
+            kind,
+            shape,
+            calls=len(calls),
+            pre=unique(s for call in calls for s in self.flow.backward(call)[1]),
+            post=post,
+            feeds=unique(n for _, layers, _ in ahead for n in layers),
+            input_signal=ANALOG,
+            is_readout=not post and any(left for _, _, left in ahead),
+            undecided=undecided,
+        )
+
+    def _fused_weights(self) -> dict[str, LayerRecord]:
+        """Matrices of torch's own modules that are no layers (in_proj_weight, weight_hh_l0)."""
+        found: dict[str, LayerRecord] = {}
+        for fused, calls in self.fused.items():
+            module = calls[0].meta["module"]
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() >= 2 and min(parameter.shape[:2]) > 1:
+                    name = f"{fused}.{key}".lstrip(".")
+                    why = f"{type(module).__name__} computes with it in one fused call"
+                    shape = tuple(parameter.shape)
+                    found[name] = self._fused_record(name, "functional", shape, fused, why)
+        return found
+
+    def _hidden(self, name: str) -> str:
+        """Why nothing is known of a layer's use, where that was not followed."""
+        for note in self.trace.notes:
+            if note.where and name.startswith(f"{note.where}.") and "not be followed" in note.text:
+                return f"how {note.where} uses its weight could not be followed; see trace's notes"
+        return ""
 
     def _raw_shape(self, name: str) -> tuple[int, ...]:
         tensor = dict(nn.Module.named_parameters(self.trace.model)).get(name)
@@ -336,11 +441,12 @@ class _Builder:
             signals.append(self.signals[spikes])
             emitted: ValueInfo | None = spikes.meta.get("value")
             shape = shape or (emitted.shape if emitted else None)
+        output = join(signals) if signals else of_kind(self.specs[name].output)
         return NeuronRecord(
             name=name,
             spec=self.specs[name],
             calls=len(calls),
-            output=join(signals) if signals else of_kind(self.specs[name].output),
+            output=self.emitted.get(name, output),
             functional=name in self.functional,
             shape=shape,
         )
@@ -349,7 +455,7 @@ class _Builder:
         if self.trace.graph is None:
             return
         for record in layers.values():
-            if not record.calls:
+            if not record.calls and f"{record.name}.weight".lstrip(".") not in layers:
                 self._note(record.name, "no call of this layer was seen in the traced forward")
         named = {str(n.target) for n in self.nodes if n.op == "get_attr"}
         owners = {r.name for r in layers.values()}

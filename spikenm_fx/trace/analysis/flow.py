@@ -9,7 +9,7 @@ from typing import TypeAlias
 from torch import fx
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.analysis.nodes import is_step, unique, walk
+from spikenm_fx.trace.analysis.nodes import is_step, unique, value_inputs, value_users, walk
 from spikenm_fx.trace.analysis.products import parameter_behind
 from spikenm_fx.trace.neurons.spec import NeuronSpec
 
@@ -34,6 +34,7 @@ class Flow:
         specs: Mapping[str, NeuronSpec],
     ) -> None:
         self.ident, self.weights, self.specs = ident, weights, specs
+        self.owned: set[fx.Node] = set()  # products with weights that belong to a neuron
 
     def identity(self, node: fx.Node) -> str:
         """The name under which ``node`` is known: of its layer, neuron or module, or its own."""
@@ -51,6 +52,8 @@ class Flow:
 
     def is_layer(self, node: fx.Node) -> bool:
         """Whether it multiplies with a weight."""
+        if node in self.owned:
+            return False
         module = node.meta.get("module")
         return node in self.weights or (module is not None and is_weight_layer(module))
 
@@ -69,8 +72,8 @@ class Flow:
                 return False
             return True
 
-        starts = self.data_inputs(node) if self.is_layer(node) else node.all_input_nodes
-        walk(starts, lambda n: n.all_input_nodes, stop)
+        starts = self.data_inputs(node) if self.is_layer(node) else value_inputs(node)
+        walk(starts, value_inputs, stop)
         return unique(layers), unique(sources)
 
     def at(self, node: fx.Node) -> Names:
@@ -83,6 +86,26 @@ class Flow:
         if node not in self.weights:
             return node.all_input_nodes
         return [n for n in node.all_input_nodes if parameter_behind(n) is None]
+
+    def multiplies_input(self, node: fx.Node) -> bool:
+        """Whether the model's input reaches a layer as it is, and no layer comes before it."""
+        near: list[bool] = []
+        behind: list[bool] = []
+
+        def stop(found: fx.Node) -> bool:
+            near.append(found.op == "placeholder")
+            return self.is_layer(found) or self.is_neuron(found)
+
+        def stop_at_layer(found: fx.Node) -> bool:
+            behind.append(self.is_layer(found))
+            return behind[-1]
+
+        sources = self.data_inputs(node)
+        walk(sources, value_inputs, stop)
+        if not any(near):
+            return False
+        walk(sources, value_inputs, stop_at_layer)
+        return not any(behind)
 
     def forward(self, node: fx.Node) -> tuple[Names, Names, bool]:
         """Neurons and layers that ``node``'s output reaches, and whether it leaves the model."""
@@ -101,5 +124,5 @@ class Flow:
                 return False
             return True
 
-        walk(list(node.users), lambda n: list(n.users), stop)
+        walk(value_users(node), value_users, stop)
         return unique(neurons), unique(layers), bool(left)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from torch import fx
+from torch import Tensor, fx
 
 from spikenm_fx.trace.analysis.ops import module_family, op_name
 from spikenm_fx.trace.analysis.signal import ANALOG, Signal, constant, of_kind, transfer
@@ -38,6 +38,9 @@ class Inference:
         if node.op == "placeholder":
             return of_kind(info.measured if info is not None and info.varied else None)
         if node.op == "get_attr":
+            tensor = node.meta.get("tensor")
+            if isinstance(tensor, Tensor) and tensor.numel() == 1 and tensor.is_floating_point():
+                return constant(float(tensor.detach()))
             return of_kind(info.measured if info is not None else None)
         if node.op == "output":
             return ANALOG

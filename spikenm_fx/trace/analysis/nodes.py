@@ -10,7 +10,6 @@ from torch import fx, nn
 
 from spikenm_fx._torch import ConvNd
 from spikenm_fx.trace.analysis.ops import MATMULS, MOVES, POOLS, RESHAPES, module_family, op_name
-from spikenm_fx.trace.execution.values import SurrogateCall
 from spikenm_fx.trace.graph import LayerRecord, NeuronRecord, NodeKind
 
 
@@ -27,6 +26,25 @@ def walk(
                 if following not in seen:
                     seen.add(following)
                     queue.append(following)
+
+
+def reads_shape_alone(node: fx.Node) -> bool:
+    """Whether ``node`` takes the shape of what it is given, and none of its values."""
+    name = op_name_or_none(node) or ""
+    return name.endswith("_like") or name.startswith(("new_", "zero", "ones"))
+
+
+def value_inputs(node: fx.Node) -> list[fx.Node]:
+    """What ``node``'s values are made of."""
+    if reads_shape_alone(node):
+        return []
+    like = (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
+    return list(node.all_input_nodes)[: 1 if like else None]
+
+
+def value_users(node: fx.Node) -> list[fx.Node]:
+    """Whose values are made of ``node``'s."""
+    return [user for user in node.users if node in value_inputs(user)]
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
@@ -63,8 +81,8 @@ def kind_of_op(name: str, inputs: int) -> NodeKind:
 
 
 def is_step(node: fx.Node) -> bool:
-    """An autograd Function that emits levels: a spike; delays and gradient scalers do not."""
-    return isinstance(node.target, SurrogateCall) and bool(node.meta.get("steps", True))
+    """Whether it fires (:func:`~spikenm_fx.trace.analysis.firing.find_firings`)."""
+    return bool(node.meta.get("fires"))
 
 
 def is_identity(node: fx.Node) -> bool:

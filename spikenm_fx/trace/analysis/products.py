@@ -2,7 +2,7 @@
 """Products with raw parameters, ``F.conv2d(x, self.w)``: which parameter, summed along which axis.
 
 A parameter may pass through operations before it is multiplied with data.  Those that move its
-axes, or keep every zero a zero, are followed back; behind any other a mask would not hold.
+axes, or keep every zero a zero, are followed back; behind others it is tried whether a mask holds.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from typing import Any
 from torch import fx, nn
 
 from spikenm_fx.trace.analysis.ops import MATMULS, RESHAPES, op_name
-from spikenm_fx.trace.execution.values import SurrogateCall, ValueInfo
+from spikenm_fx.trace.analysis.zeros import axis_of_blocks, parts_of_sum
+from spikenm_fx.trace.execution.values import ValueInfo
 
-__all__ = ["Product", "parameter_behind", "product_of"]
-
-_DEPTH = 12
+__all__ = ["Product", "ProductFinder", "parameter_behind"]
 
 _CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu"}
 _COPIES = {"contiguous", "clone", "detach", "alias", "data", "lift_fresh", "requires_grad"}
@@ -46,44 +45,104 @@ class _Undecided(Exception):
     """The axis cannot be told, or a mask on the parameter would not be one on the product."""
 
 
-def product_of(node: fx.Node) -> Product | None:
-    """What ``node`` multiplies with, if that is made of parameters alone; else None."""
-    if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
-        return None
-    for place, operand in enumerate(_operands(node)):
-        found = _matrix_behind(operand)
-        if found is not None:
-            name = str(found.target)
-            try:
-                axis, groups = _summed(node, operand, place)
-                return Product(name, _back(operand, found, axis), groups)
-            except _Undecided as reason:
-                return Product(name, None, undecided=str(reason))
-    return None
+class ProductFinder:
+    """Finds the products with parameters; what it tried for one expression holds for its equals.
+
+    A loop over time makes the same weight anew in each step: it is tried once.
+    """
+
+    def __init__(self) -> None:
+        self._expressions: dict[Any, int] = {}
+        self._numbers: dict[fx.Node, int] = {}
+        self._tried: dict[tuple[int, int], tuple[int | None, list[fx.Node]]] = {}
+
+    def of(self, node: fx.Node) -> list[Product]:
+        """What ``node`` multiplies with, if that is made of parameters alone; else nothing.
+
+        Several parameters where the operand holds them side by side (``torch.cat``) or adds them.
+        """
+        _made(node)  # in the order of the operations, so that no walk back is long
+        if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
+            return []
+        operands = _operands(node)
+        found = [(place, made) for place, one in enumerate(operands) if (made := _made(one))]
+        found = [(place, made) for place, made in found if made.matrices]
+        if not found:
+            return []
+        # beside a weight a state that is constant still, in the first step, is data
+        place, made = min(found, key=lambda one: (one[1].made_here, -_numel(one[1].largest)))
+        name = str(made.largest.target)
+        try:
+            axis, groups = _summed(node, operands[place], place)
+        except _Undecided as reason:
+            return [Product(name, None, undecided=str(reason))]
+        try:
+            return [Product(name, _back(operands[place], made.largest, axis), groups)]
+        except _Undecided as reason:
+            kept, parts = self._try(operands[place], made, axis)
+            why = "" if kept is not None else str(reason)
+            return [Product(str(part.target), kept, groups, why) for part in parts]
+
+    def _try(self, operand: fx.Node, made: _Made, axis: int) -> tuple[int | None, list[fx.Node]]:
+        key = (self._number(operand), axis)
+        if key not in self._tried:
+            parts = parts_of_sum(operand, made.matrices) or [made.largest]
+            self._tried[key] = (axis_of_blocks(operand, parts, axis), parts)
+        return self._tried[key]
+
+    def _number(self, node: fx.Node) -> int:
+        """The same for nodes that compute the same of the same parameters."""
+        if node not in self._numbers:
+            args = fx.map_arg((node.args, node.kwargs), self._number)
+            key = f"{node.op} {node.target} {args}"
+            self._numbers[node] = self._expressions.setdefault(key, len(self._expressions))
+        return self._numbers[node]
 
 
 def parameter_behind(node: fx.Node) -> str | None:
     """The matrix parameter that ``node`` is made of, if it is made of parameters only."""
-    found = _matrix_behind(node)
-    return None if found is None else str(found.target)
+    made = _made(node)
+    return str(made.largest.target) if made and made.matrices else None
 
 
-def _matrix_behind(node: fx.Node, depth: int = _DEPTH) -> fx.Node | None:
-    """The node of the largest parameter behind ``node``."""
-    if depth == 0 or node.op in ("placeholder", "call_module", "output"):
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """What a node that reads no data is made of: parameters of two axes or more, and constants."""
+
+    matrices: tuple[fx.Node, ...] = ()
+    made_here: bool = False
+
+    @property
+    def largest(self) -> fx.Node:
+        return max(self.matrices, key=_numel)
+
+
+def _numel(parameter: fx.Node) -> int:
+    return int(parameter.meta["tensor"].numel())
+
+
+def _made(node: fx.Node) -> _Made | None:
+    """What ``node`` is made of; None where that is data."""
+    if "made" not in node.meta:
+        node.meta["made"] = _read_made(node)
+    found: _Made | None = node.meta["made"]
+    return found
+
+
+def _read_made(node: fx.Node) -> _Made | None:
+    if node.op in ("placeholder", "call_module", "output"):
         return None
     if node.op == "get_attr":
         matrix = len(_shape(node)) >= 2 and isinstance(node.meta.get("tensor"), nn.Parameter)
-        return node if matrix else None
-    if not node.all_input_nodes or isinstance(node.target, SurrogateCall):
+        return _Made((node,) if matrix else ())
+    parts = [_made(source) for source in node.all_input_nodes]
+    known = [part for part in parts if part is not None]
+    # a constant made in the forward (torch.arange); a product with one is a first state's
+    made_here = not parts or any(part.made_here for part in known)
+    if len(known) < len(parts) or (made_here and op_name(node) in MATMULS):
         return None
-    found = []
-    for source in node.all_input_nodes:
-        one = _matrix_behind(source, depth - 1)
-        if one is None and source.op != "get_attr":
-            return None
-        found += [] if one is None else [one]
-    return max(found, key=lambda one: one.meta["tensor"].numel(), default=None)
+    matrices = dict.fromkeys(matrix for part in known for matrix in part.matrices)
+    return _Made(tuple(matrices), made_here)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:
@@ -136,7 +195,7 @@ def _back(operand: fx.Node, parameter: fx.Node, axis: int) -> int:
     node = operand
     while node is not parameter:
         name = op_name(node)
-        source = next(s for s in node.all_input_nodes if _matrix_behind(s) is parameter)
+        source = next(s for s in node.all_input_nodes if _is_behind(parameter, s))
         if name in ("mul", "div"):
             first = name == "mul" or node.args[0] is source
             if not first or _shape(source) != _shape(node):
@@ -147,6 +206,11 @@ def _back(operand: fx.Node, parameter: fx.Node, axis: int) -> int:
     if axis > 1:
         raise _Undecided(f"its axis {axis} is summed over; blocks are defined along axis 0 or 1")
     return axis
+
+
+def _is_behind(parameter: fx.Node, node: fx.Node) -> bool:
+    made = _made(node)
+    return made is not None and parameter in made.matrices
 
 
 def _moved(node: fx.Node, name: str, rank: int, axis: int) -> int:

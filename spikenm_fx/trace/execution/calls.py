@@ -9,10 +9,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NOT_USERS", "PLAIN", "call_site", "label", "tensors_held_by", "written_argument"]
+__all__ = [
+    "COMPARING",
+    "NOT_USERS",
+    "PLAIN",
+    "call_site",
+    "label",
+    "tensors_held_by",
+    "written_argument",
+]
 
 NOT_USERS = ("/torch/", "spikenm_fx/trace/", "spikenm_fx/state/")
 """Parts of the paths of files whose lines are not the user's."""
+
+COMPARING = frozenset(
+    [
+        "gt",
+        "ge",
+        "lt",
+        "le",
+        "heaviside",
+        "sign",
+        "signbit",
+        "round",
+        "floor",
+        "ceil",
+        "trunc",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "floor_divide",
+    ]
+)
+"""Functions that spikes may be made by: the line that calls them tells one neuron from another."""
 
 PLAIN = (
     bool,

@@ -26,6 +26,7 @@ class Trace:
         route: how it was obtained.
         notes: what to tell.
         inner: layers called inside leaves.
+        computed: layers whose mask would not hold, and why.
         shown_states: modules whose state is among the model's outputs.
     """
 
@@ -36,3 +37,4 @@ class Trace:
     notes: list[Note] = field(default_factory=list)
     inner: dict[str, InnerCall] = field(default_factory=dict)
     shown_states: set[str] = field(default_factory=set)
+    computed: Mapping[str, str] = field(default_factory=dict)

@@ -33,12 +33,14 @@ from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import preserved, reading
 from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
+    COMPARING,
     PLAIN,
     call_site,
     label,
     tensors_held_by,
     written_argument,
 )
+from spikenm_fx.trace.execution.computed import has_own_forward, run_and_compare
 from spikenm_fx.trace.execution.intercept import watch_applies
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.recorder import Recorder
@@ -118,6 +120,8 @@ class ValueTracer(fx.Tracer):
         self._stands_for: dict[int, Tensor] = {}  # parameters, by id of what was handed out
         self._constants: dict[int, tuple[Tensor, fx.Node]] = {}
         self._steps: dict[SurrogateCall, bool] = {}
+        self.computed: dict[str, str] = {}
+        self._layers: set[nn.Module] = set()
         self._probed: dict[nn.Module, Measured | None] = {}
         self._scope: list[nn.Module] = []
         self._failed_in: nn.Module | None = None
@@ -332,7 +336,7 @@ class ValueTracer(fx.Tracer):
             driven = None
             if surrogate or module in self.leaf.unknown:
                 driven = self._probe(module, target, call_args, call_kwargs)
-            value = self._call(module, target, call_args, call_kwargs)
+            value = self._compared(module, target, call_args, call_kwargs)
             written = written_argument(target, args)
             if written is None and not holds_tensors(value):
                 return value
@@ -341,8 +345,9 @@ class ValueTracer(fx.Tracer):
             )
             info = describe(value, measure=self.measure or surrogate or module is not None)
             node.meta |= {"value": worst_of(info, driven), "driven": driven, "module": module}
-            if surrogate:
+            if surrogate or getattr(target, "__name__", "").strip("_") in COMPARING:
                 node.meta["at"] = call_site()
+            if surrogate:
                 node.meta["steps"] = self._steps.get(target, True)
             if written is not None:
                 self._rebind(written, node)
@@ -390,6 +395,18 @@ class ValueTracer(fx.Tracer):
         if module is not None:
             return call_module_untraced(module, *args, **kwargs)
         return target(*args, **kwargs)
+
+    def _compared(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
+        """The same; the first time also whether a layer multiplies what its weight's mask masks."""
+        first = module is not None and is_weight_layer(module) and module not in self._layers
+        if module is None or not first or not has_own_forward(module):
+            return self._call(module, target, args, kwargs)
+        call = functools.partial(self._call, module, target, args, kwargs)
+        value, why_not = run_and_compare(module, call)
+        self._layers.add(module)
+        if why_not:
+            self.computed[self.name_of(module)] = why_not
+        return value
 
     def _run_inner(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module inside a leaf runs for real; weight layers (recurrent ones) are counted."""

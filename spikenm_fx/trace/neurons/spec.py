@@ -33,7 +33,7 @@ Scalar: TypeAlias = float | Tensor
 """One value for the whole layer, or one per channel (a detached tensor)."""
 
 NeuronKind = Literal["if", "lif", "plif", "synaptic", "integrator", "other"]
-Output = Literal["spike", "integer", "analog"]
+Output = Literal["spike", "integer", "scaled", "analog"]
 Reset = Literal["hard", "subtract", "none"]
 ResetTiming = Literal["now", "next", "corrected"]
 
@@ -94,7 +94,8 @@ class NeuronSpec:
         reset_amount: what a ``"subtract"`` reset takes off; None for the threshold.
         detach_reset: True where no gradient flows through the reset.
         surrogate: derivative used in training.
-        output: the values it emits: ``"spike"`` {0,1}, ``"integer"`` levels, ``"analog"``.
+        output: the values it emits: ``"spike"`` {0,1}, ``"integer"`` levels, spikes times a
+            known number ``"scaled"``, ``"analog"``.
         state: attributes of the module that hold its state, the membrane first; empty where the
             caller carries the state.
         initial: membrane before the first step.

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers and forwards of every kind: an engine computes what the model does, whatever they do."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import types
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pack_strategies import prune
+from torch import Tensor, nn
+
+from spikenm_fx.errors import SpikeNMWarning
+from spikenm_fx.pack import PackedLayer, pack, packing
+from spikenm_fx.pattern import NM
+
+functional = pytest.importorskip("spikingjelly.activation_based.functional")
+jelly = pytest.importorskip("spikingjelly.activation_based.layer")
+monitor = pytest.importorskip("spikingjelly.activation_based.monitor")
+neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+
+STEPS, BATCH, WIDTH = 3, 2, 16
+
+
+class Loop(nn.Linear):
+    """One product per time step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([F.linear(step, self.weight, self.bias) for step in x])
+
+
+class Around(nn.Linear):
+    """A product with code before and after it, and an argument more."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.gain = nn.Parameter(torch.rand(outputs) + 0.5)
+
+    def forward(self, x: Tensor, factor: float = 2.0) -> Tensor:
+        return F.linear(x * factor, self.weight, self.bias) * self.gain
+
+
+class OtherWeight(nn.Linear):
+    """A product with what is computed of the weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight / (1 + self.weight.norm()), self.bias)
+
+
+class OtherBias(nn.Linear):
+    """A product without the layer's bias."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight) - self.bias
+
+
+class Transposed(nn.Linear):
+    """A product that is no call of F.linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.t() + self.bias
+
+
+class Standardised(jelly.WSLinear):
+    """Derived from a layer that multiplies another weight than its own."""
+
+
+class Named(nn.Linear):
+    """Attributes whose names packed layers use as well."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.scale, self.name, self.choice = 2.0, "mine", "mine"
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.choice == "mine"
+        return super().forward(x) * self.scale
+
+
+LAYERS = [nn.Linear, Loop, Around, OtherWeight, OtherBias, Transposed, Standardised, Named]
+
+
+def _hook(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _m, _a, out: 2 * out)
+
+
+def _pre_hook(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda _m, args: (0.5 * args[0],))
+
+
+def _hook_with_kwargs(layer: nn.Module) -> None:
+    layer.register_forward_hook(lambda _m, _a, _k, out: out + 1, with_kwargs=True)
+
+
+def _pre_hook_with_kwargs(layer: nn.Module) -> None:
+    layer.register_forward_pre_hook(lambda _m, a, k: ((a[0] + 0.1,), k), with_kwargs=True)
+
+
+def _backward_hook(layer: nn.Module) -> None:
+    layer.register_full_backward_hook(lambda _m, _i, _o: None)
+
+
+def _bound(layer: nn.Module) -> None:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return 3 * type(self).forward(self, x)
+
+    layer.forward = types.MethodType(forward, layer)
+
+
+def _partial(layer: nn.Module) -> None:
+    layer.forward = functools.partial(_tripled, layer)
+
+
+def _tripled(layer: nn.Module, x: Tensor) -> Tensor:
+    return 3 * F.linear(x, layer.weight, layer.bias)
+
+
+def _closure(layer: nn.Module) -> None:
+    layer.forward = lambda x: F.linear(x, 2 * layer.weight, layer.bias)
+
+
+def _weight_norm(layer: nn.Module) -> None:
+    nn.utils.parametrizations.weight_norm(layer)
+
+
+def _nothing(_layer: nn.Module) -> None: ...
+
+
+CHANGES = [
+    _nothing,
+    _hook,
+    _pre_hook,
+    _hook_with_kwargs,
+    _pre_hook_with_kwargs,
+    _backward_hook,
+    _bound,
+    _partial,
+    _closure,
+    _weight_norm,
+]
+
+
+class Chain(nn.Module):
+    """Layers of given kinds with neurons between, called, shared or read as ``how`` says."""
+
+    def __init__(self, kinds: list[type[nn.Linear]], how: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind(WIDTH, WIDTH) for kind in kinds)
+        self.neurons = nn.ModuleList(neuron.IFNode(0.3, step_mode="m") for _ in kinds)
+        self.how, self.held = how, list(self.layers)
+        self.head = nn.Linear(WIDTH, WIDTH)
+        if how == "tied":
+            self.head.weight = self.layers[0].weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.held if self.how == "listed" else self.layers
+        for layer, fire in zip(layers, self.neurons, strict=True):
+            if self.how == "exact" and type(layer) is not nn.Linear:
+                continue
+            x = fire(layer(x) + (layer(x) if self.how == "twice" else 0))
+        if self.how == "read":
+            return F.linear(x, self.head.weight, self.head.bias) + self.layers[0].weight.mean()
+        sizes = torch.zeros(self.head.out_features, device=next(self.parameters()).device)
+        return self.head(x) + sizes
+
+
+HOWS = ["called", "twice", "read", "listed", "tied", "exact"]
+
+
+def _chain(kinds: list[type[nn.Linear]], how: str, changes: list[Callable[..., None]]) -> Chain:
+    torch.manual_seed(0)
+    model = Chain(kinds, how).eval()
+    for layer in [*model.layers, model.head]:
+        layer.weight.data = prune(layer.weight.data * 3, NM(2, 4))
+    for layer, change in zip(model.layers, changes, strict=False):
+        change(layer)
+    return model
+
+
+def _run(model: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model(x).clone()
+    functional.reset_net(model)
+    return out
+
+
+def _x() -> Tensor:
+    return torch.rand(STEPS, BATCH, WIDTH, generator=torch.Generator().manual_seed(1)) * 2
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3),
+    st.sampled_from(HOWS),
+    st.lists(st.sampled_from(CHANGES), max_size=3),
+    st.sampled_from(["fma", "event", "dense"]),
+)
+def test_engines_compute_what_their_models_do(kinds, how, changes, backend):
+    """Any mixture of layer classes, hooks, replaced forwards and uses gives the model's output."""
+    model, x = _chain(kinds, how, changes), _x()
+    expected = _run(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpikeNMWarning)
+        engine = pack(model, x, backend=backend)
+    torch.testing.assert_close(_run(engine, x), expected, rtol=1e-4, atol=1e-4)
+    for row in packing(engine).layers:
+        assert row.pattern or _is_advice(row.note), row
+
+
+def _is_advice(note: str) -> bool:
+    """A sentence that gives the reason and, after it, something to do."""
+    return bool(re.match(r"^[A-Z\d].*[;:.,] .*\w\.$", note))
+
+
+@pytest.mark.parametrize("kind", [Loop, Around])
+def test_products_inside_a_forward_of_its_own_are_packed(kind):
+    """The layer keeps its forward and its parameters; what it multiplies runs on packed weights."""
+    model, x = _chain([kind, kind], "called", []), _x()
+    engine = pack(model, x, backend="fma")
+    for layer, before in zip(engine.layers, model.layers, strict=True):
+        assert isinstance(layer, PackedLayer)
+        assert isinstance(layer, kind)
+        assert type(layer).forward is not kind.forward
+        calls = []
+        layer.run = functools.partial(_counting, calls, layer.run)
+        layer(x)
+        assert len(calls) == (STEPS if kind is Loop else 1)
+        assert torch.equal(layer.weight, before.weight)
+    torch.testing.assert_close(_run(engine, x), _run(model, x), rtol=1e-4, atol=1e-4)
+
+
+def _counting(calls: list[Tensor], run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    calls.append(x)
+    return run(x)
+
+
+def test_a_forward_that_skips_other_classes_is_told_and_right():
+    """``type(layer) is nn.Linear``: the layers are torch's again, and the warning names them."""
+    model, x = _chain([nn.Linear, nn.Linear], "exact", []), _x()
+    with pytest.warns(SpikeNMWarning, match=r"layers\.\d .*runs 0 times.*isinstance"):
+        engine = pack(model, x, backend="fma")
+    torch.testing.assert_close(_run(engine, x), _run(model, x))
+    assert {"layers.0", "layers.1"} <= set(packing(engine).proof.put_back)
+    assert type(engine.layers[0]) is nn.Linear
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        unproven = pack(model, x, backend="fma", check=False)
+    assert packing(unproven).proof is None
+    assert not torch.allclose(_run(unproven, x), _run(model, x))
+
+
+@pytest.mark.parametrize("neurons", [True, False])
+def test_a_wrong_kernel_is_put_back_alone(neurons, monkeypatch):
+    """One layer that computes something else is torch's afterwards; the others stay packed."""
+    model, x = _chain([nn.Linear, nn.Linear], "called", []), _x()
+    if not neurons:
+        model.neurons = nn.ModuleList(nn.ReLU() for _ in model.layers)
+    run = PackedLayer.run
+
+    def wrong(self: PackedLayer, x: Tensor, *, rows: bool = False) -> Tensor:
+        out = run(self, x, rows=rows)
+        return out + 0.1 if self.name == "layers.1" else out
+
+    monkeypatch.setattr(PackedLayer, "run", wrong)
+    with pytest.warns(SpikeNMWarning, match=r"(layers|neurons)\.1"):
+        engine = pack(model, x, backend="fma")
+    monkeypatch.undo()
+    assert type(engine.layers[1]) is nn.Linear
+    assert isinstance(engine.layers[0], PackedLayer)
+    assert isinstance(engine.head, PackedLayer)
+    notes = {row.name: row.note for row in packing(engine).layers}
+    assert _is_advice(notes["layers.1"])
+
+
+def test_states_of_a_training_step_are_left_behind():
+    """Right after a backward pass an engine starts at rest, and the model keeps its state."""
+    model, x = _chain([nn.Linear, Loop], "called", []), _x()
+    model.train()(x).sum().backward()
+    model.eval()
+    states = [fire.v for fire in model.neurons]
+    engine = pack(model, x[:, :1], backend="dense")
+    assert all(fire.v is state for fire, state in zip(model.neurons, states, strict=True))
+    assert all(state.grad_fn is not None for state in states)
+    functional.reset_net(model)
+    torch.testing.assert_close(_run(engine, x), _run(model, x), rtol=1e-4, atol=1e-4)
+
+
+def test_monitors_stay_as_they_were():
+    """What monitors and counting hooks record while a model is packed does not stay."""
+    model, x = _chain([nn.Linear, Loop], "called", []), _x()
+    records: list[Tensor] = []
+    counts = {"calls": 0}
+
+    def count(_module: nn.Module, _args: object, out: Tensor) -> None:
+        counts["calls"] += 1
+        records.append(out)
+
+    model.layers[0].register_forward_hook(count)
+    spikes = monitor.OutputMonitor(model, neuron.IFNode)
+    engine = pack(model, x)
+    assert counts["calls"] == len(records) == len(spikes.records) == 0
+    _run(engine, x)
+    assert counts["calls"] == 1
+    assert type(records[0]) is Tensor
+    assert all(type(record) is Tensor for record in spikes.records)
+
+
+def test_without_examples_the_report_says_what_was_not_done():
+    """No example inputs: nothing is measured or compared, and the report says so."""
+    report = packing(pack(_chain([nn.Linear, Loop], "called", [])))
+    assert report.whole is None
+    assert report.proof is None
+    assert "nothing was measured" in str(report)
+    assert "pack(model, example_inputs)" in report.verdict
+
+
+def test_the_whole_forward_is_what_gains():
+    """The gain that is printed is of the measured forwards; where there is none, it says so."""
+    report = packing(pack(_chain([nn.Linear] * 2, "called", []), _x()))
+    whole = report.whole
+    assert whole.gain == whole.model / whole.engine
+    assert ("keep your model" in report.verdict) == (whole.gain < 1.02)
+    assert report.verdict in str(report)
+    assert report.to_dict()["whole"]["gain"] == whole.gain
+    assert report.proof.rounds == 1
+    assert report.proof.put_back == ()
+    for each in report.neurons:
+        assert each.layer or _is_advice(each.note), each
+    for row in report.layers[:-1]:
+        assert row.neuron or _is_advice(row.note), row
+
+
+def test_the_form_that_runs_is_the_fastest_measured(monkeypatch):
+    """Where torch's layers are fastest, every layer runs dense and no neuron is fused."""
+    forms = pytest.importorskip("spikenm_fx.pack.forms")
+    model, x = _chain([nn.Linear] * 2, "called", []), _x()
+    times = {"model": 1.0, "fused": 3.0, "unfused": 2.0, "torch": 1.5}
+    monkeypatch.setattr(
+        forms.Forms, "_take_turns", lambda _s, ways, *_: {w: [times[w]] for w in ["model", *ways]}
+    )
+    engine = pack(model, x)
+    report = packing(engine)
+    assert report.whole.form in ("unfused", "torch")
+    assert all(row.neuron == "" for row in report.layers)
+    assert all(type(fire) is neuron.IFNode for fire in engine.neurons)
+    assert "keep your model" in report.verdict
+    assert not any(layer.waits for layer in engine.modules() if isinstance(layer, PackedLayer))
+    torch.testing.assert_close(_run(engine, x), _run(copy.deepcopy(model), x), rtol=1e-4, atol=1e-4)
