@@ -241,7 +241,9 @@ def _helped_by_rules(
         with contextlib.suppress(PlanError):  # no rule can have an effect on this one
             asked = (*rules, Rule(name))
             tried = plan(model, options["nm"], graph=graph, rules=asked, remainder="skip")
-            helped |= {entry.name: entry.nm for entry in tried.sparse if entry.name == name}
+            helped |= {
+                entry.name: entry.nm for entry in tried.sparse if entry.name == name and entry.nm
+            }
     return helped
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -111,7 +112,8 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         if key not in holder._parameters:
             impossible = "not registered in any module of the model"
         else:
-            impossible = _unmaskable(holder._parameters[key]) or _unfit(record, holder)
+            raw = cast("Tensor", holder._parameters[key])
+            impossible = _unmaskable(raw) or _unfit(record, holder)
         yield Weight(name, RAW, holder, key, axis, record.groups, impossible)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -185,7 +186,7 @@ def _side_by_side(values: Tensor) -> Tensor:
 
 def _convolution(product: Multiplied, weight: Tensor) -> WeightLayer:
     stride, padding, dilation, transposed, _, groups = product.args[3:9]
-    kinds = _TRANSPOSED if transposed else _CONV
+    kinds: Any = _TRANSPOSED if transposed else _CONV
     first, second = weight.shape[0], weight.shape[1] * groups
     layer: WeightLayer = kinds[weight.dim() - 3](
         first if transposed else second,

@@ -110,7 +110,9 @@ def forced(
         def hook(_module: nn.Module, args: Any, out: Any) -> Any:
             x, wanted = next(calls, (None, None))
             own = _spikes(out)
-            if x is None or own.shape != wanted.shape:  # it runs more often, or on something else
+            if (
+                x is None or wanted is None or own.shape != wanted.shape
+            ):  # it runs more often, or on something else
                 return None
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()

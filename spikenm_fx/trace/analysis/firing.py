@@ -68,11 +68,11 @@ def find_firings(
                 source = next(s for s in node.all_input_nodes if s in made_of_data)
                 found.append(Firing(node, source, (signals[node],)))
             continue
-        source = _compared(node, signals, made_of_data)
-        if source is not None:
+        compared = _compared(node, signals, made_of_data)
+        if compared is not None:
             emitted = _emitted(node, signals, flow)
             if emitted:
-                found.append(Firing(node, source, emitted))
+                found.append(Firing(node, compared, emitted))
     return found
 
 

@@ -7,7 +7,7 @@ value of ``hard`` and the derivative of ``soft``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -76,7 +76,7 @@ def _place(node: fx.Node) -> tuple[Any, int, int] | None:
             return source.args[0], axis, given[1]
         return (source, 0, given[1]) if _shape(source) is not None else None
     if name == "select" and len(given) == 3 and all(isinstance(k, int) for k in given[1:]):
-        axis, index = given[1:]
+        axis, index = cast("tuple[int, int]", given[1:])
         return given[0], axis, index
     return None
 

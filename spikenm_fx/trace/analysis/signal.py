@@ -17,7 +17,6 @@ import torch
 from torch import fx
 
 from spikenm_fx.trace.analysis.ops import COMPARISONS, COPIES, MOVES, RESHAPES, SELECTIONS
-from spikenm_fx.trace.execution.values import Measured
 
 __all__ = ["ANALOG", "SPIKE", "Signal", "SignalKind", "join", "of_kind", "transfer"]
 
@@ -82,8 +81,8 @@ ANALOG = Signal(False)
 INTEGER = Signal(True)
 
 
-def of_kind(kind: Measured | None) -> Signal:
-    """The widest signal of a kind."""
+def of_kind(kind: SignalKind | None) -> Signal:
+    """The widest signal of a kind; anything for ``"scaled"``, whose step it does not tell."""
     if kind == "spike":
         return SPIKE
     return INTEGER if kind == "integer" else ANALOG
