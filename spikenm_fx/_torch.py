@@ -22,13 +22,19 @@ name here                   torch's                                            w
 ``call_module_untraced``    ``fx._symbolic_trace._orig_module_call``           ``Module.__call__``
 ``operator_name``           ``_ops.OpOverload._schema``                        from its printed form
 ``written_arguments``       ``_ops.OpOverload._schema``                        None: any may be
+``may_alias``               ``_ops.OpOverload._schema``                        True
+``make_wrapper``            ``Tensor._make_wrapper_subclass``                  error: pack
+``foreach``                 ``_foreach_add_``, ``_foreach_mul``, ...           one after the other
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
+``is_stacked_by_vmap``      ``_C._functorch.is_batchedtensor``, ...            False
 ``in_backward``             ``_C._current_graph_task_id``                      False
+``has_saved_tensor_hooks``  ``_C._autograd._top_saved_tensors_default_hooks``  False
+``quiet_triton``            the logger ``torch._library.triton``                nothing to quiet
 ==========================  =================================================  =====================
 
 The dictionaries that every module carries (``_parameters``, ``_buffers``, ``_modules``, its hooks)
@@ -41,7 +47,8 @@ import abc
 import contextlib
 import functools
 import importlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,13 +67,19 @@ __all__ = [
     "call_module_untraced",
     "disable_current_modes",
     "disable_dynamo",
+    "foreach",
     "global_hooks",
+    "has_saved_tensor_hooks",
     "in_backward",
     "in_functorch",
     "is_functorch_tensor",
     "is_scripted",
+    "is_stacked_by_vmap",
+    "make_wrapper",
+    "may_alias",
     "no_torch_function",
     "operator_name",
+    "quiet_triton",
     "storage_id",
     "tree_flatten",
     "tree_leaves",
@@ -93,7 +106,7 @@ def _required(path: str, name: str, what: str) -> Any:
         def __init__(self, *_: object, **__: object) -> None:
             raise TorchVersionError(
                 f"torch {torch.__version__} has no torch.{path}.{name}, without which {what} does "
-                "not work; this package was tried with torch 2.11 to 2.14"
+                "not work; this package was tried with torch 2.13.0 and 2.14.1"
             )
 
     return Missing
@@ -140,6 +153,11 @@ else:
 no_torch_function: Any = _required("_C", "_disabled_torch_function_impl", "tracing a model")
 """For ``__torch_function__`` of a subclass of Tensor: its functions return ordinary tensors."""
 
+make_wrapper: Any = getattr(Tensor, "_make_wrapper_subclass", None) or _required(
+    "Tensor", "_make_wrapper_subclass", "running packed layers"
+)
+"""A tensor of a subclass with shape, strides, dtype and device, and no memory of its own."""
+
 disable_current_modes: Any = _required(
     "utils._python_dispatch", "_disable_current_modes", "tracing a model with masks"
 )
@@ -178,6 +196,33 @@ def written_arguments(operator: Any) -> tuple[tuple[int, str], ...] | None:
     )
 
 
+def may_alias(operator: Any) -> bool:
+    """Whether ``operator`` may write into an argument, or return a view of one."""
+    schema = getattr(operator, "_schema", None)
+    return schema is None or any(argument.alias_info is not None for argument in schema.arguments)
+
+
+def foreach(name: str, tensors: Sequence[Tensor], *others: Any, **options: Any) -> list[Tensor]:
+    """``Tensor.<name>`` of each of ``tensors``, of any shapes, in few launches.
+
+    Args:
+        name: ``"mul"``, or ``"mul_"`` for in place, and so on.
+        tensors: what to call it of.
+        others: further arguments: lists have one for each tensor, all else is for all of them.
+        options: keyword arguments, such as ``alpha``, for all of them.
+
+    Returns:
+        the results; for operations in place the tensors themselves.
+    """
+    together = getattr(torch, f"_foreach_{name}", None)
+    if together is not None:
+        return list(together(tensors, *others, **options) or tensors)
+    each = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in others]
+    return [
+        getattr(tensor, name)(*row, **options) for tensor, *row in zip(tensors, *each, strict=True)
+    ]
+
+
 def storage_id(tensor: Tensor) -> int:
     """A number that tensors of one storage share, as long as it lives.
 
@@ -191,6 +236,19 @@ def storage_id(tensor: Tensor) -> int:
     return int(storage.data_ptr() if own is None else own)
 
 
+_transforms = _find("_C._functorch", "peek_interpreter_stack")
+_wrapped = _find("_C._functorch", "is_functorch_wrapped_tensor")
+_batched = _find("_C._functorch", "is_batchedtensor")
+_unwrapped = _find("_C._functorch", "get_unwrapped")
+_backward_task = _find("_C", "_current_graph_task_id")
+_saved_tensors_hooks = _find("_C._autograd", "_top_saved_tensors_default_hooks")
+
+
+def quiet_triton() -> None:
+    """Do not let torch warn that Triton, which nothing here needs, is not installed."""
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
 def is_scripted(value: object) -> bool:
     """Whether torch's script compiler runs this module; with ``PYTORCH_JIT=0`` none is."""
     return isinstance(value, torch.jit.ScriptModule) and hasattr(value, "_c")
@@ -198,20 +256,31 @@ def is_scripted(value: object) -> bool:
 
 def in_functorch() -> bool:
     """Whether ``torch.func`` transforms what runs now."""
-    peek = _find("_C._functorch", "peek_interpreter_stack")
-    return peek is not None and peek() is not None
+    return _transforms is not None and _transforms() is not None
 
 
 def is_functorch_tensor(tensor: Tensor) -> bool:
     """Whether ``tensor``, of any shape, stands for another inside a ``torch.func`` transform."""
-    wrapped = _find("_C._functorch", "is_functorch_wrapped_tensor")
-    return wrapped is not None and bool(wrapped(tensor))
+    return _wrapped is not None and bool(_wrapped(tensor))
+
+
+def is_stacked_by_vmap(tensor: Tensor) -> bool:
+    """Whether ``tensor``, of any shape, stands for several that ``torch.vmap`` has stacked."""
+    while _batched is not None and _unwrapped is not None and is_functorch_tensor(tensor):
+        if _batched(tensor):
+            return True
+        tensor = _unwrapped(tensor)
+    return False
+
+
+def has_saved_tensor_hooks() -> bool:
+    """Whether somebody packs what is saved for backward now, as checkpointed parts do."""
+    return _saved_tensors_hooks is not None and _saved_tensors_hooks(True) is not None
 
 
 def in_backward() -> bool:
     """Whether this thread runs a backward pass."""
-    task = _find("_C", "_current_graph_task_id")
-    return task is not None and task() != -1
+    return _backward_task is not None and _backward_task() != -1
 
 
 def global_hooks() -> list[Any]:

@@ -247,6 +247,11 @@ def save_state(
 ) -> None:
     """Write a state dict: safetensors by suffix, else a torch file; complete or not at all.
 
+    Args:
+        path: ``.safetensors`` decides the format.
+        state: tensors of any shapes by key; views and shared memory are written out.
+        metadata: of a safetensors file; a torch file has none.
+
     Raises:
         CheckpointError: if the disk refuses; an older file of that name is then as it was.
     """

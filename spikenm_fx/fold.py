@@ -10,16 +10,9 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
-from spikenm_fx.masks.checkpoint import (
-    DENSE,
-    EID_KEY,
-    LOGITS,
-    META,
-    MOMENTUM,
-    PRIOR,
-    check_checkpoint,
-)
+from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid.watch import remove_hooks
+from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.methods import kept
 
 __all__ = ["dense_state_dict", "fold"]

@@ -19,57 +19,6 @@ FILES = [
 LEAST_WORDS = 3
 NO_RAISES = "raises and has no Raises section"
 SHAPE = re.compile(r"shape|[\[(][A-Z*.][^\])]*[\])]|scalar|elementwise|one number|any tensor", re.I)
-REWRITTEN_ELSEWHERE: tuple[str, ...] = (
-    "checkpoint.py",
-    "cli/packing.py",
-    "doctor.py",
-    "masks/attach.py",
-    "masks/diagnostics.py",
-    "masks/layer.py",
-    "masks/methods/__init__.py",
-    "masks/methods/dense.py",
-    "masks/methods/fixed.py",
-    "masks/methods/magnitude.py",
-    "masks/methods/maskllm.py",
-    "masks/methods/random.py",
-    "masks/methods/spikenm.py",
-    "masks/methods/srste.py",
-    "masks/native.py",
-    "masks/noise.py",
-    "masks/sparsify.py",
-    "masks/watch.py",
-    "pack/check/agreement.py",
-    "pack/engine/deferred.py",
-    "pack/engine/fused.py",
-    "pack/engine/layer.py",
-    "pack/engine/spikes.py",
-    "pack/kernels/cpu.py",
-    "pack/weights/format.py",
-    "plan/decide.py",
-    "plan/rules.py",
-    "recipe/check.py",
-    "recipe/target.py",
-    "recipe/waking.py",
-    "report/describe.py",
-    "report/masks.py",
-    "report/synops.py",
-    "state/parameters.py",
-    "trace/channels/groups.py",
-    "trace/channels/parts.py",
-    "trace/channels/reader.py",
-    "trace/channels/rules_axes.py",
-    "trace/channels/rules_layers.py",
-    "trace/execution/leaves.py",
-    "trace/execution/recorder.py",
-    "trace/execution/traced.py",
-    "trace/execution/tracer.py",
-    "trace/execution/values.py",
-    "trace/graph.py",
-    "trace/neurons/adapters/adapter.py",
-    "verify.py",
-)
-"""Files that are being rewritten, with faults still; one without must be taken off."""
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -134,15 +83,7 @@ def _raises(node: Function) -> bool:
 def test_docstrings_of(file: Path) -> None:
     """Every public function says what it does, which shapes it takes and what it raises."""
     found = faults(file.read_text(encoding="utf-8"), is_help=file.parent.name == "cli")
-    if str(file.relative_to(PACKAGE)) in REWRITTEN_ELSEWHERE:
-        assert found, "no fault is left: take it off the list"
-    else:
-        assert found == {}
-
-
-def test_the_list_of_exceptions_names_files() -> None:
-    """Files that were moved or deleted are taken off the list."""
-    assert [name for name in REWRITTEN_ELSEWHERE if not (PACKAGE / name).exists()] == []
+    assert found == {}
 
 
 @pytest.mark.parametrize(

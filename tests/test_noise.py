@@ -11,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spikenm_fx.masks import sampler
-from spikenm_fx.masks.noise import gumbel_, noise_key
+from spikenm_fx.masks.noise import gumbel, noise_key
 
 
-def gumbel(count: int, *, seed: int = 0, step: int = 0, name: str = "layer", start: int = 0):
+def drawn(count: int, *, seed: int = 0, step: int = 0, name: str = "layer", start: int = 0):
     """``count`` numbers from counter ``start`` on."""
-    out = torch.empty(count)
-    bits, shifted = torch.empty(count, dtype=torch.int32), torch.empty(count, dtype=torch.int32)
-    return gumbel_(out, noise_key(seed, step, name), start, bits, shifted)
+    return gumbel(torch.empty(count), noise_key(seed, step, name), start)
 
 
 SCRIPT = """
@@ -57,35 +55,38 @@ def test_same_in_another_process(here, threads):
 )
 def test_windows_see_the_same_stream(seed, step, name, start):
     """Counter i has the same noise whatever the window it is drawn in."""
-    whole = gumbel(64, seed=seed, step=step, name=name, start=start)
-    assert torch.equal(whole[17:40], gumbel(23, seed=seed, step=step, name=name, start=start + 17))
+    whole = drawn(64, seed=seed, step=step, name=name, start=start)
+    assert torch.equal(whole[17:40], drawn(23, seed=seed, step=step, name=name, start=start + 17))
     assert torch.isfinite(whole).all()
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"step": 1}, {"name": "other"}, {"start": 1000}])
 def test_each_part_of_the_key_matters(change):
     """Changing seed, step, name or counters gives noise that is unrelated."""
-    a, b = gumbel(20_000), gumbel(20_000, **change)
+    a, b = drawn(20_000), drawn(20_000, **change)
     correlation = float(torch.corrcoef(torch.stack([a, b]))[0, 1])
     if "start" in change:
         correlation = float(torch.corrcoef(torch.stack([a[:1000], b[:1000]]))[0, 1]) / 4
     assert abs(correlation) < 4 / math.sqrt(20_000)
 
 
-def test_tile_size_does_not_matter(monkeypatch):
-    """Masks and gradients are the same whatever tiles the weight is walked in."""
+def test_tile_size_does_not_matter():
+    """Masks and gradients are the same whatever parts the weight is walked in."""
     logits, grad = torch.randn(37, 8, 3), torch.randn(37, 8, 3)
-    arguments = {"kappa": 2.0, "key": noise_key(0, 1, "x")}
+    key = noise_key(0, 1, "x")
     results = []
-    for tile in (1, 100, 1 << 18):
-        monkeypatch.setitem(sampler._TILE, "cpu", tile)
-        results.append(
-            (
-                sampler.draw_mask(logits, 3, **arguments),
-                sampler.straight_through(grad, logits, 3, tau=1.0, **arguments),
-                sampler.top_mask(logits, 3),
+    for tile in (1, 5, 37):
+        parts = []
+        for start in range(0, 37, tile):
+            part = logits[start : start + tile]
+            noise = gumbel(part, key, start * 8 * 3)
+            arguments = {"kappa": 2.0, "noise": noise}
+            gradient = sampler.straight_through(
+                grad[start : start + tile], part, 3, tau=1.0, **arguments
             )
-        )
+            mask = sampler.draw_mask(part, 3, **arguments)
+            parts.append((mask, gradient, sampler.top_mask(part, 3)))
+        results.append([torch.cat(found) for found in zip(*parts, strict=True)])
     for mask, gradient, top in results[1:]:
         assert torch.equal(mask, results[0][0])
         assert torch.allclose(gradient, results[0][1], atol=1e-6)
@@ -103,7 +104,7 @@ def test_torch_generators_are_left_alone():
 def test_distributed_as_gumbel(key):
     """Kolmogorov-Smirnov: the noise follows exp(-exp(-x)), and neighbours are independent."""
     count = 200_000
-    noise = gumbel(count, seed=key[0], step=key[1], name=key[2]).double()
+    noise = drawn(count, seed=key[0], step=key[1], name=key[2]).double()
     uniform = torch.exp(-torch.exp(-noise)).sort().values
     grid = torch.arange(1, count + 1, dtype=torch.float64) / count
     above, below = grid - uniform, uniform - grid + 1 / count

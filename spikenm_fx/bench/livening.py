@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from spikenm_fx._torch import BatchNormBase, tree_flatten
 from spikenm_fx.recipe.waking import drive_harder, drivers_of
 from spikenm_fx.trace import SpikingGraph, trace
 
@@ -34,7 +34,7 @@ def liven(
     Returns:
         ``model``, in eval mode.
     """
-    norms = [m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in nn.Module.modules(model) if isinstance(m, BatchNormBase)]
     momenta = [m.momentum for m in norms]
     for norm in norms:
         norm.momentum = 1.0

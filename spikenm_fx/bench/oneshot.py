@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import spikenm_fx
-from spikenm_fx.bench.data import Split, cifar10, shrunk
+from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.measure import RESULTS, save
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.bench.training import accuracy
 from spikenm_fx.channels import apply_permutation, plan_permutation
+from spikenm_fx.demo.data import Split
 from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.pattern import NM
 from spikenm_fx.plan import Plan

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
+from spikenm_fx._torch import BatchNormBase, tree_flatten
 from spikenm_fx.bench.zoo import Case
 from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups
 from spikenm_fx.trace.channels.groups import permute_members
@@ -68,7 +68,7 @@ def _quiet(
 @contextmanager
 def _brighter(model: nn.Module) -> Iterator[None]:
     """Norms that shift their channels up: neurons spike more often."""
-    norms = [m for m in nn.Module.modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in nn.Module.modules(model) if isinstance(m, BatchNormBase)]
     biases = [(norm.bias, norm.bias.detach().clone()) for norm in norms if norm.affine]
     with torch.no_grad():
         for bias, _ in biases:

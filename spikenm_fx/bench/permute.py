@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikenm_fx.bench.measure import save
 from spikenm_fx.bench.permutation import in_double, outputs_of
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.channels import Permutation, apply_permutation, plan_permutation
@@ -127,5 +127,5 @@ def main(arguments: list[str]) -> int:
         "models": [_model(n, p) for n in options.models for p in patterns[:2]],
     }
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.json.stem, result, options.json.parent)
     return 0

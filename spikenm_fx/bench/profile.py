@@ -7,12 +7,17 @@ import cProfile
 import pstats
 from collections.abc import Callable
 
+import torch.nn.functional as F
+
 __all__ = ["KINDS", "where_time_goes"]
+
+LINEAR = f"{F.linear.__module__}.{F.linear.__name__}"
+"""A built-in function of a module that torch names privately."""
 
 KINDS: dict[str, tuple[str, ...]] = {
     "spike kernels, neuron included": ("run_spikes",),
     "neurons alone": ("run_integrate",),
-    "dense layers": ("torch.conv2d", "torch.conv1d", "torch._C._nn.linear"),
+    "dense layers": ("torch.conv2d", "torch.conv1d", LINEAR),
     "floats to bits and back": ("pack_spikes", "_unpack"),
     "sums and pools of bits": ("_add", "_window", "avg_pool", "max_pool", "bitwise_or_", "plus"),
     "pools of floats": ("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "mean"),

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import spikenm_fx
-from spikenm_fx.bench.data import Split, cifar10, shrunk
+from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.measure import RESULTS, interleaved, save
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.bench.oneshot import fit
 from spikenm_fx.bench.training import accuracy
 from spikenm_fx.channels import remove_dead_channels
+from spikenm_fx.demo.data import Split
 from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.pattern import NM
 

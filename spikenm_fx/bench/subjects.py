@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from spikenm_fx._torch import BatchNormBase
 from spikenm_fx.pattern import NM, BlockView, is_weight_layer
 from spikenm_fx.recipe.stand_in import stand_in
 from spikenm_fx.trace import find_neurons
@@ -167,7 +167,7 @@ def calibrate_rates(network: Network, x: Tensor, rate: float) -> dict[str, Any]:
         return (args[0] + shift, *args[1:])
 
     neurons = [network.model.get_submodule(name) for name in find_neurons(network.model)]
-    norms = [m for m in network.model.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in network.model.modules() if isinstance(m, BatchNormBase)]
     hooks = [norm.register_forward_pre_hook(statistics_of) for norm in norms]
     hooks += [neuron.register_forward_pre_hook(shift_for) for neuron in neurons]
     network.reset(network.model)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_flatten
 
 import spikenm_fx
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.bench.permutation import count_groups
 from spikenm_fx.bench.zoo import Case, Entry
 from spikenm_fx.pattern import is_weight_layer

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import spikenm_fx
 from spikenm_fx import Rule
+from spikenm_fx._torch import TorchDispatchMode
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.demo.networks import LIF, OverTime, direct_code
 from spikenm_fx.masks import EID
@@ -257,7 +257,7 @@ def _graphs(nm: str, steps: int) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for training in (True, False):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         torch.manual_seed(0)
         layers = [nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 4)]
         model = nn.Sequential(*layers)

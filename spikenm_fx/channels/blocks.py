@@ -29,7 +29,14 @@ class Columns:
 
 
 def columns_of(weight: Tensor, member: Member, size: int, nm: NM) -> Columns | str | None:
-    """The columns; None where each channel fills whole blocks; else why blocks would be torn."""
+    """The columns; None where each channel fills whole blocks; else why blocks would be torn.
+
+    Args:
+        weight: of any shape.
+        member: which part of it, along which axis, reads the channels.
+        size: the number of channels.
+        nm: the pattern of the weight.
+    """
     if member.inner % nm.of == 0 and member.offset % nm.of == 0:
         return None
     if member.inner > 1 or member.offset % nm.of:

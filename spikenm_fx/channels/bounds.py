@@ -44,7 +44,7 @@ class Interval:
 
     @classmethod
     def exactly(cls, value: Tensor) -> Interval:
-        """One value."""
+        """The bounds of a tensor of any shape whose value is known: both are it."""
         value = value.detach().double()
         return cls(value, value)
 

@@ -48,7 +48,7 @@ def readings(
     Args:
         group: of coupled channels.
         layers: those that become N:M, by the names of their weights.
-        scores: of their weights, by the names of the layers.
+        scores: of the shapes of their weights, by the names of the layers.
     """
     found = []
     for member in group.members:

@@ -53,6 +53,12 @@ def cut(
 ) -> str:
     """Keep the channels ``stay`` of ``group``, in that order, and take out the others, in place.
 
+    Args:
+        model: what ``group`` was found in.
+        group: of coupled channels.
+        stay: int64 ``[C]``, the numbers of the channels to keep.
+        dependencies: torch-pruning's; they cut where they agree with the group.
+
     Returns:
         who did it, ``"torch-pruning"`` or ``"groups"``.
     """

@@ -47,9 +47,9 @@ def dead_channels(
 
     Args:
         group: of coupled channels.
-        tensors: the model's parameters and buffers by name.
+        tensors: the model's parameters and buffers by name, of any shapes.
         model: the model.
-        known: constant inputs of the layers, see
+        known: constant inputs of the layers, float64 ``[C]`` by name; see
             :func:`~spikenm_fx.channels.bounds.constant_inputs`.
     """
     none = torch.zeros(group.size, dtype=torch.bool)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -61,8 +60,6 @@ app.add_typer(recipes, name="recipe")
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point; always leaves by SystemExit."""
-    # torch warns of it whenever it is imported without a GPU; nothing here needs Triton.
-    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

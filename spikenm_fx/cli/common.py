@@ -109,6 +109,9 @@ class Screen:
 
         What somebody's model prints meanwhile goes to standard error: standard output is ours.
         """
+        from spikenm_fx._torch import quiet_triton
+
+        quiet_triton()
         spinner = self.err.status(words) if self.err.is_terminal else contextlib.nullcontext()
         with spinner, contextlib.redirect_stdout(sys.stderr):
             yield

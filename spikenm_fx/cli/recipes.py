@@ -88,9 +88,11 @@ def check(
     """Apply recipes to the real code; exit code 1 where one fails, 3 where all were skipped."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from spikenm_fx._torch import quiet_triton
     from spikenm_fx.recipe import checking
     from spikenm_fx.recipe.results import check_table, renew_table, summary
 
+    quiet_triton()
     screen = Screen(as_json)
     if schema_only:
         files = list(checking.load_recipes(checking.recipe_files(paths)))

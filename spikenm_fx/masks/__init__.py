@@ -2,7 +2,8 @@
 """Learn masks: inject them, sample them, know them again."""
 
 from spikenm_fx.masks.attach import MaskedLayer, masked_layers
-from spikenm_fx.masks.eid import EID, eid_loss
+from spikenm_fx.masks.eid import EID
+from spikenm_fx.masks.eid.loss import eid_loss
 from spikenm_fx.masks.hooks import step
 from spikenm_fx.masks.progress import Progress, progress
 from spikenm_fx.masks.schedule import Schedule

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import DENSE, LOGITS, META, PRIOR, StoredMask, meta_of
+from spikenm_fx.masks.checkpoint import StoredMask, meta_of
 from spikenm_fx.masks.computed import ComputedWeight
+from spikenm_fx.masks.keys import DENSE, LOGITS, META, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
@@ -75,7 +76,7 @@ class MaskedLayer(StoredMask):
             loaded(mask, restart_scores=mask.run.step == 0)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for mask in self._nm_masks.values():
             mask.move(fn)
         return self
@@ -87,7 +88,11 @@ class MaskedLayer(StoredMask):
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Any) -> None:
-        """As of any module; a computed weight is no parameter."""
+        """As of any module; a computed weight is no parameter.
+
+        Raises:
+            PlanError: if ``param`` is what the masked weight evaluates to.
+        """
         if isinstance(param, ComputedWeight) and not isinstance(param, nn.Parameter):
             key = next((k for k in self._nm_masks if name.startswith(k)), None)
             if key is not None:
@@ -133,7 +138,11 @@ def attach(
 
 
 def refuse_unmaskable(name: str, module: nn.Module) -> None:
-    """Raise PlanError if ``module`` cannot be given a class with masks."""
+    """Try whether ``module`` can be given a class with masks; it keeps its own.
+
+    Raises:
+        PlanError: if its class cannot be extended in place.
+    """
     plain = cast("Any", type(module))
     try:
         _give_class(module, _masked_class(plain, ()))

@@ -9,26 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import CheckpointError
+from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.start import loaded
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = [
-    "DENSE",
-    "EID_KEY",
-    "LOGITS",
-    "META",
-    "MOMENTUM",
-    "PRIOR",
-    "StoredMask",
-    "check_checkpoint",
-    "meta_of",
-]
+__all__ = ["StoredMask", "check_checkpoint", "meta_of"]
 
-LOGITS, DENSE, META, EID_KEY = "_logits", "_dense", "_nm", "_eid"
-PRIOR, MOMENTUM = "_prior", "_momentum"
-"""What is stored beside a weight, under its key with these endings."""
 _META_VERSION = 2
 _META_READ = (1, 2)  # 1: without the prior's strength and the length of the run
 

@@ -20,6 +20,9 @@ def checksum(tensor: Tensor) -> object:
     """A number that changes with the values; None for memory that is not this process's to read.
 
     Nothing of torch is called, so that nothing is launched and no graph notices.
+
+    Args:
+        tensor: of any shape; all of its storage counts.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu":
         return None
@@ -30,7 +33,7 @@ def checksum(tensor: Tensor) -> object:
     found = kernels()
     if found is not None and hasattr(found, "checksum"):
         return found.checksum(storage.data_ptr(), size)
-    memory = (ctypes.c_uint8 * size).from_address(storage.data_ptr())
+    memory = memoryview((ctypes.c_uint8 * size).from_address(storage.data_ptr()))
     whole = size // 8 // _COLUMNS * _COLUMNS
     words = np.frombuffer(memory, dtype=np.uint64, count=whole).reshape(-1, _COLUMNS)
     rest = np.frombuffer(memory, dtype=np.uint8)[whole * 8 :]

@@ -7,8 +7,9 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
+
+from spikenm_fx._torch import no_torch_function
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -23,11 +24,11 @@ class ComputedWeight(Tensor):
     at the next access: the first time that is done, a warning names the parameter to write to.
     """
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # as of nn.Parameter
+    __torch_function__ = no_torch_function  # as of nn.Parameter
     owner: weakref.ref[MaskedWeight]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values, which the layer does not use again."""
         owner = self.owner()
         if owner is not None:
@@ -36,6 +37,7 @@ class ComputedWeight(Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
+        """Hand a value of the weight's shape to the layer, which decides what becomes of it."""
         owner = self.owner()
         if owner is None or self._is_a_parameter():
             Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
@@ -65,8 +67,8 @@ class ComputedWeight(Tensor):
 
 
 def computed(weight: Tensor, owner: weakref.ref[MaskedWeight]) -> Tensor:
-    """Let ``weight`` tell whoever writes to it."""
-    weight.__class__ = ComputedWeight  # type: ignore[assignment]
+    """Let ``weight``, of any shape, tell whoever writes to it."""
+    weight.__class__ = ComputedWeight
     cast("ComputedWeight", weight).owner = owner
     return weight
 

@@ -78,7 +78,7 @@ def _of(name: str, mask: MaskedWeight) -> MaskDiagnostics:
 
 
 def flip_rate(before: Tensor, after: Tensor) -> float:
-    """Share of the positions kept ``before`` that are not kept ``after``."""
+    """Share of the positions kept ``before`` and not ``after``, two bool masks of one shape."""
     return 1.0 - _shared(before, after)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from spikenm_fx.masks.checksum import checksum
+from spikenm_fx.masks.update import final_masks
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -31,8 +32,6 @@ class FinalMask:
 
     def of(self, weight: MaskedWeight) -> Tensor:
         """The final mask of ``weight``; made for all weights of the model where one has changed."""
-        from spikenm_fx.masks.update import final_masks
-
         if weight.method.fixed and not weight.lent:
             return weight.mask
         if self.fits(weight):
@@ -51,7 +50,7 @@ class FinalMask:
         return self._made_of is not None and self._made_of == _look(_tensors(weight))
 
     def take(self, weight: MaskedWeight, mask: Tensor) -> None:
-        """Keep ``mask``, just made."""
+        """Keep ``mask``, just made, bool of the shape of the weight."""
         self._held = _tensors(weight)
         self._made_of, self._mask = _look(self._held), mask
 

@@ -49,7 +49,7 @@ def before_step(
         weight: that has a gradient.
         step: the optimizer step.
         learning: False where the scores have learnt in this step already.
-        scale: what a fused optimizer is about to divide the gradients by, if it does.
+        scale: the scalar that a fused optimizer is about to divide the gradients by, if it does.
         sign: -1 where the optimizer climbs.
 
     Returns:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spikenm_fx._torch import foreach
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.noise import gumbel_of_layers
 
@@ -75,7 +76,7 @@ class Group:
         return values.index_select(0, self._rows).view(-1, 1, 1)
 
     def split(self, blocks: Tensor) -> list[Tensor]:
-        """The blocks of each member, in contiguous memory."""
+        """Blocks ``(lead, M, inner)`` of all to those of each member, in contiguous memory."""
         whole = blocks.contiguous()
         return list(whole.split(self._leads)) if len(self._leads) > 1 else [whole]
 
@@ -86,7 +87,7 @@ class Group:
 
     def norms(self, parts: Sequence[Tensor]) -> Tensor:
         """Root mean square of each member's part, float32 ``[members]``."""
-        norms = torch.stack(torch._foreach_norm(list(parts)))
+        norms = torch.stack(foreach("norm", list(parts)))
         counts = [max(part.numel(), 1) ** -0.5 for part in parts]
         return norms.mul_(counts[0] if len(set(counts)) == 1 else self.numbers(counts))
 
@@ -111,7 +112,12 @@ class Group:
         return torch.stack(found) if found else None
 
     def draw(self, step: int | None, noise: Tensor | None = None) -> Draw:
-        """Of all members; None for the final masks."""
+        """What the masks of all members depend on besides their tensors.
+
+        Args:
+            step: the optimizer step; None for the final masks.
+            noise: Gumbel noise of the shape of the scores of all.
+        """
         priors = self.priors()
         return Draw(
             nm=self.first.view.nm,

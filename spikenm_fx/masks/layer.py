@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import in_functorch, is_stacked_by_vmap
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import LOGITS, PRIOR
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
+from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
 from spikenm_fx.masks.noise import noise_key
@@ -31,7 +32,11 @@ __all__ = ["MaskedWeight", "refuse_sharded"]
 
 
 def refuse_sharded(name: str, weight: Tensor) -> None:
-    """Raise PlanError if ``weight`` is a DTensor, as FSDP and tensor parallelism make them."""
+    """Let through a weight of any shape, but no DTensor, as FSDP and tensor parallelism make them.
+
+    Raises:
+        PlanError: for a DTensor.
+    """
     if hasattr(weight, "device_mesh"):
         raise PlanError(
             f"{name} {tuple(weight.shape)} is sharded over devices (a DTensor), but blocks need "
@@ -105,7 +110,11 @@ class MaskedWeight:
 
     @property
     def dense(self) -> Tensor:
-        """The weight parameter as the optimizer sees it."""
+        """The weight parameter as the optimizer sees it.
+
+        Raises:
+            PlanError: if the module has it no more.
+        """
         weight = self.layer._parameters.get(self.key)
         if weight is None:
             raise PlanError(
@@ -214,7 +223,7 @@ class MaskedWeight:
         functional_call lends do not take part in that, as nothing tells how long they train.
         """
         refuse_sharded(self.name, self.dense)
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if in_functorch():
             if training:
                 self._refuse_ensemble()
             return self.masked_anywhere(training)
@@ -225,7 +234,7 @@ class MaskedWeight:
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
-        if torch.jit.is_tracing():
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             other = self.dense * undrawn if undrawn else self.dense.new_zeros(())
             return torch.where(mask, self.dense, other)
         if not (torch.is_grad_enabled() and self.dense.requires_grad):
@@ -248,16 +257,13 @@ class MaskedWeight:
 
     def _refuse_ensemble(self) -> None:
         """Weights that vmap stacks have one mask of training each, which nobody gives us."""
-        tensor = self.dense
-        while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            if torch._C._functorch.is_batchedtensor(tensor):
-                raise PlanError(
-                    f"{self.name} {self.view.shape} is stacked by vmap in training mode, where "
-                    "each of the stacked models has masks of its own that are no part of its "
-                    "parameters: train them one by one, stack them in evaluation mode, or after "
-                    "spikenm_fx.fold"
-                )
-            tensor = torch._C._functorch.get_unwrapped(tensor)
+        if is_stacked_by_vmap(self.dense):
+            raise PlanError(
+                f"{self.name} {self.view.shape} is stacked by vmap in training mode, where "
+                "each of the stacked models has masks of its own that are no part of its "
+                "parameters: train them one by one, stack them in evaluation mode, or after "
+                "spikenm_fx.fold"
+            )
 
     def warn_of_fade(self, what: str) -> None:
         """Say that what is ``what`` now is another network than the one that trains."""
@@ -307,6 +313,9 @@ class MaskedWeight:
 
         A copy in evaluation uses exactly these until it trains: counters of operations write ones
         into copies of layers.
+
+        Args:
+            value: of the weight's shape.
         """
         self._handed = None
         if self.layer.training or self.run.root is not None:
@@ -324,7 +333,11 @@ class MaskedWeight:
         self._final.forget()
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Take the tensors that are no parameters along when the module moves or is cast."""
+        """Take the tensors that are no parameters along when the module moves or is cast.
+
+        Args:
+            function: what the module applies to each tensor; it leaves the shape as it is.
+        """
         self.mask = function(self.mask)
         device = self.mask.device
         self.faded, self.spread = self.faded.to(device), self.spread.to(device)
@@ -367,7 +380,7 @@ class _Handed:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The in-place version counter, 0 for an inference tensor, which has none."""
+    """How often any tensor was written to in place; 0 for an inference tensor, which counts not."""
     return 0 if tensor.is_inference() else int(tensor._version)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import is_functorch_tensor
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.native.library import Draws, kernels
 
@@ -61,7 +62,7 @@ def mask(
     key: Key | None = None,
     present: Tensor | None = None,
 ) -> Tensor:
-    """:func:`~spikenm_fx.masks.sampler.draw_mask`, without ``key`` ``top_mask``."""
+    """:func:`~spikenm_fx.masks.sampler.draw_mask`, without ``key`` ``top_mask``; same shapes."""
     out = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     call, held = _call(scores, keep, key, present)
     call.mask, call.kappa = out.data_ptr(), kappa
@@ -81,7 +82,7 @@ def gradient(
     weight: Tensor | None = None,
     present: Tensor | None = None,
 ) -> Tensor:
-    """:func:`~spikenm_fx.masks.sampler.straight_through`, argument for argument."""
+    """:func:`~spikenm_fx.masks.sampler.straight_through`, by argument and shape."""
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     grad, weight = grad.contiguous(), None if weight is None else weight.contiguous()
     call, held = _call(logits, keep, key, present)
@@ -115,10 +116,10 @@ def _run(kernel: Kernel, call: Any, held: object) -> None:
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether the data lie in this process's memory as float32: no wrapper, no other device."""
+    """Whether the data of any tensor lie in this process's memory as float32, without a wrapper."""
     return (
         type(tensor) in (Tensor, nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.dtype == torch.float32
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and not is_functorch_tensor(tensor)
     )

@@ -22,9 +22,9 @@ def moved(gradient: Tensor, momentum: Tensor, known: Tensor) -> tuple[Tensor, Te
     """The step's direction, in {-1, 0, 1}, and the next momentum.
 
     Args:
-        gradient: in units of its root mean square.
-        momentum: of the steps before, zeros at first.
-        known: 1, or 0 in the rows that are to stay as they are.
+        gradient: in units of its root mean square, of the shape of the scores.
+        momentum: of the steps before and the same shape, zeros at first.
+        known: 1, or 0 in the rows that are to stay as they are; of the same shape or one a row.
     """
     direction = momentum.lerp(gradient, 1 - LOOK).sign_().mul_(known)
     return direction, momentum.lerp(gradient, known * (1 - KEEP))

@@ -81,6 +81,7 @@ class Run:
 
     @root.setter
     def root(self, model: nn.Module) -> None:
+        """Remember the model, but do not keep it alive."""
         self._root = weakref.ref(model)
 
     @property
@@ -142,7 +143,7 @@ class Run:
             )
 
     def note_sizes(self, sizes: Tensor) -> None:
-        """Root mean squares of gradients of the scores, of which none should be infinite."""
+        """Root mean squares ``[W]`` of the score gradients of W weights; none should be inf."""
         if sizes.device.type == "cpu":
             if not np.isfinite(sizes.numpy()).all():
                 self.note_not_finite()

@@ -145,7 +145,11 @@ def param_groups(
 
 
 def refuse_if_sparse(model: nn.Module) -> None:
-    """Raise PlanError if ``model`` is sparse already."""
+    """Let through a model without masks.
+
+    Raises:
+        PlanError: if ``model`` is sparse already.
+    """
     first = next(masked_weights(model), None)
     if first is not None:
         name, _, mask = first

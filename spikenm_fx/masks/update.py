@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spikenm_fx._torch import foreach
 from spikenm_fx.masks import fused
 from spikenm_fx.masks.eid.pull import pull
 from spikenm_fx.masks.groups import Group, grouped, noise_of
@@ -41,11 +42,14 @@ def before_step(
         weights: that have a gradient.
         step: the optimizer step.
         learning: False where the scores have learnt in this step already.
-        scale: what a fused optimizer is about to divide the gradients by, if it does.
+        scale: the scalar that a fused optimizer is about to divide the gradients by, if it does.
         sign: -1 where the optimizer climbs.
     """
-    options = {"learning": learning, "scale": scale, "sign": sign}
-    rest = [w for w in weights if not fused.before_step(w, step, **options)]
+    rest = [
+        weight
+        for weight in weights
+        if not fused.before_step(weight, step, learning=learning, scale=scale, sign=sign)
+    ]
     searching = [w for w in rest if learning and w.learns and not w.frozen]
     if searching:
         groups = grouped(searching)
@@ -60,6 +64,12 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     Each layer's gradient is divided by its own root mean square: neither the scale of the loss nor
     the user's learning rate decides how fast masks move.  What this makes of a layer whose gradient
     is zero or not finite is nothing at all.
+
+    Args:
+        group: whose weights have gradients.
+        step: the optimizer step.
+        noise: Gumbel noise of the step, ``(lead, M, inner)`` as the group's scores.
+        sign: -1 where the optimizer climbs.
     """
     task, size, pulled = _directions(group, step, noise)
     inverse = size.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # 0 where nothing is to be learnt
@@ -70,8 +80,8 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     known = group.rows(inverse.sign())
     direction, momentum = moved(gradient, group.stacked(momenta), known)
     own = [member.scores.detach() for member in group.members if member.scores is not None]
-    torch._foreach_add_(own, group.split(direction), alpha=-group.first.method.step_size)
-    torch._foreach_copy_(momenta, group.split(momentum))
+    foreach("add_", own, group.split(direction), alpha=-group.first.method.step_size)
+    foreach("copy_", momenta, group.split(momentum))
     group.first.run.note_sizes(size)
 
 
@@ -136,7 +146,7 @@ def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None, sig
             rest *= scale
         grads = [_grad(member) for member in group.members]
         decay = sign * float(group.first.method.decay or 0.0)
-        torch._foreach_add_(grads, group.weight_shaped(rest), alpha=decay)
+        foreach("add_", grads, group.weight_shaped(rest), alpha=decay)
 
 
 @torch.no_grad()
@@ -179,12 +189,12 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
         method = group.first.method
         logits = None if scores is None else method.logits(blocks, scores, draw)
         masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
-        torch._foreach_copy_([member.mask for member in group.members], masks)
+        foreach("copy_", [member.mask for member in group.members], masks)
         undrawn = group.first.schedule.undrawn_at(step)
         if any(member.undrawn != undrawn for member in group.members):
             faded = [member.faded for member in group.members]
-            torch._foreach_zero_(faded)
-            torch._foreach_add_(faded, undrawn)
+            foreach("zero_", faded)
+            foreach("add_", faded, undrawn)
         for member in group.members:
             member.settled = False
             member.after_step(undrawn, told=True)
@@ -202,10 +212,10 @@ def _measure(group: Group, scores: Tensor | None, follow_prior: bool) -> None:
         return
     spread = group.norms(group.split(scores - scores.mean(1, keepdim=True)))
     spread = spread.nan_to_num(0.0, 0.0, 0.0)
-    torch._foreach_copy_([member.spread for member in group.members], list(spread.unbind()))
+    foreach("copy_", [member.spread for member in group.members], list(spread.unbind()))
     priors = [member.prior.detach() for member in group.members if member.prior is not None]
     if priors and follow_prior:
-        torch._foreach_copy_(priors, list((spread * method.moving_prior).unbind()))
+        foreach("copy_", priors, list((spread * method.moving_prior).unbind()))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:
@@ -217,8 +227,8 @@ def _settle(weights: Sequence[MaskedWeight]) -> None:
         logits = group.first.method.logits(blocks, scores, draw)
         if group.priors() is not None:
             own = [m.scores.detach() for m in group.members if m.scores is not None]
-            torch._foreach_copy_(own, group.split(logits))
-            torch._foreach_zero_([m.prior.detach() for m in group.members if m.prior is not None])
+            foreach("copy_", own, group.split(logits))
+            foreach("zero_", [m.prior.detach() for m in group.members if m.prior is not None])
     for weight, mask in final_masks(weights).items():
         weight.mask.copy_(mask)
         weight.settled = True

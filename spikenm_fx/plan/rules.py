@@ -63,7 +63,7 @@ class Rule:
 
     @property
     def pattern(self) -> NM | None:
-        """``nm``, parsed."""
+        """The attribute ``nm``, parsed; None where the rule leaves it open."""
         return None if self.nm is None else NM.parse(self.nm)
 
     def matches(self, name: str, subject: object) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from spikenm_fx._torch import is_scripted
+from spikenm_fx._torch import ConvTransposeNd, is_scripted
 from spikenm_fx.pattern import is_weight_layer, torch_class
 from spikenm_fx.trace.graph import LayerRecord, SpikingGraph
 
@@ -74,7 +74,7 @@ def weights_of(model: nn.Module, graph: SpikingGraph | None) -> dict[str, Weight
 
 
 def _of_layer(name: str, layer: nn.Module, graph: SpikingGraph | None) -> Weight:
-    groups = layer.groups if isinstance(layer, _ConvTransposeNd) else 1
+    groups = layer.groups if isinstance(layer, ConvTransposeNd) else 1
     kind, axis = torch_class(layer).__name__, _axis(layer)
     impossible = _impossible(layer)
     alone = _used_by_itself(name, graph)
@@ -95,7 +95,7 @@ def _used_by_itself(name: str, graph: SpikingGraph | None) -> LayerRecord | None
 
 def _axis(layer: nn.Module) -> int:
     """The weight's axis of input channels."""
-    return 0 if isinstance(layer, _ConvTransposeNd) else 1
+    return 0 if isinstance(layer, ConvTransposeNd) else 1
 
 
 def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[Weight]:
@@ -111,7 +111,8 @@ def _raw(modules: dict[str, nn.Module], graph: SpikingGraph | None) -> Iterator[
         if key not in holder._parameters:
             impossible = "not registered in any module of the model"
         else:
-            impossible = _unmaskable(holder._parameters[key]) or _unfit(record, holder)
+            raw = cast("Tensor", holder._parameters[key])
+            impossible = _unmaskable(raw) or _unfit(record, holder)
         yield Weight(name, RAW, holder, key, axis, record.groups, impossible)
 
 

@@ -138,6 +138,10 @@ class LoadedModel:
     def run(self, model: nn.Module, batch: Tensor) -> Tensor:
         """``model``, this one or a copy of it, on one batch, the way the recipe says.
 
+        Args:
+            model: built by the recipe.
+            batch: of the shape of the recipe's inputs.
+
         Raises:
             RecipeError: if the model cannot run the batch.
         """

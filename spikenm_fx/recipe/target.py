@@ -228,6 +228,11 @@ def reset_function(recipe: Recipe, root: Root) -> Callable[[nn.Module], None]:
 def forward(model: nn.Module, batch: Tensor, inputs: Inputs) -> Tensor:
     """The model's output for one batch, as one tensor: the mean over steps where time is a loop.
 
+    Args:
+        model: what the recipe builds.
+        batch: of the shape that ``inputs`` says.
+        inputs: how the recipe calls the model.
+
     Raises:
         RecipeError: if the model cannot run the input, or returns no floating-point tensor.
     """

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import BatchNormBase
 from spikenm_fx.errors import TraceError
 from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.trace import SpikingGraph, trace
@@ -29,7 +30,7 @@ def wake(
         run: one forward of a batch, ``[T, B, ...]`` or ``[B, ...]``.
         rest: forgets the neurons' state.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNormBase)]
     momenta = [norm.momentum for norm in norms]
     model.train()
     for norm in norms:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
+from spikenm_fx._torch import ConvTransposeNd
 from spikenm_fx.pattern import NM, BlockView, WeightLayer, tightest
 
 __all__ = ["PES", "MaskTile", "block_histogram", "detect_pattern", "mask_tile", "pe_utilisation"]
@@ -96,7 +96,7 @@ def mask_tile(
 
 def _output_major(layer: nn.Module, mask: Tensor) -> Tensor:
     """``(C_out, C_in / groups, *kernel)`` for every kind of layer."""
-    if not isinstance(layer, _ConvTransposeNd):
+    if not isinstance(layer, ConvTransposeNd):
         return mask
     split: Tensor = mask.unflatten(0, (layer.groups, -1))
     return split.transpose(1, 2).flatten(0, 1)

@@ -14,8 +14,8 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from spikenm_fx._torch import tree_leaves, tree_map
 from spikenm_fx.errors import ReportError, TraceError, no_module, some_of
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan

@@ -68,7 +68,7 @@ class RawProducts:
 
         Args:
             name: of the parameter.
-            parameter: itself.
+            parameter: itself, of any shape.
             report: of the weight as it is multiplied.
         """
         share = parameter.numel() / max(report.weights, 1)  # of a repeated weight one copy is kept

@@ -19,8 +19,8 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spikenm_fx._torch import ConvNd, ConvTransposeNd
 from spikenm_fx.pattern import WeightLayer
 from spikenm_fx.trace.execution.values import kind_of_values
 
@@ -127,7 +127,7 @@ def fan_out(
         return mask.sum(0).double()
     # The sum over output channels moves into the kernel: one channel a group is enough.  Counts
     # stay below 2^24, where float32 is exact.
-    transposed = isinstance(layer, _ConvTransposeNd)
+    transposed = isinstance(layer, ConvTransposeNd)
     if transposed:
         kernel = mask.sum(1, keepdim=True)
     else:
@@ -145,7 +145,7 @@ def padded_ops(layer: WeightLayer, size: tuple[int, ...], out: tuple[int, ...]) 
     if isinstance(layer, nn.Linear):
         return weights
     # A transposed convolution scatters each input position over the whole kernel.
-    positions = size[1:] if isinstance(layer, _ConvTransposeNd) else out
+    positions = size[1:] if isinstance(layer, ConvTransposeNd) else out
     return weights * math.prod(positions)
 
 
@@ -157,10 +157,10 @@ _TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
 )
 
 
-def _correlate(layer: _ConvNd, probe: Tensor, kernel: Tensor, out: tuple[int, ...]) -> Tensor:
+def _correlate(layer: ConvNd, probe: Tensor, kernel: Tensor, out: tuple[int, ...]) -> Tensor:
     """The layer's own convolution, without bias, with ``kernel`` for its weight."""
     dims = probe.dim() - 2
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         sizes = zip(
             out,
             probe.shape[2:],

@@ -14,8 +14,7 @@ measurements behind the defaults are in ``spikenm_fx/bench/results/``.
 """
 
 from spikenm_fx.masks.eid.guide import Guide
-from spikenm_fx.masks.eid.loss import eid_loss
 from spikenm_fx.masks.eid.settings import EID, Credit
 from spikenm_fx.masks.eid.targets import probabilities, soft_targets
 
-__all__ = ["EID", "Credit", "Guide", "eid_loss", "probabilities", "soft_targets"]
+__all__ = ["EID", "Credit", "Guide", "probabilities", "soft_targets"]

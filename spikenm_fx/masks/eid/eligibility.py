@@ -25,8 +25,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from spikenm_fx._torch import ConvNd, ConvTransposeNd
 from spikenm_fx.trace import NeuronSpec, membranes
 
 __all__ = ["correlate", "filtered_slopes", "has_known_slope", "presynaptic_rate"]
@@ -103,12 +103,12 @@ def correlate(layer: nn.Module, inputs: Tensor, slopes: Tensor) -> Tensor:
     dtype = torch.promote_types(slopes.dtype, torch.float32)
     inputs, slopes = inputs.detach().to(dtype), slopes.detach().to(dtype)
     with torch.autocast(inputs.device.type, enabled=False):
-        if not isinstance(layer, _ConvNd):
+        if not isinstance(layer, ConvNd):
             return slopes.reshape(-1, slopes.shape[-1]).T @ inputs.reshape(-1, inputs.shape[-1])
         return _conv_weight(layer, inputs, slopes)
 
 
-def _conv_weight(layer: _ConvNd, inputs: Tensor, slopes: Tensor) -> Tensor:
+def _conv_weight(layer: ConvNd, inputs: Tensor, slopes: Tensor) -> Tensor:
     inputs, slopes = _merged(layer, inputs), _merged(layer, slopes)
     padding: Any = layer.padding
     if layer.padding_mode != "zeros" or isinstance(padding, str):
@@ -124,7 +124,7 @@ def _conv_weight(layer: _ConvNd, inputs: Tensor, slopes: Tensor) -> Tensor:
         layer.stride,
         padding,
         layer.dilation,
-        isinstance(layer, _ConvTransposeNd),
+        isinstance(layer, ConvTransposeNd),
         layer.output_padding,
         layer.groups,
         (False, True, False),
@@ -132,7 +132,7 @@ def _conv_weight(layer: _ConvNd, inputs: Tensor, slopes: Tensor) -> Tensor:
     return cast("Tensor", found[1])
 
 
-def _merged(layer: _ConvNd, value: Tensor) -> Tensor:
+def _merged(layer: ConvNd, value: Tensor) -> Tensor:
     """``(*, C, *space)`` to ``(N, C, *space)``."""
     return value.reshape(-1, *value.shape[-len(layer.kernel_size) - 1 :])
 
@@ -147,12 +147,12 @@ def presynaptic_rate(layer: nn.Module, inputs: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(inputs.dtype, torch.float32)
     inputs = inputs.detach().to(dtype)
-    if not isinstance(layer, _ConvNd):
+    if not isinstance(layer, ConvNd):
         return inputs.reshape(-1, inputs.shape[-1]).square().mean(0)
     space = len(layer.kernel_size)
     rate = _merged(layer, inputs).square().mean((0, *range(2, space + 2)))
     ones = (1,) * space
-    if isinstance(layer, _ConvTransposeNd):
+    if isinstance(layer, ConvTransposeNd):
         return rate.view(-1, 1, *ones)
     per_group = rate.view(layer.groups, -1)  # output o of group g sees the channels of g
     outputs = layer.out_channels // layer.groups

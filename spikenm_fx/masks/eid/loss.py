@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.eid.targets import scaled
 
 __all__ = ["eid_loss"]
@@ -25,8 +26,6 @@ def eid_loss(model: nn.Module) -> Tensor:
     Returns:
         a scalar; 0 before the first refresh and for methods without EID.
     """
-    from spikenm_fx.masks.attach import masked_weights
-
     total = torch.zeros((), dtype=torch.float32)
     owners = {id(mask): mask for _, _, mask in masked_weights(model)}
     for owner in owners.values():

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from spikenm_fx._torch import tree_map
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import NeuronSpec
 

@@ -56,7 +56,7 @@ def probabilities(logits: Tensor, draw: Draw) -> Tensor:
 
 
 def scaled(logits: Tensor, draw: Draw) -> Tensor:
-    """Kappa * pi, the lowest number at padded positions."""
+    """Kappa * pi of ``(lead, M, inner)`` logits pi, the lowest number at padded positions."""
     scaled = logits.float() * draw.kappa
     if draw.present is not None:
         scaled = scaled.masked_fill(~draw.present, torch.finfo(torch.float32).min)

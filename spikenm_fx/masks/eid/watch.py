@@ -15,9 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # graphs break where credits are measured
-from torch.utils._pytree import tree_leaves
 
+from spikenm_fx._torch import (
+    disable_dynamo,
+    has_saved_tensor_hooks,
+    in_backward,
+    in_functorch,
+    tree_leaves,
+)
 from spikenm_fx.errors import SpikeNMWarning, TraceError
 from spikenm_fx.masks.eid.eligibility import (
     correlate,
@@ -109,7 +114,7 @@ class Watch:
         names = {id(child): name for name, child in nn.Module.named_modules(module)}
         for source in self.sources:
             name = names.get(id(source.layer))
-            if source.connected or name not in graph.layers:
+            if source.connected or name is None or name not in graph.layers:
                 continue
             source.connected = True
             posts = graph.layers[name].post
@@ -161,7 +166,7 @@ class Watch:
         if self._step != step:
             self.forget()
             self._step = step
-        late = torch._C._current_graph_task_id() != -1
+        late = in_backward()
         sources = self._sources_of(one)
         closed = any(source.closed == step or source.lent for source in sources)
         seen = one.uses if isinstance(one, Source) else one.calls
@@ -224,7 +229,7 @@ class Watch:
         return self._order
 
     def saw_layer(self, source: Source, inputs: Tensor, output: Tensor) -> None:
-        """A layer was called."""
+        """A layer was called on ``inputs``, and gave ``output``, each of any shape."""
         if source.frozen:
             return
         kept = output if self.needs_neuron and not source.same_order else None
@@ -419,22 +424,22 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _graph_can_be_asked() -> bool:
     """Not inside of a checkpointed part, whose graph is there in the backward pass alone."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return not has_saved_tensor_hooks()
 
 
-@_disable_dynamo
+@disable_dynamo  # graphs break where credits are measured
 def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
         hook.watch.saw_layer(hook.source, args[0], output)
 
 
-@_disable_dynamo
+@disable_dynamo
 def _before_layer(hook: _FirstHook, module: nn.Module) -> None:
     if not hook.source.connected and hook.watch.recording(module, hook.source):
         hook.source.alone = True
 
 
-@_disable_dynamo
+@disable_dynamo
 def _before_neuron(
     hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -444,7 +449,7 @@ def _before_neuron(
             hook.watch.saw_neuron(hook.neuron, args, kwargs, askable)
 
 
-@_disable_dynamo
+@disable_dynamo
 def _before_call(
     hook: CallHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
@@ -453,7 +458,7 @@ def _before_call(
         return
     if watch.schedule.frozen(watch.run.step):
         return
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if not in_functorch():
         with _outside_of_checkpoints():
             watch.connect(module, args, kwargs)
     else:

@@ -97,27 +97,37 @@ class Method(Protocol):
         """The schedule it uses for layers of this pattern unless the user gives one."""
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
-        """Initial scores for a blocked weight, or None for a method without."""
+        """Initial scores of a weight in blocks ``(lead, M, inner)``; None for a method without."""
 
     def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
-        """What masks are drawn from, differentiable in the scores: mostly the scores themselves."""
+        """What masks are drawn from, differentiable in the scores: mostly the scores themselves.
+
+        Args:
+            weight: in blocks ``(lead, M, inner)``.
+            scores: of the shape that :meth:`init_scores` gave them.
+            draw: what else it depends on.
+        """
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The bool mask of one training step before the freeze; exactly N of M where N are there.
 
-        ``logits`` are what :meth:`logits` gives, here and below.
+        Args:
+            weight: in blocks ``(lead, M, inner)``, the shape of the mask as well.
+            logits: what :meth:`logits` gives, here and below.
+            draw: what else it depends on.
         """
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The deterministic bool mask that evaluation and ``fold`` use, and training once frozen.
 
-        ``draw.key`` is that of step 0.
+        ``draw.key`` is that of step 0; weight and mask are blocks ``(lead, M, inner)``.
         """
 
     def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """Gradient of the scores, for methods that learn them.
 
-        ``grad`` is that of the masked weight, so that dL/dmask = grad * weight; all in blocks.
+        ``grad`` is that of the masked weight, so that dL/dmask = grad * weight; all in blocks
+        ``(lead, M, inner)``.
         """
 
 

@@ -27,5 +27,5 @@ class Dense(FixedRule):
         return NM(nm.of, nm.of)
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """Ones."""
+        """True for every position of a weight in blocks ``(lead, M, inner)``."""
         return torch.ones_like(weight, dtype=torch.bool)

@@ -45,21 +45,21 @@ class FixedRule(ABC):
         return Schedule(total_steps)
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
-        """None are needed."""
+        """None: a weight of any shape needs no scores for a fixed rule."""
         return None
 
     def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
-        """The scores themselves."""
+        """The scores themselves, of the shape they were made with."""
         return scores
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """The same in training and evaluation."""
+        """The final mask, bool ``(lead, M, inner)``: the same in training and evaluation."""
         return self.final_mask(weight, logits, draw)
 
     @abstractmethod
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """The rule."""
+        """The rule itself: which positions of blocks ``(lead, M, inner)`` stay."""
 
     def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
-        """Never asked for, as no scores are learnt."""
+        """Never asked for, as no scores, of whatever shape, are learnt."""
         raise NotImplementedError

@@ -22,10 +22,10 @@ class Magnitude(FixedRule):
     name: ClassVar[str] = "magnitude"
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
-        """The magnitudes at this moment."""
+        """The magnitudes at this moment, float32 ``(lead, M, inner)`` as the weight in blocks."""
         return weight.abs().float()
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """The N largest magnitudes of the start."""
+        """The N largest magnitudes of the start in each block of ``(lead, M, inner)``."""
         assert logits is not None
         return top_mask(logits, draw.nm.keep, draw.present)

@@ -71,6 +71,7 @@ class MaskLLM:
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor | None:
         """N(0, std), raised by the overlap with the magnitude mask (eq. 9 and 10)."""
         candidates = _candidates(draw.nm, weight.device)
+        assert draw.key is not None
         generator = torch.Generator(device=weight.device).manual_seed(draw.key[0] & 0xFFFFFFFF)
         shape = (weight.shape[0], len(candidates), weight.shape[2])
         logits = torch.empty(shape, dtype=torch.float32, device=weight.device)
@@ -80,7 +81,7 @@ class MaskLLM:
         return logits.add_(overlap, alpha=self.std * self.prior)
 
     def logits(self, weight: Tensor, scores: Tensor, draw: Draw) -> Tensor:
-        """The scores themselves."""
+        """The scores themselves: one of each candidate mask of a block, ``(lead, C, inner)``."""
         return scores
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:

@@ -23,7 +23,7 @@ class RandomMask(FixedRule):
     name: ClassVar[str] = "random"
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """N draws from the uniform distribution, by the key of step 0."""
+        """N uniform draws in each block of ``(lead, M, inner)``, by the key of step 0."""
         assert draw.key is not None
         flat = torch.zeros_like(weight, dtype=torch.float32)
         return draw_mask(flat, draw.nm.keep, kappa=1.0, key=draw.key, present=draw.present)

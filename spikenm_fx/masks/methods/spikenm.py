@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.eid import EID
+from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -84,7 +84,7 @@ class SpikeNM:
 
     @property
     def moving_prior(self) -> float:
-        """The prior."""
+        """The attribute ``prior``, which moves with the weights."""
         return self.prior
 
     @property
@@ -107,6 +107,7 @@ class SpikeNM:
 
     def init_scores(self, weight: Tensor, draw: Draw) -> Tensor:
         """Logits pi ~ N(0, std), float32 of the blocked shape."""
+        assert draw.key is not None
         generator = torch.Generator(device=weight.device).manual_seed(draw.key[0] & 0xFFFFFFFF)
         logits = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
         return logits.normal_(0, self.std, generator=generator)
@@ -115,6 +116,7 @@ class SpikeNM:
         """Pi, and until the masks freeze the prior, which moves with the weights.
 
         Without the - 1: what is the same for a whole block changes neither masks nor gradients.
+        Weight and scores are blocks ``(lead, M, inner)``.
         """
         if not self.prior:
             return scores
@@ -127,7 +129,7 @@ class SpikeNM:
         return torch.addcmul(scores.float(), size, factor)
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """Union of N draws."""
+        """Union of N draws in each block of ``(lead, M, inner)``."""
         assert logits is not None
         return draw_mask(
             logits,
@@ -144,7 +146,7 @@ class SpikeNM:
         return top_mask(logits, draw.nm.keep, draw.present)
 
     def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
-        """Straight-through gradient through every draw."""
+        """Straight-through gradient through every draw, of the shape of the logits."""
         return straight_through(
             grad,
             logits,

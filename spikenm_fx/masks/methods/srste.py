@@ -41,5 +41,5 @@ class SRSTE(FixedRule):
         return Schedule(total_steps, fade=self.fade if total_steps is not None else 0.0)
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """The N largest magnitudes of the present weight."""
+        """The N largest magnitudes of the present weight in each block of ``(lead, M, inner)``."""
         return top_mask(weight.abs(), draw.nm.keep, draw.present)

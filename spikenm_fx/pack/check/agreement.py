@@ -104,7 +104,7 @@ def agreement(
     Args:
         model: in eval mode; no weight may have changed since.
         engine: what :func:`~spikenm_fx.pack.api.pack` made of it.
-        run: calls a module on the sample and gives one tensor; twice on each of the two.
+        run: calls a module on the sample and gives one tensor of any shape; twice on each.
         reset: forgets a module's state; both are at rest afterwards.
     """
 

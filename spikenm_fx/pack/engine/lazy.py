@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
+from spikenm_fx._torch import make_wrapper, may_alias, tree_map
 from spikenm_fx.pack.engine.spikes import SpikeBits, in_row_order
 
 __all__ = ["LazySource", "LazyTensor", "SpikeBits"]
@@ -106,7 +106,7 @@ class LazyTensor(torch.Tensor):
     ) -> LazyTensor:
         """A lazy tensor for ``source``, seen through ``views``."""
         meta = source.layout if meta_tensor is None else meta_tensor
-        self: Any = torch.Tensor._make_wrapper_subclass(
+        self: Any = make_wrapper(
             cls, meta.shape, strides=meta.stride(), dtype=torch.float32, device=torch.device("cpu")
         )
         self.source, self.meta_tensor, self.views = source, meta, views
@@ -195,7 +195,7 @@ class LazyTensor(torch.Tensor):
             result = ON_SOURCES[func](*args, **kwargs)
             if result is not None:
                 return result
-        if any(argument.alias_info is not None for argument in func._schema.arguments):
+        if may_alias(func):
             tree_map(_expose, (args, kwargs))  # it writes, or its result is a view of the memory
         args, kwargs = tree_map(_values, (args, kwargs))
         return func(*args, **kwargs)

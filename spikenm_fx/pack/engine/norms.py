@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from spikenm_fx._torch import BatchNormBase
 from spikenm_fx.trace import SpikingGraph
 
 __all__ = ["FoldedNorm", "affine_of", "neurons_behind_pools", "norms_behind_layers"]
@@ -72,7 +72,7 @@ def _only(nodes: Any) -> str | None:
 def affine_of(norm: nn.Module, layer: Any) -> tuple[Tensor, Tensor] | None:
     """Factor and shift per channel of a batch norm in eval mode; None where it is not that."""
     channels = int(layer.weight.shape[0])
-    if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+    if not isinstance(norm, BatchNormBase) or norm.running_mean is None or norm.running_var is None:
         return None
     if norm.num_features != channels or norm.running_var.dtype != torch.float32:
         return None

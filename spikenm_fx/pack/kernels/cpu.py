@@ -29,7 +29,8 @@ __all__ = [
 class NeuronCall(Protocol):
     """A neuron that can be fused: gives its C structure, which points into tensors it keeps."""
 
-    def structure(self) -> Neuron: ...
+    def structure(self) -> Neuron:
+        """What the kernel is given of the neuron."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,8 @@
 """What values flow along an edge: spikes {0,1}, integers, scaled spikes, or analog values.
 
 A small abstract interpretation: each value is known by the step of which it is a whole multiple, if
-any, and by its range: so ``(1 - a) * b`` of two spikes is found to be a spike again, ``a + b`` not.
-Signals are those of eval mode (dropout passes its input through).
+any, and by its range, so that ``(1 - a) * b`` of two spikes is found to be a spike again, and
+``a + b`` is not.  Signals are those of eval mode (dropout passes its input through).
 """
 
 from __future__ import annotations
@@ -45,9 +45,10 @@ class Signal:
 
     @property
     def kind(self) -> SignalKind:
-        """``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"``, ``"analog"``.
+        """The name of the values.
 
-        Scaled are spikes or counts times a known number that is not whole.
+        ``"spike"`` for {0,1}, ``"integer"`` for other whole numbers, ``"scaled"`` for spikes or
+        counts times a known number that is not whole, else ``"analog"``.
         """
         if not self.integral:
             return "analog"
@@ -81,7 +82,7 @@ INTEGER = Signal(True)
 
 
 def of_kind(kind: SignalKind | None) -> Signal:
-    """The widest signal of a kind."""
+    """The widest signal of a kind; anything for ``"scaled"``, whose step it does not tell."""
     if kind == "spike":
         return SPIKE
     return INTEGER if kind == "integer" else ANALOG

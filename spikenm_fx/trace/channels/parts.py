@@ -76,7 +76,7 @@ def write_view(reader: ChannelReader, node: fx.Node) -> Layout:
 
 @rule("select")
 def selected(reader: ChannelReader, node: fx.Node) -> Layout:
-    """``x.select(dim, i)``."""
+    """One index of an axis is picked, which drops it: ``x.select(dim, i)``."""
     layout = reader.source(node)
     axis = axis_of(node, len(layout))
     reader.spaces.freeze(layout[axis], f"{node.name}: one channel is picked")

@@ -164,7 +164,7 @@ class ChannelReader:
                 self.spaces.freeze(dim, reason)
 
     def attach(self, tensor: Tensor, axis: int, dim: Dim, role: ChannelRole = "attached") -> None:
-        """Note that ``tensor`` holds the channels of ``dim`` along ``axis``.
+        """Note that ``tensor``, of any shape, holds the channels of ``dim`` along ``axis``.
 
         Raises:
             NotUnderstood: if it is no parameter or buffer of the model.

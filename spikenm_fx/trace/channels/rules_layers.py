@@ -246,7 +246,7 @@ def attach_broadcast(reader: ChannelReader, tensor: Tensor, layout: Layout, wher
 
 @rule("linear")
 def linear(reader: ChannelReader, node: fx.Node) -> Layout:
-    """``F.linear``."""
+    """The last axis is read by a weight: ``F.linear``."""
     return functional(reader, node, spatial=0, groups=1, transposed=False)
 
 

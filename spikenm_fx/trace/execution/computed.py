@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
-from spikenm_fx._torch import storage_id
+from spikenm_fx._torch import ConvTransposeNd, storage_id
 from spikenm_fx.state import preserved
 from spikenm_fx.trace.execution.products import Multiplied, ProductWatch
 
@@ -63,7 +62,7 @@ def _watched(layer: nn.Module, call: Callable[[], Any], seen: list[Multiplied]) 
 
 def _masks(layer: nn.Module, weight: Tensor) -> list[Tensor]:
     """One weight kept in each row of input channels, at random; and the first channel alone."""
-    axis = 0 if isinstance(layer, _ConvTransposeNd) else 1
+    axis = 0 if isinstance(layer, ConvTransposeNd) else 1
     places = torch.rand_like(weight, dtype=torch.float).argmax(axis, keepdim=True)
     first = torch.zeros_like(weight)
     first.select(axis, 0).fill_(1.0)

@@ -39,7 +39,7 @@ class GraphWriter(Protocol):
         ...
 
     def constant(self, tensor: Tensor) -> fx.Node:
-        """The node of a tensor that no recorded operation made."""
+        """The node of a tensor, of any shape, that no recorded operation made."""
         ...
 
     def create_arg(self, a: Any) -> Any:
@@ -71,7 +71,7 @@ class Recorder(TorchDispatchMode):
         return self._leaf is not None
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The node that made ``tensor``; a constant's where none of ours did."""
+        """The node that made ``tensor``, of any shape; a constant's where none of ours did."""
         entry = self._nodes.get(id(tensor))
         if entry is not None and entry[0]() is tensor:
             return entry[1]
@@ -128,7 +128,7 @@ class Recorder(TorchDispatchMode):
                     self._outputs(child, item, measure=measure)
 
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
-        """Note that ``tensor`` was made by ``node``."""
+        """Note that ``tensor``, of any shape, was made by ``node``."""
         self._nodes[id(tensor)] = (weakref.ref(tensor), node)
         self._writers[storage_id(tensor)] = node
 

@@ -55,11 +55,11 @@ class Unwrapped:
         return iter(self._pairs)
 
     def origin(self, tensor: Tensor) -> Traced | None:
-        """The traced argument that ``tensor`` is."""
+        """The traced argument that ``tensor``, of any shape, is."""
         return next((traced for plain, traced in self._pairs if plain is tensor), None)
 
     def base(self, tensor: Tensor) -> Traced | None:
-        """The traced argument that ``tensor`` is a view of."""
+        """The traced argument that ``tensor``, of any shape, is a view of."""
         return next((t for p, t in self._pairs if shares_memory(p, tensor)), None)
 
 

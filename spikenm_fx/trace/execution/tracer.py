@@ -277,7 +277,7 @@ class ValueTracer(fx.Tracer):
         return a if isinstance(a, PLAIN) or a is None or a is ... else type(a).__name__
 
     def constant(self, tensor: Tensor) -> fx.Node:
-        """The node of a tensor that no recorded operation made: a parameter, buffer or constant.
+        """The node of any tensor that no recorded operation made: a parameter, buffer or constant.
 
         Raises:
             Untraceable: for a tensor that seems to have been made by code we did not see.
