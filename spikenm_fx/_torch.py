@@ -27,6 +27,7 @@ name here                   torch's                                            w
 ``foreach``                 ``_foreach_add_``, ``_foreach_mul``, ...           one after the other
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
+``data_parallel_group``     ``DistributedDataParallel._active_ddp_module``      None: no ranks
 ``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
@@ -65,6 +66,7 @@ __all__ = [
     "NormBase",
     "TorchDispatchMode",
     "call_module_untraced",
+    "data_parallel_group",
     "disable_current_modes",
     "disable_dynamo",
     "foreach",
@@ -247,6 +249,12 @@ _saved_tensors_hooks = _find("_C._autograd", "_top_saved_tensors_default_hooks")
 def quiet_triton() -> None:
     """Do not let torch warn that Triton, which nothing here needs, is not installed."""
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+
+
+def data_parallel_group() -> Any:
+    """The process group of the DistributedDataParallel whose forward runs now, if one does."""
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    return None if active is None else active.process_group
 
 
 def is_scripted(value: object) -> bool:

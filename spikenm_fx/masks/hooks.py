@@ -30,6 +30,7 @@ from torch.optim.optimizer import (
 )
 
 from spikenm_fx.errors import PlanError, no_module
+from spikenm_fx.masks.eid.guide import refresh_together
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.run import Run, runs
 from spikenm_fx.masks.update import before_step, draw_masks
@@ -148,9 +149,8 @@ def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = No
     """What comes before the step, for what has a gradient; scores learn once a step."""
     ready = [mask for mask in share if mask.there and mask.dense.grad is not None]
     fresh = [mask for mask in ready if id(mask) not in run.prepared]
-    for mask in fresh:
-        if mask.guide is not None and not mask.frozen:
-            mask.guide.refresh(run.step)
+    ranks = None if run.watch is None else run.watch.ranks
+    refresh_together([mask for mask in fresh if not mask.frozen], run.step, ranks)
     if fresh and run.watch is not None:
         run.watch.warn_if_blind()
     _prepare(fresh, run.step, optimizer, learning=True)

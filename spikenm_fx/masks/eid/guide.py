@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from spikenm_fx.masks.schedule import Schedule
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["Guide", "targets_of"]
+__all__ = ["Guide", "refresh_together", "targets_of"]
 
 
 class Measured(Protocol):
@@ -70,14 +71,19 @@ class Guide:
     @torch.no_grad()
     def refresh(self, step: int) -> None:
         """Average in the credits of this step, if they are due and known."""
-        if not self.due(step):
-            return
+        if self.due(step):
+            self._take(self._look(step))
+
+    def _look(self, step: int) -> Tensor | None:
+        """What this step's forward passes left, float32; None where nothing did."""
         self.refreshed = step
         credit = self.observed.measure() if self.observed is not None else None
+        return None if credit is None else credit.float()
+
+    def _take(self, credit: Tensor | None) -> None:
         if credit is None:
             return
-        credit = credit.float()
-        usable = torch.isfinite(credit).all() & credit.any()
+        usable = _usable(credit)
         if credit.device.type != "cpu":  # without waiting for the device
             credit = torch.where(usable, credit, 0.0 if self.average is None else self.average)
         elif not usable.numpy():
@@ -107,6 +113,48 @@ class Guide:
             return 0.0
         first, last = self.settings.weight
         return first + (last - first) * schedule.progress(step)
+
+
+@torch.no_grad()
+def refresh_together(owners: Iterable[MaskedWeight], step: int, ranks: Any) -> None:
+    """Refresh the credits of several weights, of all ranks of a data parallel model together.
+
+    Each rank sees other samples, and masks that differed between ranks would be those of different
+    models.  One collective over all weights gives every rank the mean credit.
+
+    Args:
+        owners: of the credits, the same and in the same order on every rank.
+        step: the optimizer step.
+        ranks: a process group; None where there is only this process.
+    """
+    due = [(owner, owner.guide) for owner in owners if owner.guide and owner.guide.due(step)]
+    found = [guide._look(step) for _, guide in due]
+    if ranks is not None and any(guide.settings.needs_input for _, guide in due):
+        found = _mean_over_ranks([owner for owner, _ in due], found, ranks)
+    for (_, guide), credit in zip(due, found, strict=True):
+        guide._take(credit)
+
+
+def _mean_over_ranks(
+    owners: Sequence[MaskedWeight], credits: Sequence[Tensor | None], ranks: Any
+) -> list[Tensor | None]:
+    """The mean over the ranks that saw something usable; zeros, which are not, where none did."""
+    parts = []
+    for owner, credit in zip(owners, credits, strict=True):
+        device = owner.dense.device
+        if credit is None:
+            credit = torch.zeros(owner.view.shape, dtype=torch.float32, device=device)
+        usable = _usable(credit)
+        parts += [torch.where(usable, credit.flatten(), 0.0), usable.float().reshape(1)]
+    together = torch.cat(parts)
+    torch.distributed.all_reduce(together, group=ranks)
+    sums = together.split([part.numel() for part in parts])
+    means = (total / count.clamp_min(1) for total, count in zip(sums[::2], sums[1::2], strict=True))
+    return [mean.view(owner.view.shape) for owner, mean in zip(owners, means, strict=True)]
+
+
+def _usable(credit: Tensor) -> Tensor:
+    return torch.isfinite(credit).all() & credit.any()
 
 
 def targets_of(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import (
+    data_parallel_group,
     disable_dynamo,
     has_saved_tensor_hooks,
     in_backward,
@@ -63,6 +64,7 @@ class Watch:
         self.sources: list[Source] = []
         self.neurons: dict[str, Neuron] = {}
         self.notes: dict[str, str] = {}
+        self.ranks: Any = None  # process group of the data parallel model around, if there is one
         self._step, self._order, self._closed = -1, 0, -1
         self._connecting = False
         self._postponed = False
@@ -155,6 +157,8 @@ class Watch:
         checkpoints) its recomputation inside of backward; the first pass of a step alone.
         """
         step = self.run.step
+        if not in_backward():
+            self.ranks = data_parallel_group()
         if (
             not module.training
             or self._connecting
@@ -273,7 +277,7 @@ class Watch:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_step": -1, "_order": 0}
+        return {**self.__dict__, "_step": -1, "_order": 0, "ranks": None}
 
 
 class Observed:
