@@ -28,6 +28,7 @@ name here                   torch's                                            w
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
+``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
 ``is_stacked_by_vmap``      ``_C._functorch.is_batchedtensor``, ...            False
@@ -67,6 +68,7 @@ __all__ = [
     "disable_current_modes",
     "disable_dynamo",
     "foreach",
+    "global_hooks",
     "has_saved_tensor_hooks",
     "in_backward",
     "in_functorch",
@@ -200,22 +202,24 @@ def may_alias(operator: Any) -> bool:
     return schema is None or any(argument.alias_info is not None for argument in schema.arguments)
 
 
-def foreach(name: str, tensors: Sequence[Tensor], *others: Any) -> list[Tensor]:
+def foreach(name: str, tensors: Sequence[Tensor], *others: Any, **options: Any) -> list[Tensor]:
     """``Tensor.<name>`` of each of ``tensors``, of any shapes, in few launches.
 
     Args:
         name: ``"mul"``, or ``"mul_"`` for in place, and so on.
         tensors: what to call it of.
         others: further arguments: lists have one for each tensor, all else is for all of them.
+        options: such as ``alpha``, the same for all of them.
 
     Returns:
         the results; for operations in place the tensors themselves.
     """
     together = getattr(torch, f"_foreach_{name}", None)
     if together is not None:
-        return list(together(tensors, *others) or tensors)
+        return list(together(tensors, *others, **options) or tensors)
     each = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in others]
-    return [getattr(tensor, name)(*row) for tensor, *row in zip(tensors, *each, strict=True)]
+    rows = zip(tensors, *each, strict=True)
+    return [getattr(tensor, name)(*row, **options) for tensor, *row in rows]
 
 
 def storage_id(tensor: Tensor) -> int:
@@ -276,3 +280,10 @@ def has_saved_tensor_hooks() -> bool:
 def in_backward() -> bool:
     """Whether this thread runs a backward pass."""
     return _backward_task is not None and _backward_task() != -1
+
+
+def global_hooks() -> list[Any]:
+    """The hooks that run for every module of the process; none where torch keeps them elsewhere."""
+    kinds = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    found = (_find("nn.modules.module", f"_global_{kind}") for kind in kinds)
+    return [hook for hooks in found if hooks for hook in list(hooks.values())]

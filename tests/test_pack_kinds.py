@@ -220,6 +220,64 @@ def _is_advice(note: str) -> bool:
     return bool(re.match(r"^[A-Z\d].*[;:.,] .*\w\.$", note))
 
 
+def _one_call(conv: nn.Module, x: Tensor) -> Tensor:
+    return conv._conv_forward(x.flatten(0, 1), conv.weight, conv.bias).unflatten(0, x.shape[:2])
+
+
+def _each_step(conv: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([conv._conv_forward(step, conv.weight, conv.bias) for step in x])
+
+
+def _each_sample(conv: nn.Module, x: Tensor) -> Tensor:
+    return torch.stack([_each_step(conv, sample) for sample in x[:, :, None]])[:, :, 0]
+
+
+def _by_name(conv: nn.Module, x: Tensor) -> Tensor:
+    options = {n: getattr(conv, n) for n in ("stride", "padding", "dilation", "groups")}
+    convolve = F.conv1d if isinstance(conv, nn.Conv1d) else F.conv2d
+    return torch.stack([convolve(t, weight=conv.weight, bias=conv.bias, **options) for t in x])
+
+
+def _other_stride(conv: nn.Module, x: Tensor) -> Tensor:
+    convolve = F.conv1d if isinstance(conv, nn.Conv1d) else F.conv2d
+    return torch.stack(
+        [convolve(t, conv.weight, conv.bias, stride=2, groups=conv.groups) for t in x]
+    )
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from([_one_call, _each_step, _each_sample, _by_name, _other_stride]),
+    st.sampled_from([1, 2]),
+    st.fixed_dictionaries(
+        {
+            "stride": st.integers(1, 2),
+            "padding": st.integers(0, 2),
+            "dilation": st.integers(1, 2),
+            "groups": st.sampled_from([1, 2]),
+            "bias": st.booleans(),
+        }
+    ),
+    st.booleans(),
+    st.sampled_from(["fma", "event", "dense"]),
+)
+def test_convolutions_in_a_forward_of_their_own(how, spatial, options, same, backend):
+    """However often and with whatever arguments the convolution is called, outputs agree."""
+    if same:
+        options = options | {"padding": "same", "stride": 1}
+    base = nn.Conv1d if spatial == 1 else nn.Conv2d
+    kind = type("Own", (base,), {"forward": how})
+    torch.manual_seed(0)
+    first, second = kind(4, 8, 3, **options), kind(8, 8, 3, **options)
+    model = nn.Sequential(first, neuron.IFNode(0.1, step_mode="m"), second).eval()
+    second.weight.data = prune(second.weight.data, NM(2, 4))
+    x = torch.rand(STEPS, BATCH, 4, *[17] * spatial)
+    engine = pack(model, x, backend=backend)
+    torch.testing.assert_close(_run(engine, x), _run(model, x), rtol=1e-4, atol=1e-4)
+    packed = [isinstance(layer, PackedLayer) for layer in (engine[0], engine[2])]
+    assert packed == [how is not _other_stride] * 2
+
+
 @pytest.mark.parametrize("kind", [Loop, Around])
 def test_products_inside_a_forward_of_its_own_are_packed(kind):
     """The layer keeps its forward and its parameters; what it multiplies runs on packed weights."""
@@ -305,12 +363,35 @@ def test_monitors_stay_as_they_were():
 
     model.layers[0].register_forward_hook(count)
     spikes = monitor.OutputMonitor(model, neuron.IFNode)
-    engine = pack(model, x)
+    everywhere: list[Tensor] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda _m, _a, out: everywhere.append(out)
+    )
+    try:
+        engine = pack(model, x)
+    finally:
+        handle.remove()
+    assert everywhere == []
     assert counts["calls"] == len(records) == len(spikes.records) == 0
     _run(engine, x)
     assert counts["calls"] == 1
     assert type(records[0]) is Tensor
     assert all(type(record) is Tensor for record in spikes.records)
+
+
+def test_spikes_can_be_handed_to_numpy():
+    """A forward that reads its spikes as numpy arrays or lists reads them in an engine, too."""
+
+    class Reading(Chain):
+        def forward(self, x: Tensor) -> Tensor:
+            spikes = self.neurons[0](self.layers[0](x))
+            return self.head(spikes) + float(spikes.numpy().mean()) + spikes.tolist()[0][0][0]
+
+    torch.manual_seed(0)
+    model, x = Reading([nn.Linear], "called").eval(), _x()
+    engine = pack(model, x, backend="fma")
+    assert packing(engine).proof.put_back == ()
+    torch.testing.assert_close(_run(engine, x), _run(model, x), rtol=1e-4, atol=1e-4)
 
 
 def test_without_examples_the_report_says_what_was_not_done():

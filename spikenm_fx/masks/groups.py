@@ -18,7 +18,6 @@ from torch import Tensor
 from spikenm_fx._torch import foreach
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.noise import gumbel_of_layers
-from spikenm_fx.pattern import planes
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -38,7 +37,7 @@ class Group:
         self.members = list(members)
         self.first = members[0]
         self._leads = [member.view.blocked_shape[0] for member in members]
-        self._repeats: Tensor | None = None
+        self._rows: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -46,13 +45,13 @@ class Group:
         return self.first.mask.device
 
     def weights(self) -> Tensor:
-        """``(lead, M, inner)`` of all, float32, by block position in memory."""
+        """``(lead, M, inner)`` of all, float32."""
         return self.blocks([member.dense.detach() for member in self.members])
 
     def blocks(self, tensors: Sequence[Tensor]) -> Tensor:
         """One tensor of the weight's shape per member, as blocks of all."""
         views = [m.view.to_blocks(t) for m, t in zip(self.members, tensors, strict=True)]
-        return _by_position(torch.cat(views) if len(views) > 1 else views[0])
+        return (torch.cat(views) if len(views) > 1 else views[0]).float()
 
     def scores(self) -> Tensor | None:
         """The scores of all, float32."""
@@ -62,19 +61,19 @@ class Group:
 
     def stacked(self, parts: Sequence[Tensor]) -> Tensor:
         """One tensor of the scores' shape per member, side by side, float32."""
-        return _by_position(torch.cat(list(parts)) if len(parts) > 1 else parts[0])
+        return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).float()
 
     def rows(self, values: Tensor) -> Tensor:
         """One value a member to one value a row, ``(lead, 1, 1)``."""
         if len(self.members) == 1:
             return values.view(1, 1, 1)
-        if self._repeats is None:
-            self._repeats = torch.tensor(self._leads, dtype=torch.int64, device="cpu")
+        if self._rows is None:
+            leads = torch.tensor(self._leads, dtype=torch.int64, device="cpu")
             if self.device.type == "cuda":
-                self._repeats = self._repeats.pin_memory()
-            self._repeats = self._repeats.to(self.device, non_blocking=True)
-        total = sum(self._leads)
-        return values.repeat_interleave(self._repeats, output_size=total).view(-1, 1, 1)
+                leads = leads.pin_memory()
+            leads = leads.to(self.device, non_blocking=True)
+            self._rows = torch.repeat_interleave(leads, output_size=sum(self._leads))
+        return values.index_select(0, self._rows).view(-1, 1, 1)
 
     def split(self, blocks: Tensor) -> list[Tensor]:
         """Blocks ``(lead, M, inner)`` of all to those of each member, in contiguous memory."""
@@ -90,7 +89,7 @@ class Group:
         """Root mean square of each member's part, float32 ``[members]``."""
         norms = torch.stack(foreach("norm", list(parts)))
         counts = [max(part.numel(), 1) ** -0.5 for part in parts]
-        return norms * self.numbers(counts)
+        return norms.mul_(counts[0] if len(set(counts)) == 1 else self.numbers(counts))
 
     def numbers(self, values: Sequence[float]) -> Tensor:
         """One number a member from the host, without waiting for the device."""
@@ -135,7 +134,7 @@ class Group:
         if not self.first.method.relative:
             return kappa
         spread = torch.stack([member.spread for member in self.members])
-        return self.rows(kappa / torch.where(spread == 0, 1.0, spread))
+        return self.rows(spread.reciprocal_().nan_to_num_(posinf=1.0).mul_(kappa))
 
 
 def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
@@ -173,10 +172,5 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
         for index, part in zip(indices, noise.split(sizes), strict=True):
             scores = groups[index].first.scores
             assert scores is not None
-            found[index] = _by_position(part.view(-1, *scores.shape[1:]))
+            found[index] = part.view(-1, *scores.shape[1:])
     return [found[index] for index in range(len(groups))]
-
-
-def _by_position(blocks: Tensor) -> Tensor:
-    """Float32, a plane for each position of a block: torch is slow along short axes."""
-    return planes(blocks.float()).movedim(0, 1)

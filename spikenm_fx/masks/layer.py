@@ -6,6 +6,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -245,7 +246,7 @@ class MaskedWeight:
             weight = multiply(
                 *(self.dense, mask, undrawn),
                 straight=straight,
-                on_backward=lambda: _note_backward(noted),
+                on_backward=partial(_note_backward, noted, self.lent),
             )
             computed(weight, noted)
             self._handed = _Handed(state, self.dense, weight, version_of(weight))
@@ -296,13 +297,14 @@ class MaskedWeight:
             straight=self.method.decay is not None or self.learns,
         )
 
-    def after_step(self, undrawn: float) -> None:
+    def after_step(self, undrawn: float, *, told: bool = False) -> None:
         """A new mask was written: let go of what belonged to the old one."""
         self._handed = None
         self._final.forget()
         if undrawn != self.undrawn:
             self.undrawn = undrawn
-            self.faded.fill_(undrawn)
+            if not told:  # the tensor knows already
+                self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
 
     @torch.no_grad()
@@ -382,7 +384,7 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
-def _note_backward(noted: weakref.ref[MaskedWeight]) -> None:
+def _note_backward(noted: weakref.ref[MaskedWeight], lent: bool) -> None:
     owner = noted()
     if owner is None:
         return
@@ -392,6 +394,6 @@ def _note_backward(noted: weakref.ref[MaskedWeight]) -> None:
     if owner.guide is not None:
         owner.guide.close(owner.run.step)
     version = version_of(owner.dense)
-    written = owner._seen not in (-1, version) and not owner.lent
+    written = owner._seen not in (-1, version) and not lent
     owner._seen = version
-    owner.run.note_backward(lent=owner.lent, written=written)
+    owner.run.note_backward(lent=lent, written=written)

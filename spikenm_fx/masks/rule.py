@@ -18,12 +18,13 @@ LOOK = 0.9  # weight of the momentum in a step
 KEEP = 0.99  # and in the next momentum
 
 
-def moved(gradient: Tensor, momentum: Tensor) -> tuple[Tensor, Tensor]:
+def moved(gradient: Tensor, momentum: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     """The step's direction, in {-1, 0, 1}, and the next momentum.
 
     Args:
         gradient: in units of its root mean square, of the shape of the scores.
         momentum: of the steps before and the same shape, zeros at first.
+        known: 1, or 0 in the rows that are to stay as they are.
     """
-    direction = momentum.lerp(gradient, 1 - LOOK).sign_()
-    return direction, momentum.lerp(gradient, 1 - KEEP)
+    direction = momentum.lerp(gradient, 1 - LOOK).sign_().mul_(known)
+    return direction, momentum.lerp(gradient, known * (1 - KEEP))

@@ -18,6 +18,8 @@ with few operations, each over all blocks, none of which waits for a device.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -112,7 +114,7 @@ def straight_through(
         )
     z = _finite(_perturbed(logits, kappa, key, noise), present)
     h = grad.float() if weight is None else grad.float() * weight.float()
-    return draws_backward(z, h, keep, tau).mul_(kappa / tau)
+    return draws_backward(z, h, keep, tau).mul_(_over(kappa, tau))
 
 
 def _one(kappa: float | Tensor) -> bool:
@@ -133,8 +135,8 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
     taken = _taken(z, keep)
     draws = range(taken.shape[1])
     drawn, h_drawn = z.gather(1, taken), h.gather(1, taken)
-    ratio = (drawn[:, 1:] - drawn[:, :-1]).mul_(1 / tau).exp_()
-    y = (z - drawn[:, -1:]).mul_(1 / tau).clamp_(max=0.0).exp_().scatter_(1, taken, 0.0)
+    ratio = _over(drawn[:, 1:] - drawn[:, :-1], tau).exp_()
+    y = _over(z - drawn[:, -1:], tau).clamp_(max=0.0).exp_().scatter_(1, taken, 0.0)
     yh = y * h
     left, left_h = y.sum(1), yh.sum(1)  # what is left beside draw k, in units of exp(z_k / tau)
     inverse, mean = [left] * len(draws), [left] * len(draws)  # 1 / S_k and t_k
@@ -144,7 +146,8 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
         if k:
             left = (1 + left).mul_(ratio[:, k - 1])
             left_h = left_h * ratio[:, k - 1]
-    slope, offset = inverse[0], mean[0] * inverse[0]
+    slope: Tensor = inverse[0]
+    offset: Tensor = mean[0] * inverse[0]
     at_drawn = [h_drawn[:, 0] * inverse[0] - offset]
     for k in draws[1:]:
         slope = torch.addcmul(inverse[k], slope, ratio[:, k - 1])
@@ -152,6 +155,10 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
         at_drawn.append(torch.addcmul(-offset, h_drawn[:, k], inverse[k]))
     grad = yh.mul_(slope[:, None]).sub_(y.mul_(offset[:, None]))
     return grad.scatter_(1, taken, torch.stack(at_drawn, 1))
+
+
+def _over(value: Any, tau: float) -> Any:
+    return value if tau == 1 else value / tau
 
 
 def _taken(z: Tensor, keep: int) -> Tensor:

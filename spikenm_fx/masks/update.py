@@ -72,19 +72,15 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
         sign: -1 where the optimizer climbs.
     """
     task, size, pulled = _directions(group, step, noise)
-    known = torch.isfinite(size) & (size > 0)
-    gradient = task * group.rows(torch.where(known, sign / size, 0.0))
+    inverse = size.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # 0 where nothing is to be learnt
+    gradient = task.nan_to_num(0.0, 0.0, 0.0).mul_(group.rows(inverse * sign))
     if pulled is not None:
-        gradient = gradient + pulled
-    known_rows = group.rows(known)
-    gradient = torch.where(known_rows, gradient, 0.0)
+        gradient += pulled
     momenta = [member.momentum_now() for member in group.members]
-    before = group.stacked(momenta)
-    direction, momentum = moved(gradient, before)
-    momentum = torch.where(known_rows, momentum, before)
-    direction = torch.where(known_rows, direction, 0.0).mul_(-group.first.method.step_size)
+    known = group.rows(inverse.sign())
+    direction, momentum = moved(gradient, group.stacked(momenta), known)
     own = [member.scores.detach() for member in group.members if member.scores is not None]
-    foreach("add_", own, group.split(direction))
+    foreach("add_", own, group.split(direction), alpha=-group.first.method.step_size)
     foreach("copy_", momenta, group.split(momentum))
     group.first.run.note_sizes(size)
 
@@ -142,15 +138,15 @@ def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None, sig
         decay, grad = weight.method.decay, _grad(weight)
         if decay is None and weight.learns:
             grad.copy_(kept(grad, weight.mask, weight.undrawn))
-    decaying = [w for w in weights if w.method.decay]
-    if not decaying:
-        return
-    dense = [w.dense.detach() for w in decaying]
-    rest = foreach("mul", dense, [~w.mask for w in decaying])
-    foreach("mul_", rest, [sign * float(w.method.decay or 0.0) for w in decaying])
-    if scale is not None:
-        foreach("mul_", rest, scale)
-    foreach("add_", [_grad(w) for w in decaying], rest)
+    for group in grouped([w for w in weights if w.method.decay]):
+        kept_blocks = group.blocks([member.mask for member in group.members])
+        weights_all = group.weights()
+        rest = torch.addcmul(weights_all, weights_all, kept_blocks, value=-1)
+        if scale is not None:
+            rest *= scale
+        grads = [_grad(member) for member in group.members]
+        decay = sign * float(group.first.method.decay or 0.0)
+        foreach("add_", grads, group.weight_shaped(rest), alpha=decay)
 
 
 @torch.no_grad()
@@ -194,8 +190,14 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
         logits = None if scores is None else method.logits(blocks, scores, draw)
         masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
         foreach("copy_", [member.mask for member in group.members], masks)
+        undrawn = group.first.schedule.undrawn_at(step)
+        if any(member.undrawn != undrawn for member in group.members):
+            faded = [member.faded for member in group.members]
+            foreach("zero_", faded)
+            foreach("add_", faded, undrawn)
         for member in group.members:
-            _started(member, step)
+            member.settled = False
+            member.after_step(undrawn, told=True)
 
 
 def _started(weight: MaskedWeight, step: int) -> None:

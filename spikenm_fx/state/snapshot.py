@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import is_scripted
+from spikenm_fx._torch import global_hooks, is_scripted
 from spikenm_fx.state.guard import Watched, watching
 
 __all__ = ["detach_state", "preserved", "preserved_records"]
@@ -70,13 +70,11 @@ def preserved_records(*models: nn.Module) -> Iterator[None]:
     undo = _Undo()
     modules = [module for model in models for module in nn.Module.modules(model)]
     undo.leave([*modules, *(p for m in modules for p in m._parameters.values() if p is not None)])
+    own = (hooks for m in modules for kind, hooks in vars(m).items() if kind in _HOOKS)
     with torch.no_grad():
-        for module in modules:
-            for kind, hooks in vars(module).items():
-                if kind in _HOOKS:
-                    for hook in list(hooks.values()):
-                        for value in _enclosed(hook):
-                            undo.remember(value, _DEPTH)
+        for hook in [*global_hooks(), *(hook for hooks in own for hook in hooks.values())]:
+            for value in _enclosed(hook):
+                undo.remember(value, _DEPTH)
     try:
         yield
     finally:

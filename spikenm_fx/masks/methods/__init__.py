@@ -20,6 +20,7 @@ from torch import Tensor
 from spikenm_fx.errors import PlanError, did_you_mean
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.native.library import kernels
 from spikenm_fx.pattern import NM
 
 __all__ = ["METHODS", "Draw", "Method", "kept", "method_class", "method_named"]
@@ -140,12 +141,14 @@ def kept(tensor: Tensor, mask: Tensor, undrawn: float = 0.0) -> Tensor:
         mask: bool, of the same shape.
         undrawn: a factor.
     """
+    if undrawn and (tensor.device.type != "cpu" or kernels() is None):
+        if mask.stride() != tensor.stride():
+            mask = torch.empty_like(tensor, dtype=torch.bool).copy_(mask)
+        return torch.where(mask, tensor, tensor * undrawn)
     # masks as bits: ten times as fast as torch.where or masked_fill, and 0 * NaN is no question
     bits = tensor.view(_BITS[tensor.element_size()])
     drawn = torch.bitwise_and(bits, mask.view(torch.int8).neg()).view(tensor.dtype)
-    if undrawn:
-        drawn.add_(kept(tensor, ~mask), alpha=undrawn)
-    return drawn
+    return drawn.add_(kept(tensor, ~mask), alpha=undrawn) if undrawn else drawn
 
 
 _BITS = MappingProxyType({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64})

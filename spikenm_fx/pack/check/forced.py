@@ -108,12 +108,10 @@ def forced(
         calls = zip(received[name], emitted[name], strict=True)
 
         def hook(_module: nn.Module, args: Any, out: Any) -> Any:
-            x, wanted = next(calls, (None, None))
-            own = _spikes(out)
-            if (
-                x is None or wanted is None or own.shape != wanted.shape
-            ):  # it runs more often, or on something else
+            call, own = next(calls, None), _spikes(out)
+            if call is None or own.shape != call[1].shape:  # more calls, or on something else
                 return None
+            x, wanted = call
             each = found.setdefault(name, NeuronDifference(name))
             each.spikes += wanted.numel()
             differing[name].append(_values(own) != wanted)

@@ -126,6 +126,18 @@ class LazyTensor(torch.Tensor):
         except RuntimeError:
             return self._seen(self.source.dense()).contiguous()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        """The values; torch has no such thing for tensors without memory."""
+        return self.materialize().numpy(force=force)
+
+    def tolist(self) -> Any:
+        """The values, as nested lists."""
+        return self.materialize().tolist()
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        """The values, for numpy's functions."""
+        return self.materialize().__array__(*args, **kwargs)
+
     def in_rows(self) -> Tensor:
         """The values, pixel by pixel in memory where that is possible."""
         return self._seen(self.source.dense()) if self.fusable else self.materialize()

@@ -123,10 +123,11 @@ class PackedProducts(PackedLayer):
                 return (value,) * spatial
             return () if isinstance(value, str) else tuple(value) * (spatial // len(value))
 
-        g = self.geometry
+        g, padding = self.geometry, call.get("padding", 0)
+        named = isinstance(padding, str) and padding == self.__dict__.get("padding")
         return (g.stride, g.padding, g.dilation, g.groups) == (
             per_dim("stride", 1),
-            per_dim("padding", 0),
+            g.padding if named else per_dim("padding", 0),
             per_dim("dilation", 1),
             call.get("groups", 1),
         )
