@@ -211,7 +211,7 @@ def foreach(name: str, tensors: Sequence[Tensor], *others: Any, **options: Any) 
         name: ``"mul"``, or ``"mul_"`` for in place, and so on.
         tensors: what to call it of.
         others: further arguments: lists have one for each tensor, all else is for all of them.
-        options: keyword arguments, such as ``alpha``, for all of them.
+        options: such as ``alpha``, the same for all of them.
 
     Returns:
         the results; for operations in place the tensors themselves.
@@ -220,9 +220,8 @@ def foreach(name: str, tensors: Sequence[Tensor], *others: Any, **options: Any) 
     if together is not None:
         return list(together(tensors, *others, **options) or tensors)
     each = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in others]
-    return [
-        getattr(tensor, name)(*row, **options) for tensor, *row in zip(tensors, *each, strict=True)
-    ]
+    rows = zip(tensors, *each, strict=True)
+    return [getattr(tensor, name)(*row, **options) for tensor, *row in rows]
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -146,7 +146,8 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
         if k:
             left = (1 + left).mul_(ratio[:, k - 1])
             left_h = left_h * ratio[:, k - 1]
-    slope, offset = inverse[0], mean[0] * inverse[0]
+    slope: Tensor = inverse[0]
+    offset: Tensor = mean[0] * inverse[0]
     at_drawn = [h_drawn[:, 0] * inverse[0] - offset]
     for k in draws[1:]:
         slope = torch.addcmul(inverse[k], slope, ratio[:, k - 1])
