@@ -28,7 +28,6 @@ __all__ = [
     "Remainder",
     "WeightLayer",
     "is_weight_layer",
-    "planes",
     "tightest",
     "torch_class",
 ]
@@ -284,15 +283,6 @@ def _fullest_block(weight: Tensor, view: BlockView) -> int:
 
 def _most(blocks: Tensor) -> int:
     return int((blocks != 0).sum(1).amax()) if blocks.numel() else 0
-
-
-def planes(blocks: Tensor) -> Tensor:
-    """A copy of ``(lead, M, inner)`` by block position, ``(M, lead, inner)`` in memory too.
-
-    Sums and softmaxes over the M positions are many times faster there: torch is slow along short
-    axes.
-    """
-    return blocks.movedim(1, 0).clone(memory_format=torch.contiguous_format)
 
 
 def _pad_axis1(tensor: Tensor, padding: int, fill: float) -> Tensor:

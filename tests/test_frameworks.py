@@ -43,17 +43,18 @@ def learn_fold_verify(model, run, inputs, neurons, *, nm="2:4", rules=(), classe
     for handle in handles:
         handle.remove()
     first = decided.sparse[0].name
-    before = model.get_submodule(first).weight_logits.detach().clone()
-    for _ in range(2):
+    last = decided.sparse[-1].name
+    for step in range(2):
+        before = {n: model.get_submodule(n).weight_logits.clone() for n in (first, last)}
         optimizer.zero_grad()
         F.cross_entropy(run(model, inputs), labels).backward()
-        for layer in decided.sparse:
-            grad = model.get_submodule(layer.name).weight_logits.grad
-            assert torch.isfinite(grad).all()
-        assert model.get_submodule(decided.sparse[-1].name).weight_logits.grad.any()
         optimizer.step()
+        for layer in decided.sparse:
+            assert torch.isfinite(model.get_submodule(layer.name).weight_logits).all()
+        assert not torch.equal(before[last], model.get_submodule(last).weight_logits)
+        assert spikenm_fx.progress(model).step == step + 1
     assert int(model.get_submodule(first).weight_nm[4]) == 2
-    assert not torch.equal(before, model.get_submodule(first).weight_logits)
+    assert not torch.equal(before[first], model.get_submodule(first).weight_logits)
     assert spikenm_fx.verify(model, decided).valid
 
     model.eval()

@@ -52,6 +52,7 @@ OPTIMIZERS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
 @given(cases(), st.sampled_from(OPTIMIZERS), st.sampled_from([None, 2]))
 def test_training_keeps_the_pattern(case, optimizer, total_steps):
     """In train and eval mode, before, between and after optimizer steps, the weight is N:M."""
@@ -402,6 +403,7 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
 @pytest.mark.slow
 def test_data_parallel_ranks_agree(tmp_path):
     """Two DDP ranks draw the same masks, end with the same model, and equal a single process."""

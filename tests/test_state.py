@@ -96,6 +96,7 @@ def test_our_checkpoint_in_a_plain_model_is_masked():
         "weight_dense",
         "weight_eid",
         "weight_logits",
+        "weight_momentum",
         "weight_nm",
         "weight_prior",
     }
@@ -111,6 +112,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
 @settings(max_examples=12)
 @given(
     st.integers(0, 9),
@@ -145,6 +147,7 @@ def test_resuming_is_bit_exact(stop, name, total_steps, zeros):
     assert equal(whole.state_dict(), second.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
 def test_saving_does_not_disturb_training():
     """Taking state dicts between all calls of a step changes nothing of the run."""
     runs = []
@@ -262,6 +265,7 @@ def test_assign_loads_too():
     assert most_nonzero(model[2].weight, spikenm_fx.NM(2, 4)) <= 2
 
 
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
 def test_assign_loads_frozen_masks_too():
     """Held logits of before are not written over those of a finished run, nor into the caller's."""
     model, other = sparse(total_steps=4), sparse(seed=1, total_steps=4)

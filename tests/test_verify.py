@@ -140,6 +140,7 @@ def test_what_is_required():
         verify(model, 124)
 
 
+@pytest.mark.filterwarnings("ignore:the model is evaluated at step")
 def test_weights_of_a_fade_are_counted_as_they_are_used():
     """In training mode they are not N:M yet; the error names the mode in which they are."""
     model = spikenm_fx.sparsify(network(), "1:4", total_steps=20)

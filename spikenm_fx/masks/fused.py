@@ -139,7 +139,7 @@ def _call(weight: MaskedWeight, step: int) -> Any:
     call.scores, call.weight = scores.data_ptr(), weight.dense.data_ptr()
     kappa = weight.kappa_at(step)
     call.kappa = float(kappa.numpy()) if isinstance(kappa, Tensor) else kappa
-    call.prior = 0.0 if weight.prior is None else float(weight.prior.detach().numpy())
+    call.prior = 0.0 if weight.prior is None else float(weight.prior.detach().numpy()[0])
     return call
 
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Group", "grouped"]
 
 
+_MOST_KNOWN = 64  # groupings of one run: there are as many as kinds of weights
+
+
 class Group:
     """Weights whose blocks can lie side by side.
 
@@ -37,7 +40,7 @@ class Group:
         self.members = list(members)
         self.first = members[0]
         self._leads = [member.view.blocked_shape[0] for member in members]
-        self._rows: Tensor | None = None
+        self._weights: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -45,13 +48,19 @@ class Group:
         return self.first.mask.device
 
     def weights(self) -> Tensor:
-        """``(lead, M, inner)`` of all, float32."""
-        return self.blocks([member.dense.detach() for member in self.members])
+        """``(lead, M, inner)`` of all, float32; put together once: a group lives for one pass."""
+        if self._weights is None:
+            self._weights = self.blocks([member.dense.detach() for member in self.members])
+        return self._weights
 
     def blocks(self, tensors: Sequence[Tensor]) -> Tensor:
-        """One tensor of the weight's shape per member, as blocks of all."""
+        """One tensor of the weight's shape per member, as blocks of all, float32."""
+        return self.together(tensors).float()
+
+    def together(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The same, of the dtype that the tensors have."""
         views = [m.view.to_blocks(t) for m, t in zip(self.members, tensors, strict=True)]
-        return (torch.cat(views) if len(views) > 1 else views[0]).float()
+        return torch.cat(views) if len(views) > 1 else views[0]
 
     def scores(self) -> Tensor | None:
         """The scores of all, float32."""
@@ -67,13 +76,21 @@ class Group:
         """One value a member to one value a row, ``(lead, 1, 1)``."""
         if len(self.members) == 1:
             return values.view(1, 1, 1)
-        if self._rows is None:
+        return values.index_select(0, self._member_of_row()).view(-1, 1, 1)
+
+    def _member_of_row(self) -> Tensor:
+        """Int64 ``[lead]``; it stays with the run, as every step asks for the same."""
+        known = self.first.run.member_of_row
+        key = (self.device, *self._leads)
+        if key not in known:
             leads = torch.tensor(self._leads, dtype=torch.int64, device="cpu")
             if self.device.type == "cuda":
                 leads = leads.pin_memory()
             leads = leads.to(self.device, non_blocking=True)
-            self._rows = torch.repeat_interleave(leads, output_size=sum(self._leads))
-        return values.index_select(0, self._rows).view(-1, 1, 1)
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
+            known[key] = torch.repeat_interleave(leads, output_size=sum(self._leads))
+        return known[key]
 
     def split(self, blocks: Tensor) -> list[Tensor]:
         """Blocks ``(lead, M, inner)`` of all to those of each member, in contiguous memory."""
@@ -109,7 +126,7 @@ class Group:
     def priors(self) -> Tensor | None:
         """The strength of the moving prior of each member."""
         found = [member.prior.detach() for member in self.members if member.prior is not None]
-        return torch.stack(found) if found else None
+        return torch.cat(found) if found else None
 
     def draw(self, step: int | None, noise: Tensor | None = None) -> Draw:
         """What the masks of all members depend on besides their tensors.
@@ -118,23 +135,31 @@ class Group:
             step: the optimizer step; None for the final masks.
             noise: Gumbel noise of the shape of the scores of all.
         """
-        priors = self.priors()
+        kappa, prior = self._scales(step)
         return Draw(
             nm=self.first.view.nm,
-            kappa=1.0 if step is None else self._kappa(step),
+            kappa=kappa,
             tau=self.first.schedule.tau_at(step or 0),
-            prior=0.0 if priors is None else self.rows(priors),
+            prior=prior,
             key=self.first.key_at(0),
             noise=noise,
             present=self.present(),
         )
 
-    def _kappa(self, step: int) -> float | Tensor:
-        kappa = self.first.schedule.kappa_at(step)
-        if not self.first.method.relative:
-            return kappa
-        spread = torch.stack([member.spread for member in self.members])
-        return self.rows(spread.reciprocal_().nan_to_num_(posinf=1.0).mul_(kappa))
+    def _scales(self, step: int | None) -> tuple[float | Tensor, float | Tensor]:
+        """Kappa and the prior's strength, as one number or one a row; spread and prior together."""
+        priors = self.priors()
+        kappa = 1.0 if step is None else self.first.schedule.kappa_at(step)
+        if step is None or not self.first.method.relative:
+            return kappa, 0.0 if priors is None else self.rows(priors)
+        own = torch.cat([member.spread for member in self.members])
+        kappas = own.reciprocal_().nan_to_num_(posinf=1.0).mul_(kappa)
+        if priors is None:
+            return self.rows(kappas), 0.0
+        if len(self.members) == 1:
+            return self.rows(kappas), self.rows(priors)
+        both = torch.stack((kappas, priors)).index_select(1, self._member_of_row())
+        return both[0].view(-1, 1, 1), both[1].view(-1, 1, 1)
 
 
 def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:

@@ -64,17 +64,14 @@ def gumbel_of_layers(
     """
     total, offset, words = sum(counts), 0, []
     for count, key, start in zip(counts, keys, starts or [0] * len(counts), strict=True):
-        words.append((_int32(key[0] + _WEYL * (start - offset)), key[1]))
+        words.append((_int32(key[0] + _WEYL * (start - offset)), key[1], count))
         offset += count
-    numbers = [*map(list, zip(*words, strict=True)), list(counts)]
-    on_host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    on_host = torch.tensor(words, dtype=torch.int32, device="cpu").view(-1, 3).t().contiguous()
     if device.type == "cuda":  # from pinned memory the copy waits for nothing
         on_host = on_host.pin_memory()
-    first, second, repeats = on_host.to(device, non_blocking=True)
-    first, second = (
-        word.to(torch.int32).repeat_interleave(repeats, output_size=total)
-        for word in (first, second)
-    )
+    numbers = on_host.to(device, non_blocking=True)
+    spread = numbers[:2].repeat_interleave(numbers[2], dim=1, output_size=total)
+    first, second = spread.unbind()
     bits = torch.arange(total, dtype=torch.int32, device=device).mul_(_WEYL).add_(first)
     return _gumbel(bits, second)
 

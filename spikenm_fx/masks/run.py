@@ -49,6 +49,7 @@ class Run:
         self._source: weakref.ref[Run] | None = None  # of a copy that has not stepped itself
         self.quiet = False  # while the library itself runs the model
         self._warned: set[str] = set()
+        self.member_of_row: dict[Any, Tensor] = {}  # of each grouping, see groups.py
         self._not_finite: Tensor | None = None  # on a device that is not waited for
         self.forget_step()
         _runs.add(self)

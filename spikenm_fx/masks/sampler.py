@@ -141,20 +141,21 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
     left, left_h = y.sum(1), yh.sum(1)  # what is left beside draw k, in units of exp(z_k / tau)
     inverse, mean = [left] * len(draws), [left] * len(draws)  # 1 / S_k and t_k
     for k in reversed(draws):
-        inverse[k] = (1 + left).reciprocal_()
+        total = 1 + left
+        inverse[k] = total.reciprocal()
         mean[k] = (h_drawn[:, k] + left_h).mul_(inverse[k])
         if k:
-            left = (1 + left).mul_(ratio[:, k - 1])
+            left = total.mul_(ratio[:, k - 1])
             left_h = left_h * ratio[:, k - 1]
     slope: Tensor = inverse[0]
     offset: Tensor = mean[0] * inverse[0]
-    at_drawn = [h_drawn[:, 0] * inverse[0] - offset]
+    at_drawn = [torch.addcmul(offset, h_drawn[:, 0], inverse[0], value=-1)]  # negative, for now
     for k in draws[1:]:
         slope = torch.addcmul(inverse[k], slope, ratio[:, k - 1])
         offset = (offset * ratio[:, k - 1]).addcmul_(mean[k], inverse[k])
-        at_drawn.append(torch.addcmul(-offset, h_drawn[:, k], inverse[k]))
-    grad = yh.mul_(slope[:, None]).sub_(y.mul_(offset[:, None]))
-    return grad.scatter_(1, taken, torch.stack(at_drawn, 1))
+        at_drawn.append(torch.addcmul(offset, h_drawn[:, k], inverse[k], value=-1))
+    grad = yh.mul_(slope[:, None]).addcmul_(y, offset[:, None], value=-1)
+    return grad.scatter_(1, taken, torch.stack(at_drawn, 1).neg_())
 
 
 def _over(value: Any, tau: float) -> Any:

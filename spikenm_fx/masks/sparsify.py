@@ -247,14 +247,15 @@ def _parameters_of(
     method, device = mask.method, weight.device
     scalar = partial(torch.zeros, (), dtype=torch.float32, device=device)
     mask.mask = torch.ones_like(weight, dtype=torch.bool)
-    mask.faded, mask.spread = scalar(), scalar()
+    mask.faded, mask.spread = scalar(), scalar().view(1)
     draw = Draw(mask.view.nm, key=mask.key_at(0), present=mask.view.present(device))
     scores = method.init_scores(mask.view.to_blocks(weight.detach()), draw)
     eid = getattr(method, "eid", None)
     asked = isinstance(eid, EID) and not eid.automatic
     return (
         None if scores is None else nn.Parameter(scores, requires_grad=asked),
-        nn.Parameter(scalar(), requires_grad=False) if method.moving_prior else None,
+        # of one dimension: FSDP knows no parameters of none
+        nn.Parameter(scalar().view(1), requires_grad=False) if method.moving_prior else None,
     )
 
 

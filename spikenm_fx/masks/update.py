@@ -51,11 +51,11 @@ def before_step(
         if not fused.before_step(weight, step, learning=learning, scale=scale, sign=sign)
     ]
     searching = [w for w in rest if learning and w.learns and not w.frozen]
+    groups = grouped(searching)
     if searching:
-        groups = grouped(searching)
         for group, noise in zip(groups, noise_of(groups, step), strict=True):
             learn(group, step, noise, sign)
-    _finish_gradients(rest, scale, sign)
+    _finish_gradients(rest, groups if searching == rest else grouped(rest), scale, sign)
 
 
 def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
@@ -73,19 +73,21 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
     """
     task, size, pulled = _directions(group, step, noise)
     inverse = size.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # 0 where nothing is to be learnt
-    gradient = task.nan_to_num(0.0, 0.0, 0.0).mul_(group.rows(inverse * sign))
+    rows = group.rows(inverse)
+    gradient = task.nan_to_num(0.0, 0.0, 0.0).mul_(rows if sign > 0 else -rows)
     if pulled is not None:
-        gradient += pulled
+        gradient.addcmul_(*pulled)
     momenta = [member.momentum_now() for member in group.members]
-    known = group.rows(inverse.sign())
-    direction, momentum = moved(gradient, group.stacked(momenta), known)
+    direction, momentum = moved(gradient, group.stacked(momenta), rows.sign())
     own = [member.scores.detach() for member in group.members if member.scores is not None]
     foreach("add_", own, group.split(direction), alpha=-group.first.method.step_size)
     foreach("copy_", momenta, group.split(momentum))
     group.first.run.note_sizes(size)
 
 
-def _directions(group: Group, step: int, noise: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _directions(
+    group: Group, step: int, noise: Tensor
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Gradient of the scores in blocks, its root mean squares by member, and the pull of EID."""
     method = group.first.method
     grads = group.blocks([_grad(member) for member in group.members])
@@ -110,7 +112,7 @@ def gradients(weight: MaskedWeight, step: int) -> tuple[Tensor, Tensor]:
     group = Group([weight])
     (noise,) = noise_of([group], step)
     task, size, pulled = _directions(group, step, noise)
-    return task, task if pulled is None else task + group.rows(size) * pulled
+    return task, task if pulled is None else task.addcmul(*pulled, value=float(size))
 
 
 def _with_losses(group: Group, grad: Tensor) -> Tensor:
@@ -132,16 +134,17 @@ def _grad(member: MaskedWeight) -> Tensor:
     return grad.detach()
 
 
-def _finish_gradients(weights: Iterable[MaskedWeight], scale: Tensor | None, sign: int) -> None:
-    """Add decay where the mask is zero, or take the gradient away there."""
+def _finish_gradients(
+    weights: Iterable[MaskedWeight], groups: Iterable[Group], scale: Tensor | None, sign: int
+) -> None:
+    """Add decay where the mask is zero, or take the gradient away there; ``groups`` of the same."""
     for weight in weights:
         decay, grad = weight.method.decay, _grad(weight)
         if decay is None and weight.learns:
             grad.copy_(kept(grad, weight.mask, weight.undrawn))
-    for group in grouped([w for w in weights if w.method.decay]):
-        kept_blocks = group.blocks([member.mask for member in group.members])
-        weights_all = group.weights()
-        rest = torch.addcmul(weights_all, weights_all, kept_blocks, value=-1)
+    for group in (group for group in groups if group.first.method.decay):
+        drawn = group.together([member.mask for member in group.members])
+        rest = group.weights() * drawn.logical_not()
         if scale is not None:
             rest *= scale
         grads = [_grad(member) for member in group.members]
@@ -212,10 +215,10 @@ def _measure(group: Group, scores: Tensor | None, follow_prior: bool) -> None:
         return
     spread = group.norms(group.split(scores - scores.mean(1, keepdim=True)))
     spread = spread.nan_to_num(0.0, 0.0, 0.0)
-    foreach("copy_", [member.spread for member in group.members], list(spread.unbind()))
+    foreach("copy_", [member.spread for member in group.members], list(spread.split(1)))
     priors = [member.prior.detach() for member in group.members if member.prior is not None]
     if priors and follow_prior:
-        foreach("copy_", priors, list((spread * method.moving_prior).unbind()))
+        foreach("copy_", priors, list((spread * method.moving_prior).split(1)))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:

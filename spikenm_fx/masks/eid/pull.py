@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 __all__ = ["pull"]
 
 
-def pull(group: Group, weights: Tensor, logits: Tensor, draw: Draw, step: int) -> Tensor | None:
-    """``strength * (p - q)`` in blocks; None where no member has credits.
+def pull(
+    group: Group, weights: Tensor, logits: Tensor, draw: Draw, step: int
+) -> tuple[Tensor, Tensor] | None:
+    """``p - q`` in blocks and its strength, one a row: the pull is their product.
 
     Args:
         group: whose logits are pulled.
@@ -27,6 +29,9 @@ def pull(group: Group, weights: Tensor, logits: Tensor, draw: Draw, step: int) -
         logits: what the masks of this step were drawn from.
         draw: with which.
         step: the optimizer step.
+
+    Returns:
+        both, or None where no member has credits.
     """
     members = group.members
     strengths = [0.0 if m.guide is None else m.guide.strength(m.schedule, step) for m in members]
@@ -36,12 +41,12 @@ def pull(group: Group, weights: Tensor, logits: Tensor, draw: Draw, step: int) -
     average = None
     if guide.settings.needs_input:
         found = [None if m.guide is None else m.guide.average for m in members]
-        zeros = torch.zeros_like
+        none = torch.zeros((), dtype=torch.float32, device=group.device)
         average = group.blocks(
             [
-                zeros(m.dense.detach(), dtype=torch.float32) if one is None else one
+                none.expand(m.view.shape) if one is None else one
                 for m, one in zip(members, found, strict=True)
             ]
         )
     q = targets_of(guide.settings, weights, average, draw.present)
-    return (probabilities(logits, draw) - q) * group.rows(group.numbers(strengths))
+    return probabilities(logits, draw) - q, group.rows(group.numbers(strengths))

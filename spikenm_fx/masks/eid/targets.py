@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.masks.methods import Draw
-from spikenm_fx.pattern import planes
 
 __all__ = ["probabilities", "scaled", "soft_targets"]
 
@@ -31,28 +30,30 @@ def soft_targets(
     Returns:
         q of the same shape; uniform in a block whose credits are all equal, zeros included.
     """
-    values = planes(credit if credit.dtype == torch.float64 else credit.float())
+    values = credit if credit.dtype == torch.float64 else credit.float()
     if present is None:
-        mean = values.mean(0)
+        mean = values.mean(1, keepdim=True)
     else:
-        there = present.movedim(1, 0).to(values.dtype)
-        count = there.sum(0).clamp_min(1)
-        mean = (values * there).sum(0) / count
+        there = present.to(values.dtype)
+        count = there.sum(1, keepdim=True).clamp_min(1)
+        mean = (values * there).sum(1, keepdim=True) / count
     if normalise == "zscore":
-        values.sub_(mean)
+        values = values - mean
         if present is None:
-            mean = values.square().mean(0).sqrt()
+            mean = values.square().mean(1, keepdim=True).sqrt()
         else:
-            mean = ((values * there).square().sum(0) / count).sqrt()
-    values.div_((mean + (mean == 0)) * temperature)
-    if present is not None:
-        values.masked_fill_(~present.movedim(1, 0), -torch.inf)
-    return torch.softmax(values, 0).nan_to_num_().movedim(0, 1)
+            mean = ((values * there).square().sum(1, keepdim=True) / count).sqrt()
+    unit = mean.clamp_min(torch.finfo(values.dtype).tiny)  # a block of zeros has uniform targets
+    values = values / (unit if temperature == 1 else unit * temperature)
+    if present is None:
+        return torch.softmax(values, 1)
+    values = values.masked_fill(~present, -torch.inf)
+    return torch.softmax(values, 1).nan_to_num_()  # 0 where a block has nothing
 
 
 def probabilities(logits: Tensor, draw: Draw) -> Tensor:
     """The sampling distribution softmax(kappa * pi) in blocks, 0 at padded positions."""
-    return torch.softmax(planes(scaled(logits, draw)), 0).movedim(0, 1)
+    return torch.softmax(scaled(logits, draw), 1)
 
 
 def scaled(logits: Tensor, draw: Draw) -> Tensor:

@@ -124,8 +124,7 @@ class SpikeNM:
         mean = size.mean(1, keepdim=True)
         if draw.present is not None:
             mean = mean * draw.nm.of / draw.present.sum(1, keepdim=True).clamp_min(1)
-        # 0 for blocks of zeros
-        factor = mean.reciprocal().nan_to_num(0.0, 0.0, 0.0) * draw.prior
+        factor = (draw.prior / mean).nan_to_num(0.0, 0.0, 0.0)  # 0 for blocks of zeros
         return torch.addcmul(scores.float(), size, factor)
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
