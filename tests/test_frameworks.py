@@ -203,7 +203,7 @@ class TestSnnTorch:
         decided = learn_fold_verify(
             Net(), lambda m, x: m(x), torch.rand(8, 32) * 2, (snn.Leaky,), nm="1:4"
         )
-        assert [entry.name for entry in decided.sparse] == ["fc1"]
+        assert [entry.name for entry in decided.sparse] == ["fc1", "fc2"]  # it drives a neuron
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -138,8 +138,8 @@ def _call(weight: MaskedWeight, step: int) -> Any:
     )
     call.scores, call.weight = scores.data_ptr(), weight.dense.data_ptr()
     kappa = weight.kappa_at(step)
-    call.kappa = float(kappa.numpy()) if isinstance(kappa, Tensor) else kappa
-    call.prior = 0.0 if weight.prior is None else float(weight.prior.detach().numpy()[0])
+    call.kappa = float(kappa.numpy().item()) if isinstance(kappa, Tensor) else kappa
+    call.prior = 0.0 if weight.prior is None else float(weight.prior.detach().numpy().item())
     return call
 
 

@@ -38,7 +38,8 @@ def value_inputs(node: fx.Node) -> list[fx.Node]:
     """What ``node``'s values are made of; asked often, and read once."""
     if "value_inputs" not in node.meta:
         inputs = [] if reads_shape_alone(node) else list(node.all_input_nodes)
-        like = (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
+        like = getattr(node.target, "__name__", "") == "to"  # a.to(b); copy_(a, b) is called so too
+        like |= (op_name_or_none(node) or "").endswith("_as")  # type_as(a, b), view_as(a, b)
         node.meta["value_inputs"] = inputs[: 1 if like else None]
     found: list[fx.Node] = node.meta["value_inputs"]
     return found
