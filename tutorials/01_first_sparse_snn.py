@@ -122,7 +122,6 @@ for batch in batches[:10]:
     train_step(batch)
 
 spikenm_fx.sparsify(dense, "2:4", example_inputs=example, total_steps=10)
-optimizer.add_param_group(spikenm_fx.param_groups(dense, lr=1e-3)[1])
 for batch in batches[10:20]:
     train_step(batch)
 spikenm_fx.verify(spikenm_fx.fold(dense.eval()), "2:4").raise_if_invalid()

@@ -104,7 +104,7 @@ def train(model, epochs=4):
     print(spikenm_fx.plan(model, "2:4", rules=rules), "\n")
     steps = epochs * -(-len(data.train_images) // 64)
     spikenm_fx.sparsify(model, "2:4", rules=rules, total_steps=steps)
-    optimizer = torch.optim.Adam(spikenm_fx.param_groups(model, lr=6e-3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)
     for _ in range(epochs):
         for batch in torch.randperm(len(data.train_images)).split(64):
             loss = F.cross_entropy(model(data.train_images[batch]), data.train_labels[batch])

@@ -88,7 +88,7 @@ def images(index):
 
 
 spikenm_fx.sparsify(model, **{**recipe.sparsify_options(), "total_steps": 12})
-optimizer = torch.optim.AdamW(spikenm_fx.param_groups(model, lr=1e-3))
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 model.train()
 for module in model.modules():
     if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

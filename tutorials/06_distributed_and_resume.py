@@ -2,7 +2,8 @@
 # %% [markdown]
 # # Distributed training, and resuming
 #
-# Masks are drawn from (seed, step, layer), so every rank draws the same ones and none are sent.
+# Masks are drawn from (seed, step, layer), so every rank draws the same ones and none are sent; what
+# each rank measures for the distillation is averaged in one call whenever it is measured anew.
 # A checkpoint holds weights, mask scores and the step: a resumed run goes on exactly where it was.
 
 # %%
@@ -35,7 +36,7 @@ def build():
     torch.manual_seed(0)
     model = SpikingConvNet((8, 16, 16), hidden=32)
     spikenm_fx.sparsify(model, "2:4", total_steps=TOTAL, seed=0)
-    return model, torch.optim.Adam(spikenm_fx.param_groups(model, lr=1e-2))
+    return model, torch.optim.Adam(model.parameters(), lr=1e-2)
 
 
 def step_loss(model, step, rank=0, ranks=1):

@@ -64,8 +64,8 @@ def staying(dead: Tensor, columns: Sequence[Columns]) -> Tensor:
         return (~dead).nonzero().flatten()
     of = max(c.nm.of for c in columns)
     if any(of % c.nm.of for c in columns) or size % of:
-        return torch.arange(size)  # blocks that do not nest: as it is
-    blocks = torch.arange(size).reshape(-1, of)
+        return torch.arange(size, device="cpu")  # blocks that do not nest: as it is
+    blocks = torch.arange(size, device="cpu").reshape(-1, of)
     live = [block[~dead[block]] for block in blocks]
     filled = sorted((b for b in range(len(blocks)) if len(live[b])), key=lambda b: -len(live[b]))
     bins: list[tuple[int, list[int]]] = []  # the block that gives the padding, its live channels
@@ -86,7 +86,7 @@ def staying(dead: Tensor, columns: Sequence[Columns]) -> Tensor:
             order += blocks[home].tolist()
         else:
             order += [*held, *(spare.pop() for _ in range(of - len(held)))]
-    return torch.tensor(order, dtype=torch.int64)
+    return torch.tensor(order, dtype=torch.int64, device="cpu")
 
 
 def _fits(channels: list[int], of: int, columns: Sequence[Columns]) -> bool:

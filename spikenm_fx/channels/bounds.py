@@ -39,7 +39,7 @@ class Interval:
     @classmethod
     def unknown(cls, shape: tuple[int, ...]) -> Interval:
         """Anything at all."""
-        high = torch.full((), ANYTHING, dtype=torch.float64).expand(shape)
+        high = torch.full((), ANYTHING, dtype=torch.float64, device="cpu").expand(shape)
         return cls(-high, high)
 
     @classmethod
@@ -120,7 +120,7 @@ class _Run:
         if isinstance(argument, fx.Node):
             return self.values.get(argument)
         if isinstance(argument, int | float):
-            return Interval.exactly(torch.tensor(float(argument)))
+            return Interval.exactly(torch.tensor(float(argument), device="cpu"))
         return None
 
     def visit(self, node: fx.Node) -> None:
@@ -209,7 +209,7 @@ class _Run:
 
 
 def _between_zero_and_one(shape: tuple[int, ...]) -> Interval:
-    one = torch.ones((), dtype=torch.float64).expand(shape)
+    one = torch.ones((), dtype=torch.float64, device="cpu").expand(shape)
     return Interval(torch.zeros_like(one), one)
 
 

@@ -62,10 +62,10 @@ def cut(
     Returns:
         who did it, ``"torch-pruning"`` or ``"groups"``.
     """
-    gone = torch.ones(group.size, dtype=torch.bool)
+    gone = torch.ones(group.size, dtype=torch.bool, device="cpu")
     gone[stay] = False
     order = torch.cat([stay, gone.nonzero().flatten()])
-    if not torch.equal(order, torch.arange(group.size)):
+    if not torch.equal(order, torch.arange(group.size, device="cpu")):
         permute_members(model, group, group.members, order)
     removed = range(len(stay), group.size)
     ours = _slices(group, removed)

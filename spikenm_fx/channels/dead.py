@@ -52,7 +52,7 @@ def dead_channels(
         known: constant inputs of the layers, float64 ``[C]`` by name; see
             :func:`~spikenm_fx.channels.bounds.constant_inputs`.
     """
-    none = torch.zeros(group.size, dtype=torch.bool)
+    none = torch.zeros(group.size, dtype=torch.bool, device="cpu")
     modules = dict(nn.Module.named_modules(model))
     reason = _why_not(group)
     if reason:
@@ -107,7 +107,7 @@ def _values(known: Tensor | None, member: Member, size: int) -> Tensor:
     """``[size]``: the one value of each channel at the consumer's input, NaN where it varies."""
     length = member.outer * size * member.inner
     if known is None or known.numel() < member.offset + length:
-        return torch.full((size,), torch.nan, dtype=torch.float64)
+        return torch.full((size,), torch.nan, dtype=torch.float64, device="cpu")
     part = known[member.offset : member.offset + length].reshape(member.outer, size, member.inner)
     rows = part.transpose(0, 1).flatten(1)
     return rows[:, 0].where((rows == rows[:, :1]).all(1), torch.nan)

@@ -262,7 +262,7 @@ def _producers(group: CoupledGroup) -> tuple[str, ...]:
 
 def _nothing(group: CoupledGroup, reason: str) -> _Choice:
     left = GroupRemoval(_producers(group), group.size, reason=reason)
-    return _Choice(group, torch.arange(group.size), left)
+    return _Choice(group, torch.arange(group.size, device="cpu"), left)
 
 
 def _dead_groups(
@@ -279,7 +279,7 @@ def _dead_groups(
     found = []
     for group in coupled_groups(graph):
         shared = sharing.why_not(group)
-        none = torch.zeros(group.size, dtype=torch.bool)
+        none = torch.zeros(group.size, dtype=torch.bool, device="cpu")
         found.append(
             Dead(group, none, shared) if shared else dead_channels(group, tensors, model, known)
         )
@@ -326,7 +326,7 @@ def _choose(
 def _ranks(model: nn.Module, group: CoupledGroup, activity: Mapping[str, Tensor] | None) -> Tensor:
     """``[size]``: how much each channel counts, over all weights that read it."""
     tensors = named_tensors(model)
-    total = torch.zeros(group.size, dtype=torch.float64)
+    total = torch.zeros(group.size, dtype=torch.float64, device="cpu")
     for member in group.consumers:
         length = member.outer * group.size * member.inner
         if activity is None:

@@ -131,7 +131,7 @@ def _anneal(
     seed: int,
     progress: Callable[[float], object] | None,
 ) -> Tensor:
-    order = torch.arange(channels)
+    order = torch.arange(channels, device="cpu")
     filled = [_filled(part.scores) for part in parts]
     table = (Scores * len(parts))(
         *(
@@ -168,7 +168,7 @@ def _filled(scores: Tensor) -> Tensor:
 
 
 def _places(part: Scored, order: Tensor) -> Tensor:
-    places = torch.arange(part.scores.shape[0])
+    places = torch.arange(part.scores.shape[0], device="cpu")
     places[part.fixed : part.fixed + len(order)] = order + part.fixed
     return places
 
@@ -183,10 +183,12 @@ def _descend(
     progress: Callable[[float], object] | None,
 ) -> Tensor:
     """All swaps at once, then the best of them that share no block, until none gains."""
-    order = torch.arange(channels)
+    order = torch.arange(channels, device="cpu")
     deadline = time.monotonic() + effort.seconds
     left = effort.proposals + effort.tries
-    blocks = torch.stack([(torch.arange(channels) + p.fixed) // p.nm.of for p in parts])
+    blocks = torch.stack(
+        [(torch.arange(channels, device="cpu") + p.fixed) // p.nm.of for p in parts]
+    )
     first, share = 0.0, 0.0
     while left > 0 and time.monotonic() < deadline:
         left -= channels * channels // 2
@@ -213,7 +215,7 @@ def _gains(part: Scored, order: Tensor) -> Tensor:
     adds = torch.cat([(x - rows[:, None]).clamp_min_(0).sum(-1) for rows in t.split(step)])
     own = adds.diagonal()
     gains = adds + adds.T - own[:, None] - own
-    block = torch.arange(scores.shape[0])[inside] // part.nm.of
+    block = torch.arange(scores.shape[0], device="cpu")[inside] // part.nm.of
     return gains.masked_fill(block[:, None] == block, 0.0)
 
 

@@ -49,9 +49,9 @@ def sparsify(
     """Make ``model`` N:M sparse, in place, and let it learn which weights to keep.
 
     From now on the weight of every planned layer has at most n non-zeros in each block of m
-    consecutive input channels, in evaluation always, in training but for the fade below.  Build
-    the optimizer afterwards (the mask logits are parameters) and train as before; then
-    :func:`fold`.
+    consecutive input channels, in evaluation always, in training but for the fade below.  Train as
+    before, with an optimizer built before or afterwards: the logits move by a rule of their own at
+    each of its steps (:func:`spikenm_fx.step` in loops without one); then :func:`fold`.
 
     How the one-liner ends well without a word on schedules: a prior that moves with the magnitudes
     of the weights joins the logits, their scale grows with each optimizer step, so that the
@@ -116,31 +116,36 @@ def sparsify(
     return model
 
 
-def param_groups(
-    model: nn.Module, lr: float, *, logits_lr: float | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """Optimizer groups: the model's parameters, and the mask logits without weight decay.
+def param_groups(model: nn.Module, lr: float, **options: Any) -> list[dict[str, Any]]:
+    """Optimizer groups: the model's own parameters, and those that belong to its masks.
+
+    No optimizer needs the second one: logits move by a rule of their own, at each step of the
+    weights' optimizer, and ``model.parameters()`` serves as well.  It is for code that wants to
+    tell the two apart.
 
     Args:
         model: a sparsified model.
         lr: learning rate of the weights.
-        logits_lr: of the logits; the weights' rate if None.
         **options: further options of the weights' group, e.g. ``weight_decay``.
 
     Raises:
-        PlanError: if the model is not sparse.
+        PlanError: if the model is not sparse, or for ``logits_lr``, which nothing reads any more.
     """
-    logits = {id(mask.scores) for _, _, mask in masked_weights(model)}
-    if not logits:
+    if "logits_lr" in options:
+        raise PlanError(
+            "logits_lr: mask logits are not stepped by an optimizer; SpikeNM(rate=...) says how "
+            "far a step moves them"
+        )
+    masks = [mask for _, _, mask in masked_weights(model)]
+    if not masks:
         raise PlanError(
             f"{type(model).__name__} has no mask logits; call spikenm_fx.sparsify(model) first"
         )
+    ours = {id(tensor) for mask in masks for tensor in (mask.scores, mask.prior)}
     parameters = list(nn.Module.parameters(model))  # rockpool's own is no iterator
-    weights = [parameter for parameter in parameters if id(parameter) not in logits]
-    masks = [parameter for parameter in parameters if id(parameter) in logits]
     return [
-        {"params": weights, "lr": lr, **options},
-        {"params": masks, "lr": lr if logits_lr is None else logits_lr, "weight_decay": 0.0},
+        {"params": [p for p in parameters if id(p) not in ours], "lr": lr, **options},
+        {"params": [p for p in parameters if id(p) in ours], "lr": lr, "weight_decay": 0.0},
     ]
 
 

@@ -86,5 +86,7 @@ def _plain(packed: PackedLayer) -> nn.Module:
         if layer.bias is not None and packed.bias is not None:
             layer.bias.copy_(packed.bias)
     if packed.nm.keep < packed.nm.of:
-        layer.register_buffer("weight_nm", torch.tensor([1, packed.nm.keep, packed.nm.of]))
+        layer.register_buffer(
+            "weight_nm", torch.tensor([1, packed.nm.keep, packed.nm.of], device="cpu")
+        )
     return layer.eval()

@@ -132,7 +132,7 @@ def fan_out(
         kernel = mask.sum(1, keepdim=True)
     else:
         kernel = mask.unflatten(0, (layer.groups, -1)).sum(1)
-    probe = torch.zeros(1, *size, requires_grad=True)
+    probe = torch.zeros(1, *size, dtype=torch.float32, device="cpu", requires_grad=True)
     with torch.enable_grad():
         response = _correlate(layer, probe, kernel, out)
         (found,) = torch.autograd.grad(response.sum(), probe)
@@ -230,7 +230,9 @@ class LayerCounter:
         self.signal = SIGNALS[max(SIGNALS.index(kind), SIGNALS.index(self.signal or "spike"))]
         magnitude = flat.double().abs()
         events = magnitude.sum(0).cpu()
-        seen = self._seen.setdefault((size, out), _Seen(torch.zeros(size, dtype=torch.float64)))
+        seen = self._seen.setdefault(
+            (size, out), _Seen(torch.zeros(size, dtype=torch.float64, device="cpu"))
+        )
         seen.events += events
         seen.samples += flat.shape[0]
         self.elements += flat.numel()

@@ -26,7 +26,7 @@ def eid_loss(model: nn.Module) -> Tensor:
     Returns:
         a scalar; 0 before the first refresh and for methods without EID.
     """
-    total = torch.zeros((), dtype=torch.float32)
+    total = torch.zeros((), dtype=torch.float32, device="cpu")
     owners = {id(mask): mask for _, _, mask in masked_weights(model)}
     for owner in owners.values():
         if owner.guide is None or owner.scores is None:

@@ -113,7 +113,11 @@ class PackedLayer(nn.Module):
     @property
     def weight_nm(self) -> Tensor | None:
         """What a checkpoint says of an N:M weight: ``(version, keep, of)``; None of a dense one."""
-        return None if self.nm.keep == self.nm.of else torch.tensor([1, self.nm.keep, self.nm.of])
+        return (
+            None
+            if self.nm.keep == self.nm.of
+            else torch.tensor([1, self.nm.keep, self.nm.of], device="cpu")
+        )
 
     @property
     def packed(self) -> PackedWeight:
