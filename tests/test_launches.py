@@ -40,6 +40,7 @@ def _child(nm: str, total: int | None, neurons: bool) -> dict[str, Any]:
     from strategies import ALL_LAYERS
 
     import spikenm_fx
+    import spikenm_fx.native.build
     from spikenm_fx.bench.worker import deep, launches
     from spikenm_fx.masks import EID
     from spikenm_fx.masks.methods.spikenm import SpikeNM
@@ -47,6 +48,7 @@ def _child(nm: str, total: int | None, neurons: bool) -> dict[str, Any]:
 
     warnings.simplefilter("ignore")
     method = SpikeNM(eid=EID(every=EVERY))
+    spikenm_fx.native.__path__ = []  # an install would bring its own kernels
     assert not native_status().available
     torch.manual_seed(0)
     model, plain = deep(neurons=neurons), deep(neurons=neurons)

@@ -241,7 +241,7 @@ def _by_name(conv: nn.Module, x: Tensor) -> Tensor:
 def _other_stride(conv: nn.Module, x: Tensor) -> Tensor:
     convolve = F.conv1d if isinstance(conv, nn.Conv1d) else F.conv2d
     return torch.stack(
-        [convolve(t, conv.weight, conv.bias, stride=2, groups=conv.groups) for t in x]
+        [convolve(t, conv.weight, conv.bias, stride=3, groups=conv.groups) for t in x]
     )
 
 

@@ -2,8 +2,8 @@
 # %% [markdown]
 # # Distributed training, and resuming
 #
-# Masks are drawn from (seed, step, layer), so every rank draws the same ones and none are sent; what
-# each rank measures for the distillation is averaged in one call whenever it is measured anew.
+# Masks are drawn from (seed, step, layer), so every rank draws the same ones and none are sent;
+# what each rank measures for the distillation is averaged in one call whenever it is measured anew.
 # A checkpoint holds weights, mask scores and the step: a resumed run goes on exactly where it was.
 
 # %%

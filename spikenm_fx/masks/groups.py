@@ -58,7 +58,7 @@ class Group:
         return self.together(tensors).float()
 
     def together(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The same, of the dtype that the tensors have."""
+        """The same, ``(lead, M, inner)``, of the dtype that the tensors have."""
         views = [m.view.to_blocks(t) for m, t in zip(self.members, tensors, strict=True)]
         return torch.cat(views) if len(views) > 1 else views[0]
 

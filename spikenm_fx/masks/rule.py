@@ -5,7 +5,7 @@ Lion (Chen et al., arXiv 2302.06675) on the layer's gradient in units of its own
 One number of state a weight, no learning rate of the user's, no group in an optimizer: masks learn
 under every optimizer alike, and neither the scale of the loss nor the number of micro-batches
 matters.  As masks are drawn from scores in units of their spread, which grows, each step moves them
-less and less.  ``spikenm_fx/bench/results/update-rule.json`` has what the alternatives gave.
+less and less.
 """
 
 from __future__ import annotations

@@ -154,7 +154,7 @@ def draws_backward(z: Tensor, h: Tensor, keep: int, tau: float) -> Tensor:
         slope = torch.addcmul(inverse[k], slope, ratio[:, k - 1])
         offset = (offset * ratio[:, k - 1]).addcmul_(mean[k], inverse[k])
         at_drawn.append(torch.addcmul(offset, h_drawn[:, k], inverse[k], value=-1))
-    grad = yh.mul_(slope[:, None]).addcmul_(y, offset[:, None], value=-1)
+    grad: Tensor = yh.mul_(slope[:, None]).addcmul_(y, offset[:, None], value=-1)
     return grad.scatter_(1, taken, torch.stack(at_drawn, 1).neg_())
 
 

@@ -130,13 +130,11 @@ class RawProducts:
         owner = parameter.removesuffix(".weight")
         if owner != parameter and owner in self.layers:
             layer = self.layers[owner]
-            counter: LayerCounter | None = self.counters[owner]
-            turned = _as_layer(product)
-            if turned is None or turned[0].weight.shape != layer.weight.shape:
-                counter = None
-            else:
-                counter.mask = (turned[0].weight != 0).cpu()
-            name = owner
+            counter: LayerCounter | None = None
+            turned, name = _as_layer(product), owner
+            if turned is not None and turned[0].weight.shape == layer.weight.shape:
+                counter = known = self.counters[owner]
+                known.mask = (turned[0].weight != 0).cpu()
         else:
             turned, name = _as_layer(product), parameter
             if turned is None:

@@ -25,13 +25,13 @@ def pull(
 
     Args:
         group: whose logits are pulled.
-        weights: of the group, in blocks.
-        logits: what the masks of this step were drawn from.
+        weights: of the group, in blocks, ``(lead, M, inner)``.
+        logits: what the masks of this step were drawn from, of that shape.
         draw: with which.
         step: the optimizer step.
 
     Returns:
-        both, or None where no member has credits.
+        ``(lead, M, inner)`` and ``(lead, 1, 1)``, or None where no member has credits.
     """
     members = group.members
     strengths = [0.0 if m.guide is None else m.guide.strength(m.schedule, step) for m in members]

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A number that changes when memory is written to: a polynomial in each of 32 lanes, then over them.
+// A number that changes when memory is written to: a hash in each of 32 lanes, then over them.
+// The rotation matters: a product keeps a flipped top bit where it is, and the next flip undoes it,
+// so that without it negated values would look unchanged.
 #pragma once
 #include "simd.h"
 
@@ -14,7 +16,10 @@ uint64_t checksum(const void *memory, int64_t bytes) {
   for (; bytes >= 4 * kLanes; bytes -= 4 * kLanes, at += 4 * kLanes) {
     uint32_t word[kLanes];
     memcpy(word, at, sizeof word);
-    for (int i = 0; i < kLanes; ++i) lane[i] = (lane[i] ^ word[i]) * kFactor;
+    for (int i = 0; i < kLanes; ++i) {
+      const uint32_t product = (lane[i] ^ word[i]) * kFactor;
+      lane[i] = (product << 13) | (product >> 19);
+    }
   }
   uint64_t sum = 0xcbf29ce484222325u;
   for (int i = 0; i < kLanes; ++i) sum = (sum ^ lane[i] ^ (lane[i] >> 15)) * 0x100000001b3u;
