@@ -26,11 +26,16 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx import Rule
-from spikenm_fx._torch import TorchDispatchMode
 from spikenm_fx.bench.nets.cifar import build
-from spikenm_fx.demo.networks import LIF, OverTime, direct_code
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+
+try:
+    from spikenm_fx._torch import TorchDispatchMode
+    from spikenm_fx.demo.networks import LIF, OverTime, direct_code
+except ModuleNotFoundError:  # a checkout from before these modules were there
+    from spikenm_fx.bench.networks import LIF, OverTime, direct_code  # type: ignore[import-not-found, no-redef]
+    from spikenm_fx.trace.guard import TorchDispatchMode  # type: ignore[import-not-found, no-redef]
 
 __all__ = [
     "Launches",

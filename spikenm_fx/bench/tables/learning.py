@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from spikenm_fx.bench.tables.chapter import Chapter, Result, columns, markdown, percent, times
+from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown, percent, times
 from spikenm_fx.pattern import NM
 
 __all__ = ["CHAPTERS", "accuracy_of"]
@@ -106,10 +107,71 @@ def _ms(seconds: float) -> str:
 def _step(result: Result) -> str:
     run = result["settings"]
     about = (
-        f"{run['network']}, batch {run['batch']}, T={run['steps']}, credits refreshed every "
-        f"{run['refresh_every']} steps; median of {run['repeats']}."
+        f"Batch {run['batch']}, T={run['steps']}, credits refreshed every {run['refresh_every']} "
+        f"steps; median of {run['repeats']}."
     )
-    return about + "\n\n" + columns(name="", milliseconds=".1f", over_dense=".2f")(result)
+    rows = (
+        (
+            *(row["network"], row["method"], row["nm"]),
+            f"{row['after']['dense_milliseconds']:.1f} ms",
+            *(_over(row.get(version), "a run's mean") for version in ("before", "after")),
+            _over(row["after"], "refreshing"),
+        )
+        for row in result["rows"]
+    )
+    head = ["network", "method", "pattern", "dense", "earlier version", "now", "refreshing step"]
+    return about + "\n\n" + markdown(head, rows)
+
+
+def _over(version: Any, kind: str) -> str:
+    """How many times the dense step's time; nothing for what was not measured."""
+    ratios = {} if version is None else version["over_dense"]
+    return times(ratios[kind]) if kind in ratios else ""
+
+
+def _footprint(result: Result) -> str:
+    """Memory, launches, waits and graphs: of the earlier version, if it was measured, and now."""
+    run = result["settings"]
+    versions = [name for name in ("before", "after") if name in run["versions"]]
+    rows = [
+        [row["key"] if first else "", what, *(show(row[version]) for version in versions)]
+        for row in result["rows"]
+        for first, (what, show) in _firsts(_SHOWN[row["key"].split(",")[0]])
+    ]
+    names = {"before": "earlier version", "after": "now"}
+    about = f"Width {run['width']}; {run['layers']} masked layers, counted beyond the dense ones."
+    return about + "\n\n" + markdown(["", "", *(names[v] for v in versions)], rows)
+
+
+def _firsts(shown: Mapping[str, Callable[[Any], str]]) -> Iterable[tuple[bool, Any]]:
+    return ((number == 0, item) for number, item in enumerate(shown.items()))
+
+
+def _whole(graph: Any) -> str:
+    """Graph breaks and recompilations; ``fullgraph=True`` stops at the first break."""
+    if graph["breaks"] < 0:
+        return "does not compile whole"
+    return f"{graph['breaks']} breaks, {graph['recompilations']} recompilations"
+
+
+_SHOWN: Mapping[str, Mapping[str, Callable[[Any], str]]] = {
+    "memory": {
+        "weights, gradients, optimizer and masks, over the weights": lambda v: (
+            f"{v['weights']:.2f}"
+        ),
+        "kept of activations": lambda v: f"{v['activations_kept_bytes'] / 2**20:.1f} MiB",
+    },
+    "launches": {
+        "forward and backward": lambda v: str(v["launches"]["passes"]),
+        "optimizer step": lambda v: str(v["launches"]["step"]),
+        "evaluation": lambda v: str(v["launches"]["evaluation"]),
+        "host syncs of all three": lambda v: str(sum(v["syncs"].values())),
+    },
+    "graphs": {
+        "training": lambda v: _whole(v["train"]),
+        "evaluation": lambda v: _whole(v["eval"]),
+    },
+}
 
 
 def _variance(result: Result) -> str:
@@ -223,9 +285,18 @@ CHAPTERS = (
     Chapter(
         "Cost of a training step",
         ("step",),
-        "python -m spikenm_fx.bench step",
+        "python -m spikenm_fx.bench step --before DIR",
         _step,
-        "A whole step (forward, backward, Adam) over the dense step of the same network.",
+        "A whole step (forward, backward, Adam) over the dense step of the same network; the "
+        "mean of a run, credits refreshed as often as they are.",
+    ),
+    Chapter(
+        "Memory, launches and graphs of training",
+        ("footprint",),
+        "python -m spikenm_fx.bench footprint --before DIR",
+        _footprint,
+        "With Adam. Launches are ATen operations on the path without compiled kernels, which is "
+        "the one that a GPU takes. A hundred training steps, the freeze among them, are compiled.",
     ),
     Chapter(
         "Mask sampling",
