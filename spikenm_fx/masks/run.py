@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from spikenm_fx.errors import SpikeNMWarning
 
@@ -38,6 +39,9 @@ class Run:
         seed: of the noise.
         step: optimizer steps so far.
         watch: of the distillation, where there is one.
+        ranks_met: whether the ranks of a data parallel model around were found to agree.
+        stepped: of each weight stepped last, by its mask's id: the gradient and its version then.
+        stepped_by: the optimizer that did.
     """
 
     def __init__(self, seed: int, step: int = 0) -> None:
@@ -47,6 +51,7 @@ class Run:
         self._weights: list[weakref.ref[MaskedWeight]] = []
         self._root: weakref.ref[nn.Module] | None = None
         self._source: weakref.ref[Run] | None = None  # of a copy that has not stepped itself
+        self.ranks_met = False
         self.quiet = False  # while the library itself runs the model
         self._warned: set[str] = set()
         self.member_of_row: dict[Any, Tensor] = {}  # of each grouping, see groups.py
@@ -58,6 +63,7 @@ class Run:
         """Start anew in the middle of nowhere: after a checkpoint was loaded."""
         self.advances = 0  # steps that this object has seen
         self.stepped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.stepped_by: weakref.ref[Optimizer] | None = None
         self.prepared: set[int] = set()
         self._unseen = self._lent_passes = 0
 
