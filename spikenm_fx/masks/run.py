@@ -37,7 +37,6 @@ class Run:
 
     Attributes:
         seed: of the noise.
-        step: optimizer steps so far.
         watch: of the distillation, where there is one.
         ranks_met: whether the ranks of a data parallel model around were found to agree.
         stepped: of each weight stepped last, by its mask's id: the gradient and its version then.
@@ -46,7 +45,7 @@ class Run:
 
     def __init__(self, seed: int, step: int = 0) -> None:
         self.seed = seed
-        self.step = step
+        self._step = step
         self.watch: Watch | None = None
         self._weights: list[weakref.ref[MaskedWeight]] = []
         self._root: weakref.ref[nn.Module] | None = None
@@ -58,6 +57,18 @@ class Run:
         self._not_finite: Tensor | None = None  # on a device that is not waited for
         self.forget_step()
         _runs.add(self)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        """Go on from there; where credits are due the watch opens its eyes."""
+        self._step = step
+        if self.watch is not None:
+            self.watch.wake(step)
 
     def forget_step(self) -> None:
         """Start anew in the middle of nowhere: after a checkpoint was loaded."""
