@@ -45,7 +45,9 @@ def meet(run: Run, ranks: Any) -> None:
         "seed": run.seed,
         "step": run.step,
     }
-    own = torch.tensor([_number(value) for value in settings.values()], dtype=torch.int64)
+    own = torch.tensor(
+        [_number(value) for value in settings.values()], dtype=torch.int64, device="cpu"
+    )
     both = torch.stack((own, -own)).to(weights[0].mask.device)
     torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=ranks)
     largest, smallest = both.cpu()
