@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spikenm_fx.channels import load_smaller
+from spikenm_fx.channels import permute as permute_channels
+from spikenm_fx.channels.stored import is_smaller
 from spikenm_fx.checkpoint import load_into, load_state
 from spikenm_fx.errors import PlanError, RecipeError, TraceError, did_you_mean
 from spikenm_fx.fold import fold
@@ -90,13 +93,18 @@ class LoadedModel:
         """
         return plan(self.model, graph=self.graph(), **self.recipe.plan_options())
 
-    def sparsify(self, decided: Plan, method: str | None = None) -> None:
+    def sparsify(self, decided: Plan, method: str | None = None, *, permute: bool = False) -> None:
         """Apply ``decided``, by the recipe's method unless another is named.
+
+        Channels are permuted before that, if the recipe or ``permute`` asks for it.
 
         Raises:
             PlanError: if the method is unknown, or the model sparse already.
+            RecipeError: if channels are to be permuted and no input shape is known.
         """
         own = self.recipe.method
+        if permute or self.recipe.channels.permute:
+            permute_channels(self.model, self.batch(), decided)
         sparsify(
             self.model,
             decided,
@@ -244,7 +252,8 @@ def load_model(
             that is nobody's repository, the current folder by default.
         nm: the pattern; replaces a recipe's, also where its rules repeat it.
         shape: of one forward's input, time and batch included; replaces a recipe's.
-        checkpoint: weights of the model, loaded strictly.
+        checkpoint: weights of the model, loaded strictly; of one whose channels were removed, the
+            model is cut to fit them.
         data: a batch, which then stands in for random input.
         packed: whether the checkpoint may be a packed file, whose weights are then unpacked.
 
@@ -263,7 +272,9 @@ def load_model(
     else:
         found = Root(root or Path.cwd())
     model = build_model(recipe, found)
-    if checkpoint is not None:
+    if checkpoint is not None and is_smaller(checkpoint):
+        load_smaller(model, checkpoint)
+    elif checkpoint is not None:
         read = unpacked_state if packed and is_packed(checkpoint) else load_state
         load_into(model, read(checkpoint), source=str(checkpoint))
     loaded = LoadedModel(model, recipe, found, checkpoint is not None, data)
