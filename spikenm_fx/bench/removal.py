@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
                 "parameters, {bytes} bytes, accuracy {accuracy}, ms {ms}".format(**rows[-1]),
                 flush=True,
             )
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    settings = {key: value for key, value in vars(options).items() if key != "data"}
     print(save("removal-cifar10", {"settings": settings, "rows": rows}, RESULTS))
 
 
