@@ -240,8 +240,8 @@ def attach_broadcast(reader: ChannelReader, tensor: Tensor, layout: Layout, wher
             ]
             if len(axes) != 1 or len(fitting) != 1:
                 raise NotUnderstood(
-                    f"{where} holds a tensor of shape {tuple(tensor.shape)} whose axes are not told: "
-                    "they fit no channels of its input, or several"
+                    f"{where} holds a tensor of shape {tuple(tensor.shape)} whose axes "
+                    "fit no channels of its input, or several"
                 )
             place = fitting[0]
         reader.attach(tensor, axis, layout[place])
