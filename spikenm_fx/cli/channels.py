@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -123,10 +123,10 @@ def remove_dead_channels(
         seen = None if loaded.data is None else [loaded.data]
         return remove_dead_channels(loaded.model, loaded.batch(), nm=nm, silent_on=seen)
 
-    _remove(
-        *(remove, Screen(as_json), latency, out, force, load_metadata(checkpoint), silent_on),
-        **{"target": target, "root": root, "shape": shape_of(shape), "checkpoint": checkpoint},
-    )
+    screen, asked = Screen(as_json), shape_of(shape)
+    named = {"target": target, "root": root, "shape": asked, "checkpoint": checkpoint}
+    refuse_existing(out, force)
+    _remove(remove, named, silent_on, out, load_metadata(checkpoint), latency, screen)
 
 
 def remove_channels(
@@ -163,24 +163,22 @@ def remove_channels(
             multiple_of=multiple_of,
         )
 
-    _remove(
-        *(remove, Screen(as_json), latency, out, force, {}, data),
-        **{"target": target, "root": root, "shape": shape_of(shape), "checkpoint": checkpoint},
-    )
+    screen, asked = Screen(as_json), shape_of(shape)
+    named = {"target": target, "root": root, "shape": asked, "checkpoint": checkpoint}
+    refuse_existing(out, force)
+    _remove(remove, named, data, out, {}, latency, screen)
 
 
 def _remove(
     remove: Callable[[LoadedModel], Removal],
-    screen: Screen,
-    latency: bool,
-    out: Path,
-    force: bool,
-    metadata: dict[str, str],
+    named: Mapping[str, Any],
     data: Path | None,
-    **named: Any,
+    out: Path,
+    metadata: Mapping[str, str],
+    latency: bool,
+    screen: Screen,
 ) -> None:
     """Remove, write, and show what was saved."""
-    refuse_existing(out, force)
     with screen.working("removing channels"):
         from spikenm_fx.channels import save_smaller
         from spikenm_fx.channels.stored import refuse_suffix
