@@ -583,7 +583,15 @@ def test_a_share_of_the_channels_is_kept(run, project: Path, weights: Path) -> N
     assert "channels removed" in text
     assert "SynOps" in text
     sparse = project / "sparse.safetensors"
-    assert run("sparsify", TARGET, "-c", out, "-o", sparse, *words).code == 0
+    assert run("sparsify", TARGET, "-c", out, "-o", sparse, *words, "--permute").code == 0
+    again = project / "again.safetensors"
+    following = ("remove-dead-channels", TARGET, "-c", sparse, *words)
+    assert run(*following, "-o", again).code == 0
+    assert run("plan", TARGET, *words).code == 0
+    assert run("verify", again).code == 0
+    as_torch = run("sparsify", TARGET, "-c", out, "-o", project / "x.pt", *words)
+    assert as_torch.code == 3
+    assert ".safetensors" in as_torch.err
     for more, says in (
         (("-o", project / "x.pt"), ".safetensors"),
         (("-o", project / "x.safetensors", "--keep", 2), "keep=2.0"),

@@ -66,7 +66,7 @@ def permute(
 
     with screen.working("building the model"):
         from spikenm_fx.channels import apply_permutation, plan_permutation
-        from spikenm_fx.checkpoint import load_tensor, save_state
+        from spikenm_fx.checkpoint import load_tensor
         from spikenm_fx.recipe import load_model
 
         batch = load_tensor(data) if data is not None else None
@@ -86,7 +86,7 @@ def permute(
             progress=lambda share: progress.update(task, completed=share),
         )
     apply_permutation(loaded.model, found)
-    save_state(out, loaded.model.state_dict())
+    loaded.save(out)
     screen.result({"out": str(out), **found.to_dict()}, f"{found}\nwritten: {out}")
 
 

@@ -46,7 +46,6 @@ def sparsify(
     screen, asked = Screen(as_json), shape_of(shape)
     refuse_existing(out, force)
     with screen.working("choosing weights"):
-        from spikenm_fx.checkpoint import save_state
         from spikenm_fx.fold import fold
         from spikenm_fx.pack.check.stored import sparse_metadata
         from spikenm_fx.recipe import load_model
@@ -58,7 +57,7 @@ def sparsify(
         fold(loaded.model)
         found = verify(loaded.model, decided)
         found.raise_if_invalid()
-        save_state(out, loaded.model.state_dict(), metadata=sparse_metadata(decided))
+        loaded.save(out, sparse_metadata(decided))
     screen.result(
         {"out": str(out), "plan": decided.to_dict(), "verification": found.to_dict()},
         f"{decided}\nwritten and verified: {out}",
