@@ -188,31 +188,6 @@ _RUN = (
 _TEN = "--patterns 2:4 1:8 --seeds 0 1 2 3 4 5 6 7 8 9"
 
 
-def _permuted(result: Result) -> str:
-    """Efficacy on random matrices, and what N:M keeps in models before and after."""
-    matrices = (
-        (
-            *(row["nm"], row["search"], percent(row["efficacy"]), percent(row["least"])),
-            f"{1e3 * row['seconds']:.0f} ms",
-        )
-        for row in result["matrices"]
-    )
-    models = (
-        (
-            *(row["model"], row["nm"], percent(row["kept_before"]), percent(row["kept_after"])),
-            *(f"{row['groups_moved']} of {row['groups']}", f"{row['difference']:.1e}"),
-        )
-        for row in result["models"]
-    )
-    head = ["model", "pattern", "kept before", "kept after", "groups moved", "outputs differ by"]
-    return "\n\n".join(
-        [
-            markdown(["pattern", "search", "efficacy", "least", "processor time"], matrices),
-            markdown(head, models),
-        ]
-    )
-
-
 CHAPTERS = (
     Chapter(
         "Accuracy of short runs",
@@ -264,16 +239,6 @@ CHAPTERS = (
         "stronger distillation (weights 0.3 and 1 are clearly worse), sharper targets, a longer "
         "freeze, no decay of undrawn weights, a gradient of the logits that grows as the fade "
         "goes, weights scaled up before the fade.",
-    ),
-    Chapter(
-        "Permuted channels",
-        ("permute",),
-        "python -m spikenm_fx.bench permute --models spikingjelly/spikformer/m spikingjelly/sdt/m "
-        "snntorch/rleaky --json spikenm_fx/bench/results/permute.json",
-        _permuted,
-        "Efficacy: which share of the magnitude that a pattern loses against unstructured pruning "
-        "of the same size is kept by another order of the channels; random 64 x 128 matrices. Of "
-        "models: the share of the magnitude that stays where weights become N:M.",
     ),
     Chapter(
         "Noise of the logits' gradient",

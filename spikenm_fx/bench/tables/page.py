@@ -6,14 +6,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spikenm_fx.bench.tables import learning, reading, speed
+from spikenm_fx.bench.tables import channels, learning, reading, speed
 from spikenm_fx.bench.tables.chapter import Chapter, Result, machine_of, percent, times
 from spikenm_fx.bench.tables.learning import accuracy_of
 from spikenm_fx.errors import SpikeNMError
 
 __all__ = ["BEGIN", "CHAPTERS", "END", "headlines", "page", "unread", "with_headlines"]
 
-CHAPTERS: tuple[Chapter, ...] = (*learning.CHAPTERS, *speed.CHAPTERS, *reading.CHAPTERS)
+CHAPTERS: tuple[Chapter, ...] = (
+    *learning.CHAPTERS,
+    *channels.CHAPTERS,
+    *speed.CHAPTERS,
+    *reading.CHAPTERS,
+)
 BEGIN = "<!-- figures: written by python -m spikenm_fx.bench tables -->"
 END = "<!-- end of figures -->"
 
