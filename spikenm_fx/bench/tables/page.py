@@ -83,13 +83,15 @@ def headlines(folder: Path) -> str:
             ("1:8", accuracy_of(ten, "spikenm", "1:8")),
         )
     ]
-    step = _read(folder, "step")["rows"]["spikenm 2:4, a run's mean"]["over_dense"]
+    step = _read(folder, "step")["summary"]
+    small, wide = (step[f"{network}, spikenm 2:4"]["after"] for network in ("vgg-small", "fc2048"))
     layers = _read(folder, "layers-1t")["summary"]["auto 2:4 at 15%"]
     networks = _read(folder, "network-1t")["summary"]["over_eager"]
     seeds = len(accuracy_of(ten, "spikenm", "2:4")["accuracies"])
     lines = [
         f"Accuracy, short CIFAR-10 runs, {seeds} seeds: {', '.join(cells)}.",
-        f"A training step at 2:4 takes {times(step)} the dense one's time (small VGG, CPU).",
+        f"A training step at 2:4 takes {times(small)} the dense one's time (small VGG, CPU), "
+        f"{times(wide)} where wide fully connected layers are all there is.",
         f"Packed 2:4 layers at 15 % spikes run {times(layers['median'])} as fast as torch's best "
         f"dense path (median; least {times(layers['least'])}), whole networks {times(networks)} "
         "as fast as eager torch (one thread).",
