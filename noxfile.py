@@ -243,10 +243,11 @@ def clean_environment(session: nox.Session, wheel: Path, *others: str) -> Path:
     return python
 
 
-def kernel_status(session: nox.Session, python: Path) -> str:
+def kernel_status(session: nox.Session, python: Path, **environment: str) -> str:
     """What the package in an environment says about its kernels, having compiled none."""
     script = "from spikenm_fx.pack import native_status; print(native_status())"
     command = (str(python), "-P", "-c", script)  # -P: not the sources in this folder
-    status = str(session.run(*command, silent=True, external=True, env=NO_BUILD)).strip()
+    said = session.run(*command, silent=True, external=True, env=NO_BUILD | environment)
+    status = str(said).strip()
     session.log(status)
     return status
