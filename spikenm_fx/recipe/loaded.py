@@ -289,12 +289,14 @@ def load_model(
     else:
         found = Root(root or Path.cwd())
     model = build_model(recipe, found)
-    if checkpoint is not None and is_smaller(checkpoint):
-        load_smaller(model, checkpoint)
-    elif checkpoint is not None:
-        read = unpacked_state if packed and is_packed(checkpoint) else load_state
-        load_into(model, read(checkpoint), source=str(checkpoint))
-    smaller = checkpoint is not None and is_smaller(checkpoint)
+    smaller = False
+    if checkpoint is not None:
+        smaller = is_smaller(checkpoint)
+        if smaller:
+            load_smaller(model, checkpoint)
+        else:
+            read = unpacked_state if packed and is_packed(checkpoint) else load_state
+            load_into(model, read(checkpoint), source=str(checkpoint))
     loaded = LoadedModel(model, recipe, found, checkpoint is not None, data, smaller)
     if not file:
         loaded.find_time()

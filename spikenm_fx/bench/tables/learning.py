@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown, percent, times
@@ -134,17 +134,13 @@ def _footprint(result: Result) -> str:
     run = result["settings"]
     versions = [name for name in ("before", "after") if name in run["versions"]]
     rows = [
-        [row["key"] if first else "", what, *(show(row[version]) for version in versions)]
+        ["" if number else row["key"], what, *(show(row[version]) for version in versions)]
         for row in result["rows"]
-        for first, (what, show) in _firsts(_SHOWN[row["key"].split(",")[0]])
+        for number, (what, show) in enumerate(_SHOWN[row["key"].split(",")[0]].items())
     ]
     names = {"before": "earlier version", "after": "now"}
     about = f"Width {run['width']}; {run['layers']} masked layers, counted beyond the dense ones."
     return about + "\n\n" + markdown(["", "", *(names[v] for v in versions)], rows)
-
-
-def _firsts(shown: Mapping[str, Callable[[Any], str]]) -> Iterable[tuple[bool, Any]]:
-    return ((number == 0, item) for number, item in enumerate(shown.items()))
 
 
 def _whole(graph: Any) -> str:

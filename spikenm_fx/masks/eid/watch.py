@@ -77,7 +77,10 @@ class Watch:
 
     def wake(self, step: int) -> None:
         """Go on to optimizer step ``step``."""
-        self.awake = step % self.every == 0 and not self.schedule.frozen(step)
+        self.awake = self._due(step)
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and not self.schedule.frozen(step)
 
     def connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the neuron behind each layer inside ``module`` and hook it.
@@ -198,8 +201,7 @@ class Watch:
         for source in self.sources:
             if source.alone:
                 self.missed(source)
-        due = self.run.step % self.every == 0 and not self.schedule.frozen(self.run.step)
-        if due and self.sources and self._blind():
+        if self._due(self.run.step) and self.sources and self._blind():
             self.run.warn(
                 "blind",
                 f"EID saw no forward of a masked layer in step {self.run.step}, where its credits "
