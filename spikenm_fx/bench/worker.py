@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -34,8 +35,9 @@ try:
     from spikenm_fx._torch import TorchDispatchMode
     from spikenm_fx.demo.networks import LIF, OverTime, direct_code
 except ModuleNotFoundError:  # a checkout from before these modules were there
-    from spikenm_fx.bench.networks import LIF, OverTime, direct_code  # type: ignore[import-not-found, no-redef]
-    from spikenm_fx.trace.guard import TorchDispatchMode  # type: ignore[import-not-found, no-redef]
+    _networks: Any = import_module("spikenm_fx.bench.networks")
+    LIF, OverTime, direct_code = _networks.LIF, _networks.OverTime, _networks.direct_code  # type: ignore[misc]
+    TorchDispatchMode = import_module("spikenm_fx.trace.guard").TorchDispatchMode  # type: ignore[misc]
 
 __all__ = [
     "Launches",
