@@ -528,6 +528,26 @@ def test_recipes_say_what_is_done_with_channels(run, project: Path, weights: Pat
     assert run("recipe", "check", file, "--root", project, "--in-process").code == 0
 
 
+def test_recipes_say_which_share_of_channels_stays(run, project: Path, weights: Path) -> None:
+    """Whole blocks of the most active ones; what is written is smaller, and read by its recipe."""
+    file, out = project / "net.yaml", project / "sparse.safetensors"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", file)
+    file.write_text(file.read_text() + "\nchannels: {keep: 0.3}\n")
+    before = load_state(weights)["body.weight"].shape
+    assert run("sparsify", file, "-c", weights, "-o", out, "--root", project).code == 0
+    after = load_state(out)["body.weight"].shape
+    assert after[1] < before[1]
+    assert after[1] % 4 == 0
+    assert run("verify", out, "--recipe", file, "--root", project).code == 0
+    assert "channels keep 0.3" in run("recipe", "show", file).out
+    assert run("recipe", "check", file, "--root", project, "--in-process").code == 0
+    refused = run("sparsify", file, "-c", weights, "-o", project / "x.pt", "--root", project)
+    assert refused.code == 3
+    assert not (project / "x.pt").exists()
+    file.write_text(file.read_text().replace("keep: 0.3", "keep: 1.5"))
+    assert "keep" in run("recipe", "show", file).err
+
+
 def test_dead_channels_are_removed_from_a_file(run, project: Path, weights: Path) -> None:
     """Parameters, bytes, SynOps and times before and after; every command reads what is left."""
     state = load_state(weights)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Torch's default dtype and device are the user's: what we allocate follows the tensors at hand.
 
-Each setting runs in a child process, as a buffer of the wrong size or place ends the process.
+Each setting runs in a process of its own, as a buffer of the wrong size or place ends it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -104,51 +105,70 @@ def _run(setting: str, where: str, part: str) -> None:
         seen = [
             [str(t.dtype), str(t.device), float(t.detach().double().abs().sum())] for t in state
         ]
-        line = json.dumps({"stage": f"{part}, {where}: {stage}", "seen": seen})
+        line = json.dumps({"stage": f"{setting}, {part}, {where}: {stage}", "seen": seen})
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
 
+def _isolated(setting: str, part: str) -> None:
+    """One setting in a fork, as it may die; torch is imported once for all of them."""
+    child = os.fork()
+    if not child:
+        try:
+            for where in WHERE:
+                _run(setting, where, part)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    sys.stderr.write(f"{setting}, {part}: status {status}\n")
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    for where in WHERE:
-        _run(*sys.argv[1:2], where, sys.argv[2])
+    import torch
+
+    torch.set_num_threads(1)  # a fork has no threads but the one that forks
+    for setting in ("float32", *sys.argv[1:]):
+        for part in STAGES:
+            _isolated(setting, part)
 
 
 # -- in the tests ---------------------------------------------------------------------------------
 
 
-def _child(setting: str, part: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def lives() -> dict[str, Any]:
+    """What came of each stage under torch's own defaults and under every other setting."""
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ran = subprocess.run(
-        [sys.executable, __file__, setting, part],
+        [sys.executable, __file__, *SETTINGS],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    seen = {line["stage"]: line["seen"] for line in lines}
+    return {"said": ran.stderr, "seen": {line["stage"]: line["seen"] for line in lines}}
+
+
+def _life(setting: str, part: str, lives: dict[str, Any]) -> dict[str, Any]:
     wanted = [f"{part}, {where}: {stage}" for where in WHERE for stage in STAGES[part]]
-    missing = [stage for stage in wanted if stage not in seen]
-    assert not missing, f"died (status {ran.returncode}) in {missing[0]}:\n{ran.stderr[-3000:]}"
+    seen = {stage: lives["seen"].get(f"{setting}, {stage}") for stage in wanted}
+    missing = [stage for stage, tensors in seen.items() if tensors is None]
+    assert not missing, f"{setting} died in {missing[0]}:\n{lives['said'][-6000:]}"
     return seen
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, Any]:
-    """The same under torch's own defaults."""
-    return {part: _child("float32", part) for part in STAGES}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("part", STAGES)
-def test_defaults_change_nothing(setting: str, part: str, expected: dict[str, Any]) -> None:
+def test_defaults_change_nothing(setting: str, part: str, lives: dict[str, Any]) -> None:
     """Under any default dtype or device each stage gives the same tensors, and none dies."""
-    seen = _child(setting, part)
-    for stage, tensors in expected[part].items():
+    seen = _life(setting, part, lives)
+    for stage, tensors in _life("float32", part, lives).items():
         for (dtype, device, size), (dtype0, device0, size0) in zip(
             seen[stage], tensors, strict=True
         ):

@@ -116,6 +116,8 @@ def report(
         loaded = load_model(
             target, root=root, nm=nm, shape=asked, checkpoint=checkpoint, data=batch
         )
+        if sparse:
+            loaded.keep_channels()
         dense = copy.deepcopy(loaded.model) if sparse else None
         if sparse:
             loaded.sparsify(loaded.plan(), "magnitude")

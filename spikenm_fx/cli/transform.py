@@ -52,6 +52,7 @@ def sparsify(
         from spikenm_fx.verify import verify
 
         loaded = load_model(target, root=root, nm=nm, shape=asked, checkpoint=checkpoint)
+        loaded.keep_channels()
         decided = loaded.plan()
         loaded.sparsify(decided, method, permute=permute)
         fold(loaded.model)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikenm_fx.channels import load_smaller, save_smaller
+from spikenm_fx.channels import load_smaller, remove_channels, save_smaller
 from spikenm_fx.channels import permute as permute_channels
 from spikenm_fx.channels.stored import is_smaller
 from spikenm_fx.checkpoint import load_into, load_state, save_state
@@ -55,7 +55,7 @@ class LoadedModel:
         root: where its code may come from.
         trained: whether its weights are a checkpoint's.
         data: a batch of the user's, which then takes the place of random input.
-        smaller: whether the checkpoint lacks channels of the model that the recipe builds.
+        smaller: whether it lacks channels that the recipe's model is built with.
     """
 
     model: nn.Module
@@ -94,6 +94,21 @@ class LoadedModel:
             TraceError: if the model cannot run the input that was given.
         """
         return plan(self.model, graph=self.graph(), **self.recipe.plan_options())
+
+    def keep_channels(self) -> None:
+        """Cut the channels that the recipe does not keep; nothing where it keeps all.
+
+        As many of each group stay as blocks of the recipe's patterns hold.
+
+        Raises:
+            RecipeError: if channels are to be cut and no input shape is known.
+            TraceError: if the model cannot run its input.
+        """
+        keep = self.recipe.channels.keep
+        if keep is None or self.smaller:
+            return
+        remove_channels(self.model, self.batch(), keep, multiple_of=self.recipe.block)
+        self.smaller, self._graph = True, None
 
     def sparsify(self, decided: Plan, method: str | None = None, *, permute: bool = False) -> None:
         """Apply ``decided``, by the recipe's method unless another is named.

@@ -7,6 +7,7 @@ reports every mistake of a file at once, each with its line, its path, the value
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,8 +231,15 @@ class RuleSpec(Closed):
 
 
 class Channels(Closed):
-    """What is done with coupled channels; each changes no output beyond rounding."""
+    """What is done with coupled channels; all but ``keep`` change no output beyond rounding."""
 
+    keep: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="before all else: the share of each group's channels that stays, in (0, 1], "
+        "those that are most active on the input; the rest is cut",
+    )
     permute: bool = Field(
         default=False,
         description="before the masks: put channels in the order in which N:M keeps most",
@@ -288,7 +296,9 @@ class Recipe(Closed):
             + (f"  ({rule.reason})" if rule.reason else "")
             for rule in self.rules
         ]
-        steps = [name.replace("_", " ") for name, asked in self.channels if asked]
+        kept = self.channels.keep
+        steps = [f"keep {kept:g}"] if kept is not None else []
+        steps += [name.replace("_", " ") for name, asked in self.channels if asked is True]
         lines = [
             self.name or target.build,
             "origin   " + (f"{target.repo}{at}" if target.repo else f"package {target.package}"),
@@ -305,6 +315,12 @@ class Recipe(Closed):
             *([f"notes    {self.notes}"] if self.notes else []),
         ]
         return "\n".join(lines)
+
+    @property
+    def block(self) -> int:
+        """Least number of channels that every pattern of the recipe divides."""
+        named = [rule.nm.of for rule in self.rules if rule.nm is not None]
+        return math.lcm(self.nm.of, *named)
 
     def plan_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`spikenm_fx.plan`: ``plan(model, **recipe.plan_options())``.
@@ -323,7 +339,8 @@ class Recipe(Closed):
     def sparsify_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`spikenm_fx.sparsify`.
 
-        Where the recipe permutes channels, it also needs ``example_inputs``.
+        Where the recipe permutes channels, it also needs ``example_inputs``; a share of channels to
+        keep is not among them: see :func:`spikenm_fx.remove_channels`.
         """
         return {
             **self.plan_options(),

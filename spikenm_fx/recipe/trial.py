@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.channels import permute, remove_dead_channels
+from spikenm_fx.channels import permute, remove_channels, remove_dead_channels
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError, VerificationError
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
@@ -193,6 +193,9 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
         return firing_rates(model, lambda model: run(model, batch.clone()), rest)
 
     rouse(model, batch, rates)
+    if recipe.channels.keep is not None:
+        remove_channels(model, batch, recipe.channels.keep, multiple_of=recipe.block)
+        decided = plan(model, **recipe.plan_options())
     if recipe.channels.permute:
         permute(model, batch, decided)
     sparsify(model, **{**recipe.sparsify_options(), "permute": False})
