@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from spikenm_fx.bench.measure import save
+from spikenm_fx.bench.measure import RESULTS, save
 from spikenm_fx.bench.permutation import in_double, outputs_of
+from spikenm_fx.bench.short_run import add_options, data_of, fit
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.channels import Permutation, apply_permutation, plan_permutation
 from spikenm_fx.channels.search import Scored, best_order, kept
+from spikenm_fx.demo.networks import direct_code
 from spikenm_fx.pattern import NM
 
 __all__ = ["MODELS", "efficacy", "main"]
@@ -112,8 +114,55 @@ def _difference(case: Case, found: Permutation) -> float:
     return max(float((x - y).abs().max()) for x, y in zip(before, after, strict=True))
 
 
+TRAINED = MODELS[:2] + MODELS[3:8]
+"""Models of SpikingJelly that train on CIFAR-10 within minutes."""
+
+
+def _trained_models(arguments: list[str]) -> None:
+    """Train each model a little, and see what N:M keeps of its weights before and after."""
+    parser = argparse.ArgumentParser(prog="bench permute trained")
+    add_options(parser, epochs=2)
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4"])
+    parser.add_argument("--models", nargs="*", default=list(TRAINED), help="names of the zoo")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    data, rows = data_of(options), []
+    for name in options.models:
+        case = ZOO[name].build()
+
+        def scores(model: nn.Module, coded: Tensor, case: Case = case) -> Tensor:
+            case.reset(model)
+            out: Tensor = model(coded)
+            return out.mean(0) if out.ndim == 3 else out
+
+        fit(case.model, data, options, scores=scores)
+        case.reset(case.model.eval())
+        coded = direct_code(data.test_images[: options.batch], options.steps)
+        with torch.no_grad():
+            right = [
+                scores(case.model, direct_code(images, options.steps)).argmax(1)
+                for images in data.test_images.split(options.batch)
+            ]
+        case.reset(case.model)
+        accuracy = float((torch.cat(right) == data.test_labels).float().mean())
+        for pattern in options.patterns:
+            found = plan_permutation(case.model, coded, pattern)
+            rows.append({"model": name, "nm": pattern, "accuracy": accuracy, **_shares(found)})
+            print(
+                "{model} {nm}: {accuracy:.1%}, {kept_before:.2%} -> {kept_after:.2%} kept".format(
+                    **rows[-1]
+                ),
+                flush=True,
+            )
+    settings = {key: value for key, value in vars(options).items() if key != "data"}
+    print(save("permute-trained", {"settings": settings, "rows": rows}, RESULTS))
+
+
 def main(arguments: list[str]) -> int:
-    """Measure, print, and write the figures as JSON."""
+    """Measure, print, and write the figures as JSON; ``trained --data DIR``: of trained models."""
+    if arguments[:1] == ["trained"]:
+        _trained_models(arguments[1:])
+        return 0
     parser = argparse.ArgumentParser(prog="bench permute", description=__doc__)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8"])
     parser.add_argument("--seeds", type=int, default=5)

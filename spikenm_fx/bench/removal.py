@@ -7,17 +7,15 @@ import argparse
 import copy
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import spikenm_fx
-from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.measure import RESULTS, interleaved, save
 from spikenm_fx.bench.nets.cifar import build
-from spikenm_fx.bench.oneshot import fit
+from spikenm_fx.bench.short_run import add_options, data_of, fit, steps_of
 from spikenm_fx.bench.training import accuracy
 from spikenm_fx.channels import remove_dead_channels
 from spikenm_fx.demo.data import Split
@@ -31,16 +29,14 @@ def main(arguments: Sequence[str]) -> None:
     """Train, fold, remove; print what was saved and write it as JSON."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    data = shrunk(cifar10(options.data, options.train_images, options.test_images), options.size)
+    data = data_of(options)
     rows = []
     for seed in options.seeds:
         network = build(options.network, data.train_images, seed)
-        steps = options.epochs * -(-len(data.train_images) // options.batch)
+        steps = steps_of(options, data)
         spikenm_fx.sparsify(network, options.pattern, total_steps=steps, seed=seed)
-        fit(network, data, options, steps, options.lr, seed)
+        fit(network, data, options, seed=seed)
         spikenm_fx.fold(network.eval())
-        for parameter in network.parameters():
-            parameter.grad = None
         for silent in (False, True):
             rows.append({"seed": seed, **_row(network, data, options, silent)})
             print(
@@ -54,18 +50,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench removal", description=__doc__)
-    parser.add_argument("--data", type=Path, required=True, help="the folder of CIFAR-10")
+    add_options(parser)
     parser.add_argument("--network", default="vgg-tiny")
     parser.add_argument("--pattern", default="1:8")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=50)
-    parser.add_argument("--steps", type=int, default=2, help="simulation time steps T")
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--train-images", type=int, default=10_000)
-    parser.add_argument("--test-images", type=int, default=5_000)
-    parser.add_argument("--size", type=int, default=16)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     options = parser.parse_args(arguments)
     options.pattern = str(NM.parse(options.pattern))
     return options

@@ -37,6 +37,25 @@ def _permuted(result: Result) -> str:
     )
 
 
+def _trained_models(result: Result) -> str:
+    """What N:M keeps of trained models before and after."""
+    rows = (
+        (
+            *(row["model"], percent(row["accuracy"]), row["nm"]),
+            *(percent(row["kept_before"], digits=2), percent(row["kept_after"], digits=2)),
+            f"{row['groups_moved']} of {row['groups']}",
+        )
+        for row in result["rows"]
+    )
+    run = result["settings"]
+    about = (
+        f"{run['epochs']} epochs of {run['train_images']:,} CIFAR-10 images, {run['size']} x "
+        f"{run['size']} pixels, T={run['steps']}; accuracy on {run['test_images']:,} test images."
+    )
+    head = ["model", "accuracy", "pattern", "kept before", "kept after", "groups moved"]
+    return f"{about}\n\n{markdown(head, rows)}"
+
+
 def _oneshot(result: Result) -> str:
     """Accuracy by pattern and order, and points over the order as trained, seed by seed."""
     dense = {row["seed"]: row["dense"] for row in result["rows"]}
@@ -109,6 +128,15 @@ CHAPTERS = (
         "become N:M, how many groups of channels move, and by how much the "
         "outputs then differ in float64 (0 "
         "where weights, float32 at first, are summed over spikes: such sums are exact).",
+    ),
+    Chapter(
+        "Permuted channels of trained models",
+        ("permute-trained",),
+        "python -m spikenm_fx.bench permute trained --data DIR --size 32 --train-images 2000 "
+        "--test-images 500 --batch 25",
+        _trained_models,
+        "Models of SpikingJelly, trained dense for a moment. Kept: the share of the magnitude that "
+        "stays where weights become N:M.",
     ),
     Chapter(
         "Permuted channels, accuracy",
