@@ -576,6 +576,7 @@ def test_dead_channels_are_removed_from_a_file(run, project: Path, weights: Path
     packed = project / "packed.safetensors"
     assert run("pack", TARGET, "-c", out, "-o", packed, *words).code == 0
     assert run("verify", packed).code == 0
+    assert run("verify", packed, "--recipe", TARGET, "--root", project).code == 0
 
 
 def test_channels_that_are_silent_on_data_are_removed(run, project: Path, weights: Path) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -15,14 +15,14 @@ from spikenm_fx.channels.left_alone import named_tensors
 from spikenm_fx.checkpoint import load_into, load_metadata, load_state, save_state
 from spikenm_fx.errors import CheckpointError
 
-__all__ = ["is_smaller", "load_smaller", "refuse_suffix", "save_smaller"]
+__all__ = ["is_smaller", "load_smaller", "refuse_suffix", "save_smaller", "smaller_metadata"]
 
 _KEY = "spikenm_fx.removed"
 """In the file's metadata: the groups of grouped convolutions, which no shape tells."""
 
 
 def is_smaller(file: str | Path) -> bool:
-    """Whether :func:`save_smaller` wrote this file; False for files that cannot be read."""
+    """Whether the file says that channels were removed; False for files that cannot be read."""
     return _KEY in load_metadata(file)
 
 
@@ -54,28 +54,42 @@ def save_smaller(
         CheckpointError: if the suffix is another one, or the disk refuses.
     """
     refuse_suffix(file)
+    save_state(file, model.state_dict(), metadata={**(metadata or {}), **smaller_metadata(model)})
+
+
+def smaller_metadata(model: nn.Module) -> dict[str, str]:
+    """What a file must say beside the tensors for :func:`load_smaller`, packed files too.
+
+    Args:
+        model: some of whose channels were removed.
+    """
     groups = {
         name: module.groups
         for name, module in nn.Module.named_modules(model)
         if isinstance(module, ConvNd) and module.groups > 1
     }
-    own = {_KEY: json.dumps({"groups": groups})}
-    save_state(file, model.state_dict(), metadata={**(metadata or {}), **own})
+    return {_KEY: json.dumps({"groups": groups})}
 
 
-def load_smaller(model: nn.Module, file: str | Path) -> None:
+def load_smaller(
+    model: nn.Module,
+    file: str | Path,
+    *,
+    read: Callable[[str | Path], Mapping[str, Tensor]] = load_state,
+) -> None:
     """Cut ``model``, built as it was at first, to the file's channels, and load its weights.
 
     All or nothing: where the file does not fit, the model is as it was.
 
     Args:
         model: dense, with all of its channels.
-        file: written by :func:`save_smaller`.
+        file: written by :func:`save_smaller`, or packed with :func:`smaller_metadata`.
+        read: its dense state dict; :func:`spikenm_fx.pack.unpacked_state` for packed files.
 
     Raises:
         CheckpointError: if the file cannot be read, was not written so, or is of another model.
     """
-    state, groups = load_state(file), _groups(file)
+    state, groups = read(file), _groups(file)
     with undoable(model):
         for name, module in nn.Module.named_modules(model):
             prefix = f"{name}." if name else ""

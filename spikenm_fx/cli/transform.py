@@ -82,6 +82,7 @@ def pack(
     screen, asked = Screen(as_json), shape_of(shape)
     refuse_existing(out, force)
     with screen.working("packing"):
+        from spikenm_fx.channels.stored import smaller_metadata
         from spikenm_fx.pack import save_packed_model, tightest_plan
         from spikenm_fx.recipe import load_model
         from spikenm_fx.verify import verify
@@ -91,7 +92,8 @@ def pack(
         if nm is None:
             decided = tightest_plan(loaded.model, decided)
         verify(loaded.model, decided).raise_if_invalid()
-        sizes = save_packed_model(out, loaded.model, decided)
+        more = smaller_metadata(loaded.model) if loaded.smaller else None
+        sizes = save_packed_model(out, loaded.model, decided, metadata=more)
     patterns = {entry.name: str(entry.nm) for entry in decided.sparse if entry.name in sizes}
     dense, packed = sum(d for d, _ in sizes.values()), sum(p for _, p in sizes.values())
     at = ", ".join(f"{count} at {nm}" for nm, count in Counter(patterns.values()).most_common())

@@ -307,10 +307,10 @@ def load_model(
     smaller = False
     if checkpoint is not None:
         smaller = is_smaller(checkpoint)
+        read = unpacked_state if packed and is_packed(checkpoint) else load_state
         if smaller:
-            load_smaller(model, checkpoint)
+            load_smaller(model, checkpoint, read=read)
         else:
-            read = unpacked_state if packed and is_packed(checkpoint) else load_state
             load_into(model, read(checkpoint), source=str(checkpoint))
     loaded = LoadedModel(model, recipe, found, checkpoint is not None, data, smaller)
     if not file:

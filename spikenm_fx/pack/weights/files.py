@@ -34,6 +34,7 @@ def save_packed(
     weights: Mapping[str, PackedWeight],
     *,
     tensors: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write packed weights, and any further tensors beside them, to one safetensors file.
 
@@ -44,6 +45,7 @@ def save_packed(
         path: of the file.
         weights: packed weights by qualified layer name.
         tensors: anything else that belongs to the model (biases, norms), by state-dict key.
+        metadata: what else the file shall say; the checksum covers it.
 
     Raises:
         PackError: if a weight is not valid.
@@ -69,6 +71,7 @@ def save_packed(
         _refuse(key, tensor, weights)
         flat[key] = tensor.detach().cpu().contiguous().clone()
     metadata = {
+        **(metadata or {}),
         "format": FORMAT,
         "version": VERSION,
         "meaning": MEANING,

@@ -47,7 +47,11 @@ def tightest_plan(model: nn.Module, decided: Plan) -> Plan:
 
 
 def save_packed_model(
-    out: str | Path, model: nn.Module, decided: Plan
+    out: str | Path,
+    model: nn.Module,
+    decided: Plan,
+    *,
+    metadata: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[int, int]]:
     """Write the planned layers packed, all other tensors as they are, raw parameters among them.
 
@@ -55,6 +59,7 @@ def save_packed_model(
         out: file to write, complete or not at all.
         model: folded or plain; its planned layers are N:M.
         decided: which layers, and their patterns.
+        metadata: what else the file shall say.
 
     Returns:
         Dense and packed bytes of each packed weight, by layer.
@@ -83,7 +88,7 @@ def save_packed_model(
         )
     taken = {f"{name}.weight" for name in weights}
     rest = {key: value for key, value in model.state_dict().items() if key not in taken}
-    save_packed(out, weights, tensors=rest)
+    save_packed(out, weights, tensors=rest, metadata=metadata)
     return sizes
 
 
