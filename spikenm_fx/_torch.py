@@ -36,6 +36,10 @@ name here                   torch's                                            w
 ``in_backward``             ``_C._current_graph_task_id``                      False
 ``has_saved_tensor_hooks``  ``_C._autograd._top_saved_tensors_default_hooks``  False
 ``quiet_triton``            the logger ``torch._library.triton``                nothing to quiet
+``local_part``              ``DTensor._local_tensor``                          ``DTensor.to_local``
+``shard_offsets``           ``distributed.tensor._utils.compute_local_...``    error: sharded masks
+``is_fsdp_managed``         ``Module._is_fsdp_managed_module``                 False
+``joins_uneven``            ``DistributedDataParallel._join_config``           False
 ==========================  =================================================  =====================
 
 The dictionaries that every module carries (``_parameters``, ``_buffers``, ``_modules``, its hooks)
@@ -74,14 +78,18 @@ __all__ = [
     "has_saved_tensor_hooks",
     "in_backward",
     "in_functorch",
+    "is_fsdp_managed",
     "is_functorch_tensor",
     "is_scripted",
     "is_stacked_by_vmap",
+    "joins_uneven",
+    "local_part",
     "make_wrapper",
     "may_alias",
     "no_torch_function",
     "operator_name",
     "quiet_triton",
+    "shard_offsets",
     "storage_id",
     "tree_flatten",
     "tree_leaves",
@@ -268,6 +276,40 @@ def data_parallel_group() -> Any:
     """The process group of the DistributedDataParallel whose forward runs now, if one does."""
     active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     return None if active is None else active.process_group
+
+
+def joins_uneven() -> bool:
+    """Whether the DistributedDataParallel whose forward runs now goes on without some ranks."""
+    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    config = getattr(active, "_join_config", None)
+    return bool(
+        getattr(config, "enable", False)
+        and not getattr(config, "throw_on_early_termination", False)
+        and torch.distributed.get_world_size(active.process_group) > 1
+    )
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this rank holds of a DTensor of any shape: the tensor itself, not a view of it."""
+    found = getattr(tensor, "_local_tensor", None)
+    if found is None or hasattr(found, "wait"):  # a collective on its way
+        with torch.no_grad():
+            found = tensor.to_local()
+    return found  # type: ignore[no-any-return]
+
+
+def shard_offsets(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape of what this rank holds of a DTensor, and where in the whole it begins, by axis."""
+    compute = _required(
+        "distributed.tensor._utils", "compute_local_shape_and_global_offset", "sharding masks"
+    )
+    shape, first = compute(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(first)
+
+
+def is_fsdp_managed(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` takes care of the parameters of ``module``."""
+    return bool(getattr(module, "_is_fsdp_managed_module", False))
 
 
 def is_scripted(value: object) -> bool:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError, no_module
-from spikenm_fx.masks.attach import detach, masked_layers, masked_weights
+from spikenm_fx.masks.attach import MaskedLayer, detach, masked_layers, masked_weights
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid.watch import remove_hooks
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
-from spikenm_fx.masks.methods import kept
 
 __all__ = ["dense_state_dict", "fold"]
 
@@ -47,7 +46,7 @@ def fold(model: ModelT) -> ModelT:
         mask.warn_of_fade("folded")
     masks = {key: mask.final() for key, mask in weights.items()}
     for key, mask in weights.items():
-        mask.dense.data.copy_(kept(mask.dense.data, masks.pop(key)))
+        mask.bake(masks.pop(key))
     for layer in layers:
         detach(layer)
     remove_hooks(model)
@@ -70,7 +69,8 @@ def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """
     ours = {
         f"{name}.{key}{ending}".lstrip(".")
-        for name, layer in masked_layers(model)
+        for name, layer in nn.Module.named_modules(model, remove_duplicate=False)
+        if isinstance(layer, MaskedLayer)
         for key in layer._nm_masks
         for ending in (LOGITS, DENSE, META, EID_KEY, MOMENTUM, PRIOR)
     }

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.checkpoint import StoredMask, meta_of
+from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, stored_momentum
 from spikenm_fx.masks.computed import ComputedWeight
-from spikenm_fx.masks.keys import DENSE, LOGITS, META, PRIOR
+from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
@@ -35,6 +35,15 @@ __all__ = [
     "masked_weights",
     "refuse_unmaskable",
 ]
+
+_SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
+"""Modules that make DTensors of all parameters of a module."""
+
+_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp.fully_sharded")
+"""Modules that flatten parameters."""
+
+_COPIERS = ("spikingjelly.activation_based.distributed.tensor_parallel",)
+"""Modules that build a layer of a part of another's weight."""
 
 _ROCKPOOL_LIST = "_get_attribute_family"
 """By which rockpool's ``parameters()`` reads attributes: an optimizer needs the dense ones."""
@@ -75,6 +84,26 @@ class MaskedLayer(StoredMask):
         for mask in masks:
             loaded(mask, restart_scores=mask.run.step == 0)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; to what shards parameters over ranks scores and priors do not show.
+
+        They are cut as their weight is, along blocks, once it is a DTensor.
+        """
+        found = super().named_parameters(prefix, recurse, remove_duplicate)
+        if not _caller(1).startswith(_SHARDING):
+            return found
+        own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
+        return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise PlanError(
+            f"{self._nm_mask.name} {self._nm_mask.whole.shape} is masked, and DataParallel makes "
+            "replicas of its layer that know nothing of masks: use one process per device, with "
+            "torch.nn.parallel.DistributedDataParallel or torch.distributed.fsdp.fully_shard"
+        )
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for mask in self._nm_masks.values():
@@ -82,9 +111,11 @@ class MaskedLayer(StoredMask):
         return self
 
     def __delattr__(self, name: str) -> None:
-        caller = sys._getframe(1).f_globals.get("__name__")
+        caller = _caller(1)
         if name in self._nm_masks and caller == "torch.nn.utils.parametrize":
             raise _no_parameter(self._nm_masks[name], name)
+        if name in self._nm_masks and caller.startswith(_FSDP1):
+            raise _fsdp1(self._nm_masks[name])
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Any) -> None:
@@ -224,6 +255,13 @@ def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
 
 def _properties(key: str) -> dict[str, property]:
     def masked(layer: MaskedLayer) -> Tensor:
+        there = layer._parameters.get(key)
+        if there is not None and not torch.compiler.is_compiling():
+            reader = _caller(1)
+            if reader.startswith(_COPIERS):
+                raise _copied(layer._nm_masks[key])
+            if reader.startswith("torch.distributed.") and reader != __name__:
+                return layer._nm_masks[key].as_stored(there)
         if layer._parameters.get(key) is None:  # taken out: what any module says of it follows
             raise AttributeError(key)
         try:
@@ -233,6 +271,8 @@ def _properties(key: str) -> dict[str, property]:
 
     def refuse(layer: MaskedLayer, value: object) -> None:
         mask = layer._nm_masks[key]
+        if _caller(1).startswith(_FSDP1) or _caller(2).startswith(_FSDP1):
+            raise _fsdp1(mask)
         if layer._parameters.get(key) is None and mask.own is not None:  # half done: put it back
             layer.register_parameter(key, mask.own)
             for ending in ("_g", "_v", "_orig"):
@@ -245,11 +285,45 @@ def _properties(key: str) -> dict[str, property]:
     def meta(layer: MaskedLayer) -> Tensor:
         return meta_of(layer._nm_masks[key])
 
+    def momentum(layer: MaskedLayer) -> Tensor:
+        mask = layer._nm_masks[key]
+        if not mask.learns:
+            raise AttributeError(key + MOMENTUM)
+        return stored_momentum(mask)
+
+    def credits(layer: MaskedLayer) -> Tensor:
+        mask = layer._nm_masks[key]
+        if mask.guide is None:
+            raise AttributeError(key + EID_KEY)
+        return stored_credits(mask)
+
     return {
         key: property(masked, refuse),
         key + DENSE: property(dense),
         key + META: property(meta),
+        key + MOMENTUM: property(momentum),  # names of a state dict are looked for at its module
+        key + EID_KEY: property(credits),
     }
+
+
+def _caller(depth: int) -> str:
+    """Name of the module whose code has called who asks, ``depth`` functions above it."""
+    return str(sys._getframe(depth + 1).f_globals.get("__name__"))
+
+
+def _fsdp1(mask: MaskedWeight) -> PlanError:
+    return PlanError(
+        f"{mask.name} {mask.whole.shape} is masked, and FullyShardedDataParallel flattens "
+        "parameters, which cuts blocks: use its successor, torch.distributed.fsdp.fully_shard"
+    )
+
+
+def _copied(mask: MaskedWeight) -> PlanError:
+    return PlanError(
+        f"{mask.name} {mask.whole.shape} is masked, and a tensor parallel layer is about to copy "
+        "the masked weight of this step without its mask: build tensor parallel layers of the "
+        "dense model, and call spikenm_fx.sparsify afterwards"
+    )
 
 
 def _no_parameter(mask: MaskedWeight, key: str) -> PlanError:
@@ -279,6 +353,7 @@ def _masked(mask: MaskedWeight, training: bool) -> Tensor:
         return mask.dense
     if torch.compiler.is_compiling():
         return mask.masked_anywhere(training)
-    scores = mask.scores
-    parameters = (mask.dense,) if scores is None else (mask.dense, scores)
+    scores, dense = mask.scores, mask.dense
+    dense = dense if mask.gathered is None else mask.gathered
+    parameters = (dense,) if scores is None else (dense, scores)
     return read_parameter(parameters, lambda: mask.masked(training))

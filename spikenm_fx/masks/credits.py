@@ -21,7 +21,7 @@ def learnt_credits(model: nn.Module) -> dict[str, Tensor]:
         PlanError: if no weight of the model has credits.
     """
     found = {
-        name: (mask.dense.detach().abs() * mask.guide.average.abs()).float().cpu()
+        name: (mask.values.abs() * mask.guide.average.abs()).float().cpu()
         for name, _, mask in masked_weights(model)
         if mask.guide is not None and mask.guide.average is not None
     }

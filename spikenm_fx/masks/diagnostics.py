@@ -66,7 +66,7 @@ def _masks(model: nn.Module) -> list[tuple[str, MaskedWeight]]:
 def _of(name: str, mask: MaskedWeight) -> MaskDiagnostics:
     step = mask.run.step
     final = mask.final()
-    size = mask.dense.detach().abs()
+    size = mask.values.abs()
     targets = mask.guide.targets(mask) if mask.guide is not None else None
     return MaskDiagnostics(
         layer=name,
@@ -105,7 +105,7 @@ def _flips(mask: MaskedWeight, step: int) -> float:
     """Between two draws from what weight and scores hold now."""
     if mask.frozen or not mask.learns:
         return 0.0
-    blocks = mask.view.to_blocks(mask.dense.detach())
+    blocks = mask.view.to_blocks(mask.values)
     draws = [mask.draw(step), mask.draw(step + 1)]
     found = [mask.method.train_mask(blocks, mask.logits(draw), draw) for draw in draws]
     return flip_rate(*found)

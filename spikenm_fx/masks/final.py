@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from spikenm_fx.masks.checksum import checksum
+from spikenm_fx.masks.shard import part_of
 from spikenm_fx.masks.update import final_masks
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class FinalMask:
 
 
 def _tensors(weight: MaskedWeight) -> list[Tensor]:
-    found = [weight.dense, weight.scores, weight.prior]
+    found = [part_of(weight.dense), weight.scores, weight.prior]
     return [tensor for tensor in found if tensor is not None]
 
 

@@ -30,6 +30,8 @@ __all__ = ["before_step", "draw_mask", "usable"]
 def usable(weight: MaskedWeight) -> bool:
     """Whether the native passes know the method and may read the memory."""
     scores = weight.scores
+    if weight.shard is not None:
+        return False
     if not isinstance(weight.method, SpikeNM) or scores is None or weight.view.padding:
         return False
     tensors = (weight.dense, scores, weight.mask)

@@ -50,7 +50,7 @@ class Group:
     def weights(self) -> Tensor:
         """``(lead, M, inner)`` of all, float32; put together once: a group lives for one pass."""
         if self._weights is None:
-            self._weights = self.blocks([member.dense.detach() for member in self.members])
+            self._weights = self.blocks([member.values for member in self.members])
         return self._weights
 
     def blocks(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -103,10 +103,20 @@ class Group:
         return [member.view.from_blocks(part) for member, part in pairs]
 
     def norms(self, parts: Sequence[Tensor]) -> Tensor:
-        """Root mean square of each member's part, float32 ``[members]``."""
-        norms = torch.stack(foreach("norm", list(parts)))
-        counts = [max(part.numel(), 1) ** -0.5 for part in parts]
-        return norms.mul_(counts[0] if len(set(counts)) == 1 else self.numbers(counts))
+        """Norm of each member's part, float64 ``[members]``."""
+        if self.first.shard is None:
+            return torch.stack(foreach("norm", list(parts), 2, dtype=torch.float64))
+        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in parts])
+
+    def root_mean(self, norms: Tensor) -> Tensor:
+        """Root mean square of each member's scores or gradient, of its whole norm; float32.
+
+        Rounded at the end alone, so that weights in parts have the numbers of whole ones.
+        """
+        counts = [max(member.numbers_of_scores, 1) ** -0.5 for member in self.members]
+        factor = counts[0] if len(set(counts)) == 1 else self.numbers(counts)
+        roots = torch.empty(len(counts), dtype=torch.float32, device=norms.device)
+        return torch.mul(norms, factor, out=roots)
 
     def numbers(self, values: Sequence[float]) -> Tensor:
         """One number a member from the host, without waiting for the device."""
@@ -176,6 +186,7 @@ def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
             weight.dense.dtype,
             None if scores is None else scores.dtype,
             weight.dense.device,
+            None if weight.shard is None else weight.shard.key,
         ].append(weight)
     return [Group(members) for members in found.values()]
 
@@ -187,6 +198,12 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
         devices[group.device].append(index)
     found: dict[int, Tensor] = {}
     for device, indices in devices.items():
+        for index in [i for i in indices if groups[i].first.shard is not None]:
+            parts = [m.noise(m.key_at(step)) for m in groups[index].members]
+            found[index] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        indices = [index for index in indices if index not in found]
+        if not indices:
+            continue
         members = [m for index in indices for m in groups[index].members]
         counts = [0 if m.scores is None else m.scores.numel() for m in members]
         noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device)

@@ -7,15 +7,24 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_vmap
+from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_vmap, joins_uneven
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
+from spikenm_fx.masks.gather import (
+    adopt,
+    handed_out,
+    hook,
+    masked_part,
+    mode_of,
+    release,
+    scores_here,
+)
 from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
@@ -23,27 +32,16 @@ from spikenm_fx.masks.noise import noise_key
 from spikenm_fx.masks.ranks import meet
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
+from spikenm_fx.masks.shard import Shard, is_sharded, part_of
 from spikenm_fx.pattern import BlockView
 from spikenm_fx.state.parameters import is_reading
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from spikenm_fx.masks.eid import Guide
 
-__all__ = ["MaskedWeight", "refuse_sharded"]
-
-
-def refuse_sharded(name: str, weight: Tensor) -> None:
-    """Let through a weight of any shape, but no DTensor, as FSDP and tensor parallelism make them.
-
-    Raises:
-        PlanError: for a DTensor.
-    """
-    if hasattr(weight, "device_mesh"):
-        raise PlanError(
-            f"{name} {tuple(weight.shape)} is sharded over devices (a DTensor), but blocks need "
-            "the whole weight: train sparse models with DistributedDataParallel, and "
-            "fold(model) before you shard them"
-        )
+__all__ = ["MaskedWeight"]
 
 
 class MaskedWeight:
@@ -55,7 +53,10 @@ class MaskedWeight:
         layer: the module that owns weight and scores; the first of those that share.
         key: under which it owns the weight.
         name: qualified, of the weight's layer; part of the noise key.
-        view: the weight as blocks.
+        whole: the weight as blocks.
+        view: the same of what this rank holds: all of it, unless the weight is a DTensor.
+        shard: which part of a DTensor that is; None for a plain parameter.
+        holders: the modules that hold the weight, each with its key there.
         method: how masks are made.
         run: of the model.
         schedule: of the temperatures.
@@ -69,6 +70,9 @@ class MaskedWeight:
         measured_at: at which version of the scores.
         own: the parameter that was there last.
         pinned: what was assigned to ``layer.weight.data`` in evaluation.
+        gathered_for: whether what FSDP gathered last is the weight of training mode.
+        noted: the gathered weight whose backward passes are noted.
+        part_of_scores: of a DTensor of scores the part here, as blocks; see ``gather.py``.
         settled: whether the scores have taken the prior in and the mask stays for good.
         guide: of the distillation, where there is one.
     """
@@ -90,7 +94,9 @@ class MaskedWeight:
         self.layer = layer
         self.key = key
         self.name = name
-        self.view = view
+        self.view = self.whole = view
+        self.shard: Shard | None = None
+        self.holders = [(layer, key)]
         self.method = method
         self.run = run
         self.schedule = schedule
@@ -103,6 +109,9 @@ class MaskedWeight:
         self.measured_at = -1  # at which version of the scores
         self.own: nn.Parameter | None = None  # the parameter that was there last
         self.pinned: Tensor | None = None  # what was assigned to .data in evaluation
+        self.gathered_for: bool | None = None  # by FSDP: for training, or for evaluation?
+        self.noted: Tensor | None = None  # gathered, with a hook that notes backward passes
+        self.part_of_scores: tuple[Tensor, nn.Parameter] | None = None
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
@@ -111,10 +120,10 @@ class MaskedWeight:
 
     @property
     def dense(self) -> Tensor:
-        """The weight parameter as the optimizer sees it.
+        """The weight parameter as the optimizer sees it; a DTensor where it is sharded.
 
         Raises:
-            PlanError: if the module has it no more.
+            PlanError: if the module has it no more, or if it is sharded across blocks.
         """
         weight = self.layer._parameters.get(self.key)
         if weight is None:
@@ -122,9 +131,50 @@ class MaskedWeight:
                 f"{self.name} {self.view.shape} is masked, but its module has no parameter "
                 f"{self.key!r} any more: put it back, and fold(model) before you take it out"
             )
+        if self.shard is not None and not (is_sharded(weight) and self._is_own(weight)):
+            assert self.own is not None
+            return self.own  # FSDP has it gathered for now
+        if is_sharded(weight):
+            if self.shard is None or not self.shard.fits(cast("DTensor", weight)):
+                adopt(self, cast("DTensor", weight))
+            hook(self, weight)
         if isinstance(weight, nn.Parameter):
             self.own = weight
         return weight
+
+    def _is_own(self, weight: Tensor) -> bool:
+        """Whether a DTensor is the parameter; else it is gathered, on a mesh of fewer axes."""
+        assert self.shard is not None
+        return cast("DTensor", weight).device_mesh.ndim >= self.shard.mesh.ndim
+
+    @property
+    def values(self) -> Tensor:
+        """What this rank holds of the dense weight, a plain tensor without a graph."""
+        return part_of(self.dense).detach()
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What this rank holds of the weight's gradient, likewise."""
+        grad = self.dense.grad
+        return None if grad is None else part_of(grad).detach()
+
+    @property
+    def gathered(self) -> Tensor | None:
+        """What FSDP has put in the parameter's place for now."""
+        weight = self.layer._parameters.get(self.key)
+        return None if self.shard is None or weight is self.dense else weight
+
+    def as_stored(self, there: Tensor) -> Tensor:
+        """What those who shard parameters see in the weight's place: the parameter itself."""
+        if is_sharded(there) and not (self.shard is not None and self.gathered is there):
+            return self.dense
+        return there
+
+    @property
+    def sharded_axis(self) -> int:
+        """The axis along which FSDP shards: of its mesh axis, the last one that shards first."""
+        assert self.shard is not None
+        return int(next(p.dim for p in self.shard.placements if p.is_shard()))
 
     @property
     def there(self) -> bool:
@@ -133,8 +183,12 @@ class MaskedWeight:
 
     @property
     def scores(self) -> Tensor | None:
-        """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without."""
-        return self.layer._parameters.get(self.key + LOGITS)
+        """The scores, mostly learnable logits ``(lead, M, inner)``; None for methods without.
+
+        Of a sharded weight those of the part that this rank holds.
+        """
+        scores = self.layer._parameters.get(self.key + LOGITS)
+        return scores_here(self, scores) if scores is not None and is_sharded(scores) else scores
 
     @property
     def prior(self) -> Tensor | None:
@@ -150,6 +204,12 @@ class MaskedWeight:
     def learns(self) -> bool:
         """Whether its scores are trained."""
         return self.method.learns and self.scores is not None
+
+    @property
+    def numbers_of_scores(self) -> int:
+        """How many scores the whole weight has."""
+        lead, _, inner = self.whole.blocked_shape
+        return 0 if self.scores is None else lead * self.scores.shape[1] * inner
 
     def momentum_now(self) -> Tensor:
         """The momentum, zeros at first."""
@@ -175,15 +235,22 @@ class MaskedWeight:
 
     def draw(self, step: int | None) -> Draw:
         """What a mask depends on besides the tensors; None for the final mask."""
-        prior = self.prior
+        prior, key = self.prior, self.key_at(step or 0)
         return Draw(
             nm=self.view.nm,
             kappa=1.0 if step is None else self.kappa_at(step),
             tau=self.schedule.tau_at(step or 0),
             prior=0.0 if prior is None else prior.detach(),
-            key=self.key_at(step or 0),
+            key=key,
+            noise=self.noise(key) if self.shard is not None else None,
             present=self.view.present(self.mask.device),
         )
+
+    def noise(self, key: tuple[int, int]) -> Tensor:
+        """Gumbel noise for each score of a sharded weight that this rank holds."""
+        assert self.shard is not None
+        k = self.view.nm.of if self.scores is None else self.scores.shape[1]
+        return self.shard.noise(key, k, self.mask.device)
 
     def kappa_at(self, step: int) -> float | Tensor:
         """The logit scale; relative ones are counted in one over the spread of the logits."""
@@ -196,7 +263,7 @@ class MaskedWeight:
         """What masks are drawn from, in blocks; differentiable in the scores."""
         if self.scores is None:
             return None
-        return self.method.logits(self.view.to_blocks(self.dense.detach()), self.scores, draw)
+        return self.method.logits(self.view.to_blocks(self.values), self.scores, draw)
 
     @torch.no_grad()
     def final(self) -> Tensor:
@@ -209,13 +276,25 @@ class MaskedWeight:
             prior=0.0 if prior is None else prior.detach(),
             present=self.view.present(self.mask.device),
         )
-        blocks = self.view.to_blocks(self.dense.detach())
+        blocks = self.view.to_blocks(self.values)
         return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))
 
     @torch.no_grad()
     def final_weight(self) -> Tensor:
-        """The weight under the final mask: what evaluation uses and ``fold`` bakes in."""
-        return kept(self.dense.detach(), self.final())
+        """The weight under the final mask: what evaluation uses and ``fold`` bakes in.
+
+        Of a sharded weight the part that this rank holds.
+        """
+        return kept(self.values, self.final())
+
+    def final_here(self) -> Tensor:
+        """The final mask, computed anew only where weight or scores have changed."""
+        return self._final.of(self)
+
+    def part_to_gather(self, training: bool) -> Tensor:
+        """What this rank gives FSDP to gather: its part of the masked weight."""
+        self.gathered_for = mode_of(self, training)
+        return masked_part(self, self.gathered_for)
 
     def masked(self, training: bool) -> Tensor:
         """The weight that the layer uses now: at most N non-zeros in each block of M.
@@ -223,16 +302,19 @@ class MaskedWeight:
         Only where a training schedule fades the undrawn weights out there are more; weights that
         functional_call lends do not take part in that, as nothing tells how long they train.
         """
-        refuse_sharded(self.name, self.dense)
+        if self.shard is not None or is_sharded(self.dense):
+            return self._masked_shard(training)
         if in_functorch():
             if training:
                 self._refuse_ensemble()
             return self.masked_anywhere(training)
         if self.pinned is not None and not training:
             return self.pinned
-        if training and not self.run.ranks_met:
-            ranks = data_parallel_group()
-            if ranks is not None:
+        ranks = data_parallel_group() if training else None
+        if ranks is not None:
+            if joins_uneven():
+                raise _uneven(self)
+            if not self.run.ranks_met:
                 meet(self.run, ranks)
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
@@ -258,6 +340,28 @@ class MaskedWeight:
         elif version_of(self._handed.weight) != self._handed.version:
             self._handed = None  # somebody wrote to it
             return self.masked(training)
+        return self._handed.weight
+
+    def _masked_shard(self, training: bool) -> Tensor:
+        """The same of a DTensor: what FSDP has gathered is masked, all else is masked here."""
+        dense, shard = self.dense, self.shard
+        assert shard is not None
+        if training and not self.run.ranks_met:
+            meet(self.run, None)
+        if self.gathered is not None:
+            return handed_out(self, self.gathered, training)
+        mask, undrawn = (self.mask, self.undrawn) if training else (self.final_here(), 0.0)
+        if not (torch.is_grad_enabled() and dense.requires_grad):
+            return shard.like_weight(kept(self.values, mask, undrawn))
+        state = _Handed.state_of(dense, mask, undrawn)
+        if self._handed is None or self._handed.state != state:
+            weight = multiply(
+                *(cast("DTensor", dense).to_local(), mask, undrawn),
+                straight=self.method.decay is not None or self.learns,
+                on_backward=partial(_note_backward, weakref.ref(self), False),
+            )
+            whole = shard.like_weight(weight)
+            self._handed = _Handed(state, dense, whole, version_of(whole))
         return self._handed.weight
 
     def _refuse_ensemble(self) -> None:
@@ -312,6 +416,18 @@ class MaskedWeight:
                 self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
 
+    def note_backward(self, *, lent: bool) -> None:
+        """A backward pass went through the weight."""
+        self._handed = None
+        if not self.there:
+            return
+        if self.guide is not None:
+            self.guide.close(self.run.step)
+        version = version_of(self.dense)
+        written = self._seen not in (-1, version) and not lent
+        self._seen = version
+        self.run.note_backward(lent=lent, written=written)
+
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
         """``layer.weight.data`` was assigned to: the parameter takes the values.
@@ -327,6 +443,15 @@ class MaskedWeight:
             self.dense.data = value.detach().clone()
         else:
             self.pinned = value.detach()
+
+    @torch.no_grad()
+    def bake(self, mask: Tensor) -> None:
+        """Write zeros into the parameter where ``mask``, bool of what is held here, is False."""
+        if self.shard is None:
+            self.dense.data.copy_(kept(self.dense.data, mask))
+        else:
+            self.values.copy_(kept(self.values, mask))
+            release(self)
 
     def forget_handed(self) -> None:
         """Compute the weight anew at the next access: somebody may write to this one."""
@@ -360,11 +485,22 @@ class MaskedWeight:
             "_final": FinalMask(),
             "_seen": -1,
             "measured": None,
+            "noted": None,
+            "part_of_scores": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.run.add(self)
+
+
+def _uneven(weight: MaskedWeight) -> PlanError:
+    return PlanError(
+        f"{weight.name} {weight.whole.shape} is masked, and trains inside of join(): a rank that "
+        "runs out of data would make no more steps of its masks, which would be others than those "
+        "of the ranks that go on. Give every rank the same number of batches (DistributedSampler "
+        "with drop_last=True), or end all ranks together: join(throw_on_early_termination=True)"
+    )
 
 
 @dataclass(slots=True)
@@ -379,7 +515,7 @@ class _Handed:
     @staticmethod
     def state_of(dense: Tensor, mask: Tensor, undrawn: float) -> tuple[Any, ...]:
         return (
-            *(id(dense), dense.data_ptr(), version_of(dense)),
+            *(id(dense), part_of(dense).data_ptr(), version_of(dense)),
             *(id(mask), version_of(mask), undrawn),
         )
 
@@ -391,14 +527,5 @@ def version_of(tensor: Tensor) -> int:
 
 def _note_backward(noted: weakref.ref[MaskedWeight], lent: bool) -> None:
     owner = noted()
-    if owner is None:
-        return
-    owner._handed = None
-    if not owner.there:
-        return
-    if owner.guide is not None:
-        owner.guide.close(owner.run.step)
-    version = version_of(owner.dense)
-    written = owner._seen not in (-1, version) and not lent
-    owner._seen = version
-    owner.run.note_backward(lent=lent, written=written)
+    if owner is not None:
+        owner.note_backward(lent=lent)

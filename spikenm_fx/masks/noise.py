@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Key", "gumbel", "gumbel_of_layers", "noise_key"]
+__all__ = ["Key", "gumbel", "gumbel_of_layers", "gumbel_of_runs", "noise_key"]
 
 Key = tuple[int, int]
 """Two signed 32-bit words."""
@@ -74,6 +74,27 @@ def gumbel_of_layers(
     first, second = spread.unbind()
     bits = torch.arange(total, dtype=torch.int32, device=device).mul_(_WEYL).add_(first)
     return _gumbel(bits, second)
+
+
+def gumbel_of_runs(
+    start: int, runs: int, run: int, stride: int, key: Key, device: torch.device
+) -> Tensor:
+    """The noise of a part of a layer: of runs of neighbouring elements, a stride apart.
+
+    Args:
+        start: the counter of the first element.
+        runs: how many runs there are.
+        run: the length of each.
+        stride: from the first element of a run to that of the next.
+        key: of the layer.
+        device: where to make it.
+
+    Returns:
+        float32 ``[runs, run]``; each number is that of :func:`gumbel` at its counter, bit by bit.
+    """
+    first = torch.arange(runs, dtype=torch.int64, device=device).mul_(stride).add_(start)
+    bits = first.to(torch.int32)[:, None] + torch.arange(run, dtype=torch.int32, device=device)
+    return _gumbel(bits.mul_(_WEYL).add_(key[0]), key[1])
 
 
 def _gumbel(bits: Tensor, key1: int | Tensor) -> Tensor:

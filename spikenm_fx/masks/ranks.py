@@ -19,19 +19,20 @@ from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.start import loaded
 
 if TYPE_CHECKING:
+    from spikenm_fx.masks.layer import MaskedWeight
     from spikenm_fx.masks.run import Run
 
 __all__ = ["meet"]
 
 
 def meet(run: Run, ranks: Any) -> None:
-    """On the first training forward inside of DistributedDataParallel: one small collective.
+    """On the first training forward of data parallel or sharded ranks: one small collective.
 
     Masks that were drawn of a rank's own initial weights are drawn anew of those it was given.
 
     Args:
         run: of the model that is wrapped.
-        ranks: the process group.
+        ranks: the process group; None for the mesh over which its weights are sharded.
 
     Raises:
         PlanError: on every rank, if they differ in what their masks are made of.
@@ -39,7 +40,7 @@ def meet(run: Run, ranks: Any) -> None:
     run.ranks_met = True
     weights = [weight for weight in run.weights if weight.there]
     settings = {
-        "pattern": [(weight.name, str(weight.view.nm), weight.view.shape) for weight in weights],
+        "pattern": [(weight.name, str(weight.view.nm), weight.whole.shape) for weight in weights],
         "method": [_described(weight.method) for weight in weights],
         "total_steps": [weight.schedule for weight in weights],
         "seed": run.seed,
@@ -49,7 +50,8 @@ def meet(run: Run, ranks: Any) -> None:
         [_number(value) for value in settings.values()], dtype=torch.int64, device="cpu"
     )
     both = torch.stack((own, -own)).to(weights[0].mask.device)
-    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=ranks)
+    for group in [ranks] if ranks is not None else _ranks_of(weights):
+        torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=group)
     largest, smallest = both.cpu()
     differ = [name for name, a, b in zip(settings, largest, -smallest, strict=True) if a != b]
     if differ:
@@ -59,8 +61,14 @@ def meet(run: Run, ranks: Any) -> None:
             f"here {', '.join(f'{name}={settings[name]}' for name in differ)}: call sparsify with "
             "the same arguments on every rank, and load a checkpoint on every rank"
         )
-    for weight in weights:
+    for weight in weights if ranks is not None else ():
         loaded(weight)
+
+
+def _ranks_of(weights: list[MaskedWeight]) -> list[Any]:
+    """The process groups of the mesh over which weights are sharded."""
+    mesh = next(weight.shard.mesh for weight in weights if weight.shard is not None)
+    return [mesh.get_group(axis) for axis in range(mesh.ndim)]
 
 
 def _described(method: Any) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,21 @@ from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid import EID, Guide
 from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
 from spikenm_fx.masks.hooks import install
-from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
-from spikenm_fx.masks.methods import Draw, Method, method_named
+from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.masks.start import start
+from spikenm_fx.masks.shard import Shard, is_sharded, whole_of
+from spikenm_fx.masks.start import initial_scores, start
 from spikenm_fx.pattern import NM, BlockView, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
 from spikenm_fx.plan.rules import ordered_rules
 from spikenm_fx.trace import SpikingGraph, trace
 
 __all__ = ["param_groups", "sparsify"]
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -199,14 +203,13 @@ def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
         weight = entry.find(model)
         assert weight is not None
-        refuse_sharded(entry.name, weight)
         if weight.is_meta:
             raise PlanError(
                 f"{entry.name} {entry.shape} is on the meta device and has no values from which "
                 "masks could start: give the model memory and values (to_empty, then load or "
                 "initialise) before sparsify"
             )
-        if not torch.isfinite(weight.detach()).all():
+        if not bool(whole_of(torch.isfinite(weight.detach()).all())):
             raise PlanError(
                 f"{entry.name} {entry.shape} holds NaN or infinity; masks cannot be learnt from "
                 "it: load or initialise finite weights first"
@@ -232,6 +235,7 @@ def _apply(
         view = BlockView(method.pattern(first.nm), first.shape, first.axis == 0, first.groups)
         schedule = schedule_of(view.nm)
         mask = MaskedWeight(*holders[0], first.name, view, method, run, schedule)
+        mask.holders = holders
         ready.append((holders, mask, *_parameters_of(mask, first.find(model))))
     for holders, mask, scores, prior in ready:  # nothing that can fail comes after this line
         attach(holders, mask, scores, prior)
@@ -251,10 +255,14 @@ def _parameters_of(
     assert weight is not None
     method, device = mask.method, weight.device
     scalar = partial(torch.zeros, (), dtype=torch.float32, device=device)
-    mask.mask = torch.ones_like(weight, dtype=torch.bool)
+    if is_sharded(weight):
+        mask.shard = Shard(mask.name, cast("DTensor", weight), mask.whole)
+        mask.view = mask.shard.view
+    mask.mask = torch.ones_like(mask.values, dtype=torch.bool)
     mask.faded, mask.spread = scalar(), scalar().view(1)
-    draw = Draw(mask.view.nm, key=mask.key_at(0), present=mask.view.present(device))
-    scores = method.init_scores(mask.view.to_blocks(weight.detach()), draw)
+    scores = initial_scores(mask)
+    if mask.shard is not None and scores is not None:
+        scores = mask.shard.like_scores(scores)
     eid = getattr(method, "eid", None)
     asked = isinstance(eid, EID) and not eid.automatic
     return (

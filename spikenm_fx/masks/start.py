@@ -6,13 +6,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.shard import total, whole_of
 from spikenm_fx.masks.update import draw_masks
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["loaded", "restart", "start"]
+__all__ = ["initial_scores", "loaded", "restart", "start"]
 
 
 def start(mask: MaskedWeight) -> None:
@@ -27,8 +30,7 @@ def start(mask: MaskedWeight) -> None:
 @torch.no_grad()
 def restart(mask: MaskedWeight) -> None:
     """Start the scores anew, after other dense weights came."""
-    blocks = mask.view.to_blocks(mask.dense.detach())
-    fresh = mask.method.init_scores(blocks, mask.draw(0))
+    fresh = initial_scores(mask)
     if mask.scores is not None and fresh is not None:
         mask.scores.data.copy_(fresh)
     mask.momentum = None
@@ -59,9 +61,26 @@ def loaded(mask: MaskedWeight, *, restart_scores: bool = False, knows_prior: boo
         draw_masks([mask], mask.run.step, follow_prior=not knows_prior)
 
 
+def initial_scores(mask: MaskedWeight) -> Tensor | None:
+    """What scores begin with, of the part that this rank holds; None for a method without.
+
+    They are made of the whole weight, one layer at a time, so that ranks begin as one process does.
+    """
+    weight = whole_of(mask.dense.detach())
+    draw = Draw(mask.whole.nm, key=mask.key_at(0), present=mask.whole.present(weight.device))
+    scores = mask.method.init_scores(mask.whole.to_blocks(weight), draw)
+    return scores if mask.shard is None or scores is None else mask.shard.part_of_scores(scores)
+
+
+def _square(mask: MaskedWeight, part: Tensor) -> Tensor:
+    """The sum of squares over the whole weight, float64 ``[1]``."""
+    own = torch.linalg.vector_norm(part, dtype=torch.float64).square().view(1)
+    return total([mask], own)
+
+
 def _fix(mask: MaskedWeight) -> None:
     draw = mask.draw(None)
-    blocks = mask.view.to_blocks(mask.dense.detach())
+    blocks = mask.view.to_blocks(mask.values)
     scores = None if mask.scores is None else mask.scores.detach()
     mask.mask.copy_(mask.view.from_blocks(mask.method.final_mask(blocks, scores, draw)))
     mask.after_step(mask.schedule.undrawn_at(mask.run.step))
@@ -77,10 +96,12 @@ def keep_norm(mask: MaskedWeight) -> None:
         return
     if mask.dense.is_inference():
         return  # it may not be written to
-    whole, part = (
-        torch.linalg.vector_norm(w.detach().float()) for w in (mask.dense, mask.final_weight())
-    )
-    factor = whole / part
+    sums = [_square(mask, w) for w in (mask.values, mask.final_weight())]
+    factor = (sums[0] / sums[1]).sqrt().float()
+    if mask.shard is not None:
+        if torch.isfinite(factor):
+            mask.values.mul_(factor.to(mask.dense.dtype))
+        return
     if torch.isfinite(factor) and torch.isfinite(mask.dense * factor).all():
         # .data: a state left from an earlier forward may hold a graph through this weight; and
         # not in place: the values may be those of a checkpoint that was loaded by assigning

@@ -20,6 +20,7 @@ from spikenm_fx.masks.eid.pull import pull
 from spikenm_fx.masks.groups import Group, grouped, noise_of
 from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.rule import moved
+from spikenm_fx.masks.shard import total
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -53,25 +54,50 @@ def before_step(
     searching = [w for w in rest if learning and w.learns and not w.frozen]
     groups = grouped(searching)
     if searching:
-        for group, noise in zip(groups, noise_of(groups, step), strict=True):
-            learn(group, step, noise, sign)
+        learn(groups, step, sign)
     _finish_gradients(rest, groups if searching == rest else grouped(rest), scale, sign)
 
 
-def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
-    """Move the scores of a group along their straight-through gradient.
+def learn(groups: Sequence[Group], step: int, sign: int = 1) -> None:
+    """Move the scores of groups along their straight-through gradient.
 
     Each layer's gradient is divided by its own root mean square: neither the scale of the loss nor
     the user's learning rate decides how fast masks move.  What this makes of a layer whose gradient
     is zero or not finite is nothing at all.
 
     Args:
-        group: whose weights have gradients.
+        groups: whose weights have gradients.
         step: the optimizer step.
-        noise: Gumbel noise of the step, ``(lead, M, inner)`` as the group's scores.
         sign: -1 where the optimizer climbs.
     """
-    task, size, pulled = _directions(group, step, noise)
+    noise = dict(zip(map(id, groups), noise_of(groups, step), strict=True))
+    parts = [group for group in groups if group.first.shard is not None]
+    for together in (*([g] for g in groups if g.first.shard is None), parts):
+        _learn_together(together, step, noise, sign)
+
+
+def _learn_together(
+    groups: Sequence[Group], step: int, noise: dict[int, Tensor], sign: int
+) -> None:
+    """Groups whose ranks add up what they have, in one collective."""
+    waiting = [(group, _directions(group, step, noise[id(group)])) for group in groups]
+    norms = _over_ranks(groups, [found[1] for _, found in waiting])
+    for (group, (task, _, pulled)), norm in zip(waiting, norms, strict=True):
+        _move(group, task, group.root_mean(norm), pulled, sign)
+
+
+def _over_ranks(groups: Sequence[Group], norms: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Norms of each member's part, float64 ``[members]``, to those of whole weights."""
+    if all(group.first.shard is None for group in groups):
+        return norms
+    members = [member for group in groups for member in group.members]
+    together = total(members, torch.cat(list(norms)).square_()).sqrt_()
+    return together.split([len(group.members) for group in groups])
+
+
+def _move(
+    group: Group, task: Tensor, size: Tensor, pulled: tuple[Tensor, Tensor] | None, sign: int
+) -> None:
     inverse = size.reciprocal().nan_to_num_(0.0, 0.0, 0.0)  # 0 where nothing is to be learnt
     rows = group.rows(inverse)
     gradient = task.nan_to_num(0.0, 0.0, 0.0).mul_(rows if sign > 0 else -rows)
@@ -88,7 +114,7 @@ def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
 def _directions(
     group: Group, step: int, noise: Tensor
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Gradient of the scores in blocks, its root mean squares by member, and the pull of EID."""
+    """Gradient of the scores in blocks, its norms by member, and the pull of EID."""
     method = group.first.method
     grads = group.blocks([_grad(member) for member in group.members])
     weights, scores = group.weights(), group.scores()
@@ -111,7 +137,9 @@ def gradients(weight: MaskedWeight, step: int) -> tuple[Tensor, Tensor]:
         weight.guide.refresh(step)
     group = Group([weight])
     (noise,) = noise_of([group], step)
-    task, size, pulled = _directions(group, step, noise)
+    task, norms, pulled = _directions(group, step, noise)
+    (norms,) = _over_ranks([group], [norms])
+    size = group.root_mean(norms)
     return task, task if pulled is None else task.addcmul(*pulled, value=float(size))
 
 
@@ -129,9 +157,9 @@ def _with_losses(group: Group, grad: Tensor) -> Tensor:
 
 
 def _grad(member: MaskedWeight) -> Tensor:
-    grad = member.dense.grad
+    grad = member.grad
     assert grad is not None
-    return grad.detach()
+    return grad
 
 
 def _finish_gradients(
@@ -185,9 +213,9 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
     groups = grouped(weights)
     noisy = [group for group in groups if group.first.learns]
     noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy else [], strict=True))
+    _measure(groups, follow_prior)
     for group in groups:
         blocks, scores = group.weights(), group.scores()
-        _measure(group, scores, follow_prior)
         draw = group.draw(step, noise.get(id(group)))
         method = group.first.method
         logits = None if scores is None else method.logits(blocks, scores, draw)
@@ -208,17 +236,24 @@ def _started(weight: MaskedWeight, step: int) -> None:
     weight.after_step(weight.schedule.undrawn_at(step))
 
 
-def _measure(group: Group, scores: Tensor | None, follow_prior: bool) -> None:
+def _measure(groups: Sequence[Group], follow_prior: bool) -> None:
     """The spread of the scores: their root mean square within the blocks."""
-    method = group.first.method
-    if scores is None or not (method.relative or method.moving_prior):
-        return
-    spread = group.norms(group.split(scores - scores.mean(1, keepdim=True)))
-    spread = spread.nan_to_num(0.0, 0.0, 0.0)
-    foreach("copy_", [member.spread for member in group.members], list(spread.split(1)))
-    priors = [member.prior.detach() for member in group.members if member.prior is not None]
-    if priors and follow_prior:
-        foreach("copy_", priors, list((spread * method.moving_prior).split(1)))
+    asking = [g for g in groups if g.first.method.relative or g.first.method.moving_prior]
+    asking = [group for group in asking if group.first.scores is not None]
+    norms = _over_ranks(asking, [_norms_in_blocks(group) for group in asking])
+    for group, norm in zip(asking, norms, strict=True):
+        spread = group.root_mean(norm).nan_to_num(0.0, 0.0, 0.0)
+        foreach("copy_", [member.spread for member in group.members], list(spread.split(1)))
+        priors = [member.prior.detach() for member in group.members if member.prior is not None]
+        if priors and follow_prior:
+            foreach("copy_", priors, list((spread * group.first.method.moving_prior).split(1)))
+
+
+def _norms_in_blocks(group: Group) -> Tensor:
+    """Norms of the scores about the means of their blocks, float64 ``[members]``."""
+    scores = group.scores()
+    assert scores is not None
+    return group.norms(group.split(scores - scores.mean(1, keepdim=True)))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:

@@ -28,6 +28,10 @@ class Measured(Protocol):
     def close(self, step: int) -> None:
         """Look at no further forward of this step."""
 
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything that could be measured."""
+
 
 class Guide:
     """The running credits of one masked weight, and the pull on its logits that comes of them.
@@ -65,8 +69,8 @@ class Guide:
     def stored(self, owner: MaskedWeight) -> Tensor:
         """What a checkpoint keeps: the average, zeros before the first refresh."""
         if self.average is None:
-            return torch.zeros(owner.view.shape, dtype=torch.float32, device=owner.dense.device)
-        return self.average.to(owner.dense.device)
+            return torch.zeros(owner.view.shape, dtype=torch.float32, device=owner.mask.device)
+        return self.average.to(owner.mask.device)
 
     @torch.no_grad()
     def refresh(self, step: int) -> None:
@@ -75,15 +79,16 @@ class Guide:
             self._take(self._look(step))
 
     def _look(self, step: int) -> Tensor | None:
-        """What this step's forward passes left, float32; None where nothing did."""
+        """What this step's forward passes left; None where nothing did."""
         self.refreshed = step
-        credit = self.observed.measure() if self.observed is not None else None
-        return None if credit is None else credit.float()
+        return self.observed.measure() if self.observed is not None else None
 
-    def _take(self, credit: Tensor | None) -> None:
+    def _take(self, credit: Tensor | None, usable: Tensor | None = None) -> None:
+        """Average in a credit; ``usable``: whether it is, if that is known already."""
         if credit is None:
             return
-        usable = _usable(credit)
+        credit = credit.float()
+        usable = _usable(credit) if usable is None else usable
         if credit.device.type != "cpu":  # without waiting for the device
             credit = torch.where(usable, credit, 0.0 if self.average is None else self.average)
         elif not usable.numpy():
@@ -102,8 +107,8 @@ class Guide:
         """Q in blocks, with the weights of now; None before the first refresh."""
         if not self.known:
             return None
-        present = owner.view.present(owner.dense.device)
-        size = owner.view.to_blocks(owner.dense.detach())
+        present = owner.view.present(owner.mask.device)
+        size = owner.view.to_blocks(owner.values)
         average = None if self.average is None else owner.view.to_blocks(self.average)
         return targets_of(self.settings, size, average, present)
 
@@ -128,11 +133,43 @@ def refresh_together(owners: Iterable[MaskedWeight], step: int, ranks: Any) -> N
         ranks: a process group; None where there is only this process.
     """
     due = [(owner, owner.guide) for owner in owners if owner.guide and owner.guide.due(step)]
+    _refresh_parts([(owner, guide) for owner, guide in due if owner.shard is not None], step)
+    due = [(owner, guide) for owner, guide in due if owner.shard is None]
     found = [guide._look(step) for _, guide in due]
     if ranks is not None and any(guide.settings.needs_input for _, guide in due):
         found = _mean_over_ranks([owner for owner, _ in due], found, ranks)
     for (_, guide), credit in zip(due, found, strict=True):
         guide._take(credit)
+
+
+def _refresh_parts(due: Sequence[tuple[MaskedWeight, Guide]], step: int) -> None:
+    """The same of sharded weights: each rank receives the credits of its part, layer by layer."""
+    parts, usable, owners = [], [], []
+    for owner, guide in due:
+        credit, shard = guide._look(step), owner.shard
+        if guide.observed is None or not guide.observed.sees or shard is None:
+            continue
+        if credit is None:
+            credit = torch.zeros(owner.whole.shape, dtype=owner.dense.dtype, device=_device(owner))
+        seen = _usable(credit)
+        parts.append(shard.sum_parts(torch.where(seen, credit, 0.0)))
+        usable.append(seen)
+        owners.append((owner, guide))
+    if not owners:
+        return
+    shard = owners[0][0].shard
+    assert shard is not None
+    counts = shard.all_reduce(torch.stack(usable).double())
+    for (owner, guide), part, count in zip(owners, parts, counts, strict=True):
+        part = (part / count.clamp_min(1)).to(owner.mask.device)
+        guide._take(part, (count > 0).to(part.device))
+
+
+def _device(owner: MaskedWeight) -> torch.device:
+    """Where a sharded layer computes: with CPU offload not where its part is kept."""
+    assert owner.shard is not None
+    kind = owner.shard.mesh.device_type
+    return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
 def _mean_over_ranks(

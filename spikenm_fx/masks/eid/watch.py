@@ -41,6 +41,7 @@ from spikenm_fx.masks.eid.slopes import (
     slopes_at,
     slopes_of,
 )
+from spikenm_fx.masks.gather import gathered_inside
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
@@ -96,7 +97,8 @@ class Watch:
             return
         self._connecting = self.run.quiet = True  # the trace calls layers and neurons as well
         try:
-            graph = trace(module, args, example_kwargs=kwargs)
+            with gathered_inside(module):
+                graph = trace(module, args, example_kwargs=kwargs)
         except TraceError as error:
             for source in waiting:
                 source.connected |= id(source.layer) in inside
@@ -321,6 +323,11 @@ class Observed:
         """A backward pass has reached the weight: no further forward of the step is kept."""
         for source in self.sources:
             source.closed = step
+
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything that could be measured: a neuron behind the layer."""
+        return not self.watch.needs_neuron or any(source.posts for source in self.sources)
 
     def measure(self) -> Tensor | None:
         """The credit that this step's forward passes left, without |W|; None where nothing did."""

@@ -26,4 +26,6 @@ class RandomMask(FixedRule):
         """N uniform draws in each block of ``(lead, M, inner)``, by the key of step 0."""
         assert draw.key is not None
         flat = torch.zeros_like(weight, dtype=torch.float32)
-        return draw_mask(flat, draw.nm.keep, kappa=1.0, key=draw.key, present=draw.present)
+        return draw_mask(
+            flat, draw.nm.keep, kappa=1.0, key=draw.key, noise=draw.noise, present=draw.present
+        )
