@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spikenm_fx.trace.execution.calls import NOT_USERS
 from spikenm_fx.trace.execution.traced import Traced
@@ -50,6 +50,7 @@ class Operation:
         inputs: nodes of its tensor arguments, in order; None for a tensor without one.
         plain: its other arguments.
         is_neuron: whether it steps a neuron that keeps its state.
+        ordinary: whether its tensors are torch's own, without a way of their own to compute.
         nodes: what it made: its own node, those of a tuple's items and of writes through views.
     """
 
@@ -57,6 +58,7 @@ class Operation:
     inputs: tuple[fx.Node | None, ...]
     plain: tuple[Any, ...]
     is_neuron: bool = False
+    ordinary: bool = True
     nodes: list[fx.Node] = field(default_factory=list)
 
     @classmethod
@@ -64,23 +66,28 @@ class Operation:
         """The operation that is called with ``arguments``."""
         inputs: list[fx.Node | None] = []
         plain: list[Any] = []
-        _sort(arguments, inputs, plain)
-        return cls(locus, tuple(inputs), tuple(plain), is_neuron)
+        ordinary = _sort(arguments, inputs, plain)
+        return cls(locus, tuple(inputs), tuple(plain), is_neuron, ordinary)
 
 
-def _sort(tree: Any, inputs: list[fx.Node | None], plain: list[Any]) -> None:
+def _sort(tree: Any, inputs: list[fx.Node | None], plain: list[Any]) -> bool:
+    """Take arguments apart; whether all tensors are ordinary ones."""
+    ordinary = True
     for item in tree.values() if isinstance(tree, dict) else tree:
-        if isinstance(item, Traced):
+        kind = type(item)
+        if kind is Traced:
             inputs.append(item.node)
         elif isinstance(item, Tensor):
             inputs.append(None)
             plain.append(("tensor", id(item)))  # no number: an index may differ, this may not
+            ordinary &= kind is Tensor or kind is nn.Parameter
         elif isinstance(item, tuple | list | dict):
-            _sort(item, inputs, plain)
-        elif isinstance(item, slice):
+            ordinary &= _sort(item, inputs, plain)
+        elif kind is slice:
             plain += [item.start, item.stop, item.step]
         else:
             plain.append(item)
+    return ordinary
 
 
 class Repeats:

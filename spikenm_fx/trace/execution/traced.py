@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from spikenm_fx._torch import DisableTorchFunction, no_torch_function
 
 __all__ = ["Traced", "Unwrapped", "as_traced", "holds_tensors", "rebuild"]
+
+
+_ATOMS = frozenset({int, float, bool, str, type(None), nn.Parameter})
+"""What arguments mostly are beside tensors of the trace, and needs no look inside."""
 
 
 class Traced(Tensor):
@@ -44,6 +48,10 @@ class Unwrapped:
                 tensor = tree.as_subclass(Tensor)
             self._pairs.append((tensor, tree))
             return tensor
+        if type(tree) is tuple:
+            return tuple([x if type(x) in _ATOMS else self.plain(x) for x in tree])
+        if type(tree) is dict and not tree:  # no keyword arguments, as mostly
+            return tree
         if isinstance(tree, tuple) and hasattr(tree, "_make"):
             return tree._make(self.plain(x) for x in tree)
         if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):

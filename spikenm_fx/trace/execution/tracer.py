@@ -23,8 +23,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
+    DisableTorchFunction,
     call_module_untraced,
     disable_current_modes,
+    disable_torch_dispatch,
     tree_flatten,
     tree_map,
     tree_unflatten,
@@ -355,7 +357,14 @@ class ValueTracer(fx.Tracer):
             driven = None
             if known is None and (surrogate or module in self.leaf.unknown):
                 driven = self._probe(module, target, call_args, call_kwargs)
-            value = self._compared(module, target, call_args, call_kwargs)
+            torchs = not surrogate and (
+                module is None or type(module).__module__[:9] == "torch.nn."
+            )
+            if known and operation and operation.ordinary and torchs:
+                with disable_torch_dispatch(), DisableTorchFunction():  # what it may write is saved
+                    value = self._call(module, target, call_args, call_kwargs)
+            else:
+                value = self._compared(module, target, call_args, call_kwargs)
             written = written_argument(target, args)
             if written is None and not holds_tensors(value):
                 return value
