@@ -70,7 +70,7 @@ class Deep(nn.Module):
         self.stacked = nn.Parameter(torch.randn(depth, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = torch.relu(x + (block(x) > 0).float())
         for i in range(len(self.stacked)):
             x = torch.tanh(x @ self.stacked[i])
@@ -148,7 +148,8 @@ def test_a_step_that_differs_is_recorded() -> None:
 
     graph = trace(Late(), torch.rand(40, 2, 8))
     assert graph.layers["once"].calls == 1
-    assert graph.layers["once"].pre and graph.layers["once"].post
+    assert graph.layers["once"].pre
+    assert graph.layers["once"].post
     assert graph.layers["every"].calls == 40
 
 
@@ -207,7 +208,7 @@ def test_parameters_written_at_a_late_step_are_restored() -> None:
 
 
 def test_the_model_runs_once_for_plan_and_masks() -> None:
-    """sparsify reads the model once for its decisions and for the neurons that layers drive."""
+    """One call reads the model once for its decisions and for the neurons that layers drive."""
     runs = []
 
     class Counted(Written):

@@ -360,7 +360,7 @@ class ValueTracer(fx.Tracer):
             torchs = not surrogate and (
                 module is None or type(module).__module__[:9] == "torch.nn."
             )
-            if known and operation and operation.ordinary and torchs:
+            if known and operation and operation.ordinary and torchs and not surrogate:
                 with disable_torch_dispatch(), DisableTorchFunction():  # what it may write is saved
                     value = self._call(module, target, call_args, call_kwargs)
             else:
