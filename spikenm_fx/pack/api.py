@@ -171,8 +171,8 @@ def _refuse(model: nn.Module) -> None:
     quantised = quantised_weights(model)
     if quantised:
         raise PackError(
-            f"{quantised[0]} and {len(quantised) - 1} more hold quantised weights, which are no N:M "
-            "floats to pack; pack the folded model before torch quantises it, with "
+            f"{quantised[0]} and {len(quantised) - 1} more hold quantised weights, which are no "
+            "N:M floats to pack; pack the folded model before torch quantises it, with "
             "dtype=torch.int8 for weights of 8 bits"
         )
     packed = next((n for n, m in model.named_modules() if isinstance(m, PackedLayer)), None)

@@ -352,7 +352,9 @@ class ValueTracer(fx.Tracer):
         unwrapped = Unwrapped()
         with self._aside():
             operation = self._operation_of(target, module, args, kwargs)
-            known = operation and self._repeats and self._repeats.seen_before(operation)
+            known = None
+            if operation is not None and self._repeats is not None:
+                known = self._repeats.seen_before(operation)
             call_args, call_kwargs = unwrapped.plain((args, kwargs))
             driven = None
             if known is None and (surrogate or module in self.leaf.unknown):
