@@ -178,7 +178,7 @@ def wheel(session: nox.Session) -> None:
 def without_compiler(session: nox.Session) -> None:
     """Where nothing compiles the package installs, says so, and runs on torch's layers."""
     session.install(*groups("wheel"))
-    (built,) = empty_folders(session, "dist")
+    built, empty = empty_folders(session, "dist", "cache")
     said = session.run(
         *("python", "-m", "build", "--wheel", "--outdir", str(built), "."),
         silent=True,
@@ -188,7 +188,7 @@ def without_compiler(session: nox.Session) -> None:
         session.error(f"the build does not say that the kernels are left out:\n{said}")
     (pure,) = built.glob("*-none-any.whl")
     python = clean_environment(session, pure)
-    status = kernel_status(session, python)
+    status = kernel_status(session, python, SPIKENM_FX_CACHE=str(empty))
     if "available=False" not in status:
         session.error(f"there should be no kernels: {status}")
     session.run(str(python.with_name("spikenm-fx")), "--version", external=True)
@@ -211,12 +211,17 @@ def aarch64(session: nox.Session) -> None:
 
 @nox.session
 def newest(session: nox.Session) -> None:
-    """All tests, on the newest torch and torchvision that pip has."""
+    """Unit tests and SpikingJelly's real models, on the newest torch and torchvision of pip."""
     tools = groups("tests", "framework-requirements")
     session.install("torch", "torchvision", *(t for t in tools if not t.startswith("torch==")))
     session.install("--no-deps", *groups("frameworks"))
     install_package(session)
-    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
+    quick = ("pytest", "-q", *TWO_WORKERS, "--hypothesis-profile", "quick")
+    if session.posargs:
+        session.run(*quick, *session.posargs, env=ONE_THREAD)
+        return
+    session.run(*quick, "-m", "not slow and not framework", env=ONE_THREAD)
+    session.run(*quick, "tests/test_frameworks.py", "-k", "SpikingJelly", env=ONE_THREAD)
 
 
 def empty_folders(session: nox.Session, *names: str) -> list[Path]:
@@ -238,10 +243,11 @@ def clean_environment(session: nox.Session, wheel: Path, *others: str) -> Path:
     return python
 
 
-def kernel_status(session: nox.Session, python: Path) -> str:
+def kernel_status(session: nox.Session, python: Path, **environment: str) -> str:
     """What the package in an environment says about its kernels, having compiled none."""
     script = "from spikenm_fx.pack import native_status; print(native_status())"
     command = (str(python), "-P", "-c", script)  # -P: not the sources in this folder
-    status = str(session.run(*command, silent=True, external=True, env=NO_BUILD)).strip()
+    said = session.run(*command, silent=True, external=True, env=NO_BUILD | environment)
+    status = str(said).strip()
     session.log(status)
     return status

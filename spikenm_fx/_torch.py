@@ -181,6 +181,20 @@ def disable_dynamo(function: Any) -> Any:
     return (_find("_compile", "_disable_dynamo") or torch.compiler.disable)(function)
 
 
+def compiles_whole() -> bool:
+    """Whether what compiles this call now may not leave anything out: fullgraph, or an export."""
+    translator = _find("_dynamo.symbolic_convert", "InstructionTranslator")
+    try:
+        translating = translator.current_tx()
+        return bool(translating.one_graph or getattr(translating, "error_on_graph_break", False))
+    except AttributeError:
+        return True
+
+
+# torch.compiler.assume_constant_result without an import of dynamo: asked while a graph is made
+compiles_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def operator_name(target: Any) -> str | None:
     """``"add"`` for ``aten.add.Tensor``; None for what is no operator overload."""
     schema = getattr(target, "_schema", None)

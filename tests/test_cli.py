@@ -381,6 +381,11 @@ def quiet(null: IO[str]) -> Iterator[None]:
 WRITES = {
     "sparsify": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.safetensors"),
     "sparsify as .pt": ("sparsify", TARGET, "-c", "dense.safetensors", "-o", "{out}.pt"),
+    "permute": ("permute", TARGET, "-c", "dense.safetensors", "-i", "2,3,8,8", "-o", "{out}.pt"),
+    "remove": (
+        *("remove-channels", TARGET, "-c", "dense.safetensors", "-i", "2,3,8,8"),
+        *("-o", "{out}.safetensors"),
+    ),
     "pack": ("pack", TARGET, "-c", "sparse.safetensors", "-o", "{out}.safetensors"),
     "report": ("report", TARGET, "-i", "2,3,8,8", "--html", "{out}.html"),
     "init": ("recipe", "init", TARGET, "-i", "2,3,8,8", "-o", "{out}.yaml"),
@@ -482,6 +487,121 @@ def test_bad_recipes_are_code_3_in_every_command(
         assert says in ran.err
         assert "Traceback" not in ran.err
     assert not out.exists()
+
+
+def test_permute_writes_weights_of_which_n_m_keeps_more(run, project: Path, weights: Path) -> None:
+    """Dense keys and shapes, channels moved, the same outputs; sparsify --permute does both."""
+    out, words = project / "permuted.pt", ("--root", project, "-i", "2,3,8,8")
+    ran = run("permute", TARGET, "-c", weights, "-o", out, *words, "--seconds", 1, "--json")
+    assert ran.code == 0
+    (moved,) = [group for group in ran.data["groups"] if group["order"]]
+    assert moved["layers"] == ["body"]
+    assert moved["kept_after"] > moved["kept_before"]
+    before, after = load_state(weights), load_state(out)
+    assert torch.equal(after["body.weight"], before["body.weight"][:, moved["order"]])
+    assert torch.equal(after["stem.weight"], before["stem.weight"][moved["order"]])
+    assert torch.equal(after["head.weight"], before["head.weight"])
+    kept = []
+    for name, more in (("plain", ()), ("both", ("--permute",))):
+        sparse = project / f"{name}.safetensors"
+        assert run("sparsify", TARGET, "-c", weights, "-o", sparse, *words, *more).code == 0
+        assert run("verify", sparse).code == 0
+        kept.append(float(load_state(sparse)["body.weight"].abs().sum()))
+    assert kept[1] > kept[0]
+    assert run("permute", TARGET, "-c", weights, "-o", project / "x.pt", *words[:2]).code == 3
+    wrong = run("permute", TARGET, "-c", weights, "-o", project / "x.pt", *words, "--score", "no")
+    assert wrong.code == 3
+    assert "'magnitude', 'rate'" in wrong.err
+    assert not (project / "x.pt").exists()
+
+
+def test_recipes_say_what_is_done_with_channels(run, project: Path, weights: Path) -> None:
+    """Permuted before the masks; dead ones removed after folding when the recipe is checked."""
+    file, out = project / "net.yaml", project / "sparse.safetensors"
+    run("recipe", "init", TARGET, "--root", project, "-i", "2,3,8,8", "-o", file)
+    run("sparsify", file, "-c", weights, "-o", out, "--root", project)
+    plain = float(load_state(out)["body.weight"].abs().sum())
+    file.write_text(file.read_text() + "\nchannels: {permute: true, remove_dead: true}\n")
+    run("sparsify", file, "-c", weights, "-o", out, "--root", project, "--force")
+    assert float(load_state(out)["body.weight"].abs().sum()) > plain
+    assert "channels permute, remove dead" in run("recipe", "show", file).out
+    assert run("recipe", "check", file, "--root", project, "--in-process").code == 0
+
+
+def test_dead_channels_are_removed_from_a_file(run, project: Path, weights: Path) -> None:
+    """Parameters, bytes, SynOps and times before and after; every command reads what is left."""
+    state = load_state(weights)
+    state["body.weight"][:, 4:8] = 0
+    state["body.weight"][0, 8:12] = 0
+    save_state(weights, state)
+    sparse, out = project / "sparse.safetensors", project / "smaller.safetensors"
+    words = ("--root", project, "-i", "2,3,8,8")
+    run("sparsify", TARGET, "-c", weights, "-o", sparse, *words)
+    command = ("remove-dead-channels", TARGET, "-c", sparse, "-o", out, *words)
+    ran = run(*command, "--latency", "--json")
+    assert ran.code == 0
+    assert ran.data["removal"]["removed"] == 4
+    before, after = ran.data["removal"]["parameters"]
+    left = load_state(out)
+    assert after == sum(tensor.numel() for tensor in left.values()) < before
+    compared = ran.data["comparison"]
+    assert compared["after"]["dense_bytes"] < compared["before"]["dense_bytes"]
+    assert compared["after"]["synops_per_sample"] == compared["before"]["synops_per_sample"]
+    names = [f"{when}, {how}" for when in ("before", "after") for how in ("folded", "packed")]
+    assert list(compared["latency"]) == names
+    assert "4 channels removed" in run(*command, "--force").out
+    assert run("verify", out, "--json").data["valid"]
+    assert run("verify", out, "--recipe", TARGET, "--root", project).code == 0
+    assert run("report", TARGET, "-c", out, *words).code == 0
+    packed = project / "packed.safetensors"
+    assert run("pack", TARGET, "-c", out, "-o", packed, *words).code == 0
+    assert run("verify", packed).code == 0
+
+
+def test_channels_that_are_silent_on_data_are_removed(run, project: Path, weights: Path) -> None:
+    """A batch of nothing makes no neuron spike; without it they might."""
+    state = load_state(weights)
+    state["stem.bias"].fill_(-0.1)
+    save_state(weights, state)
+    data, out = project / "dark.npy", project / "smaller.safetensors"
+    numpy.save(data, numpy.zeros((2, 3, 8, 8), dtype=numpy.float32))
+    command = ("remove-dead-channels", TARGET, "-c", weights, "-o", out, "--root", project)
+    assert run(*command, "-i", "2,3,8,8", "--json").data["removal"]["removed"] == 0
+    ran = run(*command, "--silent-on", data, "--force", "--json")
+    assert ran.data["removal"]["removed"] > 0
+
+
+def test_a_share_of_the_channels_is_kept(run, project: Path, weights: Path) -> None:
+    """As many as asked for, in multiples; wrong words and files are refused, nothing is written."""
+    out, words = project / "smaller.safetensors", ("--root", project, "-i", "2,3,8,8")
+    command = ("remove-channels", TARGET, "-c", weights, *words)
+    ran = run(*command, "-o", out, "--keep", 0.3, "--multiple-of", 4, "--json")
+    assert ran.code == 0
+    assert load_state(out)["stem.weight"].shape == (8, 3, 3, 3)
+    assert run("plan", TARGET, "--root", project, "-i", "2,3,8,8").code == 0
+    text = run(*command, "-o", out, "--multiple-of", 8, "--force").out
+    assert "channels removed" in text
+    assert "SynOps" in text
+    sparse = project / "sparse.safetensors"
+    assert run("sparsify", TARGET, "-c", out, "-o", sparse, *words, "--permute").code == 0
+    again = project / "again.safetensors"
+    following = ("remove-dead-channels", TARGET, "-c", sparse, *words)
+    assert run(*following, "-o", again).code == 0
+    assert run("plan", TARGET, *words).code == 0
+    assert run("verify", again).code == 0
+    as_torch = run("sparsify", TARGET, "-c", out, "-o", project / "x.pt", *words)
+    assert as_torch.code == 3
+    assert ".safetensors" in as_torch.err
+    for more, says in (
+        (("-o", project / "x.pt"), ".safetensors"),
+        (("-o", project / "x.safetensors", "--keep", 2), "keep=2.0"),
+        (("-o", project / "x.safetensors", "--score", "size"), "'activity' or 'magnitude'"),
+        (("-o", out), "--force"),
+    ):
+        ran = run(*command, *more)
+        assert ran.code == 3
+        assert says in ran.err
+    assert not list(project.glob("x.*"))
 
 
 def test_init_finds_out_where_time_is(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,7 @@ def _child(nm: str, total: int | None, neurons: bool) -> dict[str, Any]:
     spikenm_fx.sparsify(model, nm, rules=ALL_LAYERS, total_steps=total, method=method)
     assert sum(hasattr(m, "weight_nm") for m in model.modules()) == DEPTH
     x = 2 * torch.rand(2, 1, 16, 2, 2)
+    phase = spikenm_fx.progress(model).phase
     found: dict[str, Any] = {}
     for name, net in (("sparse", model), ("dense", plain)):
         optimizer = torch.optim.SGD(net.train().parameters(), lr=0.01)
@@ -75,6 +76,7 @@ def _child(nm: str, total: int | None, neurons: bool) -> dict[str, Any]:
         counts = {"passes": forward, "the step": step, "evaluation": evaluation}
         found[name] = {
             "steps": steps,
+            "phase": phase,
             "evaluation": _totals(evaluation),
             **{f"kernels of {what}": dict(c.kernels) for what, c in counts.items()},
             **{f"syncs of {what}": dict(c.syncs) for what, c in counts.items()},
@@ -146,8 +148,10 @@ def test_forward_and_backward_only_apply_the_masks(
     counted: Callable[..., Any], case: str, kind: str
 ) -> None:
     """Both passes launch at most two kernels more than dense for each access of a weight."""
-    extra = [a[0] - b[0] for a, b in _ordinary(counted(case, kind))]
+    found = counted(case, kind)
+    extra = [a[0] - b[0] for a, b in _ordinary(found)]
     assert max(extra) <= PER_ACCESS * DEPTH
+    assert ("fading" in case) == (found["sparse"]["phase"] == "fading")
 
 
 @pytest.mark.parametrize(("case", "kind"), BOTH)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from loops import any_moved, close, logits, masks, sequences, spiking_net, step_of
+from loops import any_moved, close, logits, masks, refused, sequences, spiking_net, step_of
 from strategies import ALL_LAYERS
 from torch import nn
 
@@ -27,6 +27,17 @@ CASES: dict[str, dict[str, Any]] = {
     "views": {"gradient_as_bucket_view": True},
     "no buffers": {"broadcast_buffers": False},
 }
+
+
+METHODS = {"own initial weights": "spikenm", "own magnitudes": "magnitude"}
+"""Methods of ranks that start from weights of their own, until DDP gives them those of rank 0."""
+FOREIGN: dict[str, list[dict[str, Any]]] = {
+    "pattern": [{"nm": "2:4"}, {"nm": "1:4"}],
+    "seed": [{"seed": 0}, {"seed": 1}],
+    "total_steps": [{"total_steps": 10}, {"total_steps": 20}],
+    "method": [{"method": "spikenm"}, {"method": SpikeNM(rate=0.5)}],
+}
+"""What two ranks give to sparsify, by what is told to differ."""
 
 
 def build(*, masked: bool = True, eid: bool = True, nm: str = "2:4") -> nn.Module:
@@ -97,6 +108,21 @@ def _rank(rank: int, port: int, folder: str) -> None:
     torch.manual_seed(rank)  # ranks whose generators differ, as they always do
     used, _ = _train(with_random_noise, {}, rank)
     found["own generators"] = {"used": used, "state": dict(with_random_noise.state_dict())}
+    for case, method in METHODS.items():
+        model = spiking_net(seed=rank)
+        spikenm_fx.sparsify(model, "2:4", rules=ALL_LAYERS, method=method).train()
+        first: list[Any] = []
+        hook = model.register_forward_hook(lambda m, *_, seen=first: seen.append(masks(m)))
+        used, _ = _train(model, {}, rank)
+        hook.remove()
+        used = [first[0], *used[1:]]
+        found[case] = {"used": used, "state": dict(model.state_dict())}
+    for case, arguments in FOREIGN.items():
+        model = spiking_net()
+        spikenm_fx.sparsify(model, **{"nm": "2:4", **arguments[rank]}).train()
+        parallel = nn.parallel.DistributedDataParallel(model)
+        found[case] = refused(lambda run=parallel: run(sequences(1)[0]).sum().backward())
+        dist.barrier()
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -115,7 +141,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("case", [*CASES, "split", "own generators"])
+@pytest.mark.parametrize("case", [*CASES, "split", "own generators", *METHODS])
 def test_ranks_stay_one_model(ranks: list[dict[str, Any]], case: str) -> None:
     """EID on: masks of every step and the whole state are equal bit by bit on both ranks."""
     one, other = (found[case] for found in ranks)
@@ -147,6 +173,15 @@ def test_masks_cost_no_communication(ranks: list[dict[str, Any]], case: str) -> 
         more = {name: refresh.get(name, 0) - dense.get(name, 0) for name in refresh | dense}
         assert min(more.values()) >= 0
         assert sum(n for name, n in more.items() if name.startswith("c10d::")) <= 1
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_ranks_that_differ_are_refused(ranks: list[dict[str, Any]], case: str) -> None:
+    """Masks of another pattern, seed, length or method: one error on every rank that says which."""
+    for found in ranks:
+        assert found[case] is not None, "trained without a word"
+        assert case in found[case]
+        assert "sparsify" in found[case]
 
 
 def test_two_ranks_are_one_process(ranks: list[dict[str, Any]]) -> None:

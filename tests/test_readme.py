@@ -58,7 +58,7 @@ def test_links_and_names_exist() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
     verbs = re.findall(r"^\| \w+ \| `(\w+)\(", README, re.MULTILINE)
-    assert len(verbs) == 7
+    assert len(verbs) == 8
     assert set(verbs) <= set(spikenm_fx.__all__)
 
 

@@ -579,6 +579,22 @@ def test_two_reports_side_by_side(tmp_path: Path) -> None:
     assert tags.links == []
 
 
+def test_a_comparison_tells_weights_bytes_and_times() -> None:
+    """What a smaller model saves; both were timed in turn for the second report."""
+    large, small = (nn.Sequential(nn.Linear(8, n), nn.Linear(n, 4)) for n in (8, 4))
+    x = torch.rand(2, 8)
+    timed = report(small, x, latency={"before": large, "after": small})
+    both = compare(report(large, x), timed)
+    rows = {line.split("  ")[0]: line.split() for line in str(both).splitlines()}
+    weights = [sum(m.weight.numel() for m in net) for net in (large, small)]
+    assert rows["weights"][1:3] == [str(n) for n in weights]
+    assert "bytes" in rows
+    assert "latency of one batch: before" in str(both)
+    assert "latency of one batch: before" in both.to_html()
+    assert list(both.to_dict()["latency"]) == ["before", "after"]
+    assert compare(timed, report(large, x)).to_dict()["latency"] is None
+
+
 def test_models_of_other_layers_can_be_compared_too() -> None:
     """A layer that only one of them has is listed; what is no report is refused."""
     one = report(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.rand(1, 4))

@@ -199,6 +199,45 @@ def test_foreign_patterns_are_refused_in_larger_models():
         model.load_state_dict(state)
 
 
+def of_the_previous_release(state):
+    """A state dict as the release before wrote it: no prior, no momentum, no length of the run."""
+    older = {}
+    for key, value in state.items():
+        if key.endswith("_nm"):
+            value = torch.cat((torch.ones(1, dtype=torch.int64), value[1:7]))
+        if not key.endswith(("_prior", "_momentum")):
+            older[key] = value
+    return older
+
+
+@pytest.mark.parametrize("total_steps", [None, 10])
+@pytest.mark.parametrize("steps", [0, 3, 9])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.filterwarnings("ignore:training goes on past total_steps")
+def test_checkpoints_of_the_previous_release_load(total_steps, steps, assign):
+    """Strictly, with weights, logits, seed and step; a frozen mask stays, and training goes on."""
+    model, source = (sparse(seed=s, total_steps=total_steps) for s in (0, 1))
+    train(model, torch.optim.Adam(model.parameters(), lr=0.01), batches(1))  # momentum of its own
+    train(source, torch.optim.Adam(source.parameters(), lr=0.01), batches(steps))
+    older = of_the_previous_release(source.state_dict())
+    keys = set(older)
+    model.load_state_dict(through_disk(older), assign=assign)
+    assert set(older) == keys
+    assert spikenm_fx.progress(model).step == steps
+    state = model.state_dict()
+    for key, value in older.items():
+        if key.endswith(("_dense", "_logits")):
+            assert torch.equal(state[key], value), key
+        elif key.endswith("_momentum"):
+            assert not value.any()
+    if spikenm_fx.progress(source).phase == "frozen":
+        assert spikenm_fx.progress(model).phase == "frozen"
+        assert all(torch.equal(state[k], older[k]) for k in older if k.endswith(".weight"))
+    train(model.train(), torch.optim.Adam(model.parameters(), lr=0.01), batches(2))
+    assert spikenm_fx.progress(model).step == steps + 2
+    spikenm_fx.verify(model).raise_if_invalid()
+
+
 @pytest.mark.parametrize("key", ["weight_dense", "weight_logits", "weight_nm"])
 def test_truncated_checkpoints_are_refused(key):
     """A checkpoint that lost one part of a mask is refused, and nothing of it is loaded."""

@@ -559,6 +559,32 @@ def test_optimizers_for_layers_of_their_own() -> None:
     spikenm_fx.verify(model).raise_if_invalid()
 
 
+@pytest.mark.parametrize("backward", ["one", "two"])
+def test_two_optimizers_of_the_same_weights(backward: str) -> None:
+    """Each step of either counts; that both step on one and the same gradient is told, once."""
+    model, other = sparse(), sparse()
+    pair = [torch.optim.SGD(model.parameters(), lr=0.01) for _ in range(2)]
+    single = torch.optim.SGD(other.parameters(), lr=0.01)
+    with heard() as said:
+        for x in batches(3):
+            for optimizer in pair:
+                if backward == "two" or optimizer is pair[0]:
+                    model.zero_grad()
+                    model(x).square().mean().backward()
+                optimizer.step()
+    assert step_of(model) == 6
+    spikenm_fx.verify(model).raise_if_invalid()
+    if backward == "one":
+        (text,) = said
+        assert "two optimizers" in text
+        assert "total_steps" in text
+        return
+    assert not said
+    train(other, single, [x for x in batches(3) for _ in range(2)])
+    close(dense(model), dense(other), rtol=0, atol=0)
+    close(logits(model), logits(other), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("how", ["before sparsify", "filtered", "matrices", "named", "rebuilt"])
 def test_no_way_of_building_the_optimizer_loses_the_masks(how: str) -> None:
     """Whoever filters parameters or builds the optimizer early: masks learn, or it is said."""
@@ -677,8 +703,11 @@ def test_gradients_that_are_not_finite(value: float, eid: bool) -> None:
 
 
 def test_a_pre_hook_that_replaces_gradients() -> None:
-    """A user's hook may swap ``.grad``: weights follow the new one, and steps are exact."""
-    model = sparse()
+    """A user's hook may swap ``.grad``: weights follow the new one, and steps are exact.
+
+    Logits learn from what was there before, as hooks of all optimizers run before those of one.
+    """
+    model, other = sparse(), sparse()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
 
     def replaced(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -694,3 +723,6 @@ def test_a_pre_hook_that_replaces_gradients() -> None:
     assert step_of(model) == 2
     same_but_decay = max(float((dense(model)[k] - before[k]).abs().max()) for k in before)
     assert same_but_decay < 1e-2 or said
+    train(other, torch.optim.SGD(other.parameters(), lr=0.0), batches(2))
+    assert same(dense(model), dense(other))
+    assert same(logits(model), logits(other))

@@ -255,7 +255,10 @@ def test_layers_that_are_gone(how: str, when: str) -> None:
         start = step_of(model)
     except SpikeNMError:
         pytest.fail("the model still has masked layers")
-    train(model, optimizer, sequences(4, seed=3))
+    with heard() as said:
+        train(model, optimizer, sequences(4, seed=3))
+    unseen = (how, when) == ("other model", "before the first forward")
+    assert [text[:3] for text in said] == ["EID"] * unseen, "EID is off there: told"
     assert step_of(model) == start + 4
     assert any_moved(before, logits(model))
     x = sequences(1)[0]

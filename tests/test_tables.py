@@ -38,7 +38,9 @@ def test_a_new_measurement_is_noticed_and_written(
     """A figure that changes makes ``--check`` name both pages; writing renews both."""
     path = tmp_path / "results" / "step.json"
     result = json.loads(path.read_text())
-    result["rows"]["spikenm 2:4, a run's mean"]["over_dense"] = 98.76
+    result["summary"]["fc2048, spikenm 2:4"]["after"] = 98.76
+    (row,) = (row for row in result["rows"] if row["key"] == "fc2048, spikenm 2:4")
+    row["after"]["over_dense"]["a run's mean"] = 98.76
     path.write_text(json.dumps(result))
     assert tables.main([*copied, "--check"]) == 1
     assert capsys.readouterr().err.count("README.md differs") == 2

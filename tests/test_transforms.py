@@ -22,6 +22,7 @@ from loops import (
     heard,
     logits,
     masks,
+    same,
     sequences,
     sparse,
     sparse_spiking,
@@ -292,6 +293,52 @@ def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
     if not said:
         close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
         close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("examples", [True, False], ids=["examples", "without"])
+@pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks allowed"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_spiking_networks_with_eid_compile_whole(fullgraph: bool, examples: bool) -> None:
+    """100 steps with EID, freeze included: whole graphs, at most two recompilations a mode.
+
+    With ``fullgraph`` credits are not measured, which is told once.  Without it graphs break in the
+    steps where credits are due, and nowhere else; a model whose neurons are found in its first
+    forward stays in the pieces of that one.
+    """
+    torch._dynamo.reset()
+    options = {"example_inputs": sequences(1)[0]} if examples else {}
+    model = sparse_spiking(eid=EID(every=10), total_steps=100, **options)
+    count = Counting()
+    run = torch.compile(model, fullgraph=fullgraph, backend=count)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    first, made, validated = logits(model), {}, 0
+    with heard() as said:
+        for step, x in enumerate(sequences(100)):
+            before = count.graphs
+            train_step(run, optimizer, x)
+            made[step] = count.graphs - before
+            if step in (0, 1, 50, 98):
+                run.eval()
+                with torch.no_grad():
+                    before, found = count.graphs, run(x)
+                    validated += count.graphs - before
+                    torch.testing.assert_close(found, model(x))
+                run.train()
+    assert step_of(model) == 100
+    assert not same(first, logits(model))
+    assert 1 <= validated <= 3
+    averages = [v for k, v in model.state_dict().items() if k.endswith("_eid")]
+    measured = any(bool(v.any()) for v in averages)
+    assert measured is not fullgraph
+    if fullgraph:
+        assert len(said) == 1
+        assert "fullgraph" in said[0]
+        assert 1 <= sum(made.values()) <= 3
+    else:
+        assert not said
+        ordinary = {step: n for step, n in made.items() if step % 10 or step >= 85}
+        assert examples <= sum(ordinary.values()) <= 3
+    torch._dynamo.reset()
 
 
 # -- torch.export, torch.jit, torch.fx ------------------------------------------------------------

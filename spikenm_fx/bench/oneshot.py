@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
                 row = _pruned(network, data, options, seed, pattern, variant)
                 rows.append({"seed": seed, "dense": dense, **row})
                 print("  {nm} {permuted}: {one_shot:.2%}, {tuned:.2%}".format(**row), flush=True)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    settings = {key: value for key, value in vars(options).items() if key != "data"}
     table = _summary(rows)
     print(json.dumps(table, indent=1))
     print(save("oneshot-cifar10", {"settings": settings, "summary": table, "rows": rows}, RESULTS))

@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any
 
@@ -26,11 +27,17 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx import Rule
-from spikenm_fx._torch import TorchDispatchMode
 from spikenm_fx.bench.nets.cifar import build
-from spikenm_fx.demo.networks import LIF, OverTime, direct_code
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+
+try:
+    from spikenm_fx._torch import TorchDispatchMode
+    from spikenm_fx.demo.networks import LIF, OverTime, direct_code
+except ModuleNotFoundError:  # a checkout from before these modules were there
+    _networks: Any = import_module("spikenm_fx.bench.networks")
+    LIF, OverTime, direct_code = _networks.LIF, _networks.OverTime, _networks.direct_code  # type: ignore[misc]
+    TorchDispatchMode = import_module("spikenm_fx.trace.guard").TorchDispatchMode  # type: ignore[misc]
 
 __all__ = [
     "Launches",

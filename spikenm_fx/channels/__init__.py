@@ -14,6 +14,7 @@ from spikenm_fx.channels.removal import (
     remove_channels,
     remove_dead_channels,
 )
+from spikenm_fx.channels.stored import load_smaller, save_smaller
 
 __all__ = [
     "GroupOrder",
@@ -21,8 +22,10 @@ __all__ = [
     "Permutation",
     "Removal",
     "apply_permutation",
+    "load_smaller",
     "permute",
     "plan_permutation",
     "remove_channels",
     "remove_dead_channels",
+    "save_smaller",
 ]

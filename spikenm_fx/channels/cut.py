@@ -18,7 +18,7 @@ from spikenm_fx.channels.left_alone import named_tensors
 from spikenm_fx.trace import CoupledGroup, Member
 from spikenm_fx.trace.channels.groups import permute_members
 
-__all__ = ["Dependencies", "cut", "undoable"]
+__all__ = ["Dependencies", "cut", "match_sizes", "parameters_and_bytes", "undoable"]
 
 Slices = frozenset[tuple[str, int, frozenset[int]]]
 """What is taken away: name of a tensor, its axis, indices."""
@@ -105,17 +105,25 @@ def _shorten(model: nn.Module, member: Member, size: int, stay: int) -> None:
     tensor.data = torch.cat([parts[0], inside, parts[2]]).movedim(0, member.axis).contiguous()
 
 
-def _resize(module: Any, group: CoupledGroup) -> None:
-    """Bring a module's own numbers in line with its tensors."""
+def _resize(module: nn.Module, group: CoupledGroup) -> None:
+    """Bring a module's own numbers in line with its tensors, from which channels have gone."""
+    if isinstance(module, ConvNd) and module.groups > 1 and group.size == module.groups:
+        first = isinstance(module, ConvTransposeNd)  # its weight is [in, out / groups, ...]
+        rows = module.in_channels if first else module.out_channels
+        module.groups = module.weight.shape[0] // (rows // module.groups)  # whole ones have gone
+    match_sizes(module)
+
+
+def match_sizes(module: Any) -> None:
+    """Set what a layer or norm says of its sizes to those of its tensors and its groups."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, ConvNd):
-        out, inside = module.weight.shape[:2]
+        sizes = module.weight.shape[0], module.weight.shape[1] * module.groups
         if isinstance(module, ConvTransposeNd):
-            out, inside = inside, out
-        elif module.groups > 1 and group.size == module.groups:  # whole groups have gone
-            module.groups = out // (module.out_channels // module.groups)
-        module.out_channels, module.in_channels = out, inside * module.groups
+            module.in_channels, module.out_channels = sizes
+        else:
+            module.out_channels, module.in_channels = sizes
     elif isinstance(module, NormBase) and module.weight is not None:
         module.num_features = len(module.weight)
     elif isinstance(module, NormBase) and module.running_mean is not None:

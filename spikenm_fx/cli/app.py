@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from spikenm_fx.cli.bench import bench
+from spikenm_fx.cli.channels import permute, remove_channels, remove_dead_channels
 from spikenm_fx.cli.common import EPILOG, Exit, Screen
 from spikenm_fx.cli.demo import demo
 from spikenm_fx.cli.inspect import doctor, plan, report, verify
@@ -53,7 +54,10 @@ def root(
     """
 
 
-for command in (demo, plan, doctor, sparsify, verify, pack, report, bench):
+for command in (
+    *(demo, plan, doctor, permute, sparsify, verify),
+    *(remove_dead_channels, remove_channels, pack, report, bench),
+):
     app.command(epilog=EPILOG)(command)
 app.add_typer(recipes, name="recipe")
 

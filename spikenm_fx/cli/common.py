@@ -20,13 +20,17 @@ from spikenm_fx.errors import RecipeError
 __all__ = [
     "EPILOG",
     "Checkpoint",
+    "CheckpointIn",
     "Exit",
+    "Force",
     "Input",
     "Json",
+    "Out",
     "Pattern",
     "RootOption",
     "Screen",
     "Target",
+    "refuse_existing",
     "shape_of",
 ]
 
@@ -70,6 +74,11 @@ RootOption = Annotated[
 Checkpoint = Annotated[
     Path | None, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
 ]
+CheckpointIn = Annotated[
+    Path, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
+]
+Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; must not exist.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")]
 Input = Annotated[
     str | None, typer.Option("--input", "-i", help="Shape of one forward's input: 4,3,32,32.")
 ]
@@ -115,6 +124,18 @@ class Screen:
         spinner = self.err.status(words) if self.err.is_terminal else contextlib.nullcontext()
         with spinner, contextlib.redirect_stdout(sys.stderr):
             yield
+
+
+def refuse_existing(out: Path, force: bool) -> None:
+    """Before any work: the file may be written.
+
+    Raises:
+        RecipeError: if it exists and ``force`` is not given, or its folder does not.
+    """
+    if out.exists() and not force:
+        raise RecipeError(f"{out} exists; --force replaces it")
+    if not out.parent.is_dir():
+        raise RecipeError(f"{out.parent} is not a folder")
 
 
 def shape_of(text: str | None) -> list[int] | None:

@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from spikenm_fx.cli.common import Input, Json, Pattern, RootOption, Screen, Target, shape_of
-from spikenm_fx.errors import RecipeError
+from spikenm_fx.cli.common import (
+    CheckpointIn,
+    Force,
+    Input,
+    Json,
+    Out,
+    Pattern,
+    RootOption,
+    Screen,
+    Target,
+    refuse_existing,
+    shape_of,
+)
 
 __all__ = ["pack", "sparsify"]
-
-CheckpointIn = Annotated[
-    Path, typer.Option("--checkpoint", "-c", help="Weights: .safetensors or .pt.")
-]
-Out = Annotated[Path, typer.Option("--out", "-o", help="File to write; must not exist.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file that --out names.")]
 
 
 def sparsify(
@@ -31,14 +35,17 @@ def sparsify(
     method: Annotated[
         str, typer.Option(help="Scores that choose the weights in one shot.")
     ] = "magnitude",
+    permute: Annotated[
+        bool,
+        typer.Option("--permute", help="First put channels in the order in which N:M keeps most."),
+    ] = False,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Make a dense checkpoint N:M in one shot, without training; keys stay the dense ones."""
     screen, asked = Screen(as_json), shape_of(shape)
-    _refuse_existing(out, force)
+    refuse_existing(out, force)
     with screen.working("choosing weights"):
-        from spikenm_fx.checkpoint import save_state
         from spikenm_fx.fold import fold
         from spikenm_fx.pack.check.stored import sparse_metadata
         from spikenm_fx.recipe import load_model
@@ -46,11 +53,11 @@ def sparsify(
 
         loaded = load_model(target, root=root, nm=nm, shape=asked, checkpoint=checkpoint)
         decided = loaded.plan()
-        loaded.sparsify(decided, method)
+        loaded.sparsify(decided, method, permute=permute)
         fold(loaded.model)
         found = verify(loaded.model, decided)
         found.raise_if_invalid()
-        save_state(out, loaded.model.state_dict(), metadata=sparse_metadata(decided))
+        loaded.save(out, sparse_metadata(decided))
     screen.result(
         {"out": str(out), "plan": decided.to_dict(), "verification": found.to_dict()},
         f"{decided}\nwritten and verified: {out}",
@@ -72,7 +79,7 @@ def pack(
 ) -> None:
     """Store an N:M checkpoint as kept values and few-bit indices."""
     screen, asked = Screen(as_json), shape_of(shape)
-    _refuse_existing(out, force)
+    refuse_existing(out, force)
     with screen.working("packing"):
         from spikenm_fx.pack import save_packed_model, tightest_plan
         from spikenm_fx.recipe import load_model
@@ -96,11 +103,3 @@ def pack(
         for name, (d, p) in sizes.items()
     }
     screen.result({"out": str(out), "layers": layers}, text)
-
-
-def _refuse_existing(out: Path, force: bool) -> None:
-    """Before any work: the file may be written."""
-    if out.exists() and not force:
-        raise RecipeError(f"{out} exists; --force replaces it")
-    if not out.parent.is_dir():
-        raise RecipeError(f"{out.parent} is not a folder")

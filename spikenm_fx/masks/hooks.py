@@ -11,6 +11,8 @@ which parameters it holds and leave all others alone.
   again after the outer one, which may have written to the weights.
 * Optimizers that hold different weights of one model and step after the same backward pass make one
   step together.
+* Optimizers that hold the same weights are a step each, with the gradient that each of them finds;
+  where both find the same one that is told.
 * A step that a gradient scaler skips, and one without any gradient, is none.
 * Global hooks run before those that a user gives one optimizer: what these replace in the gradients
   reaches the optimizer, but neither scores nor decay.
@@ -153,6 +155,8 @@ def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = No
     refresh_together([mask for mask in fresh if not mask.frozen], run.step, ranks)
     if fresh and run.watch is not None:
         run.watch.warn_if_blind()
+    if optimizer is not None and not _active_inner():
+        _warn_of_two(run, fresh, optimizer)
     _prepare(fresh, run.step, optimizer, learning=True)
     if not _active_inner():  # a closure's further evaluations, whose gradients are new ones
         again = [mask for mask in ready if id(mask) in run.prepared]
@@ -202,6 +206,7 @@ def _advance(run: Run, share: list[MaskedWeight], *, of: Optimizer | None) -> No
         grad = mask.dense.grad
         assert grad is not None
         run.stepped[id(mask)] = (weakref.ref(grad), grad._version)
+    run.stepped_by = None if of is None else weakref.ref(of)
     run.prepared.difference_update(map(id, stepped))
     run.stepped_since()
     if run.watch is not None:
@@ -235,14 +240,30 @@ def _warn_past_the_end(run: Run) -> None:
         )
 
 
+def _warn_of_two(run: Run, weights: list[MaskedWeight], optimizer: Optimizer) -> None:
+    last = None if run.stepped_by is None else run.stepped_by()
+    if last is None or last is optimizer:
+        return
+    if any(id(mask) in run.stepped and not _is_new(run, mask) for mask in weights):
+        run.warn(
+            "two",
+            f"two optimizers step the same masked weights on the same gradients (step {run.step}): "
+            "each counts as a step of the masks, for total_steps as well. Give each weight to one "
+            "optimizer, or run a backward pass for each of them",
+        )
+
+
 def _new_gradients(run: Run) -> bool:
     """Whether a backward pass went through what was stepped since."""
-    for mask in run.weights:
-        if id(mask) in run.stepped and mask.there and mask.dense.grad is not None:
-            grad, version = run.stepped[id(mask)]
-            if grad() is not mask.dense.grad or mask.dense.grad._version != version:
-                return True
-    return False
+    stepped = [mask for mask in run.weights if id(mask) in run.stepped and _has_grad(mask)]
+    return any(_is_new(run, mask) for mask in stepped)
+
+
+def _is_new(run: Run, mask: MaskedWeight) -> bool:
+    """Whether the gradient of a mask that was stepped is another one since."""
+    grad, version = run.stepped[id(mask)]
+    now = mask.dense.grad
+    return now is not None and (grad() is not now or now._version != version)
 
 
 def _shares(optimizer: Optimizer) -> list[tuple[Run, list[MaskedWeight]]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import in_functorch, is_stacked_by_vmap
+from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_vmap
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
@@ -20,6 +20,7 @@ from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
 from spikenm_fx.masks.noise import noise_key
+from spikenm_fx.masks.ranks import meet
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.pattern import BlockView
@@ -229,6 +230,10 @@ class MaskedWeight:
             return self.masked_anywhere(training)
         if self.pinned is not None and not training:
             return self.pinned
+        if training and not self.run.ranks_met:
+            ranks = data_parallel_group()
+            if ranks is not None:
+                meet(self.run, ranks)
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
             mask, undrawn = self._final.of(self), 0.0

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer
 
 from spikenm_fx.errors import SpikeNMWarning
 
@@ -36,17 +37,20 @@ class Run:
 
     Attributes:
         seed: of the noise.
-        step: optimizer steps so far.
         watch: of the distillation, where there is one.
+        ranks_met: whether the ranks of a data parallel model around were found to agree.
+        stepped: of each weight stepped last, by its mask's id: the gradient and its version then.
+        stepped_by: the optimizer that did.
     """
 
     def __init__(self, seed: int, step: int = 0) -> None:
         self.seed = seed
-        self.step = step
+        self._step = step
         self.watch: Watch | None = None
         self._weights: list[weakref.ref[MaskedWeight]] = []
         self._root: weakref.ref[nn.Module] | None = None
         self._source: weakref.ref[Run] | None = None  # of a copy that has not stepped itself
+        self.ranks_met = False
         self.quiet = False  # while the library itself runs the model
         self._warned: set[str] = set()
         self.member_of_row: dict[Any, Tensor] = {}  # of each grouping, see groups.py
@@ -54,10 +58,23 @@ class Run:
         self.forget_step()
         _runs.add(self)
 
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        """Go on from there; where credits are due the watch opens its eyes."""
+        self._step = step
+        if self.watch is not None:
+            self.watch.wake(step)
+
     def forget_step(self) -> None:
         """Start anew in the middle of nowhere: after a checkpoint was loaded."""
         self.advances = 0  # steps that this object has seen
         self.stepped: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self.stepped_by: weakref.ref[Optimizer] | None = None
         self.prepared: set[int] = set()
         self._unseen = self._lent_passes = 0
 

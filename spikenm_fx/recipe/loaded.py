@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from spikenm_fx.checkpoint import load_into, load_state
+from spikenm_fx.channels import load_smaller, save_smaller
+from spikenm_fx.channels import permute as permute_channels
+from spikenm_fx.channels.stored import is_smaller
+from spikenm_fx.checkpoint import load_into, load_state, save_state
 from spikenm_fx.errors import PlanError, RecipeError, TraceError, did_you_mean
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import sparsify
@@ -52,6 +55,7 @@ class LoadedModel:
         root: where its code may come from.
         trained: whether its weights are a checkpoint's.
         data: a batch of the user's, which then takes the place of random input.
+        smaller: whether the checkpoint lacks channels of the model that the recipe builds.
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class LoadedModel:
     root: Root
     trained: bool = False
     data: Tensor | None = None
+    smaller: bool = False
     _graph: SpikingGraph | None = None
 
     @property
@@ -90,13 +95,18 @@ class LoadedModel:
         """
         return plan(self.model, graph=self.graph(), **self.recipe.plan_options())
 
-    def sparsify(self, decided: Plan, method: str | None = None) -> None:
+    def sparsify(self, decided: Plan, method: str | None = None, *, permute: bool = False) -> None:
         """Apply ``decided``, by the recipe's method unless another is named.
+
+        Channels are permuted before that, if the recipe or ``permute`` asks for it.
 
         Raises:
             PlanError: if the method is unknown, or the model sparse already.
+            RecipeError: if channels are to be permuted and no input shape is known.
         """
         own = self.recipe.method
+        if permute or self.recipe.channels.permute:
+            permute_channels(self.model, self.batch(), decided)
         sparsify(
             self.model,
             decided,
@@ -204,6 +214,21 @@ class LoadedModel:
         before = {"dense": dense} if dense is not None else {}
         return {**before, "folded": folded, "packed": pack(folded, self.batch())}
 
+    def save(self, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the state dict, so that :func:`load_model` reads it again.
+
+        Args:
+            file: ``.safetensors`` or ``.pt``; the first where the model lacks channels.
+            metadata: of a safetensors file.
+
+        Raises:
+            CheckpointError: if the suffix does not do, or the disk refuses.
+        """
+        if self.smaller:
+            save_smaller(file, self.model, metadata=metadata)
+        else:
+            save_state(file, self.model.state_dict(), metadata=metadata)
+
     def find_time(self) -> None:
         """Find out from a trace where time is in the input of a model without a recipe."""
         inputs = self.recipe.inputs
@@ -244,7 +269,8 @@ def load_model(
             that is nobody's repository, the current folder by default.
         nm: the pattern; replaces a recipe's, also where its rules repeat it.
         shape: of one forward's input, time and batch included; replaces a recipe's.
-        checkpoint: weights of the model, loaded strictly.
+        checkpoint: weights of the model, loaded strictly; of one whose channels were removed, the
+            model is cut to fit them.
         data: a batch, which then stands in for random input.
         packed: whether the checkpoint may be a packed file, whose weights are then unpacked.
 
@@ -263,10 +289,15 @@ def load_model(
     else:
         found = Root(root or Path.cwd())
     model = build_model(recipe, found)
+    smaller = False
     if checkpoint is not None:
-        read = unpacked_state if packed and is_packed(checkpoint) else load_state
-        load_into(model, read(checkpoint), source=str(checkpoint))
-    loaded = LoadedModel(model, recipe, found, checkpoint is not None, data)
+        smaller = is_smaller(checkpoint)
+        if smaller:
+            load_smaller(model, checkpoint)
+        else:
+            read = unpacked_state if packed and is_packed(checkpoint) else load_state
+            load_into(model, read(checkpoint), source=str(checkpoint))
+    loaded = LoadedModel(model, recipe, found, checkpoint is not None, data, smaller)
     if not file:
         loaded.find_time()
     if data is not None and shape is not None:

@@ -31,6 +31,7 @@ from spikenm_fx.recipe.mistakes import Mistake, explain, listing
 from spikenm_fx.recipe.yaml_strict import MAX_BYTES, load_strict_yaml
 
 __all__ = [
+    "Channels",
     "Expected",
     "Inputs",
     "MethodSpec",
@@ -228,6 +229,18 @@ class RuleSpec(Closed):
         return self
 
 
+class Channels(Closed):
+    """What is done with coupled channels; each changes no output beyond rounding."""
+
+    permute: bool = Field(
+        default=False,
+        description="before the masks: put channels in the order in which N:M keeps most",
+    )
+    remove_dead: bool = Field(
+        default=False, description="after folding: take out those that nothing depends on"
+    )
+
+
 class Expected(Closed):
     """What the plan came to when the recipe was tried; ``recipe check`` compares."""
 
@@ -255,6 +268,7 @@ class Recipe(Closed):
         description="what to do where the pattern does not divide the input channels",
     )
     method: MethodSpec = Field(default_factory=MethodSpec)
+    channels: Channels = Field(default_factory=Channels)
     rules: list[RuleSpec] = Field(default_factory=list, description="ordered; the first match wins")
     expected: Expected | None = None
     notes: str = Field(default="", description="what a user of this recipe should know")
@@ -274,6 +288,7 @@ class Recipe(Closed):
             + (f"  ({rule.reason})" if rule.reason else "")
             for rule in self.rules
         ]
+        steps = [name.replace("_", " ") for name, asked in self.channels if asked]
         lines = [
             self.name or target.build,
             "origin   " + (f"{target.repo}{at}" if target.repo else f"package {target.package}"),
@@ -285,6 +300,7 @@ class Recipe(Closed):
             f"pattern  {self.nm.describe()}, remainder: {self.remainder}",
             f"method   {self.method.name}"
             + "".join(f", {option}: {value}" for option, value in self.method.options.items()),
+            *([f"channels {', '.join(steps)}"] if steps else []),
             *(["rules    ordered, the first match wins", *rules] if rules else []),
             *([f"notes    {self.notes}"] if self.notes else []),
         ]
@@ -305,9 +321,13 @@ class Recipe(Closed):
         }
 
     def sparsify_options(self) -> dict[str, Any]:
-        """Keyword arguments for :func:`spikenm_fx.sparsify`."""
+        """Keyword arguments for :func:`spikenm_fx.sparsify`.
+
+        Where the recipe permutes channels, it also needs ``example_inputs``.
+        """
         return {
             **self.plan_options(),
+            "permute": self.channels.permute,
             "method": self.method.made(),
             "total_steps": self.method.total_steps,
             "seed": self.method.seed,

@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.channels import permute, remove_dead_channels
 from spikenm_fx.errors import PlanError, RecipeError, SpikeNMError, VerificationError
 from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
@@ -192,7 +193,9 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
         return firing_rates(model, lambda model: run(model, batch.clone()), rest)
 
     rouse(model, batch, rates)
-    sparsify(model, **recipe.sparsify_options())
+    if recipe.channels.permute:
+        permute(model, batch, decided)
+    sparsify(model, **{**recipe.sparsify_options(), "permute": False})
     verify(model, decided).raise_if_invalid()
     yield "sparsify", "ok"
 
@@ -205,6 +208,9 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     yield "fold", "ok"
 
     verify(model, decided).raise_if_invalid()
+    if recipe.channels.remove_dead:
+        remove_dead_channels(model, batch, nm=decided)
+        verify(model, decided).raise_if_invalid()
     yield "verify", "ok"
 
     # Half of its weights may drive a neuron no more; enlarged ones are as much N:M as before.

@@ -66,7 +66,10 @@ class Comparison:
     names: tuple[str, str] = ("before", "after")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: both reports' totals, and of each figure above zero in both its ratio."""
+        """Plain data: both reports' totals, and of each figure above zero in both its ratio.
+
+        ``latency``: seconds of one batch by variant, as measured for the report of ``after``.
+        """
         totals = [report.to_dict()["total"] for report in (self.before, self.after)]
         ratios = {
             key: totals[1][key] / value
@@ -80,6 +83,7 @@ class Comparison:
             "after": totals[1],
             "ratios": ratios,
             "layers": layers,
+            "latency": None if self.after.latency is None else dict(self.after.latency.total),
         }
 
     def to_html(self, path: str | Path | None = None) -> str:
@@ -112,7 +116,8 @@ def compare(
     """Two reports side by side, all figures per sample: totals, then layer by layer.
 
     Layers are matched by their qualified names; one that only one of the models has is listed with
-    a dash for the other.
+    a dash for the other.  Times are those of ``after``: give its report both models, which
+    then take turns, ``report(small, x, latency={"before": model, "after": small})``.
 
     Args:
         before: of the dense model, say.

@@ -2,8 +2,8 @@
 """Write the page of all figures, and the README's few, from what was measured.
 
 To add a table: let the benchmark save its JSON file (:func:`spikenm_fx.bench.measure.save`), and
-add a :class:`~spikenm_fx.bench.tables.chapter.Chapter` to ``learning``, ``speed`` or ``reading``.
-For plain rows :func:`~spikenm_fx.bench.tables.chapter.columns` is the whole body::
+add a :class:`~spikenm_fx.bench.tables.chapter.Chapter` to ``learning``, ``channels``, ``speed`` or
+``reading``.  For plain rows :func:`~spikenm_fx.bench.tables.chapter.columns` is the whole body::
 
     Chapter(
         "Kernel launches of a training step",

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from spikenm_fx.bench.tables.chapter import Chapter, Result, columns, markdown, percent, times
+from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown, percent, times
 from spikenm_fx.pattern import NM
 
 __all__ = ["CHAPTERS", "accuracy_of"]
@@ -106,10 +107,67 @@ def _ms(seconds: float) -> str:
 def _step(result: Result) -> str:
     run = result["settings"]
     about = (
-        f"{run['network']}, batch {run['batch']}, T={run['steps']}, credits refreshed every "
-        f"{run['refresh_every']} steps; median of {run['repeats']}."
+        f"Batch {run['batch']}, T={run['steps']}, credits refreshed every {run['refresh_every']} "
+        f"steps; median of {run['repeats']}."
     )
-    return about + "\n\n" + columns(name="", milliseconds=".1f", over_dense=".2f")(result)
+    rows = (
+        (
+            *(row["network"], row["method"], row["nm"]),
+            f"{row['after']['dense_milliseconds']:.1f} ms",
+            *(_over(row.get(version), "a run's mean") for version in ("before", "after")),
+            _over(row["after"], "refreshing"),
+        )
+        for row in result["rows"]
+    )
+    head = ["network", "method", "pattern", "dense", "earlier version", "now", "refreshing step"]
+    return about + "\n\n" + markdown(head, rows)
+
+
+def _over(version: Any, kind: str) -> str:
+    """How many times the dense step's time; nothing for what was not measured."""
+    ratios = {} if version is None else version["over_dense"]
+    return times(ratios[kind]) if kind in ratios else ""
+
+
+def _footprint(result: Result) -> str:
+    """Memory, launches, waits and graphs: of the earlier version, if it was measured, and now."""
+    run = result["settings"]
+    versions = [name for name in ("before", "after") if name in run["versions"]]
+    rows = [
+        ["" if number else row["key"], what, *(show(row[version]) for version in versions)]
+        for row in result["rows"]
+        for number, (what, show) in enumerate(_SHOWN[row["key"].split(",")[0]].items())
+    ]
+    names = {"before": "earlier version", "after": "now"}
+    about = f"Width {run['width']}; {run['layers']} masked layers, counted beyond the dense ones."
+    return about + "\n\n" + markdown(["", "", *(names[v] for v in versions)], rows)
+
+
+def _whole(graph: Any) -> str:
+    """Graph breaks and recompilations; ``fullgraph=True`` stops at the first break."""
+    if graph["breaks"] < 0:
+        return "does not compile whole"
+    return f"{graph['breaks']} breaks, {graph['recompilations']} recompilations"
+
+
+_SHOWN: Mapping[str, Mapping[str, Callable[[Any], str]]] = {
+    "memory": {
+        "weights, gradients, optimizer and masks, over the weights": lambda v: (
+            f"{v['weights']:.2f}"
+        ),
+        "kept of activations": lambda v: f"{v['activations_kept_bytes'] / 2**20:.1f} MiB",
+    },
+    "launches": {
+        "forward and backward": lambda v: str(v["launches"]["passes"]),
+        "optimizer step": lambda v: str(v["launches"]["step"]),
+        "evaluation": lambda v: str(v["launches"]["evaluation"]),
+        "host syncs of all three": lambda v: str(sum(v["syncs"].values())),
+    },
+    "graphs": {
+        "training": lambda v: _whole(v["train"]),
+        "evaluation": lambda v: _whole(v["eval"]),
+    },
+}
 
 
 def _variance(result: Result) -> str:
@@ -124,31 +182,6 @@ _RUN = (
     "--epochs 6 --batch 50 --lr 0.005 --train-images 10000 --test-images 5000 --threads 1"
 )
 _TEN = "--patterns 2:4 1:8 --seeds 0 1 2 3 4 5 6 7 8 9"
-
-
-def _permuted(result: Result) -> str:
-    """Efficacy on random matrices, and what N:M keeps in models before and after."""
-    matrices = (
-        (
-            *(row["nm"], row["search"], percent(row["efficacy"]), percent(row["least"])),
-            f"{1e3 * row['seconds']:.0f} ms",
-        )
-        for row in result["matrices"]
-    )
-    models = (
-        (
-            *(row["model"], row["nm"], percent(row["kept_before"]), percent(row["kept_after"])),
-            *(f"{row['groups_moved']} of {row['groups']}", f"{row['difference']:.1e}"),
-        )
-        for row in result["models"]
-    )
-    head = ["model", "pattern", "kept before", "kept after", "groups moved", "outputs differ by"]
-    return "\n\n".join(
-        [
-            markdown(["pattern", "search", "efficacy", "least", "processor time"], matrices),
-            markdown(head, models),
-        ]
-    )
 
 
 CHAPTERS = (
@@ -204,16 +237,6 @@ CHAPTERS = (
         "goes, weights scaled up before the fade.",
     ),
     Chapter(
-        "Permuted channels",
-        ("permute",),
-        "python -m spikenm_fx.bench permute --models spikingjelly/spikformer/m spikingjelly/sdt/m "
-        "snntorch/rleaky --json spikenm_fx/bench/results/permute.json",
-        _permuted,
-        "Efficacy: which share of the magnitude that a pattern loses against unstructured pruning "
-        "of the same size is kept by another order of the channels; random 64 x 128 matrices. Of "
-        "models: the share of the magnitude that stays where weights become N:M.",
-    ),
-    Chapter(
         "Noise of the logits' gradient",
         ("variance",),
         "python -m spikenm_fx.bench variance",
@@ -223,9 +246,18 @@ CHAPTERS = (
     Chapter(
         "Cost of a training step",
         ("step",),
-        "python -m spikenm_fx.bench step",
+        "python -m spikenm_fx.bench step --before DIR",
         _step,
-        "A whole step (forward, backward, Adam) over the dense step of the same network.",
+        "A whole step (forward, backward, Adam) over the dense step of the same network; the "
+        "mean of a run, credits refreshed as often as they are.",
+    ),
+    Chapter(
+        "Memory, launches and graphs of training",
+        ("footprint",),
+        "python -m spikenm_fx.bench footprint --before DIR",
+        _footprint,
+        "With Adam. Launches are ATen operations on the path without compiled kernels, which is "
+        "the one that a GPU takes. A hundred training steps, the freeze among them, are compiled.",
     ),
     Chapter(
         "Mask sampling",

@@ -6,14 +6,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spikenm_fx.bench.tables import learning, reading, speed
+from spikenm_fx.bench.tables import channels, learning, reading, speed
 from spikenm_fx.bench.tables.chapter import Chapter, Result, machine_of, percent, times
 from spikenm_fx.bench.tables.learning import accuracy_of
 from spikenm_fx.errors import SpikeNMError
 
 __all__ = ["BEGIN", "CHAPTERS", "END", "headlines", "page", "unread", "with_headlines"]
 
-CHAPTERS: tuple[Chapter, ...] = (*learning.CHAPTERS, *speed.CHAPTERS, *reading.CHAPTERS)
+CHAPTERS: tuple[Chapter, ...] = (
+    *learning.CHAPTERS,
+    *channels.CHAPTERS,
+    *speed.CHAPTERS,
+    *reading.CHAPTERS,
+)
 BEGIN = "<!-- figures: written by python -m spikenm_fx.bench tables -->"
 END = "<!-- end of figures -->"
 
@@ -78,13 +83,15 @@ def headlines(folder: Path) -> str:
             ("1:8", accuracy_of(ten, "spikenm", "1:8")),
         )
     ]
-    step = _read(folder, "step")["rows"]["spikenm 2:4, a run's mean"]["over_dense"]
+    step = _read(folder, "step")["summary"]
+    small, wide = (step[f"{network}, spikenm 2:4"]["after"] for network in ("vgg-small", "fc2048"))
     layers = _read(folder, "layers-1t")["summary"]["auto 2:4 at 15%"]
     networks = _read(folder, "network-1t")["summary"]["over_eager"]
     seeds = len(accuracy_of(ten, "spikenm", "2:4")["accuracies"])
     lines = [
         f"Accuracy, short CIFAR-10 runs, {seeds} seeds: {', '.join(cells)}.",
-        f"A training step at 2:4 takes {times(step)} the dense one's time (small VGG, CPU).",
+        f"A training step at 2:4 takes {times(small)} the dense one's time (small VGG, CPU), "
+        f"{times(wide)} where wide fully connected layers are all there is.",
         f"Packed 2:4 layers at 15 % spikes run {times(layers['median'])} as fast as torch's best "
         f"dense path (median; least {times(layers['least'])}), whole networks {times(networks)} "
         "as fast as eager torch (one thread).",

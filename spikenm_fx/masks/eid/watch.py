@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import (
+    compiles_whole,
     data_parallel_group,
     disable_dynamo,
     has_saved_tensor_hooks,
@@ -56,6 +57,10 @@ class Watch:
         run: of the model's masks.
         schedule: after its freeze nothing is watched any more.
         settings: of the distillation.
+
+    Attributes:
+        awake: whether credits are due in this step: a plain value, by which compiled graphs tell
+            the steps in which hooks do nothing, and which need no break.
     """
 
     def __init__(self, run: Run, schedule: Schedule, settings: EID) -> None:
@@ -68,6 +73,14 @@ class Watch:
         self._step, self._order, self._closed = -1, 0, -1
         self._connecting = False
         self._postponed = False
+        self.wake(run.step)
+
+    def wake(self, step: int) -> None:
+        """Go on to optimizer step ``step``."""
+        self.awake = self._due(step)
+
+    def _due(self, step: int) -> bool:
+        return step % self.every == 0 and not self.schedule.frozen(step)
 
     def connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the neuron behind each layer inside ``module`` and hook it.
@@ -188,19 +201,28 @@ class Watch:
         for source in self.sources:
             if source.alone:
                 self.missed(source)
-        due = self.run.step % self.every == 0 and not self.schedule.frozen(self.run.step)
-        if due and self.sources and self._blind():
+        if self._due(self.run.step) and self.sources and self._blind():
             self.run.warn(
                 "blind",
                 f"EID saw no forward of a masked layer in step {self.run.step}, where its credits "
-                "were due, so that it is off, or stays with the credits it had: compiled graphs "
-                "and the transforms of torch.func run no hooks. Run every "
-                f"{self.every}th step uncompiled, or use SpikeNM(eid=None)",
+                "were due, so that it is off, or stays with the credits it had: graphs compiled "
+                "with fullgraph=True and the transforms of torch.func run no hooks. Compile "
+                f"without fullgraph, call the model itself at every {self.every}th step, or use "
+                "SpikeNM(eid=None)",
             )
 
     def _blind(self) -> bool:
-        watched = [s for s in self.sources if not s.frozen and (s.posts or not self.needs_neuron)]
+        watched = [
+            source
+            for source in self.sources
+            if not source.frozen
+            and (source.posts or not self.needs_neuron or self._waits_for(source))
+        ]
         return self._step != self.run.step and bool(watched)
+
+    def _waits_for(self, source: Source) -> bool:
+        """Whether no call of a module has shown yet what a layer drives, and nobody said why."""
+        return not source.connected and not self._postponed
 
     def missed(self, source: Source) -> None:
         """A layer is called by itself: no call of a module shows what it drives.  Say so once."""
@@ -379,13 +401,25 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
     return True
 
 
+def _looks(watch: Watch, module: nn.Module) -> bool:
+    """Whether a hook has anything to do; compiled graphs decide it while they are made.
+
+    Where they may not break (``fullgraph=True``) no hook ever has, and else only in the steps in
+    which credits are due: there are two graphs then, and one of them is whole.
+    """
+    if torch.compiler.is_compiling() and compiles_whole():
+        return False
+    return module.training and watch.awake
+
+
 @dataclass(slots=True, eq=False)
 class _LayerHook:
     watch: Watch
     source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        _after_layer(self, module, args, output)
+        if _looks(self.watch, module):
+            _after_layer(self, module, args, output)
 
 
 @dataclass(slots=True, eq=False)
@@ -394,7 +428,8 @@ class _NeuronHook:
     neuron: Neuron
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        _before_neuron(self, module, args, kwargs)
+        if _looks(self.watch, module):
+            _before_neuron(self, module, args, kwargs)
 
 
 @dataclass(slots=True, eq=False)
@@ -403,7 +438,8 @@ class _FirstHook:
     source: Source
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        _before_layer(self, module)
+        if _looks(self.watch, module):
+            _before_layer(self, module)
 
 
 @dataclass(slots=True, eq=False)
@@ -414,7 +450,8 @@ class CallHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the forward of a module that contains watched layers."""
-        _before_call(self, module, args, kwargs)
+        if _looks(self.watch, module):
+            _before_call(self, module, args, kwargs)
 
 
 def _outside_of_checkpoints() -> Any:
@@ -431,7 +468,7 @@ def _graph_can_be_asked() -> bool:
     return not has_saved_tensor_hooks()
 
 
-@disable_dynamo  # graphs break where credits are measured
+@disable_dynamo  # graphs break here, in the steps where credits are measured
 def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
         hook.watch.saw_layer(hook.source, args[0], output)

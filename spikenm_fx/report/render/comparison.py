@@ -8,6 +8,7 @@ from html import escape
 
 from spikenm_fx.report.data import ReportData, changes
 from spikenm_fx.report.render.style import STYLE, document, styled_table
+from spikenm_fx.report.render.text import latency_words
 from spikenm_fx.report.render.units import bytes_text, count_text, counted, energy_text, percent
 from spikenm_fx.table import text_table
 
@@ -22,9 +23,9 @@ def text(before: ReportData, after: ReportData, names: Names) -> str:
     totals, layers = _totals(before, after, names), _layers(before, after)
     right = frozenset(range(1, 4))
     rest = frozenset(range(2, len(layers[0])))
-    return "\n".join(
-        [head, "", *text_table(totals, right=right), "", *text_table(layers, right=rest)]
-    )
+    times = latency_words(after)
+    tables = [*text_table(totals, right=right), *times, "", *text_table(layers, right=rest)]
+    return "\n".join([head, "", *tables])
 
 
 def page(before: ReportData, after: ReportData, names: Names) -> str:
@@ -41,6 +42,7 @@ def fragment(before: ReportData, after: ReportData, names: Names) -> str:
         f"<h1>{escape(names[0])} and {escape(names[1])}</h1><p>{words}</p>"
         "<h2>In all</h2><p>Operations and energy are per sample; the ratio is of the second over "
         f"the first.</p>{styled_table(_totals(before, after, names))}"
+        f"<p>{escape(' '.join(latency_words(after)))}</p>"
         "<h2>Layer by layer</h2><p>Before &rarr; after; operations are SynOps and MACs that both "
         f"sparsities leave.</p>{styled_table(_layers(before, after))}</div>"
     )
@@ -71,6 +73,8 @@ def _totals(before: ReportData, after: ReportData, names: Names) -> list[list[st
     add("dual sparsity", percent, lambda r: r.dual_sparsity)
     add("energy", energy_text, lambda r: r.picojoule)
     add("PE utilisation", percent, lambda r: r.utilisation)
+    add("weights", count_text, lambda r: float(sum(layer.weights for layer in r.layers)))
+    add("bytes", bytes_text, lambda r: float(r.dense_bytes))
     add("bytes when packed", bytes_text, lambda r: float(r.packed_bytes))
     return found
 

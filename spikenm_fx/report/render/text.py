@@ -10,7 +10,7 @@ from spikenm_fx.report.render.columns import COLUMNS, rows
 from spikenm_fx.report.render.units import bytes_text, counted, energy_text
 from spikenm_fx.table import text_table
 
-__all__ = ["table"]
+__all__ = ["latency_words", "table"]
 
 _LEFT = 4  # columns of words
 _EXPLAINED = ("kept |w|", "dual sparsity", "PE util.")
@@ -45,10 +45,16 @@ def _foot(report: ReportData) -> list[str]:
     ways = Counter(la.note.removeprefix("runs as ") for la in report.layers if "runs as" in la.note)
     if ways:
         lines.append("packed layers run as: " + ", ".join(f"{n} {way}" for way, n in ways.items()))
-    if report.latency is not None:
-        times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in report.latency.total.items())
-        lines.append(
-            f"latency of one batch: {times} (median of {report.latency.repeats}, "
-            f"{counted(report.latency.threads, 'thread')})"
-        )
+    lines += latency_words(report)
     return [*lines, *(f"note: {note}" for note in report.notes)]
+
+
+def latency_words(report: ReportData) -> list[str]:
+    """One line with the time of each variant; none where nothing was timed."""
+    if report.latency is None:
+        return []
+    times = ", ".join(f"{k} {1000 * v:.2f} ms" for k, v in report.latency.total.items())
+    return [
+        f"latency of one batch: {times} (median of {report.latency.repeats}, "
+        f"{counted(report.latency.threads, 'thread')})"
+    ]

@@ -239,7 +239,10 @@ def attach_broadcast(reader: ChannelReader, tensor: Tensor, layout: Layout, wher
                 if size_of(dim) == tensor.shape[axis] and reader.spaces.labelled(dim)
             ]
             if len(axes) != 1 or len(fitting) != 1:
-                raise NotUnderstood(f"a tensor of shape {tuple(tensor.shape)} in {where}")
+                raise NotUnderstood(
+                    f"{where} holds a tensor of shape {tuple(tensor.shape)} whose axes "
+                    "fit no channels of its input, or several"
+                )
             place = fitting[0]
         reader.attach(tensor, axis, layout[place])
 

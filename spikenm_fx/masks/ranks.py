@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ranks of a data parallel model must have one and the same masks: asked once, then assured.
+
+Masks cost no communication, as every rank computes them of the same weights, logits and numbers.
+Weights and logits are given out by DistributedDataParallel when it wraps the model; numbers that
+only ``sparsify`` knows (pattern, seed, length, method) and the step of a checkpoint are not, and a
+rank that had others would train another model without a word.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.start import loaded
+
+if TYPE_CHECKING:
+    from spikenm_fx.masks.run import Run
+
+__all__ = ["meet"]
+
+
+def meet(run: Run, ranks: Any) -> None:
+    """On the first training forward inside of DistributedDataParallel: one small collective.
+
+    Masks that were drawn of a rank's own initial weights are drawn anew of those it was given.
+
+    Args:
+        run: of the model that is wrapped.
+        ranks: the process group.
+
+    Raises:
+        PlanError: on every rank, if they differ in what their masks are made of.
+    """
+    run.ranks_met = True
+    weights = [weight for weight in run.weights if weight.there]
+    settings = {
+        "pattern": [(weight.name, str(weight.view.nm), weight.view.shape) for weight in weights],
+        "method": [_described(weight.method) for weight in weights],
+        "total_steps": [weight.schedule for weight in weights],
+        "seed": run.seed,
+        "step": run.step,
+    }
+    own = torch.tensor(
+        [_number(value) for value in settings.values()], dtype=torch.int64, device="cpu"
+    )
+    both = torch.stack((own, -own)).to(weights[0].mask.device)
+    torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX, group=ranks)
+    largest, smallest = both.cpu()
+    differ = [name for name, a, b in zip(settings, largest, -smallest, strict=True) if a != b]
+    if differ:
+        run.ranks_met = False
+        raise PlanError(
+            f"the ranks of this data parallel model differ in {', '.join(differ)} of their masks, "
+            f"here {', '.join(f'{name}={settings[name]}' for name in differ)}: call sparsify with "
+            "the same arguments on every rank, and load a checkpoint on every rank"
+        )
+    for weight in weights:
+        loaded(weight)
+
+
+def _described(method: Any) -> str:
+    return repr(method) if is_dataclass(method) else str(method.name)
+
+
+def _number(value: object) -> int:
+    """62 bits, whose negative is a number of 64 bits as well."""
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest()) >> 2
