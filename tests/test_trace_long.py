@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.trace import SpikingGraph, trace
+from spikenm_fx.trace.channels.groups import coupled_groups
 
 
 class Fire(torch.autograd.Function):
@@ -86,6 +87,12 @@ def told(graph: SpikingGraph) -> dict[str, object]:
     # a spec holds functions made anew by each trace
     neurons = {n.name: (n.layers, n.output, n.spec.class_name) for n in graph.neurons.values()}
     return {"layers": layers, "neurons": neurons, "notes": graph.notes, "route": graph.route}
+
+
+def coupled(graph: SpikingGraph) -> list[object]:
+    """Which tensors' channels go together, and whether they may be permuted."""
+    groups = coupled_groups(graph)
+    return sorted((g.size, sorted(map(str, set(g.members))), bool(g.frozen)) for g in groups)
 
 
 def recurrent() -> nn.Module:
@@ -218,3 +225,98 @@ def test_the_model_runs_once_for_plan_and_masks() -> None:
 
     spikenm_fx.sparsify(Counted(), "2:4", example_inputs=torch.rand(2, 6, 16))
     assert len(runs) == 1
+
+
+class Sliced(nn.Module):
+    """A state that goes along channels, not time: as many equal steps as others have in time."""
+
+    def __init__(self, take: str) -> None:
+        super().__init__()
+        self.take = take
+        self.first, self.mix = nn.Linear(8, 48), nn.Linear(4, 4)
+        self.second, self.head = nn.Linear(48, 16), nn.Linear(16, 4)
+
+    def parts(self, x: Tensor) -> list[Tensor]:
+        """Twelve parts of the channels of ``x`` (N, 48), each (N, 4)."""
+        if self.take == "chunk":
+            return list(x.chunk(12, 1))
+        if self.take == "every":
+            return [x[:, i::12] for i in range(12)]
+        if self.take == "late":
+            return [x[:, i : i + 4] for i in (*range(0, 44, 4), 43)]
+        return [x[:, 4 * i : 4 * i + 4] for i in range(12)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        carry, out = x.new_zeros(x.shape[0], 4), []
+        for part in self.parts(x):
+            carry = carry / 2 + torch.relu(self.mix(part + carry))
+            spikes = (carry > 0.3).to(x.dtype)
+            carry = carry * (1 - spikes)
+            out.append(spikes)
+        return self.head(torch.relu(self.second(torch.cat(out, 1))))
+
+
+class OwnWeights(nn.Module):
+    """Parts that a loop goes through, each made with a weight of its own on one line of code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ws = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(14)])
+        self.mix, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, out = torch.zeros(x.shape[0], 8), 0
+        for part in [torch.relu(nn.functional.linear(x, w) + 0.1) * 2 for w in self.ws]:
+            v = v / 2 + self.mix(part)
+            spikes = (v > 0.2).float()
+            v = v * (1 - spikes)
+            out = out + spikes
+        return self.head(out)
+
+
+@pytest.mark.parametrize("take", ["slice", "chunk", "every", "late"])
+def test_state_over_channels_tells_what_all_steps_tell(take: str) -> None:
+    """Layers, pairs and coupled channels are those of a trace that records each step."""
+    torch.manual_seed(0)
+    model, x = Sliced(take), torch.rand(2, 8)
+    short, whole = trace(model, x), trace(model, x, measure=True)
+    assert told(short) == told(whole)
+    assert coupled(short) == coupled(whole)
+
+
+def test_parts_with_weights_of_their_own_are_all_read() -> None:
+    """The loop's layer reads each of the fourteen weights' outputs, none of which is a head."""
+    graph = trace(OwnWeights(), torch.rand(2, 8))
+    assert {graph.layers[f"ws.{i}"].feeds for i in range(14)} == {("mix",)}
+    assert len(graph.layers["mix"].pre) == 14
+
+
+@pytest.mark.parametrize("take", ["slice", "chunk", "every", "late"])
+def test_channels_over_which_a_state_goes_are_permuted_rightly(take: str) -> None:
+    """Whatever is permuted, the model computes the same."""
+    torch.manual_seed(0)
+    model, x = Sliced(take).double(), torch.rand(5, 8, dtype=torch.double)
+    before = model(x)
+    spikenm_fx.permute(model, x)
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_tensor_that_grows_with_the_steps_is_no_repeat() -> None:
+    """What has another shape at each step is recorded at each."""
+
+    class Cache(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen = torch.zeros(0, x.shape[1], 8)
+            for part in x:
+                new = (self.layer(part) + seen.sum(0) > 0).float()
+                seen = torch.cat([seen, new[None]])
+            return self.head(seen)
+
+    graph = trace(Cache(), torch.rand(30, 2, 8))
+    assert graph.layers["head"].input_shape == (30, 2, 8)
+    assert graph.layers["layer"].calls == 30

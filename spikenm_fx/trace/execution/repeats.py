@@ -25,6 +25,12 @@ __all__ = ["Operation", "Repeats", "place_of_call"]
 _PERIODS = 8
 """So many steps alike are recorded before the next ones stand for the last of them."""
 
+_PARTS = frozenset({"__getitem__", "__setitem__", "getitem", "setitem", "select", "narrow"})
+"""Operations on data whose whole numbers say which part of it a step takes."""
+
+_TAKEN_APART = frozenset({"unbind", "chunk", "split", "tensor_split"})
+"""Operations whose results are parts of one tensor, one for each step."""
+
 _users: dict[CodeType, bool] = {}
 
 
@@ -96,6 +102,8 @@ class Repeats:
     def __init__(self) -> None:
         self._operations: list[Operation] = []
         self._made_by: dict[fx.Node, int] = {}
+        # by operation: the first one that it repeats, in a step that repeats another as a whole
+        self._alike_with: list[int] = []
         self._of_data: set[fx.Node] = set()
         self._last: dict[tuple[Any, ...], int] = {}
         self._period = 0
@@ -127,6 +135,9 @@ class Repeats:
             before = self._operations[index - self._period] if self._period else None
             self._alike = int(before is not None and self._is_repeat(before, operation))
         self._operations.append(operation)
+        whole_step = 0 < self._period <= self._alike
+        first = self._alike_with[index - self._period] if whole_step else index
+        self._alike_with.append(first)
         self._made_by |= dict.fromkeys(operation.nodes, index)
         if any(node is not None and self._is_data(node) for node in operation.inputs):
             self._of_data.update(operation.nodes)
@@ -160,8 +171,8 @@ class Repeats:
             return True
         # the number of the step; which part of a weight is read is never all the same
         first = new.inputs[0] if new.inputs else None
-        of_data = first is not None and self._is_data(first)
-        return of_data and _same(known.plain, new.plain, numbers=False)
+        taken = first is not None and self._is_data(first) and _name(known) in _PARTS
+        return taken and _same(known.plain, new.plain, numbers=False)
 
     def _corresponds(self, known: fx.Node | None, new: fx.Node | None) -> bool:
         """Whether one step reads as ``new`` what an earlier step read as ``known``."""
@@ -173,11 +184,21 @@ class Repeats:
         first, second = self._operations[before], self._operations[now]
         if first.locus != second.locus:
             return False
-        if now > before and (now - before) % self._period == 0:
-            return first.nodes.index(known) == second.nodes.index(new)
-        # parts, one for each step, of what was made before the loop
         start = len(self._operations) - max(self._alike, 2 * self._period)
-        return max(before, now) < start and self._is_data(new)
+        same_item = first.nodes.index(known) == second.nodes.index(new)
+        if now > before and now >= start and (now - before) % self._period == 0:
+            return same_item
+        # parts, one for each step, of what was made before the loop: of one tensor, or by steps
+        # of another loop; what differs in more than its number is no part
+        if max(before, now) >= start or not self._is_data(new):
+            return False
+        if before == now:
+            return _name(first) in _TAKEN_APART
+        return same_item and self._alike_with[before] == self._alike_with[now]
+
+
+def _name(operation: Operation) -> str:
+    return str(getattr(operation.locus[0], "__name__", ""))
 
 
 def _same(known: Sequence[Any], new: Sequence[Any], *, numbers: bool = True) -> bool:

@@ -54,6 +54,7 @@ from spikenm_fx.trace.execution.values import (
     SurrogateCall,
     ValueInfo,
     describe,
+    is_like,
     is_scripted_block,
     kind_of_values,
     user_line,
@@ -370,7 +371,8 @@ class ValueTracer(fx.Tracer):
             written = written_argument(target, args)
             if written is None and not holds_tensors(value):
                 return value
-            if known is not None:
+            made = value if written is None else written
+            if known is not None and is_like(made, known.nodes[0].meta["value"]):
                 return self._repeat(known, value, written, unwrapped)
             node = self.create_node(
                 kind, target, self.create_arg(args), self.create_arg(kwargs), label(target)

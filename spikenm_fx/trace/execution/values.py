@@ -20,6 +20,7 @@ __all__ = [
     "SurrogateCall",
     "ValueInfo",
     "describe",
+    "is_like",
     "is_matrix",
     "is_scripted_block",
     "kind_of_values",
@@ -60,6 +61,13 @@ def describe(value: Any, *, measure: bool = False) -> ValueInfo:
         return ValueInfo(None)
     kind, varied = measure_kind(value) if measure else (None, True)
     return ValueInfo(tuple(value.shape), value.dtype, kind, varied)
+
+
+def is_like(value: Any, info: ValueInfo) -> bool:
+    """Whether a later step's ``value`` has the shape of the one that ``info`` records."""
+    if not isinstance(value, Tensor):
+        return info.shape is None
+    return info.shape == tuple(value.shape)  # one that grows with the steps is none of them
 
 
 def kind_of_values(values: Tensor, *, largest: float = LARGEST_COUNT) -> Measured | None:
