@@ -320,3 +320,44 @@ def test_a_tensor_that_grows_with_the_steps_is_no_repeat() -> None:
     graph = trace(Cache(), torch.rand(30, 2, 8))
     assert graph.layers["head"].input_shape == (30, 2, 8)
     assert graph.layers["layer"].calls == 30
+
+
+def test_tensors_that_a_model_holds_stay_what_they_are() -> None:
+    """Buffers, and state that neurons return, are ordinary tensors during and after a long loop."""
+    kinds: set[type] = set()
+
+    class Neuron(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.v: Tensor | float = 0.0
+
+        def reset(self) -> None:
+            self.v = 0.0
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            self.v = self.v / 2 + x
+            spikes = (self.v > 0.3).float()
+            self.v = self.v * (1 - spikes)
+            kinds.add(type(self.v))
+            return spikes, self.v
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.neuron, self.head = nn.Linear(8, 8), Neuron(), nn.Linear(8, 4)
+            self.register_buffer("gain", torch.ones(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = 0
+            for part in x:
+                spikes, _ = self.neuron(self.layer(part) * self.gain.contiguous())
+                kinds.add(type(self.gain))
+                out = out + self.head(spikes)
+            return out
+
+    model = Net()
+    graph = trace(model, torch.rand(40, 2, 8))
+    assert kinds == {Tensor}
+    assert graph.layers["head"].calls == 40
+    assert type(model.gain) is Tensor
+    assert model.neuron.v == 0.0

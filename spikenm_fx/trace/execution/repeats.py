@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from spikenm_fx.trace.execution.calls import NOT_USERS
+from spikenm_fx.trace.execution.template import Template
 from spikenm_fx.trace.execution.traced import Traced
 
 __all__ = ["Operation", "Repeats", "place_of_call"]
@@ -58,6 +59,7 @@ class Operation:
         is_neuron: whether it steps a neuron that keeps its state.
         ordinary: whether its tensors are torch's own, without a way of their own to compute.
         nodes: what it made: its own node, those of a tuple's items and of writes through views.
+        template: what its repeats look like, once they repeat; None where each is looked at.
     """
 
     locus: tuple[Any, ...]
@@ -66,6 +68,7 @@ class Operation:
     is_neuron: bool = False
     ordinary: bool = True
     nodes: list[fx.Node] = field(default_factory=list)
+    template: Template | None = None
 
     @classmethod
     def of(cls, locus: tuple[Any, ...], arguments: Any, *, is_neuron: bool) -> Operation:
@@ -109,6 +112,8 @@ class Repeats:
         self._period = 0
         self._alike = 0  # operations in a row that equal those a period before
         self._next: int | None = None  # the recorded operation that the next one should repeat
+        self.expected: Template | None = None
+        """What the next operation is if the loop goes on, where that is told at a glance."""
 
     def seen_before(self, operation: Operation) -> Operation | None:
         """The recorded operation that ``operation`` repeats; None where it is to be recorded."""
@@ -122,11 +127,18 @@ class Repeats:
         assert self._next is not None
         end = len(self._operations)
         self._next = end - self._period if self._next + 1 == end else self._next + 1
+        self.expected = self._operations[self._next].template
+
+    def takes_part(self, operation: Operation) -> bool:
+        """Whether whole numbers among its arguments say which part of data it takes."""
+        first = operation.inputs[0] if operation.inputs else None
+        return first is not None and self._is_data(first) and _name(operation) in _PARTS
 
     def add(self, operation: Operation) -> None:
         """Note an operation that was recorded, with the nodes it made."""
         if self._next is not None:  # another one was expected: the loop is over
             self._next, self._period, self._alike = None, 0, 0
+            self.expected = None
         index = len(self._operations)
         if self._period and self._is_repeat(self._operations[index - self._period], operation):
             self._alike += 1
@@ -145,6 +157,8 @@ class Repeats:
         enough = self._period > 0 and self._alike >= _PERIODS * self._period
         if enough and self._alike % self._period == 0 and self._is_recurrent():
             self._next = len(self._operations) - self._period
+            for step in self._operations[self._next :]:
+                step.template = None  # another loop around this one was here before
 
     def _is_data(self, node: fx.Node) -> bool:
         """Whether it is made of the model's input, not of parameters and constants alone."""
@@ -170,9 +184,7 @@ class Repeats:
         if _same(known.plain, new.plain):
             return True
         # the number of the step; which part of a weight is read is never all the same
-        first = new.inputs[0] if new.inputs else None
-        taken = first is not None and self._is_data(first) and _name(known) in _PARTS
-        return taken and _same(known.plain, new.plain, numbers=False)
+        return self.takes_part(new) and _same(known.plain, new.plain, numbers=False)
 
     def _corresponds(self, known: fx.Node | None, new: fx.Node | None) -> bool:
         """Whether one step reads as ``new`` what an earlier step read as ``known``."""

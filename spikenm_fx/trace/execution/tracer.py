@@ -36,6 +36,7 @@ from spikenm_fx.state import preserved, reading
 from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
     COMPARING,
+    OF_SHAPE,
     PLAIN,
     call_site,
     label,
@@ -47,6 +48,7 @@ from spikenm_fx.trace.execution.intercept import watch_applies
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.recorder import Recorder
 from spikenm_fx.trace.execution.repeats import Operation, Repeats, place_of_call
+from spikenm_fx.trace.execution.template import template_of
 from spikenm_fx.trace.execution.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
 from spikenm_fx.trace.execution.values import (
     InnerCall,
@@ -244,6 +246,10 @@ class ValueTracer(fx.Tracer):
             return self.recorder.call_module(m, forward, args, kwargs)
         if self.computing:
             return self._run_inner(m, forward, args, kwargs)
+        if self._repeats is not None and self._repeats.expected is not None:
+            target = self._names.get(m)
+            if target is not None and self._repeats.expected.fits(target, args, kwargs):
+                return self._repeat_expected(m, target, args, kwargs)
         with self.inside(m):
             try:
                 if type(m) in self.leaf.opaque or is_scripted_block(m):
@@ -345,6 +351,11 @@ class ValueTracer(fx.Tracer):
         """A torch function is called: compute it, and record it if tensors come out."""
         if self.computing or self.recorder is not None:
             return func(*args, **kwargs)
+        if self._repeats is not None and self._repeats.expected is not None:
+            if func in OF_SHAPE:
+                return func(*args, **kwargs)
+            if self._repeats.expected.fits(func, args, kwargs):
+                return self._repeat_expected(None, func, args, kwargs)
         return self._record("call_function", func, args, kwargs)
 
     def _record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
@@ -373,7 +384,14 @@ class ValueTracer(fx.Tracer):
                 return value
             made = value if written is None else written
             if known is not None and is_like(made, known.nodes[0].meta["value"]):
-                return self._repeat(known, value, written, unwrapped)
+                repeated = self._repeat(known, value, written, unwrapped)
+                if operation is not None and self._repeats is not None:
+                    known.template = template_of(
+                        *(target, args, kwargs, repeated),
+                        takes_part=self._repeats.takes_part(operation),
+                        of_torch=torchs and operation.ordinary,
+                    )
+                return repeated
             node = self.create_node(
                 kind, target, self.create_arg(args), self.create_arg(kwargs), label(target)
             )
@@ -385,6 +403,32 @@ class ValueTracer(fx.Tracer):
                 node.meta["steps"] = self._steps.get(target, True)
             with self._noting(operation, node):
                 return self._result(node, value, written, unwrapped)
+
+    def _repeat_expected(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what is known to come: an operation of torch's whose result is one tensor."""
+        assert self._repeats is not None
+        expected = self._repeats.expected
+        assert expected is not None
+        call = target if module is None else functools.partial(call_module_untraced, module)
+        if expected.of_torch:
+            with disable_torch_dispatch(), DisableTorchFunction():
+                value = call(*args, **kwargs)
+                taken = expected.take(value, args)
+        else:  # the user's code: what it writes is seen, and it is given ordinary tensors
+            plain_args, plain_kwargs = Unwrapped().plain((args, kwargs))
+            with self._aside(), self._in(module):
+                value = call(*plain_args, **plain_kwargs)
+            with disable_torch_dispatch(), DisableTorchFunction():
+                taken = expected.take(value, args)
+        if taken is None:
+            kind = "call_function" if module is None else "call_module"
+            with self._in(module):
+                return self._record(kind, target, args, kwargs)
+        self._repeats.skip()
+        return taken
+
+    def _in(self, module: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if module is None else self.inside(module)
 
     def _operation_of(
         self, target: Any, module: nn.Module | None, args: Any, kwargs: Any
@@ -502,9 +546,13 @@ class ValueTracer(fx.Tracer):
 
     def _on_apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An autograd Function is one operation: usually somebody's spike."""
-        flat = tree_flatten((args, kwargs))[0]
         if self.computing or self.recorder is not None:
             return NotImplemented
+        if self._repeats is not None and self._repeats.expected is not None:
+            expected = self._repeats.expected
+            if expected.fits(SurrogateCall(function), args, kwargs):
+                return self._repeat_expected(None, expected.target, args, kwargs)
+        flat = tree_flatten((args, kwargs))[0]
         if any(isinstance(x, nn.Module) for x in flat):
             return NotImplemented  # a checkpoint-like Function: what matters happens inside
         return self._record("call_function", SurrogateCall(function), args, kwargs)
