@@ -17,6 +17,7 @@ name here                   torch's                                            w
 ``tree_flatten`` and kin    ``utils._pytree.tree_flatten``, ...                error: nested inputs
 ``TorchDispatchMode``       ``utils._python_dispatch.TorchDispatchMode``       error: trace, pack
 ``disable_current_modes``   ``utils._python_dispatch._disable_current_modes``  error: masked traces
+``disable_torch_dispatch``  ``_C._DisableTorchDispatch``                      modes see all: slower
 ``DisableTorchFunction``    ``_C.DisableTorchFunction``                        error: trace
 ``no_torch_function``       ``_C._disabled_torch_function_impl``               error: trace
 ``call_module_untraced``    ``fx._symbolic_trace._orig_module_call``           ``Module.__call__``
@@ -73,6 +74,7 @@ __all__ = [
     "data_parallel_group",
     "disable_current_modes",
     "disable_dynamo",
+    "disable_torch_dispatch",
     "foreach",
     "global_hooks",
     "has_saved_tensor_hooks",
@@ -172,6 +174,9 @@ disable_current_modes: Any = _required(
     "utils._python_dispatch", "_disable_current_modes", "tracing a model with masks"
 )
 """A context manager: dispatch modes that are entered see nothing of what happens inside."""
+
+disable_torch_dispatch: Any = _find("_C", "_DisableTorchDispatch") or contextlib.nullcontext
+"""A context manager, quicker to enter: neither modes nor subclasses see what is dispatched."""
 
 call_module_untraced: Callable[..., Any] = (
     _find("fx._symbolic_trace", "_orig_module_call") or nn.Module.__call__

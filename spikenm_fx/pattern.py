@@ -28,6 +28,7 @@ __all__ = [
     "Remainder",
     "WeightLayer",
     "is_weight_layer",
+    "quantised_weights",
     "tightest",
     "torch_class",
 ]
@@ -42,6 +43,17 @@ WeightLayer: TypeAlias = nn.Linear | ConvNd
 def is_weight_layer(module: nn.Module) -> bool:
     """Whether ``module`` is a Linear or Conv of any kind: by inheritance, never by exact type."""
     return isinstance(module, nn.Linear | ConvNd)
+
+
+def quantised_weights(model: nn.Module) -> list[str]:
+    """Names of layers and parameters whose weights torch has quantised: no floats to be zeros of.
+
+    Layers are those of ``torch.ao.nn.quantized`` and its like, by inheritance.
+    """
+    modules = list(nn.Module.named_modules(model))
+    of_torch = re.compile(r"torch\..*\.quantized\.")
+    layers = [n for n, m in modules if any(of_torch.match(c.__module__) for c in type(m).__mro__)]
+    return layers + [n for n, p in nn.Module.named_parameters(model) if p.is_quantized]
 
 
 def torch_class(module: nn.Module) -> type[nn.Module]:

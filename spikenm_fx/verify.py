@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from spikenm_fx.errors import PlanError, VerificationError, no_module, some_of
-from spikenm_fx.pattern import NM, PatternLike, is_weight_layer
+from spikenm_fx.pattern import NM, PatternLike, is_weight_layer, quantised_weights
 from spikenm_fx.plan import LayerPlan, Plan
 from spikenm_fx.plan.weights import RAW
 from spikenm_fx.table import html_table
@@ -176,12 +176,19 @@ def verify(
 
     Raises:
         PatternError: for a malformed pattern.
-        PlanError: if ``nm`` names a layer that is not there, or ``model`` is no model.
+        PlanError: if ``nm`` names a layer that is not there, ``model`` is no model, or
+            its weights are quantised.
     """
     if not isinstance(model, nn.Module | Mapping):
         raise PlanError(
             f"{no_module('verify', model)}; a state dict will do as well, a file after "
             "spikenm_fx.checkpoint.load_state(path)"
+        )
+    quantised = quantised_weights(model) if isinstance(model, nn.Module) else []
+    if quantised:
+        raise PlanError(
+            f"{quantised[0]} and {len(quantised) - 1} more hold quantised weights, whose zeros "
+            "verify() does not count; verify the folded model before torch quantises it"
         )
     weights = _of_model(model) if isinstance(model, nn.Module) else _of_state_dict(model)
     for entry in nm.sparse if isinstance(nm, Plan) else ():

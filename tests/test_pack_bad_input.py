@@ -391,3 +391,23 @@ def test_what_a_layer_does_beside_its_product_is_kept(conv, change):
         engine = pack(model, x)
         functional.reset_net(engine)
         torch.testing.assert_close(engine(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("verb", [spikenm_fx.pack, spikenm_fx.verify])
+@pytest.mark.parametrize("whole", [True, False], ids=["layers", "tensor"])
+def test_quantised_weights_are_refused_with_the_way_out(verb, whole: bool) -> None:
+    """Torch's quantised layers and tensors are named, and nothing is changed."""
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    if whole:
+        kinds = {nn.Linear}
+        model = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
+    else:
+        small = torch.quantize_per_tensor(model[2].weight.detach(), 0.01, 0, torch.qint8)
+        model[2].weight = nn.Parameter(small, requires_grad=False)
+    kept, keys = list(model.modules()), list(model.state_dict())
+    with pytest.raises(
+        spikenm_fx.SpikeNMError, match=r"quantised weights.* before torch quantises"
+    ):
+        verb(model)
+    assert list(model.modules()) == kept
+    assert list(model.state_dict()) == keys

@@ -104,18 +104,20 @@ def sparsify(
     if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
         raise PlanError(f"seed={seed!r}: give an integer of 64 bits, which checkpoints can store")
     chosen = method_named(method)
-    decided = _decide(model, nm, example_inputs, ordered_rules(rules), remainder)
+    eid = getattr(chosen, "eid", None)
+    # one trace serves the decisions and the neurons that each layer drives
+    wanted = not isinstance(nm, Plan) or (isinstance(eid, EID) and eid.needs_neuron)
+    ordered = ordered_rules(rules)
+    graph = trace(model, example_inputs) if wanted and example_inputs is not None else None
+    decided = _decide(model, nm, graph, ordered, remainder)
     _refuse_unusable(model, decided)
     if permute:
         _reorder(model, decided, example_inputs, seed)
     run = Run(seed)
     run.root = model
-    eid = getattr(chosen, "eid", None)
-    traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
-    graph = trace(model, example_inputs) if traced else None
     _apply(model, decided, chosen, run, lambda nm: schedule or chosen.schedule(total_steps, nm))
     if isinstance(eid, EID):
-        _guide(model, eid, graph)
+        _guide(model, eid, graph if eid.needs_neuron else None)
     install()
     return model
 
@@ -171,12 +173,12 @@ def refuse_if_sparse(model: nn.Module) -> None:
 def _decide(
     model: nn.Module,
     nm: PatternLike | Plan,
-    example_inputs: Any,
+    graph: SpikingGraph | None,
     rules: tuple[Rule, ...],
     remainder: Remainder,
 ) -> Plan:
     if not isinstance(nm, Plan):
-        return plan(model, nm, example_inputs=example_inputs, rules=rules, remainder=remainder)
+        return plan(model, nm, graph=graph, rules=rules, remainder=remainder)
     if rules or remainder != "skip":
         raise PlanError("a plan was given: give its rules and remainder to plan(), not here")
     for entry in nm.sparse:

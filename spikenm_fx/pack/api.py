@@ -19,7 +19,7 @@ from spikenm_fx.pack.engine.choose import choose
 from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.forms import Forms
 from spikenm_fx.pack.summary import PackReport, Proof
-from spikenm_fx.pattern import NM, PatternLike
+from spikenm_fx.pattern import NM, PatternLike, quantised_weights
 from spikenm_fx.state import preserved_records
 
 __all__ = ["pack", "packing"]
@@ -83,7 +83,7 @@ def pack(
         The copy, in eval mode; :func:`packing` gives its report.
 
     Raises:
-        PackError: for weights that are not finite or not ``nm``, masks that are not folded, a
+        PackError: for weights that are not finite, not ``nm`` or quantised, unfolded masks, a
             model on another device or packed already, or a backend that does not exist.
     """
     _refuse(model)
@@ -167,6 +167,13 @@ def _refuse(model: nn.Module) -> None:
         raise PackError(
             f"{masked[0]} and {len(masked) - 1} more layers still carry their masks; "
             "call spikenm_fx.fold(model) first"
+        )
+    quantised = quantised_weights(model)
+    if quantised:
+        raise PackError(
+            f"{quantised[0]} and {len(quantised) - 1} more hold quantised weights, which are no "
+            "N:M floats to pack; pack the folded model before torch quantises it, with "
+            "dtype=torch.int8 for weights of 8 bits"
         )
     packed = next((n for n, m in model.named_modules() if isinstance(m, PackedLayer)), None)
     if packed is not None:

@@ -17,6 +17,7 @@ from spikenm_fx.trace.analysis.infer import Inference
 from spikenm_fx.trace.analysis.nodes import (
     kind_of_op,
     layer_kind,
+    times,
     unique,
     with_layers,
 )
@@ -189,7 +190,7 @@ class _Builder:
             name = self.ident[node]
             if name not in self.out:
                 self.out.add_node(name, **self._attributes(node), calls=0)
-            self.out.nodes[name]["calls"] += 1
+            self.out.nodes[name]["calls"] += times(node)
             for source in node.all_input_nodes:
                 self._edge(source, name)
 
@@ -287,7 +288,8 @@ class _Builder:
         if name in self.owned:
             inside = self.owned[name]
             why = f"belongs to the neuron {inside}, which stays as it is"
-            return LayerRecord(name, kind, shape, len(calls), inside=inside, undecided=why)
+            count = sum(map(times, calls))
+            return LayerRecord(name, kind, shape, count, inside=inside, undecided=why)
         if not calls:
             return self._inner_record(name, kind, shape)
         pre = unique(s for call in calls for s in self.flow.backward(call)[1])
@@ -302,7 +304,7 @@ class _Builder:
             name=name,
             kind=kind,
             weight_shape=shape,
-            calls=len(calls),
+            calls=sum(map(times, calls)),
             pre=pre,
             post=post,
             feeds=unique(n for _, layers, _ in ahead for n in layers),
@@ -367,7 +369,7 @@ class _Builder:
             name,
             kind,
             shape,
-            calls=len(calls),
+            calls=sum(map(times, calls)),
             pre=unique(s for call in calls for s in self.flow.backward(call)[1]),
             post=post,
             feeds=unique(n for _, layers, _ in ahead for n in layers),
@@ -445,7 +447,7 @@ class _Builder:
         return NeuronRecord(
             name=name,
             spec=self.specs[name],
-            calls=len(calls),
+            calls=sum(map(times, calls)),
             output=self.emitted.get(name, output),
             functional=name in self.functional,
             shape=shape,

@@ -88,6 +88,11 @@ def is_step(node: fx.Node) -> bool:
     return bool(node.meta.get("fires"))
 
 
+def times(node: fx.Node) -> int:
+    """How many calls ``node`` stands for: later steps of a loop repeat one that was recorded."""
+    return 1 + int(node.meta.get("repeats", 0))
+
+
 def is_identity(node: fx.Node) -> bool:
     """Whether it hands its input on unchanged in eval mode."""
     module = node.meta.get("module")

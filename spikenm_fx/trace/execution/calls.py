@@ -12,6 +12,7 @@ from torch import Tensor, nn
 __all__ = [
     "COMPARING",
     "NOT_USERS",
+    "OF_SHAPE",
     "PLAIN",
     "call_site",
     "label",
@@ -27,6 +28,12 @@ COMPARING = frozenset(
     | {"clamp", "clamp_min", "clamp_max", "floor_divide"}
 )
 """Functions that spikes may be made by: the line that calls them tells one neuron from another."""
+
+OF_SHAPE = frozenset(
+    {Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__}
+    | {getattr(Tensor, n).__get__ for n in ("shape", "ndim", "dtype", "device", "layout")}
+)
+"""Functions of tensors that tell nothing of their values."""
 
 PLAIN = (
     bool,

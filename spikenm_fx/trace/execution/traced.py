@@ -7,11 +7,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from spikenm_fx._torch import no_torch_function
+from spikenm_fx._torch import DisableTorchFunction, no_torch_function
 
 __all__ = ["Traced", "Unwrapped", "as_traced", "holds_tensors", "rebuild"]
+
+
+_ATOMS = frozenset({int, float, bool, str, type(None), nn.Parameter})
+"""What arguments mostly are beside tensors of the trace, and needs no look inside."""
 
 
 class Traced(Tensor):
@@ -24,7 +28,9 @@ class Traced(Tensor):
 
 def as_traced(value: Tensor, node: fx.Node, base: Traced | None = None) -> Traced:
     """``value``, of any shape, with ``node`` attached; ``base`` is what it is a view of."""
-    traced = value.detach().as_subclass(Traced)
+    with DisableTorchFunction():  # our own business, and each mode that sees it costs time
+        free = value.detach() if value.requires_grad else value
+        traced = free.as_subclass(Traced)
     traced.node, traced.base = node, base
     return traced
 
@@ -38,9 +44,14 @@ class Unwrapped:
     def plain(self, tree: Any) -> Any:
         """``tree`` with ordinary tensors in place of traced ones."""
         if isinstance(tree, Traced):
-            tensor = tree.as_subclass(Tensor)
+            with DisableTorchFunction():
+                tensor = tree.as_subclass(Tensor)
             self._pairs.append((tensor, tree))
             return tensor
+        if type(tree) is tuple:
+            return tuple([x if type(x) in _ATOMS else self.plain(x) for x in tree])
+        if type(tree) is dict and not tree:  # no keyword arguments, as mostly
+            return tree
         if isinstance(tree, tuple) and hasattr(tree, "_make"):
             return tree._make(self.plain(x) for x in tree)
         if isinstance(tree, tuple | list) and not isinstance(tree, torch.Size):
@@ -60,7 +71,8 @@ class Unwrapped:
 
     def base(self, tensor: Tensor) -> Traced | None:
         """The traced argument that ``tensor``, of any shape, is a view of."""
-        return next((t for p, t in self._pairs if shares_memory(p, tensor)), None)
+        with DisableTorchFunction():
+            return next((t for p, t in self._pairs if shares_memory(p, tensor)), None)
 
 
 def rebuild(value: Any, wrap: Callable[[Any, Any], Any]) -> Any:

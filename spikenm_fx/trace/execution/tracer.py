@@ -23,8 +23,10 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
+    DisableTorchFunction,
     call_module_untraced,
     disable_current_modes,
+    disable_torch_dispatch,
     tree_flatten,
     tree_map,
     tree_unflatten,
@@ -34,6 +36,7 @@ from spikenm_fx.state import preserved, reading
 from spikenm_fx.trace.execution.bound import standing_in_for_bound_applies
 from spikenm_fx.trace.execution.calls import (
     COMPARING,
+    OF_SHAPE,
     PLAIN,
     call_site,
     label,
@@ -44,15 +47,20 @@ from spikenm_fx.trace.execution.computed import has_own_forward, run_and_compare
 from spikenm_fx.trace.execution.intercept import watch_applies
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.recorder import Recorder
+from spikenm_fx.trace.execution.repeats import Operation, Repeats, place_of_call
+from spikenm_fx.trace.execution.template import template_of
 from spikenm_fx.trace.execution.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
 from spikenm_fx.trace.execution.values import (
     InnerCall,
     Measured,
     SurrogateCall,
+    ValueInfo,
     describe,
+    is_like,
     is_scripted_block,
     kind_of_values,
     user_line,
+    widen,
     worst_of,
     write_view,
 )
@@ -127,6 +135,10 @@ class ValueTracer(fx.Tracer):
         self._failed_in: nn.Module | None = None
         self._count = 0
         self._probing = False
+        # values of all steps are asked for: then each is recorded
+        self._repeats = None if measure else Repeats()
+        self._operation: Operation | None = None  # being recorded
+        self._repeated: Iterator[fx.Node] | None = None  # what stands for it instead
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -234,6 +246,10 @@ class ValueTracer(fx.Tracer):
             return self.recorder.call_module(m, forward, args, kwargs)
         if self.computing:
             return self._run_inner(m, forward, args, kwargs)
+        if self._repeats is not None and self._repeats.expected is not None:
+            target = self._names.get(m)
+            if target is not None and self._repeats.expected.fits(target, args, kwargs):
+                return self._repeat_expected(m, target, args, kwargs)
         with self.inside(m):
             try:
                 if type(m) in self.leaf.opaque or is_scripted_block(m):
@@ -319,12 +335,27 @@ class ValueTracer(fx.Tracer):
         node.meta["scope"] = self.name_of(self._scope[-1]) if self._scope else ""
         return node
 
+    def _node(self, args: tuple[Any, ...], value: Callable[[], ValueInfo]) -> fx.Node:
+        """A node of the operation at hand, described by ``value``; or what stands for it."""
+        if self._repeated is not None:
+            return next(self._repeated)
+        node = self.create_node("call_function", *args, {})
+        node.meta["value"] = value()
+        if self._operation is not None:
+            self._operation.nodes.append(node)
+        return node
+
     # -- recording and computing ------------------------------------------------------------------
 
     def on_function(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A torch function is called: compute it, and record it if tensors come out."""
         if self.computing or self.recorder is not None:
             return func(*args, **kwargs)
+        if self._repeats is not None and self._repeats.expected is not None:
+            if func in OF_SHAPE:
+                return func(*args, **kwargs)
+            if self._repeats.expected.fits(func, args, kwargs):
+                return self._repeat_expected(None, func, args, kwargs)
         return self._record("call_function", func, args, kwargs)
 
     def _record(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
@@ -332,14 +363,35 @@ class ValueTracer(fx.Tracer):
         surrogate = isinstance(target, SurrogateCall)
         unwrapped = Unwrapped()
         with self._aside():
+            operation = self._operation_of(target, module, args, kwargs)
+            known = None
+            if operation is not None and self._repeats is not None:
+                known = self._repeats.seen_before(operation)
             call_args, call_kwargs = unwrapped.plain((args, kwargs))
             driven = None
-            if surrogate or module in self.leaf.unknown:
+            if known is None and (surrogate or module in self.leaf.unknown):
                 driven = self._probe(module, target, call_args, call_kwargs)
-            value = self._compared(module, target, call_args, call_kwargs)
+            torchs = not surrogate and (
+                module is None or type(module).__module__[:9] == "torch.nn."
+            )
+            if known and operation and operation.ordinary and torchs and not surrogate:
+                with disable_torch_dispatch(), DisableTorchFunction():  # what it may write is saved
+                    value = self._call(module, target, call_args, call_kwargs)
+            else:
+                value = self._compared(module, target, call_args, call_kwargs)
             written = written_argument(target, args)
             if written is None and not holds_tensors(value):
                 return value
+            made = value if written is None else written
+            if known is not None and is_like(made, known.nodes[0].meta["value"]):
+                repeated = self._repeat(known, value, written, unwrapped)
+                if operation is not None and self._repeats is not None:
+                    known.template = template_of(
+                        *(target, args, kwargs, repeated),
+                        takes_part=self._repeats.takes_part(operation),
+                        of_torch=torchs and operation.ordinary,
+                    )
+                return repeated
             node = self.create_node(
                 kind, target, self.create_arg(args), self.create_arg(kwargs), label(target)
             )
@@ -349,10 +401,80 @@ class ValueTracer(fx.Tracer):
                 node.meta["at"] = call_site()
             if surrogate:
                 node.meta["steps"] = self._steps.get(target, True)
-            if written is not None:
-                self._rebind(written, node)
-                return value
-            return self._wrap(node, value, unwrapped)
+            with self._noting(operation, node):
+                return self._result(node, value, written, unwrapped)
+
+    def _repeat_expected(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
+        """Compute what is known to come: an operation of torch's whose result is one tensor."""
+        assert self._repeats is not None
+        expected = self._repeats.expected
+        assert expected is not None
+        call = target if module is None else functools.partial(call_module_untraced, module)
+        if expected.of_torch:
+            with disable_torch_dispatch(), DisableTorchFunction():
+                value = call(*args, **kwargs)
+                taken = expected.take(value, args)
+        else:  # the user's code: what it writes is seen, and it is given ordinary tensors
+            plain_args, plain_kwargs = Unwrapped().plain((args, kwargs))
+            with self._aside(), self._in(module):
+                value = call(*plain_args, **plain_kwargs)
+            with disable_torch_dispatch(), DisableTorchFunction():
+                taken = expected.take(value, args)
+        if taken is None:
+            kind = "call_function" if module is None else "call_module"
+            with self._in(module):
+                return self._record(kind, target, args, kwargs)
+        self._repeats.skip()
+        return taken
+
+    def _in(self, module: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if module is None else self.inside(module)
+
+    def _operation_of(
+        self, target: Any, module: nn.Module | None, args: Any, kwargs: Any
+    ) -> Operation | None:
+        """What is compared with what was recorded, to notice a loop over time."""
+        if self._repeats is None:
+            return None
+        scope = id(self._scope[-1]) if self._scope else 0
+        locus = (target, scope, *place_of_call())
+        return Operation.of(locus, (args, kwargs), is_neuron=module in self.leaf.neurons)
+
+    @contextlib.contextmanager
+    def _noting(self, operation: Operation | None, node: fx.Node) -> Iterator[None]:
+        """The nodes that the block makes belong to ``operation``, after ``node``."""
+        self._operation = operation
+        try:
+            if operation is not None:
+                operation.nodes.append(node)
+            yield
+        finally:
+            self._operation = None
+        if operation is not None and self._repeats is not None:
+            self._repeats.add(operation)
+
+    def _repeat(
+        self, known: Operation, value: Any, written: Tensor | None, unwrapped: Unwrapped
+    ) -> Any:
+        """``value`` with the nodes of an earlier step, which has seen its kind of values too."""
+        assert self._repeats is not None
+        self._repeats.skip()
+        self._repeated = iter(known.nodes)
+        try:
+            node = next(self._repeated)
+            node.meta["repeats"] = node.meta.get("repeats", 0) + 1
+            widen(node, value)
+            return self._result(node, value, written, unwrapped)
+        finally:
+            self._repeated = None
+
+    def _result(
+        self, node: fx.Node, value: Any, written: Tensor | None, unwrapped: Unwrapped
+    ) -> Any:
+        if written is not None:
+            self._rebind(written, node)
+            return value
+        return self._wrap(node, value, unwrapped)
 
     def _wrap(self, node: fx.Node, value: Any, unwrapped: Unwrapped) -> Any:
         """Turn a result into traced tensors; containers are taken apart."""
@@ -365,9 +487,13 @@ class ValueTracer(fx.Tracer):
         return rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
 
     def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: Unwrapped) -> Any:
-        child = self.create_node("call_function", operator.getitem, (node, key), {})
-        info = describe(item, measure=self.measure or node.op == "call_module")
-        child.meta["value"] = worst_of(info, node.meta.get("driven")) if key == 0 else info
+        def described() -> ValueInfo:
+            info = describe(item, measure=self.measure or node.op == "call_module")
+            return worst_of(info, node.meta.get("driven")) if key == 0 else info
+
+        child = self._node((operator.getitem, (node, key)), described)
+        if self._repeated is not None:
+            widen(child, item)
         return self._wrap(child, item, unwrapped)
 
     def _rebind(self, written: Tensor, node: fx.Node) -> None:
@@ -378,9 +504,8 @@ class ValueTracer(fx.Tracer):
         written.node = node
         base = written.base
         while base is not None:
-            update = self.create_node("call_function", write_view, (base.node, node), {})
-            update.meta["value"] = describe(base)
-            base.node, base = update, base.base
+            update = (write_view, (base.node, node))
+            base.node, base = self._node(update, functools.partial(describe, base)), base.base
 
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
@@ -421,9 +546,13 @@ class ValueTracer(fx.Tracer):
 
     def _on_apply(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An autograd Function is one operation: usually somebody's spike."""
-        flat = tree_flatten((args, kwargs))[0]
         if self.computing or self.recorder is not None:
             return NotImplemented
+        if self._repeats is not None and self._repeats.expected is not None:
+            expected = self._repeats.expected
+            if expected.fits(SurrogateCall(function), args, kwargs):
+                return self._repeat_expected(None, expected.target, args, kwargs)
+        flat = tree_flatten((args, kwargs))[0]
         if any(isinstance(x, nn.Module) for x in flat):
             return NotImplemented  # a checkpoint-like Function: what matters happens inside
         return self._record("call_function", SurrogateCall(function), args, kwargs)

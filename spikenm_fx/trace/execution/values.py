@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from spikenm_fx._torch import is_scripted
+from spikenm_fx._torch import DisableTorchFunction, is_scripted
 from spikenm_fx.trace.execution.calls import NOT_USERS
 
 __all__ = [
@@ -20,11 +20,13 @@ __all__ = [
     "SurrogateCall",
     "ValueInfo",
     "describe",
+    "is_like",
     "is_matrix",
     "is_scripted_block",
     "kind_of_values",
     "measure_kind",
     "user_line",
+    "widen",
     "worst_of",
     "write_view",
 ]
@@ -59,6 +61,13 @@ def describe(value: Any, *, measure: bool = False) -> ValueInfo:
         return ValueInfo(None)
     kind, varied = measure_kind(value) if measure else (None, True)
     return ValueInfo(tuple(value.shape), value.dtype, kind, varied)
+
+
+def is_like(value: Any, info: ValueInfo) -> bool:
+    """Whether a later step's ``value`` has the shape of the one that ``info`` records."""
+    if not isinstance(value, Tensor):
+        return info.shape is None
+    return info.shape == tuple(value.shape)  # one that grows with the steps is none of them
 
 
 def kind_of_values(values: Tensor, *, largest: float = LARGEST_COUNT) -> Measured | None:
@@ -98,6 +107,25 @@ def worst_of(info: ValueInfo, driven: Measured | None) -> ValueInfo:
     order = ("spike", "integer", "analog")
     seen = [k for k in (info.measured, driven) if k is not None]
     return replace(info, measured=max(seen, key=order.index), varied=True)
+
+
+def widen(node: fx.Node, value: Any) -> None:
+    """A node stands for one more ``value``: what was measured on it holds for all."""
+    info: ValueInfo = node.meta["value"]
+    settled = info.measured is None or (info.measured == "analog" and info.varied)
+    if settled or not isinstance(value, Tensor):
+        return
+    with DisableTorchFunction():
+        if info.measured == "spike" and info.varied and bool_like(value):
+            return
+        seen = describe(value, measure=True)
+    kind = worst_of(info, seen.measured).measured
+    node.meta["value"] = replace(info, measured=kind, varied=info.varied or seen.varied)
+
+
+def bool_like(value: Tensor) -> bool:
+    """Whether all values, of any shape, are 0 or 1, in few operations."""
+    return torch.equal(value.bool().to(value.dtype), value)
 
 
 @dataclass(slots=True)
