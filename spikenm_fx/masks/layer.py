@@ -183,7 +183,17 @@ class MaskedWeight:
             prior=0.0 if prior is None else prior.detach(),
             key=self.key_at(step or 0),
             present=self.view.present(self.mask.device),
+            step=step,
+            total_steps=self.schedule.total_steps,
+            view=self.view,
+            credit=self.credit(),
         )
+
+    def credit(self) -> Tensor | None:
+        """What a method that is guided goes by, in blocks; None before it is known."""
+        if not self.method.guided or self.guide is None or self.guide.average is None:
+            return None
+        return self.view.to_blocks(self.guide.average.to(self.mask.device))
 
     def kappa_at(self, step: int) -> float | Tensor:
         """The logit scale; relative ones are counted in one over the spread of the logits."""
@@ -208,6 +218,7 @@ class MaskedWeight:
             self.view.nm,
             prior=0.0 if prior is None else prior.detach(),
             present=self.view.present(self.mask.device),
+            credit=self.credit(),
         )
         blocks = self.view.to_blocks(self.dense.detach())
         return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))

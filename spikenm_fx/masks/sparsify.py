@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.channels import permute as permute_channels
 from spikenm_fx.errors import PlanError, no_module
+from spikenm_fx.masks.activity import check_activity, guide_by_activity
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid import EID, Guide
@@ -20,6 +21,7 @@ from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
 from spikenm_fx.masks.hooks import install
 from spikenm_fx.masks.layer import MaskedWeight, refuse_sharded
 from spikenm_fx.masks.methods import Draw, Method, method_named
+from spikenm_fx.masks.methods.activity import Activity
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.start import start
@@ -71,7 +73,8 @@ def sparsify(
         nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
         example_inputs: see :func:`spikenm_fx.plan`; they also show which neuron each layer drives,
             which otherwise the first training forward does.
-        method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
+        method: ``"spikenm"`` (arXiv 2511.12097), a neighbour (``"cyclical"``, ``"regrow"``,
+            ``"activity"``, ``"uticket"``), a baseline (``"magnitude"``, ``"srste"``,
             ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
         remainder: see :func:`spikenm_fx.plan`.
@@ -108,10 +111,15 @@ def sparsify(
     run.root = model
     eid = getattr(chosen, "eid", None)
     traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
-    graph = trace(model, example_inputs) if traced else None
+    if isinstance(chosen, Activity):
+        graph = _graph_for_activity(model, chosen, decided, example_inputs)
+    else:
+        graph = trace(model, example_inputs) if traced else None
     _apply(model, decided, chosen, run, lambda nm: schedule or chosen.schedule(total_steps, nm))
     if isinstance(eid, EID):
         _guide(model, eid, graph)
+    elif isinstance(chosen, Activity) and graph is not None:
+        guide_by_activity(model, graph, example_inputs)
     install()
     return model
 
@@ -253,8 +261,17 @@ def _parameters_of(
     scalar = partial(torch.zeros, (), dtype=torch.float32, device=device)
     mask.mask = torch.ones_like(weight, dtype=torch.bool)
     mask.faded, mask.spread = scalar(), scalar().view(1)
-    draw = Draw(mask.view.nm, key=mask.key_at(0), present=mask.view.present(device))
-    scores = method.init_scores(mask.view.to_blocks(weight.detach()), draw)
+    draw = Draw(
+        mask.view.nm,
+        key=mask.key_at(0),
+        present=mask.view.present(device),
+        total_steps=mask.schedule.total_steps,
+        view=mask.view,
+    )
+    try:
+        scores = method.init_scores(mask.view.to_blocks(weight.detach()), draw)
+    except PlanError as error:
+        raise PlanError(f"{mask.name} {mask.view.shape}: {error}") from error
     eid = getattr(method, "eid", None)
     asked = isinstance(eid, EID) and not eid.automatic
     return (
@@ -262,6 +279,26 @@ def _parameters_of(
         # of one dimension: FSDP knows no parameters of none
         nn.Parameter(scalar().view(1), requires_grad=False) if method.moving_prior else None,
     )
+
+
+def _graph_for_activity(
+    model: nn.Module, method: Activity, decided: Plan, example_inputs: Any
+) -> SpikingGraph:
+    if example_inputs is None:
+        raise PlanError(
+            "method='activity' needs example_inputs, which show whose neurons feed which layer: "
+            "sparsify(model, nm, method='activity', example_inputs=x)"
+        )
+    graph = trace(model, example_inputs)
+    weights = {entry.name: _parameter_of(model, entry.name) for entry in decided.sparse}
+    check_activity(method, graph, weights)
+    return graph
+
+
+def _parameter_of(model: nn.Module, name: str) -> str:
+    """The weight of a layer, or a raw parameter itself."""
+    modules = dict(nn.Module.named_modules(model))
+    return f"{name}.weight".lstrip(".") if name in modules else name
 
 
 def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:

@@ -45,7 +45,7 @@ from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
 
-__all__ = ["Observed", "Watch", "remove_hooks", "watch_calls"]
+__all__ = ["Observed", "Watch", "hook_neuron", "remove_hooks", "watch_calls"]
 
 _PROBES = (0.3719, 0.6173, 0.8317)  # no fixed points of the usual transpositions
 
@@ -504,6 +504,11 @@ def _before_call(
             watch.connect(module, args, kwargs)
     else:
         watch.postpone()
+
+
+def hook_neuron(watch: Watch, name: str, module: nn.Module) -> Neuron:
+    """Keep what a neuron receives on refresh steps, without looking at any layer."""
+    return watch._watched(name, module)
 
 
 def watch_calls(model: nn.Module, watch: Watch) -> None:

@@ -63,6 +63,8 @@ class SpikeNM:
     name: ClassVar[str] = "spikenm"
     learns: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     std: float = 0.003
     rate: float = 1.0
     relative: bool = True
@@ -157,3 +159,7 @@ class SpikeNM:
             noise=draw.noise,
             present=draw.present,
         )
+
+    def remember(self, weight: Tensor, scores: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Never asked for: weight and scores, of whatever shape, are no memory."""
+        raise NotImplementedError
