@@ -26,7 +26,7 @@ LAYERS = (
     "channels",
     "masks",
     "fold verify pack permute export",
-    "report",
+    "lottery report",
     "recipe doctor",
     "demo",
     "bench",

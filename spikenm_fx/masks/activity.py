@@ -253,15 +253,23 @@ def _measure_first(
         )
         for neuron in watch.neurons.values()
     ]
+    found: dict[int, Tensor | None] = {}
+    for mask in masks:
+        mask.raw = True  # of the dense network
     try:
         with preserved_in_eval(model), torch.no_grad():
             reset_to_rest(model)
             model(*arguments)
             for mask in masks:
                 if mask.guide is not None and mask.guide.observed is not None:
-                    mask.guide.load(mask.guide.observed.measure())
+                    found[id(mask)] = mask.guide.observed.measure()
     finally:
         for handle in handles:
             handle.remove()
         watch.forget()
         watch._closed = -1
+        for mask in masks:
+            mask.raw = False
+    for mask in masks:  # behind the context, which puts everything back
+        if mask.guide is not None:
+            mask.guide.load(found.get(id(mask)))

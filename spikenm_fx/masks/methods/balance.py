@@ -15,7 +15,7 @@ from spikenm_fx.errors import PlanError
 __all__ = ["even_counts", "evened"]
 
 
-def even_counts(counts: list[int], target: float | None) -> list[int]:
+def even_counts(counts: list[int], target: float | None, exact: bool = True) -> list[int]:
     """How many connections each element of one round has afterwards; their sum stays.
 
     Taken from those with most until mean over maximum is the target, and given to those with least:
@@ -24,6 +24,7 @@ def even_counts(counts: list[int], target: float | None) -> list[int]:
     Args:
         counts: of one round of elements.
         target: utilisation; None for the evenest that whole numbers allow.
+        exact: False for the evenest also where these do not allow the target.
 
     Raises:
         PlanError: if whole numbers do not allow the target.
@@ -31,19 +32,22 @@ def even_counts(counts: list[int], target: float | None) -> list[int]:
     total, size = sum(counts), len(counts)
     most = -(-total // size)
     if target is not None and total:
-        if total < target * size * most:
+        possible = total >= target * size * most
+        if exact and not possible:
             raise PlanError(
                 f"utilisation={target}: {total} connections over {size} processing elements allow "
                 f"at most {total / (size * most):.3f}; ask for less, or keep more of them"
             )
-        most = max(most, int(total / (target * size) + 1e-9))
+        most = max(most, int(total / (target * size) + 1e-9)) if possible else most
     new = [min(count, most) for count in counts]
     for _ in range(total - sum(new)):
         new[new.index(min(new))] += 1
     return new
 
 
-def evened(mask: Tensor, size: Tensor, keep: int, pes: int, target: float | None) -> Tensor:
+def evened(
+    mask: Tensor, size: Tensor, keep: int, pes: int, target: float | None, exact: bool = True
+) -> Tensor:
     """The mask with even rows: each overloaded one loses its smallest weights.
 
     Each underloaded one gains its largest among those that there is room for.
@@ -54,6 +58,7 @@ def evened(mask: Tensor, size: Tensor, keep: int, pes: int, target: float | None
         keep: how many a block may hold.
         pes: rows of one round.
         target: utilisation, see :func:`even_counts`.
+        exact: see :func:`even_counts`.
 
     Raises:
         PlanError: if the target cannot be met.
@@ -62,7 +67,8 @@ def evened(mask: Tensor, size: Tensor, keep: int, pes: int, target: float | None
     have = mask.flatten(1).sum(1).tolist()
     for first in range(0, len(have), pes):
         part = have[first : first + pes]
-        for row, (now, then) in enumerate(zip(part, even_counts(part, target), strict=True), first):
+        even = even_counts(part, target, exact)
+        for row, (now, then) in enumerate(zip(part, even, strict=True), first):
             if then < now:
                 _prune(mask[row], size[row], now - then)
             elif then > now:
@@ -78,7 +84,9 @@ def _prune(mask: Tensor, size: Tensor, count: int) -> None:
 def _grow(mask: Tensor, size: Tensor, keep: int, count: int) -> None:
     """Largest first; of a block no more than there is room for."""
     blocks, of = mask.shape
-    order = size.masked_fill(mask, -torch.inf).argsort(1, descending=True, stable=True)
+    order = torch.sort(
+        size.masked_fill(mask, -torch.inf), dim=1, descending=True, stable=True
+    ).indices
     places = torch.arange(of, device=order.device).expand(blocks, of)
     rank = torch.empty_like(order).scatter_(1, order, places)
     room = keep - mask.sum(1, keepdim=True)

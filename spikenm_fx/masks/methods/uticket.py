@@ -4,7 +4,7 @@
 Read in the paper (abstract): sparse SNNs leave processing elements idle, down to 59 % utilisation
 at 98 % sparsity; the connections are monitored and adjusted during the pruning of lottery tickets,
 up to full utilisation.  What moves where is our reading, as is the bound of N:M.  The rounds around
-a training function are those of :func:`spikenm_fx.masks.lottery.lottery_rounds`.
+a training function are those of :func:`spikenm_fx.lottery.lottery_rounds`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class UTicket(FixedRule):
         pes: P, processing elements that share the output channels.
         utilisation: mean over maximum of the connections of each round of P channels that is
             reached at least; None for the evenest that whole numbers allow, 0 for no evening.
+        exact: False to take the evenest also where whole numbers do not allow the utilisation.
 
     Raises:
         PlanError: for numbers out of their ranges, and at ``sparsify`` for a utilisation or a
@@ -54,6 +55,7 @@ class UTicket(FixedRule):
     bounded: bool = True
     pes: int = 16
     utilisation: float | None = None
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.density is not None and not 0 < self.density <= 1:
@@ -96,9 +98,18 @@ class UTicket(FixedRule):
         if self.density is not None:
             mask &= _largest(size.masked_fill(~mask, 0.0), round(self.density * math.prod(draw.view.shape)))
         if self.utilisation != 0:
-            mask = _evened(mask, size, draw, self.pes, self.utilisation)
+            mask = self._evened(mask, size, draw)
         # what stays must be told from what is pruned, also where its weight is zero
         return torch.where(mask, size.clamp_min(torch.finfo(torch.float32).tiny), 0.0)
+
+    def _evened(self, mask: Tensor, size: Tensor, draw: Draw) -> Tensor:
+        """Blocks to rows of output channels, evened, and back; nothing grows where nothing is."""
+        assert draw.view is not None
+        if draw.present is not None:
+            size = size.masked_fill(~draw.present, -torch.inf)
+        rows = draw.view.rows(mask), draw.view.rows(size)
+        even = evened(*rows, draw.nm.keep, self.pes, self.utilisation, self.exact)
+        return draw.view.from_rows(even)
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
         """The ticket, bool ``(lead, M, inner)``."""
@@ -112,12 +123,3 @@ def _largest(size: Tensor, count: int) -> Tensor:
     chosen = torch.zeros_like(flat, dtype=torch.bool)
     chosen[flat.topk(min(count, flat.numel())).indices] = True
     return chosen.view(size.shape) & (size > 0)
-
-
-def _evened(mask: Tensor, size: Tensor, draw: Draw, pes: int, target: float | None) -> Tensor:
-    """Blocks to rows of output channels, evened, and back; nothing grows where nothing is."""
-    assert draw.view is not None
-    if draw.present is not None:
-        size = size.masked_fill(~draw.present, -torch.inf)
-    rows = evened(draw.view.rows(mask), draw.view.rows(size), draw.nm.keep, pes, target)
-    return draw.view.from_rows(rows)
