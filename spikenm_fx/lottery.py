@@ -76,7 +76,8 @@ def lottery_rounds(
         utilisation: that is reached where whole numbers allow it; None for the evenest.
         example_inputs: see :func:`spikenm_fx.plan`.
         rules: see :func:`spikenm_fx.plan`.
-        rewind_to: state dict to rewind to; by default that of the model as given.
+        rewind_to: state dict to rewind to, tensors of the shapes they have in ``model``; by default
+            that of the model as given.
         seed: of :func:`spikenm_fx.sparsify`.
 
     Returns:

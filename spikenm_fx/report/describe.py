@@ -62,6 +62,8 @@ def describe(
         picojoule=energy.picojoule(done.synops, done.macs),
         picojoule_dense=energy.picojoule(done.synops_dense_weights, done.dense if analog else 0),
         utilisation=pe_utilisation(layer, mask, pes),
+        cycles_spikes=counter.cycles_spikes,
+        cycles_weights=counter.cycles_weights,
         dense_bytes=_bytes(layer, weight.numel(), weight.element_size()),
         packed_bytes=packed_bytes(layer, nm),
         blocks=block_histogram(layer, mask, nm) if nm else (),

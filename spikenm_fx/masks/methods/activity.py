@@ -86,7 +86,7 @@ class Activity(FixedRule):
         return schedule
 
     def train_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """As :meth:`final_mask`, with as many of each block as the schedule keeps by now."""
+        """The most active of each block ``(lead, M, inner)``, as many as the schedule keeps now."""
         keep = draw.nm.keep
         if self.ramp and draw.total_steps is not None and draw.step is not None:
             keep = keep_at(draw.nm, draw.step / (self.ramp * draw.total_steps))
