@@ -257,3 +257,18 @@ def test_bad_input_is_refused_before_training(case: str) -> None:
     run, text = BAD[case]
     with pytest.raises(PlanError, match=text):
         run()
+
+
+def test_the_structured_form_keeps_the_most_active_channels() -> None:
+    """Removal by membranes: a fifth of each group's channels stays, those of the largest |V|."""
+    model, dense = spiking().eval(), spiking().eval()
+    first = membranes(received(spiking(), inputs())["features.1"])
+    removal = spikenm_fx.remove_channels(model, inputs(), keep=0.25, score="membrane")
+    best = sorted(sorted(range(8), key=lambda i: -first[i])[:2])
+    kept = model.features[0].module[0].weight.detach()
+    assert torch.equal(kept, dense.features[0].module[0].weight.detach()[best])
+    assert removal.removed
+    assert model(inputs()).shape == dense(inputs()).shape
+    unknown = SpikingConvNet((8, 8), (1,), inputs=3, size=4, hidden=8).eval()
+    with pytest.raises(PlanError, match="score='membrane' needs the update rule"):
+        spikenm_fx.remove_channels(unknown, inputs(), score="membrane")

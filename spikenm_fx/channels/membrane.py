@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.state import preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import NeuronSpec, membranes
 
 if TYPE_CHECKING:
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "channel_axis",
     "mean_membrane",
+    "membranes_on",
     "neurons_of",
     "norms_of",
     "producers_of",
@@ -46,6 +49,42 @@ def mean_membrane(spec: NeuronSpec, currents: Sequence[Tensor], axis: int) -> Te
         count += len(rows)
     assert sums is not None
     return sums / max(count, 1)
+
+
+def membranes_on(
+    model: nn.Module, graph: SpikingGraph, arguments: tuple[Any, ...]
+) -> dict[str, Tensor]:
+    """Mean |V| of each channel, by neuron, float64 ``[channels]``; those whose rule is known.
+
+    Args:
+        model: run in eval mode from rest, and afterwards as before.
+        graph: of it.
+        arguments: of its call.
+    """
+    modules = dict(nn.Module.named_modules(model))
+    names = [n for n in graph.neurons if n in modules and not unknown_rules(graph, [n])]
+    currents: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = args[0] if args else next(iter(kwargs.values()))
+        currents[name].append(given.detach())
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(preserved_in_eval(model))
+        reset_to_rest(model)
+        for name in names:
+            hook = modules[name].register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: keep(name, args, kwargs), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        model(*arguments)
+    return {
+        name: mean_membrane(
+            graph.neurons[name].spec, found, channel_axis(modules[graph.neurons[name].layers[0]])
+        )
+        for name, found in currents.items()
+        if found and graph.neurons[name].layers and graph.neurons[name].layers[0] in modules
+    }
 
 
 def channel_axis(layer: nn.Module) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from spikenm_fx.channels.membrane import (
     channel_axis,
     mean_membrane,
+    membranes_on,
     neurons_of,
     norms_of,
     producers_of,
@@ -32,7 +33,6 @@ from spikenm_fx.masks.methods.activity import Activity
 from spikenm_fx.masks.methods.regrowth import exchanged, strongest_blocks
 from spikenm_fx.masks.sampler import top_mask
 from spikenm_fx.masks.update import draw_masks
-from spikenm_fx.state import preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import CoupledGroup, SpikingGraph, coupled_groups
 
 __all__ = ["check_activity", "guide_by_activity"]
@@ -90,7 +90,16 @@ def guide_by_activity(model: nn.Module, graph: SpikingGraph, inputs: Any) -> Non
         whole = sum(part.length for part in mine) == mask.view.channels
         mask.guide = Guide(settings, ChannelActivity(watch, mine) if whole else None)
     arguments = inputs if isinstance(inputs, tuple) else (inputs,)
-    _measure_first(model, watch, arguments, list(masks.values()))
+    for mask in masks.values():
+        mask.raw = True  # the first importance is that of the dense network
+    try:
+        means = membranes_on(model, graph, arguments)
+    finally:
+        for mask in masks.values():
+            mask.raw = False
+    for mask in masks.values():
+        if mask.guide is not None and isinstance(mask.guide.observed, ChannelActivity):
+            mask.guide.load(mask.guide.observed.importance(means))
     draw_masks(masks.values(), first.run.step)
 
 
@@ -141,37 +150,47 @@ class ChannelActivity:
         """Every forward of the step counts."""
 
     def measure(self) -> Tensor | None:
-        """Mean |V| of each input channel, in the shape of the weight; after growth.
+        """Importance by what the neurons received in this step; None where they saw nothing.
 
         Where growth lets a pruned channel in, it takes the importance of the one that goes.
         """
         self.watch.close()
-        activity = [self._activity(part) for part in self.parts]
-        if any(each is None for each in activity):
+        neurons = {n.name: (n, part.axis) for part in self.parts for n in part.neurons}
+        if any(not neuron.calls for neuron, _ in neurons.values()):
             return None
-        owner = self.parts[0].owner
-        credit = _over_inputs(owner, [each for each in activity if each is not None])
-        share = _growth_of(owner)
+        credit = self.importance({n: _mean(neuron, axis) for n, (neuron, axis) in neurons.items()})
+        share = _growth_of(self.parts[0].owner)
         gradients = [_gamma_gradient(part) for part in self.parts]
-        if not share or any(each is None for each in gradients):
+        if credit is None or not share or any(each is None for each in gradients):
             return credit
+        owner = self.parts[0].owner
         growth = _over_inputs(owner, [each for each in gradients if each is not None])
         return _grown(owner, credit, growth, share)
 
-    def _activity(self, part: Part) -> Tensor | None:
+    def importance(self, means: Mapping[str, Tensor]) -> Tensor | None:
+        """Mean |V| of each input channel, in the shape of the weight.
+
+        Args:
+            means: of each channel of a neuron, by its name.
+        """
         found = []
-        for neuron in part.neurons:
-            if not neuron.calls:
+        for part in self.parts:
+            whole = torch.stack([means[neuron.name] for neuron in part.neurons]).mean(0)
+            if len(whole) != part.size:
                 return None
-            currents: list[list[Tensor]] = []
-            for call in neuron.calls:
-                if call.starts or not currents:
-                    currents.append([])
-                currents[-1].append(call.current)
-            values = [mean_membrane(neuron.spec(), each, part.axis) for each in currents]
-            found.append(torch.stack(values).mean(0))
-        whole = torch.stack(found).mean(0)
-        return part.spread(whole.float()) if len(whole) == part.size else None
+            found.append(part.spread(whole.float()))
+        return _over_inputs(self.parts[0].owner, found)
+
+
+def _mean(neuron: Neuron, axis: int) -> Tensor:
+    """Of all its calls in this step; a call that starts from rest begins another sequence."""
+    sequences: list[list[Tensor]] = []
+    for call in neuron.calls:
+        if call.starts or not sequences:
+            sequences.append([])
+        sequences[-1].append(call.current)
+    means = [mean_membrane(neuron.spec(), each, axis) for each in sequences]
+    return torch.stack(means).mean(0)
 
 
 def _growth_of(owner: MaskedWeight) -> float:
@@ -240,36 +259,3 @@ def _parts(model: nn.Module, graph: SpikingGraph, watch: Watch) -> list[Part]:
                 )
             )
     return parts
-
-
-def _measure_first(
-    model: nn.Module, watch: Watch, arguments: tuple[Any, ...], masks: list[MaskedWeight]
-) -> None:
-    """Importance of the examples, in evaluation mode from rest, before anything is trained."""
-    handles = [
-        neuron.module.register_forward_pre_hook(
-            lambda _, args, kwargs, neuron=neuron: watch.saw_neuron(neuron, args, kwargs, False),
-            with_kwargs=True,
-        )
-        for neuron in watch.neurons.values()
-    ]
-    found: dict[int, Tensor | None] = {}
-    for mask in masks:
-        mask.raw = True  # of the dense network
-    try:
-        with preserved_in_eval(model), torch.no_grad():
-            reset_to_rest(model)
-            model(*arguments)
-            for mask in masks:
-                if mask.guide is not None and mask.guide.observed is not None:
-                    found[id(mask)] = mask.guide.observed.measure()
-    finally:
-        for handle in handles:
-            handle.remove()
-        watch.forget()
-        watch._closed = -1
-        for mask in masks:
-            mask.raw = False
-    for mask in masks:  # behind the context, which puts everything back
-        if mask.guide is not None:
-            mask.guide.load(found.get(id(mask)))
