@@ -258,6 +258,12 @@ class BlockView:
             return rearrange(rows, pattern, g=self.groups, o=outputs, k=kernel)
         return rearrange(rows, "o (b k) m -> (o b) m k", k=self.blocked_shape[2])
 
+    def packed_bytes(self, element_size: int) -> int:
+        """Bytes of the kept values and their indices of ``ceil(log2(of))`` bits."""
+        lead, of, inner = self.blocked_shape
+        kept = lead * self.nm.keep * inner
+        return kept * element_size - (-kept * (of - 1).bit_length() // 8)
+
     def present(self, device: torch.device | None = None) -> Tensor | None:
         """Which positions of a block exist: bool ``(lead, of, 1)``, or None where all do."""
         if not self.padding:

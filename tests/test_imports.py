@@ -27,7 +27,7 @@ LAYERS = (
     "masks",
     "fold verify pack permute export",
     "lottery report",
-    "recipe doctor",
+    "budget recipe doctor",
     "demo",
     "bench",
     "cli",
