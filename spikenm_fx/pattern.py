@@ -238,6 +238,44 @@ class BlockView:
         split = rearrange(blocks, "(o b) m i -> o (b m) i", o=self.shape[0])
         return split[:, : self.channels].reshape(self.shape)
 
+    def output_major(self, weight: Tensor) -> Tensor:
+        """``(C_out, C_in / groups, *kernel)`` of a tensor of ``self.shape``, as every kind has it.
+
+        Args:
+            weight: of a transposed convolution the output channels come second, by groups.
+        """
+        if not self.transposed:
+            return weight
+        split: Tensor = weight.unflatten(0, (self.groups, -1))
+        return split.transpose(1, 2).flatten(0, 1)
+
+    def rows(self, blocks: Tensor) -> Tensor:
+        """Blocks ``(lead, of, inner)`` by output channel: ``(C_out, blocks of one output, of)``."""
+        of = self.nm.of
+        if self.transposed:
+            outputs, kernel = self.shape[1], math.prod(self.shape[2:])
+            pattern = "(g b) m (o k) -> (g o) (b k) m"
+            return rearrange(blocks, pattern, g=self.groups, m=of, o=outputs, k=kernel)
+        return rearrange(blocks, "(o b) m k -> o (b k) m", o=self.shape[0], m=of)
+
+    def from_rows(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`rows`: blocks of ``self.blocked_shape``.
+
+        Args:
+            rows: ``(C_out, blocks of one output, of)``.
+        """
+        if self.transposed:
+            outputs, kernel = self.shape[1], math.prod(self.shape[2:])
+            pattern = "(g o) (b k) m -> (g b) m (o k)"
+            return rearrange(rows, pattern, g=self.groups, o=outputs, k=kernel)
+        return rearrange(rows, "o (b k) m -> (o b) m k", k=self.blocked_shape[2])
+
+    def packed_bytes(self, element_size: int) -> int:
+        """Bytes of the kept values and their indices of ``ceil(log2(of))`` bits."""
+        lead, of, inner = self.blocked_shape
+        kept = lead * self.nm.keep * inner
+        return kept * element_size - (-kept * (of - 1).bit_length() // 8)
+
     def present(self, device: torch.device | None = None) -> Tensor | None:
         """Which positions of a block exist: bool ``(lead, of, 1)``, or None where all do."""
         if not self.padding:

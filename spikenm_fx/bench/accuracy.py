@@ -25,6 +25,7 @@ from spikenm_fx.pattern import NM
 __all__ = ["main", "plot", "summary"]
 
 METHODS = ("dense", "random", "magnitude", "srste", "maskllm", "spikenm-no-eid", "spikenm")
+NEIGHBOURS = ("cyclical", "regrow", "activity", "uticket")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -72,7 +73,7 @@ def _sampler() -> str:
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    known = sorted({*METHODS, *VARIANTS})
+    known = sorted({*METHODS, *NEIGHBOURS, *VARIANTS})
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench accuracy", description=__doc__)
     parser.add_argument("--data", default="digits", help="digits, or the folder of CIFAR-10")
     parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))

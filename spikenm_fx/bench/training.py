@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,16 +20,21 @@ from torch import Tensor, nn
 import spikenm_fx
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.demo.data import Split
-from spikenm_fx.demo.networks import direct_code
+from spikenm_fx.demo.networks import LIF, direct_code
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.diagnostics import diagnose
-from spikenm_fx.masks.methods import Method
+from spikenm_fx.masks.methods import Method, method_named
+from spikenm_fx.masks.methods.activity import Activity
+from spikenm_fx.masks.methods.cyclical import Cyclical
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 from spikenm_fx.masks.methods.srste import SRSTE
+from spikenm_fx.masks.methods.uticket import UTicket
+from spikenm_fx.trace import NeuronSpec, register_neuron
 
 __all__ = ["VARIANTS", "Run", "accuracy", "method_of", "train"]
 
 _PRUNE_AT = 0.5  # of the budget: ASP prunes a trained dense network once, then repeats the recipe
+_LATE = ("magnitude", "uticket")  # prune a network that was trained dense for that share
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +81,45 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-eligibility": SpikeNM(eid=EID("eligibility")),
         "spikenm-weight": SpikeNM(eid=EID("weight")),
         "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
+        "spikenm-signal": SpikeNM(eid=EID("weight*signal")),
+        "spikenm-marginals": SpikeNM(gradient="marginals"),
         "spikenm-drawn": SpikeNM(decay=None),
         "spikenm-strict": SpikeNM(fade=0.0),
         "srste-fade": SRSTE(fade=SpikeNM().fade),
+        "activity-weighted": Activity(weighted=True),
+        "cyclical-rate": Cyclical(),
     }
 )
-"""One thing changed each: no EID, other credits, only drawn weights learn, no fade; a fade."""
+"""One thing changed each: no EID, other credits, only drawn weights learn, no fade; a fade; ranks
+by weight times activity; a learning rate of each cycle's own."""
 
 
-def method_of(name: str) -> str | Method:
+def method_of(name: str) -> Method:
     """What ``sparsify`` is given for a method of the bench."""
-    return VARIANTS.get(name, name)
+    return VARIANTS.get(name) or method_named(name)
+
+
+class KnownLIF(LIF):
+    """The same neuron, whose update rule is told, so that its membrane can be computed."""
+
+
+def _rule(neuron: LIF) -> NeuronSpec:
+    return NeuronSpec(
+        framework="unknown",
+        class_name=type(neuron).__name__,
+        kind="lif",
+        exact=True,
+        decay=1 - 1 / neuron.tau,
+        gain=1 / neuron.tau,
+        threshold=neuron.threshold,
+        state=(),
+        time_axis=0,
+        step_mode="multi",
+        reset_call=None,
+    )
+
+
+register_neuron(KnownLIF, _rule)
 
 
 def train(
@@ -143,27 +177,61 @@ class _State:
         self.total = run.epochs * self.per_epoch
         self.network = build(run.network, data.train_images, run.seed).to(run.device)
         self.pruned = run.pattern == "dense"
-        if run.method != "magnitude":
+        self.method = method_of(run.method)
+        if run.method not in _LATE:
             self._prune()
+        self._start_optimizer(self.total)
+        self.batches = torch.Generator().manual_seed(run.seed)
+        self.epoch, self.seconds = 0, 0.0
+        self.history: list[dict[str, Any]] = []
+
+    def _start_optimizer(self, steps: int) -> None:
+        run = self.run
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.Adam(parameters, run.lr)
             if run.optimizer == "adam"
             else torch.optim.SGD(parameters, run.lr, momentum=0.9)
         )
-        self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, self.total)
-        self.batches = torch.Generator().manual_seed(run.seed)
-        self.epoch, self.seconds = 0, 0.0
-        self.history: list[dict[str, Any]] = []
+        self.decay: torch.optim.lr_scheduler.LRScheduler
+        if run.method == "cyclical-rate":
+            rate = partial(Cyclical().learning_rate, total_steps=steps)
+            self.decay = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rate)
+        else:
+            self.decay = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def _prune(self) -> None:
-        if not self.pruned:
-            run = self.run
-            method = method_of(run.method)
-            spikenm_fx.sparsify(
-                self.network, run.pattern, method=method, total_steps=self.total, seed=run.seed
-            )
-            self.pruned = True
+        if self.pruned:
+            return
+        run, examples = self.run, None
+        if isinstance(self.method, Activity):
+            for module in self.network.modules():
+                if type(module) is LIF:
+                    module.__class__ = KnownLIF
+            examples = direct_code(self.data.train_images[: run.batch], run.steps)
+        spikenm_fx.sparsify(
+            self.network,
+            run.pattern,
+            method=self.method,
+            total_steps=self.total,
+            seed=run.seed,
+            example_inputs=examples,
+        )
+        self.pruned = True
+        if isinstance(self.method, UTicket):
+            self._rewind()
+
+    def _rewind(self) -> None:
+        """A ticket starts from the initial weights, with an optimizer of its own."""
+        first = build(self.run.network, self.data.train_images, self.run.seed)
+        with torch.no_grad():
+            masked = dict(self.network.named_parameters())
+            for name, parameter in first.named_parameters():
+                masked[name].copy_(parameter)
+            buffers = dict(self.network.named_buffers())
+            for name, buffer in first.named_buffers():
+                buffers[name].copy_(buffer)
+        self._start_optimizer(self.total - self.epoch * self.per_epoch)
 
     def run_epoch(self) -> float:
         """One pass; returns the mean loss."""

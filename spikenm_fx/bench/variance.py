@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Variance of the logits' gradient over mask draws on one batch, with and without EID."""
+"""Variance of the logits' gradient over mask draws on one batch: draws, with EID, marginals."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.nets.cifar import build
 from spikenm_fx.demo.data import digits
 from spikenm_fx.demo.networks import direct_code
+from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.diagnostics import logit_noise
 from spikenm_fx.masks.eid import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
@@ -56,9 +59,36 @@ def main(arguments: Sequence[str]) -> None:
         if step in options.at:
             optimizer.zero_grad()
             layers = logit_noise(network, lambda: backward(fixed), draws=options.draws)
-            ratio = statistics.median(v["with_eid"] / v["without_eid"] for v in layers.values())
-            rows.append({"step": step, "median_ratio": ratio, "layers": layers})
-            print(f"step {step:>4}  noise to signal with EID over without: {ratio:.3f}")
+            with estimating_by(network, replace(method, gradient="marginals")):
+                other = logit_noise(network, lambda: backward(fixed), draws=options.draws)
+            for name, found in layers.items():
+                found["marginals"] = other[name]["without_eid"]
+            ratios = {
+                key: statistics.median(v[key] / v["without_eid"] for v in layers.values())
+                for key in ("with_eid", "marginals")
+            }
+            rows.append(
+                {
+                    **{"step": step, "layers": layers, "median_ratio": ratios["with_eid"]},
+                    "median_ratio_marginals": ratios["marginals"],
+                }
+            )
+            shown = "  ".join(f"{key} {ratio:.3f}" for key, ratio in ratios.items())
+            print(f"step {step:>4}  noise to signal over that of draws: {shown}")
     settings = {key: value for key, value in vars(options).items() if key != "out"}
     result = {"settings": settings, "eid": str(method.eid), "rows": rows}
     print(save("variance", result, options.out))
+
+
+@contextmanager
+def estimating_by(network: torch.nn.Module, method: SpikeNM) -> Iterator[None]:
+    """Within it the logits of ``network`` get their gradient by another estimator, same draws."""
+    masks = list({id(mask): mask for _, _, mask in masked_weights(network)}.values())
+    before = [mask.method for mask in masks]
+    for mask in masks:
+        mask.method = method
+    try:
+        yield
+    finally:
+        for mask, own in zip(masks, before, strict=True):
+            mask.method = own

@@ -16,7 +16,8 @@ from spikenm_fx.channels.bounds import constant_inputs
 from spikenm_fx.channels.cut import Dependencies, cut, parameters_and_bytes, undoable
 from spikenm_fx.channels.dead import Dead, dead_channels, mean_activity, silent_neurons
 from spikenm_fx.channels.left_alone import Sharing, named_tensors, refuse_unfinished
-from spikenm_fx.errors import PlanError
+from spikenm_fx.channels.membrane import membranes_on, neurons_of, unknown_rules
+from spikenm_fx.errors import PlanError, some_of
 from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer
 from spikenm_fx.plan import Plan
 from spikenm_fx.state import preserved_in_eval, reset_to_rest
@@ -162,7 +163,7 @@ def remove_channels(
     example_inputs: Any,
     keep: float = 0.2,
     *,
-    score: Literal["activity", "magnitude"] = "activity",
+    score: Literal["activity", "membrane", "magnitude"] = "activity",
     multiple_of: int = 1,
 ) -> Removal:
     """Keep the best channels of each coupled group and take out the others, in place.
@@ -176,18 +177,21 @@ def remove_channels(
         example_inputs: as for :func:`spikenm_fx.trace`; the activity is measured on them.
         keep: share of each group's channels that stay, in (0, 1]; at least one does.
         score: ``"activity"``, mean absolute input of the layers that read a channel (for spikes
-            the firing rate), or ``"magnitude"``, mean of |W| over the weights that read it.
+            the firing rate); ``"membrane"``, mean |V| of its neurons, as in that paper, whose rule
+            must be known (:func:`spikenm_fx.trace.register_neuron`); or ``"magnitude"``, mean of
+            |W| over the weights that read it.
         multiple_of: round the number that stays up to a multiple of it, e.g. 4 for later 2:4.
 
     Raises:
-        PlanError: if the model is still masked or being trained, or an argument is out of range.
+        PlanError: if the model is still masked or being trained, an argument is out of range, or
+            membranes are asked for and a neuron's rule is not known.
         TraceError: if the model cannot be run on the examples.
     """
     refuse_unfinished(model, "remove_channels")
     if not 0 < keep <= 1:
         raise PlanError(f"keep={keep!r}: the share of channels that stay must be in (0, 1]")
-    if score not in ("activity", "magnitude"):
-        raise PlanError(f"score {score!r} is not known: 'activity' or 'magnitude'")
+    if score not in ("activity", "membrane", "magnitude"):
+        raise PlanError(f"score {score!r} is not known: 'activity', 'membrane' or 'magnitude'")
     if multiple_of < 1:
         raise PlanError(f"multiple_of={multiple_of!r}: must be 1 or more")
     arguments = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -198,10 +202,13 @@ def remove_channels(
     with undoable(model):
         for _ in range(_ROUNDS):
             graph = trace(model, example_inputs)
+            membranes = _membranes(model, graph, arguments) if score == "membrane" else None
             choices = []
             for group in coupled_groups(graph):
                 if _producers(group) not in finished:
                     ranks = _ranks(model, group, activity)
+                    if membranes is not None:
+                        ranks = _membrane_ranks(graph, group, membranes, ranks)
                     choices.append(_best(model, group, ranks, keep, multiple_of, refused))
             work = _independent(choices)
             if not work:
@@ -340,6 +347,27 @@ def _ranks(model: nn.Module, group: CoupledGroup, activity: Mapping[str, Tensor]
         part = values[member.offset : member.offset + length]
         total += part.reshape(member.outer, group.size, member.inner).mean((0, 2))
     return total
+
+
+def _membranes(
+    model: nn.Module, graph: SpikingGraph, arguments: tuple[Any, ...]
+) -> dict[str, Tensor]:
+    unknown = unknown_rules(graph, [n for n, r in graph.neurons.items() if not r.functional])
+    if unknown:
+        raise PlanError(
+            f"score='membrane' needs the update rule of {some_of(unknown)}: tell it by "
+            "spikenm_fx.trace.register_neuron(cls, read), or use score='activity'"
+        )
+    return membranes_on(model, graph, arguments)
+
+
+def _membrane_ranks(
+    graph: SpikingGraph, group: CoupledGroup, membranes: Mapping[str, Tensor], other: Tensor
+) -> Tensor:
+    """``[size]``: mean |V| over the neurons of a group; ``other`` where it has none."""
+    found = [membranes[name] for name in neurons_of(graph, group) if name in membranes]
+    found = [values.cpu() for values in found if len(values) == group.size]
+    return torch.stack(found).mean(0) if found else other
 
 
 def _best(

@@ -135,7 +135,7 @@ def remove_channels(
     out: OutSmaller,
     keep: Annotated[float, typer.Option(help="Share of each group's channels that stays.")] = 0.2,
     score: Annotated[
-        str, typer.Option(help="What channels are judged by: activity or magnitude.")
+        str, typer.Option(help="What channels are judged by: activity, membrane or magnitude.")
     ] = "activity",
     multiple_of: Annotated[
         int, typer.Option(help="Round the number that stays up to a multiple, e.g. 4 for 2:4.")

@@ -68,7 +68,7 @@ def before_step(
         return False
     method = weight.method
     assert isinstance(method, SpikeNM)
-    if method.decay is None:
+    if method.decay is None or method.gradient != "draws":
         return False
     call = _call(weight, step)
     move = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)

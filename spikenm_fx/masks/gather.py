@@ -29,7 +29,7 @@ from spikenm_fx._torch import (
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.keys import LOGITS
 from spikenm_fx.masks.methods import kept
-from spikenm_fx.masks.shard import Shard, blocked, is_sharded, part_of, whole_of
+from spikenm_fx.masks.shard import blocked, is_sharded, part_of, shard_of, whole_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -128,9 +128,9 @@ def adopt(weight: MaskedWeight, sharded: DTensor) -> None:
         sharded: its parameter, of the same values.
 
     Raises:
-        PlanError: if blocks would lie on two ranks.
+        PlanError: if blocks would lie on two ranks, or its method needs whole weights.
     """
-    old, shard = weight.shard, Shard(weight.name, sharded, weight.whole)
+    old, shard = weight.shard, shard_of(weight, sharded)
     device = local_part(sharded).device
 
     def cut(tensor: Tensor | None, *, scores: bool) -> Tensor | None:

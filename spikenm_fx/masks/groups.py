@@ -154,7 +154,16 @@ class Group:
             key=self.first.key_at(0),
             noise=noise,
             present=self.present(),
+            step=step,
+            total_steps=self.first.schedule.total_steps,
+            credit=self.credits(),
         )
+
+    def credits(self) -> Tensor | None:
+        """What a guided method goes by, in blocks of all; None where a member has none."""
+        found = [member.credit() for member in self.members]
+        known = [each for each in found if each is not None]
+        return torch.cat(known) if known and len(known) == len(found) else None
 
     def _scales(self, step: int | None) -> tuple[float | Tensor, float | Tensor]:
         """Kappa and the prior's strength, as one number or one a row; spread and prior together."""
@@ -187,6 +196,7 @@ def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
             None if scores is None else scores.dtype,
             weight.dense.device,
             None if weight.shard is None else weight.shard.key,
+            weight.credit() is None,
         ].append(weight)
     return [Group(members) for members in found.values()]
 

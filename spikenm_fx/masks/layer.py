@@ -244,6 +244,10 @@ class MaskedWeight:
             key=key,
             noise=self.noise(key) if self.shard is not None else None,
             present=self.view.present(self.mask.device),
+            step=step,
+            total_steps=self.schedule.total_steps,
+            view=self.view,
+            credit=self.credit(),
         )
 
     def noise(self, key: tuple[int, int]) -> Tensor:
@@ -251,6 +255,12 @@ class MaskedWeight:
         assert self.shard is not None
         k = self.view.nm.of if self.scores is None else self.scores.shape[1]
         return self.shard.noise(key, k, self.mask.device)
+
+    def credit(self) -> Tensor | None:
+        """What a method that is guided goes by, in blocks; None before it is known."""
+        if not self.method.guided or self.guide is None or self.guide.average is None:
+            return None
+        return self.view.to_blocks(self.guide.average.to(self.mask.device))
 
     def kappa_at(self, step: int) -> float | Tensor:
         """The logit scale; relative ones are counted in one over the spread of the logits."""
@@ -275,6 +285,7 @@ class MaskedWeight:
             self.view.nm,
             prior=0.0 if prior is None else prior.detach(),
             present=self.view.present(self.mask.device),
+            credit=self.credit(),
         )
         blocks = self.view.to_blocks(self.values)
         return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["Shard", "blocked", "is_sharded", "laid_out", "part_of", "total", "whole_of"]
+__all__ = ["Shard", "blocked", "is_sharded", "laid_out", "part_of", "shard_of", "total", "whole_of"]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -239,7 +239,9 @@ def _reduce_scattered(whole: Tensor, axis: int, group: Any, ranks: int) -> Tenso
     padded[: rows.shape[0]] = rows
     own = padded.new_empty(size, *rows.shape[1:])
     distributed: Any = torch.distributed  # the name that FSDP uses, and that of older versions
-    reduce = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+    reduce = (
+        getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+    )
     reduce(own, padded, group=group)
     return own.movedim(0, axis)
 
@@ -280,6 +282,25 @@ def _refuse_cut_blocks(name: str, weight: DTensor, whole: BlockView) -> None:
                 f"(fully_shard(..., shard_placement_fn=lambda p: Shard({1 - inputs})), or "
                 "ColwiseParallel), or keep it dense by a rule"
             )
+
+
+def shard_of(mask: MaskedWeight, sharded: DTensor) -> Shard:
+    """How the weight of a mask is cut.
+
+    Args:
+        mask: of which weight.
+        sharded: its parameter.
+
+    Raises:
+        PlanError: if blocks would lie on two ranks, or its method needs whole weights.
+    """
+    if mask.method.remembers or mask.method.guided:
+        raise PlanError(
+            f"{mask.name} {mask.whole.shape} is sharded, and its method "
+            f"{type(mask.method).__name__} goes by the whole weight: use 'spikenm', 'srste' or "
+            "'magnitude', or do not shard it"
+        )
+    return Shard(mask.name, sharded, mask.whole)
 
 
 def whole_of(tensor: Tensor) -> Tensor:

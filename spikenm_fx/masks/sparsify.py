@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.channels import permute as permute_channels
 from spikenm_fx.errors import PlanError, no_module
+from spikenm_fx.masks.activity import check_activity, guide_by_activity
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid import EID, Guide
@@ -20,9 +21,10 @@ from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
 from spikenm_fx.masks.hooks import install
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.methods import Method, method_named
+from spikenm_fx.masks.methods.activity import Activity
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.masks.shard import Shard, is_sharded, whole_of
+from spikenm_fx.masks.shard import is_sharded, shard_of, whole_of
 from spikenm_fx.masks.start import initial_scores, start
 from spikenm_fx.pattern import NM, BlockView, PatternLike, Remainder, is_weight_layer
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
@@ -75,7 +77,8 @@ def sparsify(
         nm: pattern, keep at most n of m; or a :class:`Plan` made of this model.
         example_inputs: see :func:`spikenm_fx.plan`; they also show which neuron each layer drives,
             which otherwise the first training forward does.
-        method: ``"spikenm"`` (arXiv 2511.12097), a baseline (``"magnitude"``, ``"srste"``,
+        method: ``"spikenm"`` (arXiv 2511.12097), a neighbour (``"cyclical"``, ``"regrow"``,
+            ``"activity"``, ``"uticket"``), a baseline (``"magnitude"``, ``"srste"``,
             ``"maskllm"``, ``"random"``, ``"dense"``) or a configured instance of one.
         rules: see :func:`spikenm_fx.plan`.
         remainder: see :func:`spikenm_fx.plan`.
@@ -106,7 +109,13 @@ def sparsify(
     chosen = method_named(method)
     eid = getattr(chosen, "eid", None)
     # one trace serves the decisions and the neurons that each layer drives
-    wanted = not isinstance(nm, Plan) or (isinstance(eid, EID) and eid.needs_neuron)
+    driven = isinstance(chosen, Activity) or (isinstance(eid, EID) and eid.needs_neuron)
+    wanted = driven or not isinstance(nm, Plan)
+    if isinstance(chosen, Activity) and example_inputs is None:
+        raise PlanError(
+            "method='activity' needs example_inputs, which show whose neurons feed which layer: "
+            "sparsify(model, nm, method='activity', example_inputs=x)"
+        )
     ordered = ordered_rules(rules)
     graph = trace(model, example_inputs) if wanted and example_inputs is not None else None
     decided = _decide(model, nm, graph, ordered, remainder)
@@ -115,9 +124,15 @@ def sparsify(
         _reorder(model, decided, example_inputs, seed)
     run = Run(seed)
     run.root = model
+    if isinstance(chosen, Activity):
+        weights = {entry.name: _parameter_of(model, entry.name) for entry in decided.sparse}
+        assert graph is not None
+        check_activity(chosen, graph, weights)
     _apply(model, decided, chosen, run, lambda nm: schedule or chosen.schedule(total_steps, nm))
     if isinstance(eid, EID):
         _guide(model, eid, graph if eid.needs_neuron else None)
+    elif isinstance(chosen, Activity) and graph is not None:
+        guide_by_activity(model, graph, example_inputs)
     install()
     return model
 
@@ -258,7 +273,7 @@ def _parameters_of(
     method, device = mask.method, weight.device
     scalar = partial(torch.zeros, (), dtype=torch.float32, device=device)
     if is_sharded(weight):
-        mask.shard = Shard(mask.name, cast("DTensor", weight), mask.whole)
+        mask.shard = shard_of(mask, cast("DTensor", weight))
         mask.view = mask.shard.view
     mask.mask = torch.ones_like(mask.values, dtype=torch.bool)
     mask.faded, mask.spread = scalar(), scalar().view(1)
@@ -272,6 +287,12 @@ def _parameters_of(
         # of one dimension: FSDP knows no parameters of none
         nn.Parameter(scalar().view(1), requires_grad=False) if method.moving_prior else None,
     )
+
+
+def _parameter_of(model: nn.Module, name: str) -> str:
+    """The weight of a layer, or a raw parameter itself."""
+    modules = dict(nn.Module.named_modules(model))
+    return f"{name}.weight".lstrip(".") if name in modules else name
 
 
 def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:

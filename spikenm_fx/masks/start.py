@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.shard import total, whole_of
 from spikenm_fx.masks.update import draw_masks
@@ -67,8 +68,17 @@ def initial_scores(mask: MaskedWeight) -> Tensor | None:
     They are made of the whole weight, one layer at a time, so that ranks begin as one process does.
     """
     weight = whole_of(mask.dense.detach())
-    draw = Draw(mask.whole.nm, key=mask.key_at(0), present=mask.whole.present(weight.device))
-    scores = mask.method.init_scores(mask.whole.to_blocks(weight), draw)
+    draw = Draw(
+        mask.whole.nm,
+        key=mask.key_at(0),
+        present=mask.whole.present(weight.device),
+        total_steps=mask.schedule.total_steps,
+        view=mask.whole,
+    )
+    try:
+        scores = mask.method.init_scores(mask.whole.to_blocks(weight), draw)
+    except PlanError as error:
+        raise PlanError(f"{mask.name} {mask.whole.shape}: {error}") from error
     return scores if mask.shard is None or scores is None else mask.shard.part_of_scores(scores)
 
 

@@ -55,6 +55,9 @@ def before_step(
     groups = grouped(searching)
     if searching:
         learn(groups, step, sign)
+    for weight in rest:
+        if learning and weight.method.remembers:
+            _remember(weight, step)
     _finish_gradients(rest, groups if searching == rest else grouped(rest), scale, sign)
 
 
@@ -109,6 +112,18 @@ def _move(
     foreach("add_", own, group.split(direction), alpha=-group.first.method.step_size)
     foreach("copy_", momenta, group.split(momentum))
     group.first.run.note_sizes(size)
+
+
+def _remember(weight: MaskedWeight, step: int) -> None:
+    """Let a method without learnt scores renew what it remembers of a weight, and the weight."""
+    scores, dense = weight.scores, weight.dense.detach()
+    assert scores is not None
+    blocks = weight.view.to_blocks(dense)
+    new_weight, new_scores = weight.method.remember(blocks, scores.detach(), weight.draw(step))
+    if new_weight is not blocks:
+        dense.copy_(weight.view.from_blocks(new_weight))
+    if new_scores is not scores:
+        scores.detach().copy_(new_scores)
 
 
 def _directions(

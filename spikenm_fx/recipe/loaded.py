@@ -18,6 +18,7 @@ from spikenm_fx.channels.stored import is_smaller
 from spikenm_fx.checkpoint import load_into, load_state, save_state
 from spikenm_fx.errors import PlanError, RecipeError, TraceError, did_you_mean
 from spikenm_fx.fold import fold
+from spikenm_fx.masks.methods import method_named
 from spikenm_fx.masks.sparsify import sparsify
 from spikenm_fx.pack import is_packed, pack, unpacked_state
 from spikenm_fx.pattern import NM, PatternLike
@@ -122,10 +123,12 @@ class LoadedModel:
         own = self.recipe.method
         if permute or self.recipe.channels.permute:
             permute_channels(self.model, self.batch(), decided)
+        chosen = own.made() if method in (None, own.name) else method_named(method)
         sparsify(
             self.model,
             decided,
-            method=own.made() if method in (None, own.name) else method,
+            example_inputs=self.batch() if chosen.guided else None,
+            method=chosen,
             total_steps=own.total_steps,
             seed=own.seed,
         )

@@ -39,7 +39,9 @@ class MethodSpec(Closed):
     """How the masks are learned."""
 
     name: str = Field(
-        default="spikenm", description="spikenm, magnitude, srste, maskllm, random or dense"
+        default="spikenm",
+        description="spikenm, cyclical, regrow, activity, uticket, magnitude, srste, maskllm, "
+        "random or dense",
     )
     total_steps: int | None = Field(
         default=None,

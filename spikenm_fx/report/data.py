@@ -42,7 +42,9 @@ class LayerReport:
         operations: exact counts.
         picojoule: energy of the operations.
         picojoule_dense: energy of the same input through a layer without zeros.
-        utilisation: mean over maximum work of the PEs.
+        utilisation: mean over maximum work of the PEs, in non-zero weights.
+        cycles_spikes: cycles of the PEs over all samples, for the spikes that came.
+        cycles_weights: the same if every input value were a spike.
         dense_bytes: weight and bias as they are in memory.
         packed_bytes: of the packed format; the dense size where the layer has no pattern.
         blocks: how many blocks hold 0, 1, ... non-zeros; empty for dense layers.
@@ -70,6 +72,8 @@ class LayerReport:
     utilisation: float
     dense_bytes: int
     packed_bytes: int
+    cycles_spikes: int = 0
+    cycles_weights: int = 0
     blocks: tuple[int, ...] = ()
     tile: MaskTile | None = None
     not_finite: int = 0
@@ -180,6 +184,15 @@ class ReportData:
         return _ratio(busy, sum(work))
 
     @property
+    def cycles(self) -> tuple[float, float]:
+        """Cycles of the PEs per sample, layer after layer: for real spikes, and for all inputs."""
+        sums = (
+            sum(layer.cycles_spikes for layer in self.layers),
+            sum(layer.cycles_weights for layer in self.layers),
+        )
+        return _ratio(sums[0], self.samples), _ratio(sums[1], self.samples)
+
+    @property
     def picojoule(self) -> float:
         """Energy per sample, in pJ."""
         return _ratio(sum(layer.picojoule for layer in self.layers), self.samples)
@@ -223,6 +236,8 @@ class ReportData:
                 "firing_rate": self.firing_rate,
                 "dual_sparsity": self.dual_sparsity,
                 "utilisation": self.utilisation,
+                "cycles_spikes_per_sample": self.cycles[0],
+                "cycles_weights_per_sample": self.cycles[1],
                 **per_sample,
                 "picojoule_per_sample": self.picojoule,
                 "picojoule_dense_per_sample": self.picojoule_dense,

@@ -62,6 +62,8 @@ def describe(
         picojoule=energy.picojoule(done.synops, done.macs),
         picojoule_dense=energy.picojoule(done.synops_dense_weights, done.dense if analog else 0),
         utilisation=pe_utilisation(layer, mask, pes),
+        cycles_spikes=counter.cycles_spikes,
+        cycles_weights=counter.cycles_weights,
         dense_bytes=_bytes(layer, weight.numel(), weight.element_size()),
         packed_bytes=packed_bytes(layer, nm),
         blocks=block_histogram(layer, mask, nm) if nm else (),
@@ -80,10 +82,8 @@ def packed_bytes(layer: WeightLayer, nm: NM | None) -> int:
     weight = layer.weight
     if nm is None:
         return _bytes(layer, weight.numel(), weight.element_size())
-    lead, of, inner = BlockView.of_layer(layer, nm).blocked_shape
-    kept = lead * nm.keep * inner
-    indices = -(-kept * (of - 1).bit_length() // 8)
-    return _bytes(layer, kept, weight.element_size()) + indices
+    packed = BlockView.of_layer(layer, nm).packed_bytes(weight.element_size())
+    return _bytes(layer, 0, 0) + packed
 
 
 def _bytes(layer: WeightLayer, values: int, size: int) -> int:

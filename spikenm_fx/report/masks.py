@@ -6,9 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from spikenm_fx._torch import ConvTransposeNd
 from spikenm_fx.pattern import NM, BlockView, WeightLayer, tightest
 
 __all__ = ["PES", "MaskTile", "block_histogram", "detect_pattern", "mask_tile", "pe_utilisation"]
@@ -16,6 +15,7 @@ __all__ = ["PES", "MaskTile", "block_histogram", "detect_pattern", "mask_tile", 
 PES = 16
 """Processing elements that share the output channels, unless told otherwise."""
 
+_WHOLE = NM(1, 1)
 _PATTERNS = tuple(NM(keep, of) for of in (2, 4, 8, 16, 32) for keep in range(1, of))
 
 
@@ -28,7 +28,7 @@ def detect_pattern(layer: WeightLayer, mask: Tensor) -> NM | None:
     """
     if not mask.any():
         return None
-    view = BlockView.of_layer(layer, NM(1, 1))
+    view = BlockView.of_layer(layer, _WHOLE)
     return tightest(mask, _PATTERNS, transposed=view.transposed, groups=view.groups)
 
 
@@ -55,7 +55,7 @@ def pe_utilisation(layer: WeightLayer, mask: Tensor, pes: int = PES) -> float:
         mask: non-zero where the weight is, of the weight's shape.
         pes: processing elements.
     """
-    rows = (_output_major(layer, mask) != 0).flatten(1).sum(1)
+    rows = (BlockView.of_layer(layer, _WHOLE).output_major(mask) != 0).flatten(1).sum(1)
     rounds = [part for part in rows.split(pes) if int(part.max()) > 0]
     busy = sum(int(part.sum()) for part in rounds)
     reserved = sum(int(part.max()) * part.numel() for part in rounds)
@@ -87,16 +87,8 @@ def mask_tile(
         outputs: rows at most.
         inputs: columns at most.
     """
-    matrix: Tensor = _output_major(layer, mask)
+    matrix: Tensor = BlockView.of_layer(layer, _WHOLE).output_major(mask)
     for size in reversed(matrix.shape[2:]):
         matrix = matrix[..., size // 2]
     corner = (matrix[:outputs, :inputs] != 0).int()
     return MaskTile(tuple("".join(map(str, row)) for row in corner.tolist()), of)
-
-
-def _output_major(layer: nn.Module, mask: Tensor) -> Tensor:
-    """``(C_out, C_in / groups, *kernel)`` for every kind of layer."""
-    if not isinstance(layer, ConvTransposeNd):
-        return mask
-    split: Tensor = mask.unflatten(0, (layer.groups, -1))
-    return split.transpose(1, 2).flatten(0, 1)

@@ -105,12 +105,14 @@ def report(
     samples = count = 0
     with preserved_in_eval(model):
         counters = {
-            name: LayerCounter(layer, (layer.weight.detach() != 0).cpu(), scale=_scale(graph, name))
+            name: LayerCounter(
+                layer, (layer.weight.detach() != 0).cpu(), scale=_scale(graph, name), pes=pes
+            )
             for name, layer in layers.items()
         }
         neurons = NeuronWatch.of_model(model)
         scales = {raw: _scale(graph, raw) for raw in graph.layers} if graph is not None else {}
-        products = RawProducts(model, layers, counters, neurons.layer_ran, scales)
+        products = RawProducts(model, layers, counters, neurons.layer_ran, scales, pes)
         with _watching(layers, counters, neurons):
             for batch in given:
                 rest(model)

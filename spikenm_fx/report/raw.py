@@ -36,6 +36,7 @@ class RawProducts:
         counters: of the layers by name; of one whose weight is used by itself the counts go there.
         ran: told the name of each weight that was multiplied.
         scales: of the spikes that raw weights see, by name, as far as a trace tells.
+        pes: processing elements that share the output channels.
     """
 
     model: nn.Module
@@ -43,6 +44,7 @@ class RawProducts:
     counters: Mapping[str, LayerCounter]
     ran: Callable[[str], object]
     scales: Mapping[str, float]
+    pes: int
     raw: dict[str, LayerCounter] = field(default_factory=dict)
     uncounted: list[str] = field(default_factory=list)
     _inside: list[str] = field(default_factory=list)
@@ -145,7 +147,7 @@ class RawProducts:
                 if counter is None or counter.layer.weight.shape != layer.weight.shape:
                     mask = (layer.weight != 0).cpu()
                     scale = self.scales.get(name, 1.0)
-                    counter = self.raw.setdefault(name, LayerCounter(layer, mask, scale=scale))
+                    counter = self.raw.setdefault(name, LayerCounter(layer, mask, scale=scale, pes=self.pes))
         if counter is None or turned is None:
             self.uncounted += [name] if name not in self.uncounted else []
             return

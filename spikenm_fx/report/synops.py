@@ -12,16 +12,17 @@ Zeros that a convolution pads with never spike: they are no operations here.  Fo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spikenm_fx._torch import ConvNd, ConvTransposeNd
+from spikenm_fx._torch import ConvTransposeNd
 from spikenm_fx.pattern import WeightLayer
+from spikenm_fx.report.correlation import correlated
+from spikenm_fx.report.cycles import cycles_of, work_of_channels
+from spikenm_fx.report.masks import PES
 from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = [
@@ -134,7 +135,7 @@ def fan_out(
         kernel = mask.unflatten(0, (layer.groups, -1)).sum(1)
     probe = torch.zeros(1, *size, dtype=torch.float32, device="cpu", requires_grad=True)
     with torch.enable_grad():
-        response = _correlate(layer, probe, kernel, out)
+        response = correlated(layer, probe, kernel, out)
         (found,) = torch.autograd.grad(response.sum(), probe)
     return found[0].double()
 
@@ -147,38 +148,6 @@ def padded_ops(layer: WeightLayer, size: tuple[int, ...], out: tuple[int, ...]) 
     # A transposed convolution scatters each input position over the whole kernel.
     positions = size[1:] if isinstance(layer, ConvTransposeNd) else out
     return weights * math.prod(positions)
-
-
-_CONV: tuple[Callable[..., Tensor], ...] = (F.conv1d, F.conv2d, F.conv3d)
-_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
-    F.conv_transpose1d,
-    F.conv_transpose2d,
-    F.conv_transpose3d,
-)
-
-
-def _correlate(layer: ConvNd, probe: Tensor, kernel: Tensor, out: tuple[int, ...]) -> Tensor:
-    """The layer's own convolution, without bias, with ``kernel`` for its weight."""
-    dims = probe.dim() - 2
-    if isinstance(layer, ConvTransposeNd):
-        sizes = zip(
-            out,
-            probe.shape[2:],
-            layer.stride,
-            map(int, layer.padding),
-            layer.dilation,
-            layer.kernel_size,
-            strict=True,
-        )
-        extra = [o - ((n - 1) * s - 2 * p + d * (k - 1) + 1) for o, n, s, p, d, k in sizes]
-        return _TRANSPOSED[dims - 1](
-            probe, kernel, None, layer.stride, layer.padding, extra, layer.groups, layer.dilation
-        )
-    padding: str | tuple[int, ...] = layer.padding
-    if layer.padding_mode != "zeros":
-        probe = F.pad(probe, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
-        padding = (0,) * dims
-    return _CONV[dims - 1](probe, kernel, None, layer.stride, padding, layer.dilation, layer.groups)
 
 
 @dataclass(slots=True)
@@ -202,6 +171,10 @@ class LayerCounter:
         total: sum of their absolute values (spike counts).
         calls: how often the layer ran.
         scale: what its spikes are multiplied with, where a trace tells; counts are of spikes.
+        pes: processing elements that share the output channels.
+        cycles_spikes: that they need for the spikes that came, see
+            :mod:`spikenm_fx.report.cycles`; an analog value counts as one unless it is zero.
+        cycles_weights: that they would need if every input value were one spike.
     """
 
     layer: WeightLayer
@@ -212,6 +185,9 @@ class LayerCounter:
     total: float = 0.0
     calls: int = 0
     scale: float = 1.0
+    pes: int = PES
+    cycles_spikes: int = 0
+    cycles_weights: int = 0
     _seen: dict[tuple[tuple[int, ...], tuple[int, ...]], _Seen] = field(default_factory=dict)
 
     def add(self, inputs: Tensor, output: Tensor) -> None:
@@ -239,6 +215,14 @@ class LayerCounter:
         self.active += int((flat != 0).sum())
         self.total += float(events.sum())
         self.calls += 1
+        self._add_cycles(flat != 0 if kind == "analog" else flat.abs(), out)
+
+    def _add_cycles(self, events: Tensor, out: tuple[int, ...]) -> None:
+        mask = self.mask.to(events.device)
+        work = work_of_channels(self.layer, mask, events, out)
+        self.cycles_spikes += cycles_of(work, self.pes)
+        every = work_of_channels(self.layer, mask, torch.ones_like(events[:1]), out)
+        self.cycles_weights += len(events) * cycles_of(every, self.pes)
 
     def operations(self) -> Operations:
         """The counts over everything seen."""

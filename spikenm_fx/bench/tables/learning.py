@@ -171,10 +171,14 @@ _SHOWN: Mapping[str, Mapping[str, Callable[[Any], str]]] = {
 
 
 def _variance(result: Result) -> str:
-    rows = [[row["step"], f"{row['median_ratio']:.3f}"] for row in result["rows"]]
+    rows = [
+        [row["step"], *(f"{row[key]:.3f}" for key in ("median_ratio", "median_ratio_marginals"))]
+        for row in result["rows"]
+    ]
     about = f"{result['settings']['pattern']}, {result['settings']['draws']} draws."
-    head = ["optimizer step", "noise to signal with distillation over without, median of layers"]
-    return about + "\n\n" + markdown(head, rows)
+    head = ["optimizer step", "draws with distillation", "exact marginals"]
+    words = "Noise to signal over that of the draws alone, same masks; median of the layers:"
+    return about + " " + words + "\n\n" + markdown(head, rows)
 
 
 _RUN = (

@@ -21,7 +21,7 @@ from spikenm_fx.errors import PlanError, did_you_mean
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.native.library import kernels
-from spikenm_fx.pattern import NM
+from spikenm_fx.pattern import NM, BlockView
 
 __all__ = ["METHODS", "Draw", "Method", "kept", "method_class", "method_named"]
 
@@ -40,6 +40,10 @@ class Draw:
         key: noise key of (seed, step, layer).
         noise: instead of a key, Gumbel noise of the shape of the scores.
         present: bool ``(lead, M, 1)`` where the last block is padded, else None.
+        step: the optimizer step; None for the final masks.
+        total_steps: of the whole run, where it is known.
+        view: how the weight is cut into blocks; None for the blocks of many.
+        credit: what a method that is ``guided`` goes by, in blocks; None before it is known.
     """
 
     nm: NM
@@ -49,6 +53,10 @@ class Draw:
     key: Key | None = None
     noise: Tensor | None = None
     present: Tensor | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    view: BlockView | None = None
+    credit: Tensor | None = None
 
 
 class Method(Protocol):
@@ -65,6 +73,14 @@ class Method(Protocol):
     @property
     def fixed(self) -> bool:
         """Whether the masks of the start stay for good."""
+
+    @property
+    def remembers(self) -> bool:
+        """Whether the scores are a memory that :meth:`remember` renews at each step."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether masks go by a credit that hooks measure: :attr:`Draw.credit`."""
 
     @property
     def decay(self) -> float | None:
@@ -130,6 +146,15 @@ class Method(Protocol):
         ``(lead, M, inner)``.
         """
 
+    def remember(self, weight: Tensor, scores: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """What weight and scores become before an optimizer step, if it ``remembers``.
+
+        Args:
+            weight: of one layer, in blocks ``(lead, M, inner)``.
+            scores: of the shape that :meth:`init_scores` gave them.
+            draw: what else it depends on; its view is that of the layer.
+        """
+
 
 def kept(tensor: Tensor, mask: Tensor, undrawn: float = 0.0) -> Tensor:
     """Zeros where the mask is False, in the same memory format, which masked_fill would drop.
@@ -156,12 +181,16 @@ _BITS = MappingProxyType({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torc
 
 METHODS: Mapping[str, str] = MappingProxyType(
     {
+        "activity": "activity:Activity",
+        "cyclical": "cyclical:Cyclical",
         "dense": "dense:Dense",
         "magnitude": "magnitude:Magnitude",
         "maskllm": "maskllm:MaskLLM",
         "random": "random:RandomMask",
+        "regrow": "regrow:Regrow",
         "spikenm": "spikenm:SpikeNM",
         "srste": "srste:SRSTE",
+        "uticket": "uticket:UTicket",
     }
 )
 """Names that ``sparsify(method=...)`` and recipes know, and where each class is."""

@@ -22,6 +22,8 @@ class FixedRule(ABC):
 
     learns: ClassVar[bool] = False
     fixed: ClassVar[bool] = True
+    remembers: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     relative: ClassVar[bool] = False
     moving_prior: ClassVar[float] = 0.0
     step_size: ClassVar[float] = 0.0
@@ -62,4 +64,8 @@ class FixedRule(ABC):
 
     def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
         """Never asked for, as no scores, of whatever shape, are learnt."""
+        raise NotImplementedError
+
+    def remember(self, weight: Tensor, scores: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Never asked for, unless a rule remembers; shapes as of the protocol."""
         raise NotImplementedError

@@ -38,6 +38,8 @@ class MaskLLM:
     name: ClassVar[str] = "maskllm"
     learns: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     decay: ClassVar[None] = None
     rescale: ClassVar[bool] = False
     relative: ClassVar[bool] = False
@@ -101,6 +103,10 @@ class MaskLLM:
         grad_soft = torch.einsum("lmi,cm->lci", grad.float() * weight.float(), candidates)
         mean = (soft * grad_soft).sum(1, keepdim=True)
         return soft * (grad_soft - mean) * (draw.kappa / draw.tau)
+
+    def remember(self, weight: Tensor, scores: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Never asked for: weight and scores, of whatever shape, are no memory."""
+        raise NotImplementedError
 
 
 def _perturbed(logits: Tensor, draw: Draw) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields
 from types import MappingProxyType
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from spikenm_fx.errors import PlanError, did_you_mean
 from spikenm_fx.masks.methods import method_class
@@ -47,6 +47,9 @@ def wrong_options(
 
 def _wrong_value(value: object, hint: Any) -> str:
     allowed = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        words = " or ".join(map(repr, allowed))
+        return "" if value in allowed else f"{value!r} is not {words}"
     plain = [each for each in allowed if each in _PLAIN]
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value} is not a finite number"

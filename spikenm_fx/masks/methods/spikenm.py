@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.eid.settings import EID
+from spikenm_fx.masks.marginals import check_marginals, marginal_gradient
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.sampler import draw_mask, straight_through, top_mask
 from spikenm_fx.masks.schedule import Schedule
@@ -54,6 +55,9 @@ class SpikeNM:
             weights, see :class:`~spikenm_fx.masks.schedule.Schedule`.  With 0 every training step
             is N:M, as in the paper; coming there gradually is ours, worth a point at 1:8 and
             nothing at 2:4.
+        gradient: of the logits: ``"draws"``, straight through the N draws of the step, or
+            ``"marginals"``, through the exact probabilities that N draws include a position, see
+            :mod:`spikenm_fx.masks.marginals`.
         eid: the distillation, see :class:`~spikenm_fx.masks.eid.EID`; None for none.
 
     Raises:
@@ -63,6 +67,8 @@ class SpikeNM:
     name: ClassVar[str] = "spikenm"
     learns: ClassVar[bool] = True
     fixed: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+    guided: ClassVar[bool] = False
     std: float = 0.003
     rate: float = 1.0
     relative: bool = True
@@ -70,6 +76,7 @@ class SpikeNM:
     decay: float | None = 2e-4
     rescale: bool = True
     fade: float = 0.6
+    gradient: Literal["draws", "marginals"] = "draws"
     eid: EID | None = field(default_factory=EID)
 
     def __post_init__(self) -> None:
@@ -79,6 +86,8 @@ class SpikeNM:
                 continue
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise PlanError(f"{option}={value!r}: needs a finite number that is not negative")
+        if self.gradient not in ("draws", "marginals"):
+            raise PlanError(f"gradient={self.gradient!r}: known are 'draws' and 'marginals'")
         if self.eid is not None and not isinstance(self.eid, EID):
             raise PlanError(f"eid={self.eid!r}: give EID(...), its settings, or None for none")
 
@@ -93,7 +102,13 @@ class SpikeNM:
         return self.rate * self.std
 
     def pattern(self, nm: NM) -> NM:
-        """As asked for."""
+        """As asked for.
+
+        Raises:
+            PatternError: if its exact marginals are asked for and cannot be computed.
+        """
+        if self.gradient == "marginals":
+            check_marginals(nm)
         return nm
 
     def schedule(self, total_steps: int | None, nm: NM) -> Schedule:
@@ -145,7 +160,12 @@ class SpikeNM:
         return top_mask(logits, draw.nm.keep, draw.present)
 
     def score_grad(self, grad: Tensor, weight: Tensor, logits: Tensor, draw: Draw) -> Tensor:
-        """Straight-through gradient through every draw, of the shape of the logits."""
+        """Straight-through gradient of the shape of the logits, through draws or marginals."""
+        if self.gradient == "marginals":
+            mask_grad = grad.float() * weight.float()
+            return marginal_gradient(
+                mask_grad, logits, draw.nm.keep, kappa=draw.kappa, present=draw.present
+            )
         return straight_through(
             grad,
             logits,
@@ -157,3 +177,7 @@ class SpikeNM:
             noise=draw.noise,
             present=draw.present,
         )
+
+    def remember(self, weight: Tensor, scores: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """Never asked for: weight and scores, of whatever shape, are no memory."""
+        raise NotImplementedError

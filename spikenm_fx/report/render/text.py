@@ -7,7 +7,7 @@ from collections import Counter
 
 from spikenm_fx.report.data import ReportData
 from spikenm_fx.report.render.columns import COLUMNS, rows
-from spikenm_fx.report.render.units import bytes_text, counted, energy_text
+from spikenm_fx.report.render.units import bytes_text, count_text, counted, energy_text
 from spikenm_fx.table import text_table
 
 __all__ = ["latency_words", "table"]
@@ -39,7 +39,9 @@ def _foot(report: ReportData) -> list[str]:
         f"only); with dense weights {energy_text(report.picojoule_dense)}, "
         f"all MACs {energy_text(report.picojoule_ann)}",
         f"bytes: {bytes_text(report.dense_bytes)} dense, "
-        f"{bytes_text(report.packed_bytes)} packed; PE utilisation for {report.pes} PEs",
+        f"{bytes_text(report.packed_bytes)} packed; PE utilisation for {report.pes} PEs, which "
+        f"need {count_text(report.cycles[0])} cycles a sample for the spikes that came "
+        f"({count_text(report.cycles[1])} for all inputs)",
         *(f"{head}: {COLUMNS[head].meaning}" for head in _EXPLAINED),
     ]
     ways = Counter(la.note.removeprefix("runs as ") for la in report.layers if "runs as" in la.note)
