@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import ExportError, SpikeNMWarning, TraceError, some_of
 from spikenm_fx.export.model_run import in_steps, over_steps
+from spikenm_fx.export.nir_edges import ordered_edges
 from spikenm_fx.export.nir_nodes import fold_norms, nodes_for
 from spikenm_fx.export.nir_readers import DT, Reader, reader_named
 from spikenm_fx.export.nir_run import run_graph
@@ -80,7 +81,7 @@ def nir(
     weights = fold_norms(steps)
     _refuse_names(steps)
     nodes, checked = nodes_for(steps, weights, reader, _patterns(copied))
-    edges = [(source, end) for source, end, _ in steps.edges]
+    edges = ordered_edges(steps, reader)
     _refuse_sums_at_output(steps, reader)
     metadata = {
         "spikenm_fx.target": target,

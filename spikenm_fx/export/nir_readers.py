@@ -55,7 +55,8 @@ class Reader:
         uniform: names of the parameters that must be the same in all neurons of a layer.
         groups: convolutions in groups arrive.
         recurrent: recurrent connections arrive.
-        batch: takes a batch axis.
+        in_preorder: runs the nodes depth first, each as soon as one of its sources has run
+            (``nirtorch.load``), so that a sum of two branches would miss one of them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Reader:
     uniform: tuple[str, ...] = ()
     groups: bool = True
     recurrent: bool = False
+    in_preorder: bool = False
 
 
 READERS: Mapping[str, Reader] = MappingProxyType(
@@ -88,12 +90,15 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "snntorch": Reader(
             "snntorch", _COMMON | {"AvgPool2d"}, uniform=("gain", "threshold", "reset value")
         ),
-        "norse": Reader("norse", _COMMON | {"SumPool2d", "IF"}, recurrent=True),
+        "norse": Reader(
+            "norse", _COMMON | {"SumPool2d", "IF"}, recurrent=True, in_preorder=True
+        ),
         "sinabs": Reader(
             "sinabs",
             (_COMMON | {"SumPool2d", "LI"}) - {"Linear"},
             strict=False,
             counts=True,
+            in_preorder=True,
         ),
     }
 )

@@ -47,4 +47,6 @@ def own_recurrence(module: nn.Module, spec: NeuronSpec) -> Recurrence | None:
     layer = m.recurrent
     if spec.output != "spike" or not is_weight_layer(layer):
         return None
+    if spec.reset == "hard" and spec.reset_timing == "next":
+        return None  # it then loses the input of the step after a spike as well
     return Recurrence(replace(spec, kind="lif", exact=True), layer, "recurrent")

@@ -184,6 +184,8 @@ class _Reader:
                 )
         part = self._part(name, "neuron", flow.shape, module)
         part.spec = spec
+        if spec.folded_time:
+            self.sizes["T"] = self._steps_of(module, flow)
         whole = "T" in "".join(flow.lead)
         step = None if whole else self.calls[name]
         self.leads[name] = flow.lead
@@ -213,6 +215,15 @@ class _Reader:
                 f"axes were read as {flow.lead}: give the example as the model takes it, with a "
                 "batch axis"
             )
+
+    def _steps_of(self, module: Any, flow: Flow) -> int:
+        """How many steps lie in an axis that batch and time share, by what the neuron knows."""
+        whole = self.sizes["".join(flow.lead)]
+        batch = getattr(module, "batch_size", None)
+        steps = getattr(module, "num_timesteps", None) or getattr(module, "step", None)
+        if isinstance(steps, int) and steps > 0:
+            return steps
+        return whole // batch if isinstance(batch, int) and batch > 0 else whole
 
     # -- operations -------------------------------------------------------------------------------
 
@@ -353,12 +364,9 @@ class _Reader:
         known = (kind, sources, key)
         if known not in self.names:
             base = str(node.target) if node.op == "call_module" else f"{'+'.join(sources)}.{kind}"
-            name = next(
-                n
-                for n in (base, *(f"{base}{i}" for i in itertools.count(2)))
-                if n not in self.parts
-            )
-            self.names[known] = name
+            numbered = (f"{base}{i}" for i in itertools.count(2))
+            free = (n for n in itertools.chain([base], numbered) if n not in self.parts)
+            self.names[known] = next(free)
         name = self.names[known]
         self._part(name, kind, shape, None).options.update(options)
         step = self._feed(name, flow)
