@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +16,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import ExportError, VerificationError
 from spikenm_fx.export.nir_readers import DT, reader_named
 from spikenm_fx.export.nir_run import run_graph
-from spikenm_fx.export.packages import needed, refuse_untested
+from spikenm_fx.export.packages import needed, quiet, refuse_untested
 from spikenm_fx.table import text_table
 
 __all__ = ["NIRAgreement", "NodeAgreement", "import_nir", "read_nir", "verify_nir"]
@@ -171,7 +167,7 @@ def import_nir(
     if not any_version:
         refuse_untested("nir", "nirtorch", reader)
     names = {name.replace(".", "_"): name for name in graph.nodes}
-    with _quiet():
+    with quiet():
         try:
             with torch.no_grad():
                 return _RUNS[reader](needed(package, "verify_nir"), copy.deepcopy(graph), x, names)
@@ -246,19 +242,6 @@ def _sinabs(package: Any, graph: Any, x: Tensor, names: Any) -> tuple[dict[str, 
 _RUNS: Mapping[str, Callable[..., tuple[dict[str, Tensor], Tensor]]] = MappingProxyType(
     {"spikingjelly": _spikingjelly, "snntorch": _snntorch, "norse": _norse, "sinabs": _sinabs}
 )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Readers print, log and warn while they import."""
-    level = logging.root.manager.disable
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(level)
 
 
 def _compare(name: str, seen: Tensor, wanted: Tensor, *, spikes: bool) -> NodeAgreement:

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Mapping
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 from typing import Any
 
 from spikenm_fx.errors import ExportError
 
-__all__ = ["TESTED", "needed", "refuse_untested"]
+__all__ = ["TESTED", "needed", "quiet", "refuse_untested"]
 
 TESTED: Mapping[str, str] = MappingProxyType(
     {
@@ -71,3 +75,21 @@ def refuse_untested(*packages: str) -> None:
                 f'{TESTED[package]} only: pip install "{package}=={TESTED[package]}", or pass '
                 "any_version=True and look at what verify_nir finds"
             )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What exporters and readers print, log and warn of meanwhile is theirs, not the caller's."""
+    level = logging.root.manager.disable
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stdout(said),
+        contextlib.redirect_stderr(said),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
