@@ -107,7 +107,9 @@ def _spiking(
 
 def _integrator(values: dict[str, Any], reader: Reader, leaks: bool) -> NeuronNode:
     if not leaks:
-        return NeuronNode("I", _float32({"r": np.full_like(values["gain"], 1 / DT)}), values["gain"])
+        return NeuronNode(
+            "I", _float32({"r": np.full_like(values["gain"], 1 / DT)}), values["gain"]
+        )
     if reader.counts:
         steps, factor = -1.0 / np.log(values["decay"]), values["gain"]
     else:

@@ -90,9 +90,7 @@ READERS: Mapping[str, Reader] = MappingProxyType(
         "snntorch": Reader(
             "snntorch", _COMMON | {"AvgPool2d"}, uniform=("gain", "threshold", "reset value")
         ),
-        "norse": Reader(
-            "norse", _COMMON | {"SumPool2d", "IF"}, recurrent=True, in_preorder=True
-        ),
+        "norse": Reader("norse", _COMMON | {"SumPool2d", "IF"}, recurrent=True, in_preorder=True),
         "sinabs": Reader(
             "sinabs",
             (_COMMON | {"SumPool2d", "LI"}) - {"Linear"},

@@ -50,9 +50,7 @@ def run_graph(graph: Any, x: Tensor, reader: Reader) -> dict[str, Tensor]:
                 if type(nodes[name]).__name__ == "Input":
                     now[name] = given
                     continue
-                terms = [
-                    before.get(s) if (s, name) in late else now[s] for s in sources[name]
-                ]
+                terms = [before.get(s) if (s, name) in late else now[s] for s in sources[name]]
                 there = [term for term in terms if term is not None]
                 total = sum(there[1:], start=there[0])
                 now[name] = _apply(name, nodes[name], total, state, reader)

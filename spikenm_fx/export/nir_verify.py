@@ -199,7 +199,9 @@ class _Heard:
         return {name: torch.stack(values) for name, values in self.values.items()}
 
 
-def _stepwise(net: nn.Module, x: Tensor, names: Mapping[str, str]) -> tuple[dict[str, Tensor], Tensor]:
+def _stepwise(
+    net: nn.Module, x: Tensor, names: Mapping[str, str]
+) -> tuple[dict[str, Tensor], Tensor]:
     heard, state, outs = _Heard(net, names), None, []
     for step in x:
         out, state = net(step, state)

@@ -33,9 +33,7 @@ STEPS = 4
 _ONE_FILE = 2**31 - 2**20  # protobuf ends at 2 GiB
 
 
-def onnx(
-    model: nn.Module, x: Tensor, *, file: str | Path | None = None, check: bool = True
-) -> Any:
+def onnx(model: nn.Module, x: Tensor, *, file: str | Path | None = None, check: bool = True) -> Any:
     """``model`` as an ONNX model of fixed shapes.
 
     A model over all steps (``[T, N, ...]``) is unrolled and starts from rest in each call.  A model
@@ -199,9 +197,7 @@ def _largest(a: Tensor, b: Tensor) -> str:
     return f"up to {float((a.double() - b.double()).abs().max()):.3g}"
 
 
-def _own_steps(
-    model: nn.Module, x: Tensor, count: int, steps: Stepwise
-) -> list[list[Tensor]]:
+def _own_steps(model: nn.Module, x: Tensor, count: int, steps: Stepwise) -> list[list[Tensor]]:
     """The model's own outputs of each step."""
     outs: list[list[Tensor]] = []
     state = None

@@ -74,9 +74,7 @@ class StepGraph:
     def bypass(self, name: str) -> None:
         """Take out a part with one source: its targets are fed by that."""
         (source,) = self.sources(name)
-        self.edges = [
-            (source if s == name else s, t, d) for s, t, d in self.edges if t != name
-        ]
+        self.edges = [(source if s == name else s, t, d) for s, t, d in self.edges if t != name]
         del self.parts[name]
 
 

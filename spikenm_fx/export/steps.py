@@ -79,7 +79,9 @@ class _Reader:
         self.model, self.graph, self.lead = model, graph, lead
         self.sizes = dict(zip(lead, x.shape, strict=False))
         self.parts: dict[str, Part] = {}
-        self.seen: dict[str, list[tuple[int | None, frozenset[tuple[str, int]]]]] = defaultdict(list)
+        self.seen: dict[str, list[tuple[int | None, frozenset[tuple[str, int]]]]] = defaultdict(
+            list
+        )
         self.calls: dict[str, int] = defaultdict(int)
         self.names: dict[Any, str] = {}
         self.notes: list[str] = []
@@ -300,8 +302,10 @@ class _Reader:
             flow = self._flow(args[0], label)
             dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
             dims = list(dims) if isinstance(dims, tuple | list) else [dims]
-            if dims == [None] or any(d % len(_whole(flow, self.sizes)) >= len(flow.lead)
-                                     or flow.lead[d] != "T" for d in dims):
+            if dims == [None] or any(
+                d % len(_whole(flow, self.sizes)) >= len(flow.lead) or flow.lead[d] != "T"
+                for d in dims
+            ):
                 raise Unreadable(_cannot(f"{label} over axes {dims}", name))
             lead = tuple(axis for axis in flow.lead if axis != "T")
             return Flow(flow.terms, lead, flow.shape, f"{name} over all steps")
@@ -529,7 +533,14 @@ def _pool_options(
     """Kernel, stride and padding as pairs; a sentence where NIR cannot say them."""
     if len(shape) != 3:
         return f"pools a tensor {shape} of one sample; NIR pools (channels, height, width)"
-    keys = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+    keys = (
+        "kernel_size",
+        "stride",
+        "padding",
+        "ceil_mode",
+        "count_include_pad",
+        "divisor_override",
+    )
     if name == "lp_pool2d":
         keys = ("norm_type", "kernel_size", "stride", "ceil_mode")
     if name == "adaptive_avg_pool2d":
@@ -541,7 +552,9 @@ def _pool_options(
         kernel = tuple(whole // o for o, whole in zip(out, shape[1:], strict=True))
         return {"op": "avg", "kernel_size": kernel, "stride": kernel, "padding": (0, 0)}
     given = {k: getattr(module, k) for k in keys if hasattr(module, k)}
-    given |= dict(zip(keys, args[1:], strict=False)) | {k: v for k, v in kwargs.items() if k in keys}
+    given |= dict(zip(keys, args[1:], strict=False)) | {
+        k: v for k, v in kwargs.items() if k in keys
+    }
     if given.get("ceil_mode") or given.get("divisor_override") is not None:
         return "ceil_mode and divisor_override have no place in NIR"
     padding = _pair(given.get("padding", 0))
