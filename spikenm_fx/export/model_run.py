@@ -16,7 +16,7 @@ from spikenm_fx.state import reset_to_rest
 __all__ = ["SINGLE_STEPS", "in_steps", "over_steps"]
 
 SINGLE_STEPS = 8
-"""How many steps a model is run that takes one step a call: its example is given again each time."""
+"""Steps that a model is run which takes one step a call, its example given again each time."""
 
 
 def in_steps(x: Tensor, lead: Lead, steps: int | None = None) -> Tensor:
@@ -34,9 +34,9 @@ def in_steps(x: Tensor, lead: Lead, steps: int | None = None) -> Tensor:
     if lead == ("N",):
         return x.expand(steps or SINGLE_STEPS, *x.shape)
     count = steps or 1
-    if lead == ("NT",):
-        return x.unflatten(0, (-1, count)).transpose(0, 1)
-    return x.unflatten(0, (count, -1))
+    sizes = (-1, count) if lead == ("NT",) else (count, -1)
+    whole: Tensor = x.unflatten(0, sizes)
+    return whole.transpose(0, 1) if lead == ("NT",) else whole
 
 
 def over_steps(

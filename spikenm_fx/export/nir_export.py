@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verb ``export.nir``: a folded model as a NIR graph that a given program reads as this model."""
+"""The verb ``export.nir``: a folded model as a NIR graph that one program reads as this model."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ NIR says ``tau dv/dt = (v_leak - v) + r I``.  One Euler step of length dt is::
 
     v + dt / tau * (v_leak - v + r I)    =    decay * (v - rest) + rest + gain * I
 
-with ``tau = dt / (1 - decay)``, ``v_leak = rest`` and ``r = gain * tau / dt``.  Not every reader reads
-r: then ``r = 1`` is written, and weights and biases are multiplied with ``gain * tau / dt``.
+with ``tau = dt / (1 - decay)``, ``v_leak = rest`` and ``r = gain * tau / dt``.  Not every reader
+reads r: then ``r = 1`` is written, and weights and biases are multiplied with ``gain * tau / dt``.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def _full(value: Any, part: Part) -> Any:
         return np.array(np.broadcast_to(array, part.shape))
     except ValueError as error:
         raise ExportError(
-            f"{_named(part)}: a parameter of shape {array.shape} does not fit its neurons {part.shape}"
+            f"{_named(part)}: a parameter of shape {array.shape} does not fit {part.shape} neurons"
         ) from error
 
 

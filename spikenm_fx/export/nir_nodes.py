@@ -148,7 +148,7 @@ def _layer(part: Part) -> nn.Module:
     assert module is not None
     if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
         raise ExportError(
-            f"{part.name} ({kind}) {tuple(module.weight.shape)}: NIR has Linear, Conv1d and Conv2d; "
+            f"{part.name} ({kind}) {tuple(module.weight.shape)}: NIR has Linear, Conv1d, Conv2d; "
             "put one of them in its place"
         )
     if getattr(module, "padding_mode", "zeros") != "zeros":
@@ -241,7 +241,7 @@ def _layers_behind(
             found.append(target)
         else:
             raise ExportError(
-                f"{part.name} pools by another mean than {reader.name} reads, and its factor cannot "
+                f"{part.name} pools in another way than {reader.name} reads, whose factor cannot "
                 f"go into {target}, which is no layer that it feeds alone"
             )
     return found

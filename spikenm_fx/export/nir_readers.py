@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How each program reads a NIR file, measured: which nodes arrive, and what it makes of numbers.
+"""How each program reads a NIR file, measured: which nodes arrive, and what becomes of numbers.
 
-=============  =============================================================  ======================
-reader         nodes that arrive                                              what it makes of them
-=============  =============================================================  ======================
-spikingjelly   Affine, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, IF, LIF    fires at the threshold;
-                                                                              r = 1 or tau / dt only
-snntorch       Affine, Linear, Conv2d, AvgPool2d, Flatten, LIF                fires above it; one
-                                                                              threshold a layer, resets
-                                                                              to 0 from 0; an IF node
-                                                                              becomes Leaky(beta=0.9)
-norse          Affine, Linear, Conv2d, SumPool2d, Flatten, IF, LIF            fires above it; dt=1e-4
-                                                                              must be asked for; r is
-                                                                              not read; other nodes
-                                                                              vanish
-sinabs         Affine, Conv2d, SumPool2d, Flatten, LIF, LI                    tau in steps, r not read,
-                                                                              several spikes a step,
-                                                                              soft reset, always
-file           all of these, I                                                as NIR is written: fires
-                                                                              above the threshold
-=============  =============================================================  ======================
+| reader | nodes that arrive |
+|---|---|
+| spikingjelly | Affine, Linear, Conv1d, Conv2d, AvgPool2d, Flatten, IF, LIF |
+| snntorch | Affine, Linear, Conv2d, AvgPool2d, Flatten, LIF (IF becomes a `Leaky` of beta 0.9) |
+| norse | Affine, Linear, Conv2d, SumPool2d, Flatten, IF, LIF; all others vanish |
+| sinabs | Affine, Conv2d, SumPool2d, Flatten, LIF, LI |
+| file | all of these, and I: by the book |
 
-Grouped convolutions do not arrive in SpikingJelly, depthwise ones nowhere; recurrent connections
-arrive in SpikingJelly and Norse.
+| reader | fires | r | numbers |
+|---|---|---|---|
+| spikingjelly | at the threshold | 1 or tau / dt, else refused | one for all neurons of a layer |
+| snntorch | above it | read | one threshold a layer; resets to 0, leaks to 0 |
+| norse | above it | not read | `dt=1e-4` must be asked for; resets to 0 |
+| sinabs | several times a step | not read | tau counts steps; resets by subtraction, always |
+| file | above it | read | tau in seconds, of steps of 1e-4 |
+
+Grouped convolutions do not arrive in SpikingJelly, depthwise ones nowhere.  Recurrent connections
+arrive in SpikingJelly and Norse.  Branches that meet again arrive in SpikingJelly and snnTorch: the
+other two run nodes depth first and lose one of them.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ __all__ = ["DT", "READERS", "Reader", "reader_named"]
 DT = 1e-4
 """Seconds of a step: what SpikingJelly and snnTorch take for granted, and Norse is to be told."""
 
-_COMMON = frozenset("Affine Linear Conv2d Flatten LIF".split())
+_COMMON = frozenset(["Affine", "Linear", "Conv2d", "Flatten", "LIF"])
 
 
 @dataclass(frozen=True, slots=True)

@@ -111,10 +111,8 @@ def _neuron(name: str, node: Any, x: Tensor, state: dict[str, Tensor], reader: R
     r = x.new_tensor(1.0) if reader.name in ("norse", "sinabs") else _tensor(node.r)
     if hasattr(node, "tau"):
         tau, leak = _tensor(node.tau), _tensor(node.v_leak)
-        if reader.counts:
-            v = torch.exp(-1.0 / tau) * v + x
-        else:
-            v = v + (leak + r * x - v) * (DT / tau)
+        euler = v + (leak + r * x - v) * (DT / tau)
+        v = torch.exp(-1.0 / tau) * v + x if reader.counts else euler
     else:
         v = v + (x if reader.name == "norse" else DT * r * x)
     if not spikes:
@@ -125,13 +123,15 @@ def _neuron(name: str, node: Any, x: Tensor, state: dict[str, Tensor], reader: R
         fired = torch.div(v, threshold, rounding_mode="trunc").clamp_min(0.0)
         state[name] = v - fired * threshold
         return fired
-    fired = (v > threshold if reader.strict else v >= threshold).to(x.dtype)
+    fired = torch.gt(v, threshold) if reader.strict else torch.ge(v, threshold)
+    fired = fired.to(x.dtype)
     reset = _tensor(node.v_reset) if reader.reset else torch.zeros_like(threshold)
     state[name] = (1.0 - fired) * v + fired * reset
     return fired
 
 
 def _tensor(value: Any) -> Any:
+    """As float32; None stays None."""
     return None if value is None else torch.as_tensor(np.asarray(value, dtype=np.float32))
 
 

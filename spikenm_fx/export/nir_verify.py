@@ -236,7 +236,8 @@ def _sinabs(package: Any, graph: Any, x: Tensor, names: Any) -> tuple[dict[str, 
     out, _ = net(x.transpose(0, 1).flatten(0, 1))
 
     def over_time(value: Tensor) -> Tensor:
-        return value.unflatten(0, (x.shape[1], x.shape[0])).transpose(0, 1)
+        whole: Tensor = value.unflatten(0, (x.shape[1], x.shape[0]))
+        return whole.transpose(0, 1)
 
     return {n: over_time(v[0]) for n, v in heard.values.items()}, over_time(out)
 
@@ -250,10 +251,8 @@ def _compare(name: str, seen: Tensor, wanted: Tensor, *, spikes: bool) -> NodeAg
     shapes = tuple(seen.shape), tuple(wanted.shape)
     if shapes[0] != shapes[1]:
         return NodeAgreement(name, *shapes, wanted.numel(), wanted.numel(), 0)
-    if spikes:
-        wrong = seen != wanted
-    else:
-        wrong = ~torch.isclose(seen, wanted, rtol=1e-4, atol=1e-5)
+    close = torch.isclose(seen, wanted, rtol=1e-4, atol=1e-5)
+    wrong = seen != wanted if spikes else ~close
     steps = wrong.flatten(1).any(1).nonzero()
     first = int(steps[0]) if len(steps) else None
     return NodeAgreement(name, *shapes, int(wrong.sum()), wrong.numel(), first)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count the blocks of an ONNX file's weights, along the axis that each product sums over.
 
-Exporters transpose and rename weights: what counts is how the graph uses them.  A convolution sums
-over axis 1 of its weight, a transposed one over axis 0, Gemm over axis 1 where ``transB`` is set and
-else over axis 0, MatMul over the last but one axis of its second factor.  Transposes and casts on
-the way are followed.
+Exporters transpose and rename weights: what counts is how the graph uses them.  A convolution
+sums over axis 1 of its weight, a transposed one over axis 0, Gemm over axis 1 where ``transB`` is
+set and else over axis 0, MatMul over the last but one axis of its second factor.  Transposes and
+casts on the way are followed.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def onnx_weights(proto: Any) -> dict[str, Tensor]:
 
 
 def _place(package: Any, node: Any) -> int | None:
-    """The axis of the second input that is summed over; -1 for the last but one; None: no product."""
+    """Axis of the second input that is summed over; -1: the last but one; None: no product."""
     if node.op_type == "Conv":
         return 1
     if node.op_type == "ConvTranspose":

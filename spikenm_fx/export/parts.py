@@ -10,7 +10,7 @@ from torch import nn
 
 from spikenm_fx.trace import NeuronSpec
 
-__all__ = ["Flow", "Lead", "Part", "StepGraph", "Unreadable"]
+__all__ = ["Flow", "Lead", "OtherLayout", "Part", "State", "StepGraph", "Unreadable", "Zero"]
 
 Lead = tuple[str, ...]
 """What a tensor's leading axes run over: ``("T", "N")``, ``("N",)``, folded ``("TN",)``, ..."""
@@ -20,6 +20,21 @@ PartKind = Literal["input", "layer", "norm", "neuron", "pool", "flatten", "outpu
 
 class Unreadable(Exception):
     """The trace holds something that one step of a network of layers and neurons cannot say."""
+
+
+class OtherLayout(Unreadable):
+    """The input's axes are not what was tried."""
+
+
+class Zero:
+    """A tensor of zeros: a state before the first step."""
+
+
+class State:
+    """A neuron's state, which only this neuron may read."""
+
+    def __init__(self, neuron: str) -> None:
+        self.neuron = neuron
 
 
 @dataclass(slots=True)
@@ -87,10 +102,12 @@ class Flow:
             in each step.
         lead: its leading axes.
         shape: of one sample in one step.
-        over_time: what was done over all steps to get it, in words; "" where nothing.
+        over_time: what was done over steps to get it, in words; "" where nothing.
+        summed: of how many steps it is the sum; 0 where it is none.
     """
 
     terms: tuple[tuple[str, int | None], ...]
     lead: Lead
     shape: tuple[int, ...]
     over_time: str = ""
+    summed: int = 0

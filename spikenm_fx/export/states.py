@@ -52,6 +52,7 @@ class Slot:
 
     @value.setter
     def value(self, value: Any) -> None:
+        """Give the module another one."""
         self._holder()[self.key] = value
 
     def _holder(self) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class Stepwise(nn.Module):
                 slot.value = slot.rest
 
     def _handing_on(self, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        structure, leaves = self.carried
+        structure, leaves = self.__dict__["carried"]
         waiting = iter(states)
         flat = [next(waiting) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         out, new = self.net(x, tree_unflatten(flat, structure))

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+
 from torch import Tensor
 
 from spikenm_fx.checkpoint import load_metadata, load_state
