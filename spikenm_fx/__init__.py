@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from spikenm_fx.channels import permute, remove_channels, remove_dead_channels
     from spikenm_fx.doctor import doctor
     from spikenm_fx.errors import SpikeNMError
+    from spikenm_fx.export.adopt import adopt
     from spikenm_fx.fold import dense_state_dict, fold
     from spikenm_fx.masks.hooks import step
     from spikenm_fx.masks.progress import progress
@@ -40,15 +41,17 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "NM", "Plan", "Report", "Rule", "SpikeNMError", "SpikingGraph", "Verification", "__version__",
-    "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe", "native_status",
-    "pack", "packing", "param_groups", "permute", "plan", "progress", "remove_channels",
-    "remove_dead_channels", "report", "save_packed", "sparsify", "step", "trace", "verify",
+    "adopt", "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe",
+    "native_status", "pack", "packing", "param_groups", "permute", "plan", "progress",
+    "remove_channels", "remove_dead_channels", "report", "save_packed", "sparsify", "step",
+    "trace", "verify",
 ]  # fmt: skip
 
 _HOMES = {
     "channels": "permute remove_channels remove_dead_channels",
     "doctor": "doctor",
     "errors": "SpikeNMError",
+    "export.adopt": "adopt",
     "fold": "dense_state_dict fold",
     "masks.hooks": "step",
     "masks.progress": "progress",

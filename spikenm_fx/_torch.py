@@ -91,6 +91,7 @@ __all__ = [
     "no_torch_function",
     "operator_name",
     "quiet_triton",
+    "semi_structured_compress",
     "shard_offsets",
     "storage_id",
     "tree_flatten",
@@ -249,6 +250,23 @@ def foreach(name: str, tensors: Sequence[Tensor], *others: Any, **options: Any) 
     each = [o if isinstance(o, list | tuple) else [o] * len(tensors) for o in others]
     rows = zip(tensors, *each, strict=True)
     return [getattr(tensor, name)(*row, **options) for tensor, *row in rows]
+
+
+def semi_structured_compress(dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Torch's own conversion of a 2:4 matrix to CUTLASS's layout, on any device.
+
+    Args:
+        dense: ``(rows, columns)``, float16, bfloat16 or int8, its sides in the vendor's multiples.
+            **A third non-zero of a block is dropped without a word**: count before.
+
+    Returns:
+        The kept values ``(rows, columns / 2)`` and their positions, ``(rows, columns / 16)`` of
+        int16 or ``(rows, columns / 32)`` of int32.
+    """
+    path = "sparse._semi_structured_conversions"
+    convert = _required(path, "sparse_semi_structured_from_dense_cutlass", "semi_structured")
+    values, positions = convert(dense)
+    return values, positions
 
 
 def storage_id(tensor: Tensor) -> int:

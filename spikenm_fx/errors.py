@@ -6,6 +6,7 @@ from difflib import get_close_matches
 
 __all__ = [
     "CheckpointError",
+    "ExportError",
     "PackError",
     "PackedFileError",
     "PatternError",
@@ -57,6 +58,10 @@ class PackError(SpikeNMError, ValueError):
 
 class PackedFileError(SpikeNMError, RuntimeError):
     """A packed file that is damaged, edited by hand, or of another format version."""
+
+
+class ExportError(SpikeNMError, ValueError):
+    """A model that cannot be exported so that it stays the same network, or a missing package."""
 
 
 class RecipeError(SpikeNMError, ValueError):

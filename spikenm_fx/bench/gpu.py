@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masks on a CUDA device: step time, launches, host syncs, and the CPU's own bits."""
+"""Masks on a CUDA device: step time, launches, host syncs, the CPU's own bits; 2:4 products."""
 
 from __future__ import annotations
 
@@ -18,12 +18,16 @@ import spikenm_fx
 from spikenm_fx import Rule
 from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.worker import launches, stepper
+from spikenm_fx.export import semi_report, semi_structured
 from spikenm_fx.masks.noise import gumbel, noise_key
+from spikenm_fx.table import text_table
 
 __all__ = ["main", "measure"]
 
 NETWORKS = ("fc2048", "fc4096", "deep")
 PATTERNS = ("2:4", "1:8")
+PRODUCTS = ((1024, 1024, 4096), (4096, 4096, 4096), (4096, 1024, 16384), (512, 4608, 65536))
+"""Outputs, inputs and rows (time, batch and pixels merged) of 2:4 products."""
 NOT_MEASURED = "not measured: no CUDA device"
 
 
@@ -44,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         print(save("gpu", {"status": NOT_MEASURED}, options.out))
         return
     found = measure(options.device, options.networks, batch=options.batch, repeats=options.repeats)
+    print("\n".join(text_table(_table(found["semi_structured"]))))
     print(json.dumps(found, indent=1))
     print(save("gpu", {"status": "measured", **found}, options.out))
 
@@ -70,7 +75,51 @@ def measure(
             for nm in PATTERNS
         },
         "launches": {nm: _launches(device, nm) for nm in PATTERNS},
+        "semi_structured": [_products(device, *shape) for shape in PRODUCTS],
     }
+
+
+def _products(device: str, outputs: int, inputs: int, rows: int) -> dict[str, Any]:
+    """One 2:4 Linear of spikes on sparse tensor cores and dense, by export.semi_structured."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(inputs, outputs))
+    spikenm_fx.sparsify(net, "2:4", method="magnitude", rules=[Rule("re:.*")])
+    spikenm_fx.fold(net)
+    spikes = (torch.rand(rows, inputs) < 0.15).float()
+    found: dict[str, Any] = {"weight": [outputs, inputs], "rows": rows}
+    for dtype in (torch.float16, torch.bfloat16, torch.int8):
+        made = semi_structured(net.to(device), spikes.to(device), dtype=dtype)
+        (row,) = semi_report(made).rows
+        with torch.no_grad():
+            wanted = net.to("cpu")(spikes)
+            seen = made(spikes.to(device)).cpu()
+        difference = (seen - wanted).abs().max() / wanted.abs().max()
+        found[str(dtype).removeprefix("torch.")] = {
+            "dense_ms": row.dense_ms,
+            "sparse_ms": row.sparse_ms,
+            "runs": "sparse" if row.sparse else row.why,
+            "difference_to_cpu_float32": float(difference),
+        }
+    return found
+
+
+def _table(products: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = [("weight", "rows", "dtype", "dense ms", "sparse ms", "runs", "difference")]
+    for entry in products:
+        for dtype in ("float16", "bfloat16", "int8"):
+            seen = entry[dtype]
+            times = [seen["dense_ms"], seen["sparse_ms"]]
+            rows.append(
+                (
+                    "x".join(map(str, entry["weight"])),
+                    str(entry["rows"]),
+                    dtype,
+                    *("not measured" if t is None else f"{t:.3f}" for t in times),
+                    seen["runs"],
+                    f"{seen['difference_to_cpu_float32']:.2g}",
+                )
+            )
+    return rows
 
 
 def _agreement(device: str, nm: str) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def plan(
 
 def verify(
     file: Annotated[
-        Path, typer.Argument(help="Weights: .safetensors, .pt or packed; no model needed.")
+        Path,
+        typer.Argument(help="Weights: .safetensors, .pt, .onnx or packed; no model needed."),
     ],
     nm: Annotated[
         str | None,
@@ -67,6 +68,10 @@ def verify(
 
             loaded = load_model(recipe, root=root, nm=nm, checkpoint=file, packed=True)
             found = loaded.verify(without or ())
+        elif file.suffix == ".onnx":
+            from spikenm_fx.export.onnx_verify import verify_onnx
+
+            found = verify_onnx(file, nm, without or ())
         else:
             from spikenm_fx.pack.check.stored import verify_file
 

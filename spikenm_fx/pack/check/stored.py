@@ -11,7 +11,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from spikenm_fx.checkpoint import load_metadata, load_state
 from spikenm_fx.errors import CheckpointError, PlanError, did_you_mean
@@ -23,10 +24,7 @@ from spikenm_fx.plan.plan import Plan
 from spikenm_fx.plan.weights import RAW
 from spikenm_fx.verify import Verification, verify
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-__all__ = ["sparse_metadata", "verify_file"]
+__all__ = ["promised_layer", "sparse_metadata", "verify_file", "verify_stored"]
 
 _KEY = "spikenm_fx.layers"
 _RAW_KEY = "spikenm_fx.parameters"
@@ -60,33 +58,62 @@ def verify_file(file: Path, nm: str | None = None, without: Sequence[str] = ()) 
     if is_packed(file):
         packed, tensors = load_packed(file)
         state = dense_state(packed, tensors)
-        promised = [_layer(name, str(each.nm)) for name, each in packed.items()]
+        promised = [promised_layer(name, str(each.nm)) for name, each in packed.items()]
     else:
         state, promised = load_state(file), _promised(file)
+    return verify_stored(str(file), state, promised, nm, without)
+
+
+def verify_stored(
+    source: str,
+    state: Mapping[str, Tensor],
+    promised: Sequence[LayerPlan],
+    nm: str | None = None,
+    without: Sequence[str] = (),
+) -> Verification:
+    """Count the blocks of weights that some file held.
+
+    Args:
+        source: the file's name.
+        state: weights ``(O, C, ...)`` under keys ``...weight``.
+        promised: what the file says of them.
+        nm: as for :func:`verify_file`.
+        without: as for :func:`verify_file`.
+
+    Raises:
+        PlanError: if ``without`` names no weight, or ``nm`` divides none.
+    """
     names = [key.removesuffix(".weight") for key in state if key.endswith(".weight")]
     names += [entry.name for entry in promised if entry.kind == RAW]
     for name in without:
         if name not in names:
-            raise PlanError(f"no weight of {file} is named {name!r}{did_you_mean(name, names)}")
+            raise PlanError(f"no weight of {source} is named {name!r}{did_you_mean(name, names)}")
     required = _asked(state, nm) if nm is not None else promised
     required = [entry for entry in required if entry.name not in without]
-    return verify(state, Plan(str(file), tuple(required)) if required else None)
+    return verify(state, Plan(source, tuple(required)) if required else None)
 
 
 def _promised(file: Path) -> list[LayerPlan]:
     metadata = load_metadata(file)
     try:
         layers = json.loads(metadata.get(_KEY, "{}"))
-        found = [_layer(str(name), pattern) for name, pattern in layers.items()]
+        found = [promised_layer(str(name), pattern) for name, pattern in layers.items()]
         for raw in json.loads(metadata.get(_RAW_KEY, "[]")):
-            entry = _layer(str(raw["name"]), raw["nm"], RAW)
+            entry = promised_layer(str(raw["name"]), raw["nm"], RAW)
             found.append(replace(entry, axis=int(raw["axis"]), groups=int(raw["groups"])))
         return found
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise CheckpointError(f"{file}: its metadata {_KEY!r} is damaged: {error}") from error
 
 
-def _layer(name: str, pattern: str, kind: str = "layer") -> LayerPlan:
+def promised_layer(name: str, pattern: str, kind: str = "layer") -> LayerPlan:
+    """What a file says of a weight: that it is N:M.
+
+    Args:
+        name: of the layer, or of a raw parameter.
+        pattern: ``"n:m"``.
+        kind: ``"layer"``, or that of a raw parameter.
+    """
     return LayerPlan(name, kind, (), "sparsify", NM.parse(pattern), False, "promised by the file")
 
 
@@ -99,4 +126,4 @@ def _asked(state: Mapping[str, Tensor], nm: str) -> list[LayerPlan]:
     ]
     if not fitting:
         raise PlanError(f"no weight has input channels in multiples of {pattern.of}")
-    return [_layer(name, nm) for name in fitting]
+    return [promised_layer(name, nm) for name in fitting]
