@@ -34,6 +34,7 @@ __all__ = [
     "available_kernels",
     "kernels",
     "load_library",
+    "native_library",
     "native_status",
 ]
 
@@ -42,7 +43,7 @@ KERNELS: tuple[Kernel, ...] = ("fma", "lut", "event", "event8", "amx", "amx8")
 """Kernels of packed layers, in the order of their table."""
 
 LEVELS = ("baseline", "v3", "v4", "amx")
-ABI_VERSION = 6
+ABI_VERSION = 7
 
 _log = logging.getLogger("spikenm_fx.native")
 
@@ -175,6 +176,7 @@ class Kernels(ctypes.Structure):
         ("items", _items),
         ("checksum", _checksum),
         ("permute", _permute),
+        ("net_run", _ptr),  # called by the library itself
     ]
 
 
@@ -269,6 +271,11 @@ def _gomp_parallel() -> int | None:
             continue
         return ctypes.cast(function, _ptr).value
     return None
+
+
+def native_library() -> ctypes.CDLL | None:
+    """The library itself, for functions that are not of one ISA level; None where there is none."""
+    return _library()[0]
 
 
 def native_status() -> NativeStatus:

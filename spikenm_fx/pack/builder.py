@@ -25,17 +25,13 @@ from spikenm_fx.pack.engine.products import PackedProducts
 from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept, why_neuron_kept
 from spikenm_fx.pack.summary import PackedLayerReport, PackedNeuronReport, PackReport
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
-from spikenm_fx.pattern import NM, is_weight_layer, tightest
+from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern
+from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import LayerRecord, NeuronSpec, SpikingGraph, trace
 
 __all__ = ["EngineBuilder"]
 
-# What weights are tested for.
-PATTERNS = tuple(
-    NM.parse(p) for p in ("1:16", "1:8", "2:16", "1:4", "2:8", "4:16", "1:2", "2:4", "4:8")
-)
-DENSE = NM(1, 1)
 UNMULTIPLIED = (
     "{cls} has a forward of its own, which computes something else than a product with its weight: "
     "no F.linear or F.conv on the weight itself, with the layer's bias, stride and padding, was "
@@ -190,7 +186,7 @@ class EngineBuilder:
         return PackedLayer(packed, bias, name=name)
 
     def _packed_weight(self, weight: Tensor, name: str, geometry: LayerGeometry) -> PackedWeight:
-        pattern = tightest(weight, PATTERNS, remainder=True) or DENSE
+        pattern = tightest_pattern(weight)
         if self.nm is not None and pattern != DENSE:
             pattern = self.nm
         return pack_weight(weight, pattern, geometry=geometry, dtype=self.dtype, name=name)

@@ -8,6 +8,8 @@
 
 // structures.cpp lists every field of the structures here: Python refuses a library whose
 // structures are not laid out as its own.
+struct NetRun;
+
 extern "C" {
 
 // How output tokens find their input rows.  A token is one output pixel (or one linear token) at
@@ -133,9 +135,11 @@ typedef struct {
   int64_t (*items)(const snm_draws *);  // how many sums a call writes
   uint64_t (*checksum)(const void *memory, int64_t bytes);
   int32_t (*permute)(const snm_permutation *);
+  int32_t (*net_run)(const struct NetRun *);  // net.h; all of it was checked when it was read
 } snm_kernels;
 
 // Provided once by dispatch.cpp to the objects of every ISA level.
+SNM_EXPORT const snm_kernels *snm_level(int32_t level);
 void snm_parallel(int64_t items, int64_t threads, void (*body)(void *, int64_t), void *context);
 void *snm_scratch(int slot, size_t bytes);  // per thread, 64-byte aligned, kept between calls
 }

@@ -71,7 +71,7 @@ const Row rows[] = {
     FIELD(snm_kernels, pack_rows), FIELD(snm_kernels, pack_planes),
     FIELD(snm_kernels, unpack_rows), FIELD(snm_kernels, unpack_planes),
     FIELD(snm_kernels, draws), FIELD(snm_kernels, items), FIELD(snm_kernels, checksum),
-    FIELD(snm_kernels, permute),
+    FIELD(snm_kernels, permute), FIELD(snm_kernels, net_run),
 };
 
 }  // namespace

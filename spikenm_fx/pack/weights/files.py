@@ -21,7 +21,7 @@ from spikenm_fx.errors import PackedFileError, SpikeNMError
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight
 from spikenm_fx.pattern import NM
 
-__all__ = ["FORMAT", "VERSION", "is_packed", "load_packed", "save_packed"]
+__all__ = ["FORMAT", "VERSION", "is_packed", "load_packed", "packed_bytes", "save_packed"]
 
 VERSION = "1"
 MEANING = "values kept per block of consecutive input channels, zeros included"
@@ -54,6 +54,27 @@ def save_packed(
             has taken: ``<layer>.weight``, or the name of a part of it.
         CheckpointError: if the disk refuses.
     """
+    content = packed_bytes(weights, tensors=tensors, metadata=metadata)
+    write_atomically(Path(path), lambda part: part.write_bytes(content))
+
+
+def packed_bytes(
+    weights: Mapping[str, PackedWeight],
+    *,
+    tensors: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
+    """The content of the file that :func:`save_packed` writes.
+
+    Args:
+        weights: packed weights by qualified layer name.
+        tensors: anything else, by name.
+        metadata: what else the file says of itself.
+
+    Raises:
+        PackError: if a weight is not valid.
+        PackedFileError: as :func:`save_packed`.
+    """
     flat: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     for name, packed in weights.items():
@@ -70,7 +91,7 @@ def save_packed(
     for key, tensor in (tensors or {}).items():
         _refuse(key, tensor, weights)
         flat[key] = tensor.detach().cpu().contiguous().clone()
-    metadata = {
+    said = {
         **(metadata or {}),
         "format": FORMAT,
         "version": VERSION,
@@ -78,15 +99,14 @@ def save_packed(
         "axis": "input channels, in fold order (out, kernel, channels)",
         "layers": json.dumps(layers, sort_keys=True),
     }
-    metadata["checksum"] = _checksum(metadata, flat)
+    said["checksum"] = _checksum(said, flat)
     try:
-        content = save(flat, metadata)
+        return save(flat, said)
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         dtypes = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in flat.values()}))
         raise PackedFileError(
             f"safetensors cannot hold these tensors ({dtypes}): {type(error).__name__}: {error}"
         ) from error
-    write_atomically(Path(path), lambda part: part.write_bytes(content))
 
 
 def _refuse(key: object, tensor: object, weights: Mapping[str, PackedWeight]) -> None:
@@ -203,9 +223,9 @@ def _integers(value: Any, what: str) -> tuple[int, ...]:
 
 
 def _checksum(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the metadata (but the checksum) and every tensor's name, type and bytes."""
+    """SHA-256 over the metadata (but the checksums) and every tensor's name, type and bytes."""
     digest = hashlib.sha256()
-    plain = {key: value for key, value in metadata.items() if key != "checksum"}
+    plain = {k: v for k, v in metadata.items() if k not in ("checksum", "digest")}
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for key in sorted(tensors):
         tensor = tensors[key]

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+// A network as a flat list of typed operations on planned buffers: plain data, no functions, as it
+// is read by code of every ISA level.  spikenm_fx/program/code.py writes it and says what the words
+// mean.
+//
+// A value holds, for each time step and image, `size` = h * w * c numbers, channels innermost:
+// floats, or spikes as bits.  One such vector is a token.
+#pragma once
+#include "abi.h"
+#include "spikenm.h"
+
+enum NetOpCode : int64_t {
+  kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kOpCodes
+};
+enum NetRole : int64_t { kTime, kBatch, kChannel, kHeight, kWidth, kRoles };
+enum NetEmits : int64_t { kSpikes, kMembrane, kCounts };
+enum NetPool : int64_t { kMax, kAverage, kAdaptiveMax, kAdaptiveAverage };
+enum NetJoin : int64_t { kAdd, kSub, kMul, kAndNot };
+enum NetReduce : int64_t { kSum, kMean, kLast };
+
+constexpr int64_t kNetVersion = 1, kOpWords = 32, kNoValue = -1;
+constexpr int64_t kLanesMost = 16;  // floats of the widest vector
+
+// Words of an operation; those beyond kBias depend on the code.
+enum NetWord {
+  kCode, kIn0, kIn1, kOut0, kOut1, kTensor0, kTensor1, kTensor2, kTensor3,
+  kLayerKeep = 9, kLayerOf, kLayerOutputs, kLayerInputs, kLayerGroups, kLayerKernel,
+  kLayerStride = 16, kLayerPadding = 18, kLayerDilation = 20, kLayerFlat = 22,
+  kNeuronReset = 9, kNeuronTiming, kNeuronInclusive, kNeuronSynapse, kNeuronEmits, kNeuronForgets,
+  kNeuronState,
+  kPoolMode = 9, kPoolKernel, kPoolStride = 12, kPoolPadding = 14, kPoolDilation = 16,
+  kPoolCountsPadding = 18, kPoolDivisor,
+  kMode = 9,
+};
+
+struct NetValue {
+  int64_t bits, timed, h, w, c;
+  int64_t size;    // h * w * c
+  int64_t stride;  // of a token, in floats (or words of 64 bits)
+};
+
+struct NetAxis {
+  int64_t role, size, joined;  // joined: one axis of the tensor with the one before
+};
+
+struct NetPort {
+  int64_t value, rank;
+  NetAxis axes[SPIKENM_RANK];
+};
+
+struct NetTensor {
+  const uint8_t *data;
+  int64_t bytes, rank, shape[SPIKENM_RANK];
+  int32_t dtype;  // 0 F32, 1 F16, 2 BF16, 3 I8, 4 U8, 5 I64
+};
+
+struct NetOp {
+  const int64_t *word;  // kOpWords of them
+  float *memory;        // what was derived from the file's tensors, or null
+  // Layer: weights [group][input][tap][group_stride] in memory, the bias [outputs] behind them.
+  int64_t taps, group_outputs, group_stride, inputs;
+  const float *bias;
+  // Neuron and affine: rows of parameters, each `wide` long: 16 equal ones, or one per number.
+  int64_t wide;
+  int64_t state_stride;  // of a neuron: floats of one image's membranes
+};
+
+// One run: where everything lies.
+struct NetRun {
+  const NetOp *ops;
+  int64_t n_ops;
+  const NetValue *values;
+  int64_t steps, images, threads;
+  void *const *memory;   // by value
+  float *const *states;  // by state: [images][stride] membranes, then currents
+  void (*observe)(void *context, int64_t op, const void *in, void *out);
+  void *context;
+};

@@ -1,0 +1,297 @@
+// SPDX-License-Identifier: Apache-2.0
+// Everything that a program says is checked here, once: what runs it relies on that.
+#include "net_model.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "net_weights.h"
+
+namespace {
+
+constexpr int64_t kMostValues = 1 << 24;  // numbers of a token: 64 MiB
+constexpr int64_t kHeadWords = 8, kValueWords = 5, kPortWords = 2 + 3 * SPIKENM_RANK;
+
+bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
+
+int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+}  // namespace
+
+NetMemory::~NetMemory() { free(at_); }
+
+bool NetMemory::take(int64_t bytes) {
+  free(at_);
+  const size_t size = static_cast<size_t>(round_up(bytes > 64 ? bytes : 64, 64));
+  at_ = aligned_alloc(64, size);
+  size_ = at_ ? static_cast<int64_t>(size) : 0;
+  if (at_) memset(at_, 0, size);
+  return at_ != nullptr;
+}
+
+bool NetModel::build(const NetImage &image, NetFailure *fail) {
+  const NetTensor *program = image.order[0];
+  const int64_t n = program->bytes / 8;
+  if (program->dtype != 5 || n < kHeadWords) return (*fail)("its program is no list of integers");
+  code.resize(static_cast<size_t>(n));
+  memcpy(code.data(), program->data, static_cast<size_t>(n) * 8);
+  const int64_t *w = code.data();
+  if (w[0] != kNetVersion)
+    return (*fail)("its program starts with %lld instead of its version, 1",
+                   static_cast<long long>(w[0]));
+  const int64_t n_values = w[1], n_ops = w[2], n_outputs = w[3];
+  fixed_steps = w[4];
+  if (!within(n_values, 1, n) || !within(n_ops, 0, n) || !within(n_outputs, 1, n) ||
+      !within(fixed_steps, 0, 1 << 20) ||
+      n != kHeadWords + n_values * kValueWords + (1 + n_outputs) * kPortWords + n_ops * kOpWords)
+    return (*fail)("its program has another length than its head says");
+  w += kHeadWords;
+  if (!read_values(w, n_values, fail)) return false;
+  w += n_values * kValueWords;
+  if (!read_port(w, &input, fail)) return false;
+  outputs.resize(static_cast<size_t>(n_outputs));
+  for (NetPort &output : outputs)
+    if (!read_port(w += kPortWords, &output, fail)) return false;
+  w += kPortWords;
+  std::vector<bool> written(values.size());
+  written[static_cast<size_t>(input.value)] = true;
+  if (values[static_cast<size_t>(input.value)].bits) return (*fail)("its input is made of bits");
+  ops.resize(static_cast<size_t>(n_ops));
+  last_use.assign(values.size(), -1);
+  for (int64_t i = 0; i < n_ops; ++i) {
+    ops[static_cast<size_t>(i)].word = w + i * kOpWords;
+    if (!read_op(image, i, &written, fail)) return false;
+  }
+  int64_t free_axes = 0;
+  for (int64_t i = 0; i < input.rank; ++i) {
+    if (input.axes[i].joined) return (*fail)("axes of its input are joined");
+    free_axes += input.axes[i].role == kBatch;
+  }
+  for (const NetPort &output : outputs) {
+    int64_t seen = 0;
+    for (int64_t i = 0; i < output.rank; ++i)
+      if (output.axes[i].role == kBatch && output.axes[i].size < free_axes)
+        seen |= 1ll << output.axes[i].size;
+      else if (output.axes[i].role == kBatch)
+        return (*fail)("an output has a batch axis that its input lacks");
+    if (seen != (1ll << free_axes) - 1) return (*fail)("an output lacks an axis of the batch");
+    if (!written[static_cast<size_t>(output.value)]) return (*fail)("an output is never computed");
+    last_use[static_cast<size_t>(output.value)] = n_ops;
+  }
+  for (const NetState &state : states)
+    if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
+  return true;
+}
+
+bool NetModel::read_values(const int64_t *w, int64_t n, NetFailure *fail) {
+  for (int64_t i = 0; i < n; ++i, w += kValueWords) {
+    NetValue v = {w[0], w[1], w[2], w[3], w[4], 0, 0};
+    if (!within(v.bits, 0, 1) || !within(v.timed, 0, 1) || !within(v.h, 1, kMostValues) ||
+        !within(v.w, 1, kMostValues) || !within(v.c, 1, kMostValues) ||
+        v.h * v.w > kMostValues || v.h * v.w * v.c > kMostValues)
+      return (*fail)("value %lld of its program has an impossible shape",
+                     static_cast<long long>(i));
+    v.size = v.h * v.w * v.c;
+    // Vectors run over the end, and neurons take 64 numbers at a time.
+    v.stride = v.bits ? (v.size + 63) / 64 : round_up(v.size, 64) + 64;
+    values.push_back(v);
+  }
+  return true;
+}
+
+bool NetModel::read_port(const int64_t *w, NetPort *port, NetFailure *fail) {
+  *port = {w[0], w[1], {}};
+  if (!within(port->value, 0, static_cast<int64_t>(values.size()) - 1) ||
+      !within(port->rank, 0, SPIKENM_RANK))
+    return (*fail)("an input or output of its program is none of its values");
+  const NetValue &v = values[static_cast<size_t>(port->value)];
+  int64_t sizes[kRoles] = {1, 1, 1, 1, 1}, times = 0;
+  for (int64_t i = 0; i < port->rank; ++i) {
+    const NetAxis a = {w[2 + 3 * i], w[3 + 3 * i], w[4 + 3 * i]};
+    if (!within(a.role, 0, kRoles - 1) || !within(a.size, 0, kMostValues) ||
+        !within(a.joined, 0, i ? 1 : 0))
+      return (*fail)("an axis of an input or output is impossible");
+    times += a.role == kTime;
+    if (a.role >= kChannel && a.size < 1) return (*fail)("an axis of channels or pixels is empty");
+    if (a.role >= kChannel &&
+        (__builtin_mul_overflow(sizes[a.role], a.size, &sizes[a.role]) ||
+         sizes[a.role] > kMostValues))
+      return (*fail)("an axis of an input or output is too long");
+    port->axes[i] = a;
+  }
+  if (sizes[kChannel] != v.c || sizes[kHeight] != v.h || sizes[kWidth] != v.w ||
+      times != v.timed)
+    return (*fail)("the axes of an input or output do not make up its value");
+  return true;
+}
+
+const NetTensor *NetModel::tensor(const NetImage &image, int64_t id) const {
+  return within(id, 1, static_cast<int64_t>(image.order.size()) - 1)
+             ? image.order[static_cast<size_t>(id)]
+             : nullptr;
+}
+
+bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *written,
+                       NetFailure *fail) {
+  NetOp *op = &ops[static_cast<size_t>(index)];
+  const int64_t *w = op->word;
+  const int64_t last = static_cast<int64_t>(values.size()) - 1;
+  if (!within(w[kCode], 1, kOpCodes - 1))
+    return (*fail)("operation %lld is of an unknown kind", static_cast<long long>(index));
+  const bool two = w[kCode] == kJoin || w[kCode] == kConcat;
+  for (int k = kIn0; k <= kIn1; ++k) {
+    if (k == kIn1 && !two) continue;
+    if (!within(w[k], 0, last) || !(*written)[static_cast<size_t>(w[k])])
+      return (*fail)("operation %lld reads what was never computed", static_cast<long long>(index));
+    last_use[static_cast<size_t>(w[k])] = index;
+  }
+  for (int k = kOut0; k <= kOut1; ++k) {
+    if (k == kOut1 && (w[kCode] != kNeuron || w[k] == kNoValue)) continue;
+    if (!within(w[k], 0, last) || (*written)[static_cast<size_t>(w[k])])
+      return (*fail)("operation %lld writes over another value", static_cast<long long>(index));
+    (*written)[static_cast<size_t>(w[k])] = true;
+    last_use[static_cast<size_t>(w[k])] = index;
+  }
+  memory.emplace_back();
+  bool well = false;
+  if (w[kCode] == kLayer) well = check_layer(image, op, fail);
+  else if (w[kCode] == kNeuron) well = check_neuron(image, index, op, fail);
+  else if (w[kCode] == kPool) well = check_pool(*op, fail);
+  else if (w[kCode] == kAffine) well = check_affine(image, op, fail);
+  else well = check_others(*op, fail);
+  if (!well)
+    return (*fail)("operation %lld does not fit its values", static_cast<long long>(index));
+  op->memory = memory.back().floats();
+  if (w[kCode] == kLayer)
+    op->bias = op->memory + op->inputs * op->taps * op->group_stride * w[kLayerGroups];
+  return true;
+}
+
+bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
+  const int64_t *w = op->word;
+  const NetValue &in = values[static_cast<size_t>(w[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  const bool flat = w[kLayerFlat] != 0;
+  for (int i = 0; i < 2; ++i)
+    if (!within(w[kLayerKernel + i], 1, 1 << 12) || !within(w[kLayerStride + i], 1, 1 << 12) ||
+        !within(w[kLayerPadding + i], 0, 1 << 12) || !within(w[kLayerDilation + i], 1, 1 << 12))
+      return false;
+  if (!within(w[kLayerGroups], 1, out.c) || !within(w[kLayerFlat], 0, 2) || out.bits ||
+      in.timed != out.timed || w[kLayerOutputs] != out.c || out.c % w[kLayerGroups])
+    return false;
+  if (flat && (w[kLayerGroups] != 1 || w[kLayerKernel] * w[kLayerKernel + 1] != 1 ||
+               w[kLayerInputs] != in.size || out.h * out.w != 1))
+    return false;
+  if (!flat && (in.c % w[kLayerGroups] || w[kLayerInputs] != in.c / w[kLayerGroups])) return false;
+  const int64_t sizes[2] = {in.h, in.w}, outs[2] = {out.h, out.w};
+  for (int i = 0; i < 2 && !flat; ++i) {
+    const int64_t reach = w[kLayerDilation + i] * (w[kLayerKernel + i] - 1) + 1;
+    const int64_t room = sizes[i] + 2 * w[kLayerPadding + i] - reach;
+    if (room < 0 || room / w[kLayerStride + i] + 1 != outs[i]) return false;
+  }
+  op->taps = w[kLayerKernel] * w[kLayerKernel + 1];
+  op->inputs = w[kLayerInputs];
+  op->group_outputs = out.c / w[kLayerGroups];
+  op->group_stride = round_up(op->group_outputs, kLanesMost);
+  const int64_t row = op->group_stride * w[kLayerGroups];
+  if (out.h * out.w * row > 8 * kMostValues) return (*fail)("a layer of its program is too large");
+  StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
+                         tensor(image, w[kTensor2]), tensor(image, w[kTensor3]),
+                         w[kLayerKeep], w[kLayerOf], out.c, op->inputs, op->taps,
+                         w[kLayerGroups], in.h * in.w, w[kLayerFlat] == 2 ? in.c : 0};
+  if (!stored.fits()) return (*fail)("the weights of a layer are not what its program says");
+  int64_t floats = 0;
+  if (__builtin_mul_overflow(op->inputs * op->taps + 1, row, &floats) || floats > (1ll << 36) ||
+      !memory.back().take(floats * 4))
+    return (*fail)("there is no memory for the weights of a layer");
+  return stored.lay_out(memory.back().floats(), op->group_stride) ||
+         (*fail)("the weights of a layer are not N:M, or not finite");
+}
+
+bool NetModel::spread(const NetTensor *t, int64_t rows, const NetValue &v, NetOp *op,
+                      NetFailure *fail) {
+  if (!t || t->dtype != 0 || t->rank != 2 || t->shape[0] != rows) return false;
+  const int64_t n = t->shape[1];
+  if (n != 1 && n != v.c) return false;
+  op->wide = n == 1 ? kLanesMost : round_up(v.size, 64) + 64;
+  if (!memory.back().take(rows * op->wide * 4)) return (*fail)("there is no memory for it");
+  float *to = memory.back().floats();
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t i = 0; i < op->wide; ++i)
+      memcpy(to + r * op->wide + i, t->data + 4 * (r * n + (n == 1 ? 0 : i % n)), 4);
+  return true;
+}
+
+bool NetModel::check_neuron(const NetImage &image, int64_t index, NetOp *op, NetFailure *fail) {
+  const int64_t *w = op->word;
+  const NetValue &in = values[static_cast<size_t>(w[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  const bool spikes = w[kNeuronEmits] == kSpikes;
+  if (!within(w[kNeuronReset], 0, 2) || !within(w[kNeuronTiming], 0, 2) ||
+      !within(w[kNeuronInclusive], 0, 1) || !within(w[kNeuronSynapse], 0, 2) ||
+      !within(w[kNeuronEmits], 0, 2) || !within(w[kNeuronForgets], 0, 1) ||
+      !within(w[kNeuronState], 0, static_cast<int64_t>(ops.size()) - 1))
+    return false;
+  if ((w[kNeuronTiming] && (!spikes || (w[kNeuronTiming] == 2 && w[kNeuronReset] == 1))) ||
+      in.bits || out.bits != spikes || in.size != out.size || in.c != out.c ||
+      in.timed > out.timed)
+    return false;
+  if (w[kOut1] != kNoValue) {
+    const NetValue &shown = values[static_cast<size_t>(w[kOut1])];
+    if (shown.bits || shown.size != out.size || shown.timed != out.timed) return false;
+  }
+  if (!spread(tensor(image, w[kTensor0]), 8, out, op, fail)) return false;
+  op->state_stride = round_up(out.size, 64) + 64;
+  const size_t at = static_cast<size_t>(w[kNeuronState]);
+  if (states.size() <= at) states.resize(at + 1);
+  NetState &state = states[at];
+  if (state.value != kNoValue) return false;
+  const float *initial = memory.back().floats() + 7 * op->wide;
+  state.value = w[kOut0], state.op = index, state.forgets = w[kNeuronForgets] != 0;
+  state.initial.assign(initial, initial + op->wide);
+  return true;
+}
+
+bool NetModel::check_pool(const NetOp &op, NetFailure *) const {
+  const int64_t *w = op.word;
+  const NetValue &in = values[static_cast<size_t>(w[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  if (!within(w[kPoolMode], 0, 3) || in.c != out.c || in.timed != out.timed ||
+      !within(w[kPoolCountsPadding], 0, 1) || !within(w[kPoolDivisor], 0, kMostValues) ||
+      out.bits != (in.bits && w[kPoolMode] == kMax))
+    return false;
+  if (w[kPoolMode] >= kAdaptiveMax) return out.h <= 4096 && out.w <= 4096;
+  const int64_t sizes[2] = {in.h, in.w}, outs[2] = {out.h, out.w};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t k = w[kPoolKernel + i], s = w[kPoolStride + i], p = w[kPoolPadding + i];
+    if (!within(k, 1, 1 << 12) || !within(s, 1, 1 << 12) || !within(p, 0, k / 2) ||
+        !within(w[kPoolDilation + i], 1, w[kPoolMode] == kMax ? 1 << 12 : 1))
+      return false;
+    // Every window starts inside, and holds at least one number.
+    const int64_t start = (outs[i] - 1) * s - p, reach = (k - 1) * w[kPoolDilation + i];
+    if (start >= sizes[i] || -p + reach < 0 || (start < 0 && start + reach < 0)) return false;
+  }
+  return true;
+}
+
+bool NetModel::check_affine(const NetImage &image, NetOp *op, NetFailure *fail) {
+  const NetValue &in = values[static_cast<size_t>(op->word[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(op->word[kOut0])];
+  if (out.bits || in.size != out.size || in.c != out.c || in.timed != out.timed) return false;
+  return spread(tensor(image, op->word[kTensor0]), 2, out, op, fail);
+}
+
+bool NetModel::check_others(const NetOp &op, NetFailure *) const {
+  const int64_t *w = op.word;
+  const NetValue &a = values[static_cast<size_t>(w[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  if (w[kCode] == kRelu) return !out.bits && a.size == out.size && a.timed == out.timed;
+  if (w[kCode] == kReduce)
+    return within(w[kMode], 0, 2) && !out.bits && a.timed && !out.timed && a.size == out.size;
+  const NetValue &b = values[static_cast<size_t>(w[kIn1])];
+  if (out.timed != (a.timed | b.timed)) return false;
+  if (w[kCode] == kJoin)
+    return within(w[kMode], 0, 3) && !out.bits && a.size == out.size && b.size == out.size;
+  return a.h == out.h && a.w == out.w && b.h == out.h && b.w == out.w && a.c + b.c == out.c &&
+         out.bits == (a.bits & b.bits);
+}

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// A network as it was read and checked, with the layouts that its operations run on.
+#pragma once
+#include "net_file.h"
+
+// Memory of one purpose, aligned for every vector; null where there was none to be had.
+class NetMemory {
+ public:
+  NetMemory() = default;
+  NetMemory(const NetMemory &) = delete;
+  NetMemory &operator=(const NetMemory &) = delete;
+  NetMemory(NetMemory &&other) noexcept : at_(other.at_), size_(other.size_) {
+    other.at_ = nullptr;
+  }
+  ~NetMemory();
+  bool take(int64_t bytes);  // zeros
+  float *floats() const { return static_cast<float *>(at_); }
+  char *bytes() const { return static_cast<char *>(at_); }
+  int64_t size() const { return size_; }
+
+ private:
+  void *at_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// What one neuron layer keeps between calls.
+struct NetState {
+  int64_t value = kNoValue;  // of the size of its membranes
+  int64_t op = 0;
+  bool forgets = false;
+  std::vector<float> initial;  // one, or one per number
+};
+
+struct NetModel {
+  std::vector<int64_t> code;
+  std::vector<NetValue> values;
+  std::vector<NetOp> ops;
+  std::vector<NetMemory> memory;
+  std::vector<int64_t> last_use;  // of each value: the operation after which nobody reads it
+  NetPort input;
+  std::vector<NetPort> outputs;
+  std::vector<NetState> states;
+  int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
+
+  bool build(const NetImage &image, NetFailure *fail);
+
+ private:
+  bool read_values(const int64_t *w, int64_t n, NetFailure *fail);
+  bool read_port(const int64_t *w, NetPort *port, NetFailure *fail);
+  bool read_op(const NetImage &image, int64_t index, std::vector<bool> *written, NetFailure *fail);
+  bool check_layer(const NetImage &image, NetOp *op, NetFailure *fail);
+  bool check_neuron(const NetImage &image, int64_t index, NetOp *op, NetFailure *fail);
+  bool check_pool(const NetOp &op, NetFailure *fail) const;
+  bool check_affine(const NetImage &image, NetOp *op, NetFailure *fail);
+  bool check_others(const NetOp &op, NetFailure *fail) const;
+  const NetTensor *tensor(const NetImage &image, int64_t id) const;
+  // Rows of parameters, one number or one per channel, spread over the numbers of a value.
+  bool spread(const NetTensor *t, int64_t rows, const NetValue &v, NetOp *op, NetFailure *fail);
+};

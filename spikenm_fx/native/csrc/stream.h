@@ -1,0 +1,178 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums for one token at a time: the numbers that are not zero, as a list, and for each of them one
+// row of weights.  Weights lie input by input, so that silent inputs cost nothing, not even reads.
+#pragma once
+#include "net.h"
+#include "simd.h"
+
+namespace {
+
+// Which numbers of a token are not zero, in ascending order; values is null where all are 1.
+struct Events {
+  int32_t *index;
+  float *value;
+  int64_t count;
+  bool ones;
+};
+
+SNM_INLINE Events event_room(int64_t size) {
+  const size_t bytes = sizeof(int32_t) * static_cast<size_t>(size + 64);
+  return {static_cast<int32_t *>(snm_scratch(2, bytes)),
+          static_cast<float *>(snm_scratch(3, bytes)), 0, true};
+}
+
+SNM_INLINE void events_of_bits(const uint64_t *bits, int64_t size, Events *e) {
+  int64_t n = 0;
+  for (int64_t w = 0; w * 64 < size; ++w)
+    for (uint64_t word = bits[w]; word; word &= word - 1)
+      e->index[n++] = static_cast<int32_t>(w * 64 + __builtin_ctzll(word));
+  e->count = n;
+  e->ones = true;
+}
+
+// NaN is not zero: it must reach the sums.
+SNM_INLINE void events_of_floats(const float *x, int64_t size, Events *e) {
+  int64_t n = 0;
+  vi others = {};
+  for (int64_t i = 0; i < size; i += VW) {
+    const vf v = loadu(x + i);
+    const vi there = ~reinterpret_cast<vi>(v == vf{});
+    uint32_t mask = lanes(there);
+    if (!mask) continue;
+    if (size - i < VW) mask &= (1u << (size - i)) - 1;
+    others |= there & ~reinterpret_cast<vi>(v == splat(1.0f));
+    for (; mask; mask &= mask - 1) {
+      const int64_t at = i + __builtin_ctz(mask);
+      e->index[n] = static_cast<int32_t>(at);
+      e->value[n++] = x[at];
+    }
+  }
+  e->count = n;
+  e->ones = lanes(others) == 0;
+}
+
+SNM_INLINE Events events_of(const NetValue *value, const void *token) {
+  Events e = event_room(value->size);
+  if (value->bits)
+    events_of_bits(static_cast<const uint64_t *>(token), value->size, &e);
+  else
+    events_of_floats(static_cast<const float *>(token), value->size, &e);
+  return e;
+}
+
+// y[0..width) += rows of w, one after another, kRows at a time: the order of summation is that of
+// the events, whatever their number.
+template <int kRows, bool kValued>
+SNM_INLINE void add_some(const float *w, int64_t stride, const int32_t *index, int64_t base,
+                         const float *value, float *y, int64_t width, bool fresh) {
+  const float *row[kRows];
+  vf factor[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    row[k] = w + (index[k] - base) * stride;
+    if (kValued) factor[k] = splat(value[k]);
+  }
+  for (int64_t o = 0; o < width; o += VW) {
+    vf sum = fresh ? vf{} : load(y + o);
+#pragma GCC unroll 8
+    for (int k = 0; k < kRows; ++k)
+      sum = kValued ? madd(factor[k], load(row[k] + o), sum) : sum + load(row[k] + o);
+    store(y + o, sum);
+  }
+}
+
+// Rows index - base of w, for `count` events; y is set where `fresh`, else added to.
+template <bool kValued>
+void add_rows_of(const float *w, int64_t stride, const int32_t *index, int64_t base,
+                 const float *value, int64_t count, float *y, int64_t width, bool fresh) {
+  int64_t k = 0;
+  if (fresh && count == 0)
+    for (int64_t o = 0; o < width; o += VW) store(y + o, vf{});
+  for (; k + 8 <= count; k += 8, fresh = false)
+    add_some<8, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+  for (; k + 2 <= count; k += 2, fresh = false)
+    add_some<2, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+  for (; k < count; ++k, fresh = false)
+    add_some<1, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+}
+
+SNM_INLINE void stream_rows(const float *w, int64_t stride, const Events &e, int64_t first,
+                            int64_t count, int64_t base, float *y, int64_t width, bool fresh) {
+  if (e.ones)
+    add_rows_of<false>(w, stride, e.index + first, base, e.value, count, y, width, fresh);
+  else
+    add_rows_of<true>(w, stride, e.index + first, base, e.value + first, count, y, width, fresh);
+}
+
+// Everything a layer needs to know of one call.
+struct StreamLayer {
+  const NetOp *op;
+  const NetValue *in, *out;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw, groups, row;  // row: padded outputs of all groups
+  bool flat;
+
+  StreamLayer(const NetOp *o, const NetValue *values)
+      : op(o), in(values + o->word[kIn0]), out(values + o->word[kOut0]) {
+    const int64_t *w = o->word;
+    kh = w[kLayerKernel], kw = w[kLayerKernel + 1];
+    sh = w[kLayerStride], sw = w[kLayerStride + 1];
+    ph = w[kLayerPadding], pw = w[kLayerPadding + 1];
+    dh = w[kLayerDilation], dw = w[kLayerDilation + 1];
+    groups = w[kLayerGroups];
+    row = groups * op->group_stride;
+    flat = w[kLayerFlat] != 0;
+  }
+
+  // Sums of the padded outputs [o0, o0 + width) of one group; `width` of the whole row if flat.
+  void sums(const Events &e, float *y, int64_t o0, int64_t width) const {
+    const float *w = op->memory + o0;
+    if (flat) return stream_rows(w, op->group_stride, e, 0, e.count, 0, y + o0, width, true);
+    const int64_t channels = in->c / groups, w_stride = op->taps * op->group_stride;
+    for (int64_t p = 0; p < out->h * out->w; ++p)
+      for (int64_t g = 0; g < groups; ++g)
+        for (int64_t o = 0; o < width; o += VW)
+          store(y + p * row + g * op->group_stride + o0 + o, vf{});
+    for (int64_t k = 0; k < e.count;) {
+      // Events of one pixel and group lie side by side.
+      const int64_t block = e.index[k] / channels, base = block * channels;
+      const int64_t pixel = block / groups, group = block % groups;
+      int64_t n = 1;
+      while (k + n < e.count && e.index[k + n] < base + channels) ++n;
+      const float *of_group = w + group * channels * w_stride;
+      scatter(e, k, n, base, pixel, of_group, w_stride, y + group * op->group_stride + o0, width);
+      k += n;
+    }
+  }
+
+  // To every output pixel that reads this input pixel, tap by tap.
+  void scatter(const Events &e, int64_t first, int64_t n, int64_t base, int64_t pixel,
+               const float *w, int64_t w_stride, float *y, int64_t width) const {
+    const int64_t iy = pixel / in->w + ph, ix = pixel % in->w + pw;
+    for (int64_t ky = 0; ky < kh; ++ky) {
+      const int64_t dy = iy - ky * dh;
+      if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
+      for (int64_t kx = 0; kx < kw; ++kx) {
+        const int64_t dx = ix - kx * dw;
+        if (dx < 0 || dx % sw || dx / sw >= out->w) continue;
+        stream_rows(w + (ky * kw + kx) * op->group_stride, w_stride, e, first, n, base,
+                    y + (dy / sh * out->w + dx / sw) * row, width, false);
+      }
+    }
+  }
+
+  // Bias and the tight order of the output; rows may run over into the next one, written after.
+  void finish(const float *y, float *to) const {
+    const int64_t og = op->group_outputs;
+    for (int64_t p = 0; p < out->h * out->w; ++p)
+      for (int64_t g = 0; g < groups; ++g) {
+        const float *from = y + p * row + g * op->group_stride;
+        const float *bias = op->bias + g * op->group_stride;
+        float *at = to + p * out->c + g * og;
+        if (og < 4)
+          for (int64_t o = 0; o < og; ++o) at[o] = from[o] + bias[o];
+        else
+          for (int64_t o = 0; o < og; o += VW) storeu(at + o, load(from + o) + load(bias + o));
+      }
+  }
+};
+
+}  // namespace

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Axes of tensors as named things, so that reshapes are bookkeeping and sizes stay open.
+
+A tensor's axis is a group of atoms, as ``(h w) c`` is in einops: flattening joins groups, a view
+splits them again.  Time and batch are atoms like the others, so that a program made from examples
+of one size runs on other sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypeAlias
+
+__all__ = ["Atom", "Axes", "Layout", "flattened", "regrouped", "size_of", "unflattened"]
+
+
+@dataclass(eq=False, slots=True)
+class Atom:
+    """One axis that is never split.
+
+    Attributes:
+        size: in the example.
+        label: for messages.
+    """
+
+    size: int
+    label: str = ""
+
+
+Axes: TypeAlias = tuple[tuple[Atom, ...], ...]
+"""The axes of a tensor, each a group of atoms; an empty group is an axis of size 1."""
+
+
+@dataclass(eq=False, slots=True)
+class Layout:
+    """Which atoms of a value are numbers of one token; the others are time and batch.
+
+    Attributes:
+        atoms: all of them, as the tensor was made.
+        channels: those of the innermost axis of a token, outermost first; None as long as no
+            operation has said what is a channel (of the model's input).
+        height: of an image, or None.
+        width: of an image, or None.
+    """
+
+    atoms: tuple[Atom, ...]
+    channels: tuple[Atom, ...] | None = None
+    height: Atom | None = None
+    width: Atom | None = None
+
+    @property
+    def features(self) -> tuple[Atom, ...]:
+        """The atoms of a token, in any order."""
+        return (*(self.channels or ()), *(a for a in (self.height, self.width) if a is not None))
+
+    @property
+    def lead(self) -> tuple[Atom, ...]:
+        """Time and batch."""
+        return tuple(a for a in self.atoms if a not in self.features)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        h, w = (1 if a is None else a.size for a in (self.height, self.width))
+        return h, w, size_of(self.channels or ())
+
+
+def size_of(group: tuple[Atom, ...]) -> int:
+    """How long an axis is in the example."""
+    return math.prod(atom.size for atom in group)
+
+
+def flattened(axes: Axes, start: int, end: int) -> Axes:
+    """``axes`` with those from ``start`` to ``end``, both counted as torch does, as one."""
+    rank = len(axes)
+    start, end = start % max(rank, 1), end % max(rank, 1)
+    joined = tuple(atom for group in axes[start : end + 1] for atom in group)
+    return (*axes[:start], joined, *axes[end + 1 :])
+
+
+def unflattened(axes: Axes, at: int, sizes: tuple[int, ...]) -> Axes | None:
+    """``axes`` with one of them split into axes of ``sizes``; None where that cuts an atom."""
+    at %= len(axes)
+    parts = regrouped((axes[at],), sizes)
+    return None if parts is None else (*axes[:at], *parts, *axes[at + 1 :])
+
+
+def regrouped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
+    """The same atoms in the same order as axes of ``shape``; None where that cuts an atom."""
+    atoms = [atom for group in axes for atom in group]
+    found: list[tuple[Atom, ...]] = []
+    for size in shape:
+        group: list[Atom] = []
+        if size == 1 and atoms and atoms[0].size == 1:
+            group.append(atoms.pop(0))
+        while size_of(tuple(group)) < size and atoms:
+            group.append(atoms.pop(0))
+        if size_of(tuple(group)) != size:
+            return None
+        found.append(tuple(group))
+    if any(atom.size != 1 for atom in atoms):
+        return None
+    if atoms and not found:
+        return None
+    if atoms:
+        found[-1] = (*found[-1], *atoms)
+    return tuple(found)

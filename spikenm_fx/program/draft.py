@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A program while it is made: values with named axes, and operations that are made once.
+
+A forward that loops over time records every operation once per step.  Here each step's operations
+find those of the first step again: they do the same to the same value, at another step.  So a value
+has all its steps, and a :class:`Ref` says which of them is meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PackError
+from spikenm_fx.program.axes import Atom, Axes, Layout
+from spikenm_fx.program.code import Code, Op
+
+__all__ = ["REST", "Draft", "NotLowered", "Partial", "Ref", "Rest", "State", "Value"]
+
+
+class NotLowered(PackError):
+    """A network that has no program: the message names the part and says why.
+
+    Args:
+        where: qualified name of the part, or "".
+        why: a sentence.
+    """
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where}: {why}" if where else why)
+        self.where, self.why = where, why
+
+
+@dataclass(eq=False, slots=True)
+class Value:
+    """What one operation gives, at all steps.
+
+    Attributes:
+        number: in the program.
+        layout: its axes.
+        bits: whether it is spikes.
+    """
+
+    number: int
+    layout: Layout
+    bits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor of the forward: a value, the order of its axes, and the step where it is one."""
+
+    value: Value
+    axes: Axes
+    step: int | None = None
+
+    @property
+    def atoms(self) -> tuple[Atom, ...]:
+        """All of its axes' parts, in order."""
+        return tuple(atom for group in self.axes for atom in group)
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """The sum of a value's first steps, as a loop adds them up."""
+
+    value: Value
+    axes: Axes
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a neuron hands on to its next step."""
+
+    neuron: str
+    step: int
+
+
+class Rest:
+    """A state before the first step: zeros, or nothing at all."""
+
+
+REST = Rest()
+
+
+@dataclass(eq=False, slots=True)
+class Draft:
+    """The program so far.
+
+    Attributes:
+        model: whose modules the operations were.
+        values: by number.
+        ops: in order.
+        tensors: of all operations, by name.
+        time: the axis of time, once it is known.
+        whole: layouts of which no atom may turn out to be time, with the module that says so.
+        steps: how far each neuron that a loop calls has come.
+        constant_steps: where no axis of the input is time, but a loop calls neurons often.
+    """
+
+    model: nn.Module
+    values: list[Value] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    time: Atom | None = None
+    whole: list[tuple[Layout, str]] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+    constant_steps: int = 0
+    _made: dict[Hashable, tuple[Value, ...]] = field(default_factory=dict)
+
+    def value(self, layout: Layout, *, bits: bool = False) -> Value:
+        """A new value."""
+        made = Value(len(self.values), layout, bits)
+        self.values.append(made)
+        return made
+
+    def once(
+        self, key: Hashable, make: Callable[[], tuple[Value, ...]], *refs: Ref
+    ) -> tuple[Value, ...]:
+        """What ``make`` gives for these operands, made at their first step.
+
+        Args:
+            key: what is done, settings included.
+            make: adds the operation.
+            refs: the operands.
+        """
+        full = (key, *(ref.value.number for ref in refs))
+        if full not in self._made:
+            self._made[full] = make()
+        return self._made[full]
+
+    def apply(
+        self,
+        code: Code,
+        layout: Layout,
+        *refs: Ref,
+        settings: tuple[int, ...] = (),
+        tensors: tuple[str | None, ...] = (),
+        bits: bool = False,
+        name: str = "",
+    ) -> Value:
+        """The value of a stateless operation; the same operands give the same value."""
+
+        def make() -> tuple[Value, ...]:
+            made = self.value(layout, bits=bits)
+            inputs = tuple(ref.value.number for ref in refs)
+            self.ops.append(Op(code, inputs, (made.number,), settings, tensors, name))
+            return (made,)
+
+        return self.once((code, settings, tensors), make, *refs)[0]
+
+    def keep(self, name: str, tensor: Tensor) -> str:
+        """Store a tensor under a name of its own, and give that."""
+        found, number = name, 2
+        while found in self.tensors and not _equal(self.tensors[found], tensor):
+            found, number = f"{name}#{number}", number + 1
+        self.tensors[found] = tensor
+        return found
+
+    def set_time(self, atom: Atom, where: str) -> None:
+        """Say that an axis is time.
+
+        Raises:
+            NotLowered: if another one is.
+        """
+        if self.time is not None and self.time is not atom:
+            raise NotLowered(where, "it steps along another axis than the parts before it")
+        self.time = atom
+
+    def step_of(self, where: str, *refs: Ref) -> int | None:
+        """The step that operands share; those without time are the same in every step.
+
+        Raises:
+            NotLowered: if they are of different steps.
+        """
+        steps = {ref.step for ref in refs if ref.step is not None}
+        whole = any(self.time in ref.atoms for ref in refs if self.time is not None)
+        if len(steps) > 1 or (steps and whole):
+            raise NotLowered(where, "it mixes time steps, so that it has no order of its own")
+        return steps.pop() if steps else None
+
+    def floats(self, ref: Ref) -> Ref:
+        """The same numbers, as floats where they are bits."""
+        if not ref.value.bits:
+            return ref
+        return replace(ref, value=self.scaled(ref, 1.0, 0.0))
+
+    def scaled(self, ref: Ref, factor: Any, shift: Any, name: str = "") -> Value:
+        """``factor * ref + shift``, numbers or one per channel."""
+
+
+        rows = torch.stack(
+            [torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in (factor, shift)]
+        )
+        stored = self.keep(f"{name or 'scale'}::affine", rows.contiguous())
+        layout = ref.value.layout
+        return self.apply(Code.AFFINE, layout, ref, tensors=(stored,), name=name)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+
+
+    return a.dtype == b.dtype and torch.equal(a, b)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine that is a program: one call into the library per forward, and a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.checkpoint import write_atomically
+from spikenm_fx.errors import PackedFileError, PackError
+from spikenm_fx.program.image import metadata_of
+from spikenm_fx.program.native import Net
+
+__all__ = ["Engine", "load_engine"]
+
+
+class Engine(nn.Module):
+    """A packed network as one native program.
+
+    Made by ``pack(model, x, program=True)``, or by :func:`load_engine` from a file, without the
+    model's code.  States are kept between calls as the model keeps them, until :meth:`reset`.  One
+    engine is one set of states: threads that share it wait for each other, so give each its own
+    (``copy.deepcopy``, at rest).
+
+    Args:
+        content: the bytes of its file.
+        name: of the file, for messages.
+    """
+
+    def __init__(self, content: bytes, name: str = "the engine") -> None:
+        super().__init__()
+        self._content = content
+        self._net = Net(content, name)
+        about = metadata_of(content)
+        self._result = about.get("result", "tensor")
+        self._operations: list[str] = json.loads(about["operations"])
+        super().train(False)
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of the input that it was made from; steps and batch may have other sizes."""
+        return self._net.input()[0]
+
+    @property
+    def operations(self) -> list[str]:
+        """What it runs, in order: the kind of each operation and the module that it was."""
+        return list(self._operations)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes that it keeps in memory: the file, execution layouts, and what calls reuse."""
+        return len(self._content) + sum(self._net.nbytes())
+
+    def forward(self, x: Tensor) -> Any:
+        """Run the network on a whole input, as the model takes it.
+
+        Args:
+            x: fp32 on the CPU, of the example's shape but for the number of steps and the batch.
+
+        Returns:
+            What the model returns: a tensor, or a tuple or list of them.
+
+        Raises:
+            PackError: for an input that it does not take, by name.
+        """
+        return self._call(x, step=False)
+
+    def step(self, x: Tensor) -> Any:
+        """Run one time step, from the states that the last call left.
+
+        Args:
+            x: one step of an input, without the axis of time where the model's input has one.
+
+        Returns:
+            As a call; outputs over time are those of this step, without that axis.
+
+        Raises:
+            PackError: for an input that it does not take, by name.
+        """
+        return self._call(x, step=True)
+
+    def reset(self) -> None:
+        """Put all neurons to rest."""
+        self._net.reset()
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the engine to one file that :func:`load_engine` and ``spikenm-run`` read.
+
+        The file appears under its name only when it is complete.
+
+        Args:
+            path: of the file, by custom ``*.snm``.
+
+        Raises:
+            CheckpointError: if the disk refuses.
+        """
+        write_atomically(Path(path), lambda part: part.write_bytes(self._content))
+
+    def _call(self, x: Tensor, *, step: bool) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+            what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+            raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise PackError("an engine has no gradients; detach its input")
+        if not x.is_contiguous():
+            x = x.contiguous()
+        found = self._net.call(x, step=step, threads=torch.get_num_threads())
+        if self._result == "tensor":
+            return found[0]
+        return tuple(found) if self._result == "tuple" else found
+
+    def train(self, mode: bool = True) -> Engine:
+        """Engines only run.
+
+        Raises:
+            PackError: for ``train(True)``.
+        """
+        if mode:
+            raise PackError("an engine cannot train; train the model that it was made of")
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """Another engine of the same weights, at rest."""
+        copied = Engine(self._content)
+        copied.__dict__ |= {k: v for k, v in self.__dict__.items() if k == "_spikenm_packing"}
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> Any:
+        """Its bytes: pickled engines come back at rest."""
+        return Engine, (self._content,)
+
+    def extra_repr(self) -> str:
+        """Shown by print(engine)."""
+        return f"{len(self._operations)} operations, {len(self._content)} bytes"
+
+
+def load_engine(path: str | os.PathLike[str]) -> Engine:
+    """Read an engine that :meth:`Engine.save` wrote; no code of the model is needed.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        PackedFileError: if the file is no engine, of a newer version, damaged or edited.
+        FileNotFoundError: if it is missing.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise PackedFileError(f"{path} cannot be read: {error}") from error
+    return Engine(content, str(path))

@@ -1,0 +1,469 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operations without weights: reshapes move names of axes, the rest becomes operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, fx
+
+from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, unflattened
+from spikenm_fx.program.code import Code
+from spikenm_fx.program.draft import Draft, NotLowered, Partial, Ref, State, Value
+from spikenm_fx.program.layers import see_features
+from spikenm_fx.program.neurons import Returned
+
+__all__ = ["FUNCTIONS", "Call"]
+
+
+class Call:
+    """One recorded operation with its operands.
+
+    Args:
+        draft: of the program.
+        node: as recorded.
+        where: for messages.
+        args: positional arguments, tensors as :class:`Ref`.
+        kwargs: the others.
+        shape: of the result; None where it is no tensor.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        node: fx.Node,
+        where: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        self.draft, self.node, self.where, self.shape = draft, node, where, shape
+        self.args, self.kwargs = args, kwargs
+
+    def get(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument by its place or its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def refuse(self, why: str) -> NotLowered:
+        """The error for this operation."""
+        return NotLowered(self.where, why)
+
+    def ref(self, place: int = 0) -> Ref:
+        """A tensor argument.
+
+        Raises:
+            NotLowered: if it is something else.
+        """
+        given = self.args[place] if len(self.args) > place else None
+        if isinstance(given, Returned):
+            given = given.spikes
+        if not isinstance(given, Ref):
+            what = "a parameter or constant" if isinstance(given, Tensor) else repr(given)
+            raise self.refuse(f"it works on {what}, which is no value of the program")
+        return given
+
+
+Lowered: TypeAlias = Any
+Function: TypeAlias = Callable[[Call], Lowered]
+
+
+def _same(call: Call) -> Lowered:
+    return call.args[0]
+
+
+def _typed(call: Call) -> Lowered:
+    """``to``, ``float``: nothing, unless another dtype comes of it."""
+    info = call.node.meta.get("value")
+    if info is not None and info.dtype not in (None, torch.float32):
+        raise call.refuse(f"it makes {info.dtype} of its input; programs compute in float32")
+    return call.args[0]
+
+
+# -- reshapes -------------------------------------------------------------------------------------
+
+
+def _flatten(call: Call) -> Ref:
+    ref = call.ref()
+    start, end = call.get(1, "start_dim", 0), call.get(2, "end_dim", -1)
+    return replace(ref, axes=flattened(ref.axes, start, end))
+
+
+def _unflatten(call: Call) -> Ref:
+    ref, at = call.ref(), call.get(1, "dim")
+    assert call.shape is not None
+    count = len(call.shape) - len(ref.axes) + 1
+    sizes = call.shape[at % len(ref.axes) : at % len(ref.axes) + count]
+    return _with(call, ref, unflattened(ref.axes, at, sizes))
+
+
+def _view(call: Call) -> Ref:
+    ref = call.ref()
+    assert call.shape is not None
+    return _with(call, ref, regrouped(ref.axes, call.shape))
+
+
+def _with(call: Call, ref: Ref, axes: Axes | None) -> Ref:
+    if axes is None:
+        raise call.refuse("it takes axes apart that are one in the network, such as channels")
+    return replace(ref, axes=axes)
+
+
+def _squeeze(call: Call) -> Ref:
+    ref, at = call.ref(), call.get(1, "dim")
+    rank = len(ref.axes)
+    which = range(rank) if at is None else [a % rank for a in (at if isinstance(at, tuple) else (at,))]
+    drop = {i for i in which if all(atom.size == 1 for atom in ref.axes[i])}
+    gone = [atom for i in drop for atom in ref.axes[i]]
+    if any(atom in ref.value.layout.lead for atom in gone):
+        raise call.refuse("it drops an axis of time or batch, which may have another size")
+    return replace(ref, axes=tuple(a for i, a in enumerate(ref.axes) if i not in drop))
+
+
+def _unsqueeze(call: Call) -> Ref:
+    ref, at = call.ref(), call.get(1, "dim")
+    at %= len(ref.axes) + 1
+    return replace(ref, axes=(*ref.axes[:at], (), *ref.axes[at:]))
+
+
+def _permute(call: Call) -> Ref:
+    ref = call.ref()
+    order = call.args[1:] if isinstance(call.get(1, "dims"), int) else call.get(1, "dims")
+    return replace(ref, axes=tuple(ref.axes[i] for i in order))
+
+
+def _transpose(call: Call) -> Ref:
+    ref, axes = call.ref(), list(call.ref().axes)
+    a, b = call.get(1, "dim0"), call.get(2, "dim1")
+    axes[a], axes[b] = axes[b], axes[a]
+    return replace(ref, axes=tuple(axes))
+
+
+# -- time -----------------------------------------------------------------------------------------
+
+
+def _getitem(call: Call) -> Lowered:
+    given, index = call.args[0], call.args[1]
+    if isinstance(given, Returned):
+        return given.spikes if index == 0 else given.state
+    if isinstance(given, State):
+        return given
+    if isinstance(given, tuple | list):
+        return given[index]
+    ref = call.ref()
+    places = index if isinstance(index, tuple) else (index,)
+    if Ellipsis in places:
+        raise call.refuse("it selects with an ellipsis; write x[t] or x[:, t]")
+    result = ref
+    for axis, place in reversed(list(enumerate(places))):
+        if isinstance(place, int):
+            result = _select(call, result, axis, place)
+        elif place != slice(None):
+            raise call.refuse("it selects a part of an axis; only single time steps are supported")
+    return result
+
+
+def _select(call: Call, ref: Ref, axis: int, index: int) -> Ref:
+    axis %= len(ref.axes)
+    group = ref.axes[axis]
+    if len(group) != 1 or group[0] in ref.value.layout.features or ref.step is not None:
+        raise call.refuse("it selects along an axis that is not time alone")
+    call.draft.set_time(group[0], call.where)
+    rest = (*ref.axes[:axis], *ref.axes[axis + 1 :])
+    return Ref(ref.value, rest, index % group[0].size)
+
+
+def _unbind(call: Call) -> list[Ref]:
+    ref, axis = call.ref(), call.get(1, "dim", 0)
+    group = ref.axes[axis]
+    size = group[0].size if group else 1
+    return [_select(call, ref, axis, step) for step in range(size)]
+
+
+def _take(call: Call) -> Ref:
+    return _select(call, call.ref(), call.get(1, "dim"), call.get(2, "index"))
+
+
+def _stack(call: Call) -> Ref:
+    members, axis = call.args[0], call.get(1, "dim", 0)
+    time = call.draft.time
+    if not members or not all(isinstance(m, Ref) for m in members) or time is None:
+        raise call.refuse("it stacks what are no time steps")
+    first = members[0]
+    whole = [m.step for m in members] == list(range(time.size))
+    if not whole or any(m.value is not first.value or m.axes != first.axes for m in members):
+        raise call.refuse("it stacks something else than all time steps of one value, in order")
+    axis %= len(first.axes) + 1
+    return Ref(first.value, (*first.axes[:axis], (time,), *first.axes[axis:]))
+
+
+def _reduced(call: Call, ref: Ref, mode: int, *, keep: bool = False, axis: int = 0) -> Ref:
+    """Sum, mean or last step over time."""
+    layout, time = ref.value.layout, call.draft.time
+    if layout.channels is None:
+        raise call.refuse("it reduces the input before any layer")
+    atoms = tuple(atom for atom in layout.atoms if atom is not time)
+    new = Layout(atoms, layout.channels, layout.height, layout.width)
+    made = call.draft.apply(Code.REDUCE, new, ref, settings=(mode,))
+    axes = tuple(g for g in ref.axes if g != (time,))
+    return Ref(made, (*axes[:axis], (), *axes[axis:]) if keep else axes)
+
+
+def _mean(call: Call) -> Ref:
+    return _over(call, mean=True)
+
+
+def _sum(call: Call) -> Ref:
+    return _over(call, mean=False)
+
+
+def _over(call: Call, *, mean: bool) -> Ref:
+    ref, dims = call.ref(), call.get(1, "dim")
+    keep = bool(call.get(2, "keepdim", False))
+    if dims is None:
+        raise call.refuse("it reduces all axes to one number")
+    dims = [d % len(ref.axes) for d in (dims if isinstance(dims, tuple | list) else (dims,))]
+    pixels = {a for a in (ref.value.layout.height, ref.value.layout.width) if a is not None}
+    gone = {atom for d in dims for atom in ref.axes[d]}
+    if mean and pixels and gone == pixels:
+        return _global_mean(call, ref, dims, keep=keep)
+    group = ref.axes[dims[0]]
+    if len(dims) > 1 or len(group) != 1 or group[0] not in ref.value.layout.lead:
+        raise call.refuse("it reduces other axes than time, or all pixels")
+    if group[0] is not call.draft.time:
+        call.draft.set_time(group[0], call.where)
+    return _reduced(call, ref, 1 if mean else 0, keep=keep, axis=dims[0])
+
+
+def _global_mean(call: Call, ref: Ref, dims: list[int], *, keep: bool) -> Ref:
+    value, step = _pooled(call, ref, 3, (1, 1)), call.draft.step_of(call.where, ref)
+    kept = [(() if i in dims else g) for i, g in enumerate(ref.axes) if keep or i not in dims]
+    return Ref(value, tuple(kept), step)
+
+
+# -- sums and other joins -------------------------------------------------------------------------
+
+
+def _add(call: Call) -> Lowered:
+    a, b = call.args[0], call.args[1]
+    if call.kwargs.get("alpha", 1) != 1:
+        raise call.refuse("it adds a multiple (alpha=)")
+    if isinstance(a, int | float):
+        a, b = b, a
+    if isinstance(b, int | float):
+        return a if b == 0 else _scaled(call, a, 1.0, float(b))
+    added = _accumulated(call, a, b)
+    return added if added is not None else _joined(call, 0)
+
+
+def _accumulated(call: Call, a: Any, b: Any) -> Lowered | None:
+    """A loop adds up the steps of one value; None where this is another sum."""
+    if not isinstance(b, Ref) or b.step is None:
+        return None
+    count = None
+    if isinstance(a, Partial) and a.value is b.value and a.count == b.step:
+        count = a.count + 1
+    elif isinstance(a, Ref) and a.value is b.value and (a.step, b.step) == (0, 1):
+        count = 2
+    if count is None:
+        return None
+    if call.draft.time is not None and count == call.draft.time.size:
+        return _reduced(call, replace(b, step=None), 0)
+    return Partial(b.value, b.axes, count)
+
+
+def _sub(call: Call) -> Lowered:
+    a, b = call.args[0], call.args[1]
+    if call.kwargs.get("alpha", 1) != 1:
+        raise call.refuse("it subtracts a multiple (alpha=)")
+    if isinstance(b, int | float):
+        return _scaled(call, a, 1.0, -float(b))
+    if isinstance(a, int | float):
+        return _scaled(call, b, -1.0, float(a))
+    return _joined(call, 1)
+
+
+def _rsub(call: Call) -> Lowered:
+    return _scaled(call, call.args[0], -1.0, float(call.args[1]))
+
+
+def _mul(call: Call) -> Lowered:
+    a, b = call.args[0], call.args[1]
+    if isinstance(a, int | float):
+        a, b = b, a
+    return _scaled(call, a, float(b), 0.0) if isinstance(b, int | float) else _joined(call, 2)
+
+
+def _div(call: Call) -> Lowered:
+    a, b = call.args[0], call.args[1]
+    if not isinstance(b, int | float) or not b or call.kwargs.get("rounding_mode"):
+        raise call.refuse("it divides by something else than a number")
+    return _scaled(call, a, 1.0 / b, 0.0)
+
+
+def _scaled(call: Call, given: Any, factor: float, shift: float) -> Ref:
+    if not isinstance(given, Ref):
+        raise call.refuse("it works on what is no value of the program")
+    step = call.draft.step_of(call.where, given)
+    return Ref(call.draft.scaled(given, factor, shift), given.axes, step)
+
+
+def _joined(call: Call, mode: int) -> Ref:
+    a, b = call.ref(0), call.ref(1)
+    step = call.draft.step_of(call.where, a, b)
+    if not _alike(a, b):
+        raise call.refuse("its operands differ in shape or in the order of their axes")
+    wide = a if len(a.value.layout.atoms) >= len(b.value.layout.atoms) else b
+    made = call.draft.apply(Code.JOIN, wide.value.layout, a, b, settings=(mode,))
+    return Ref(made, wide.axes, step)
+
+
+def _alike(a: Ref, b: Ref) -> bool:
+    """Whether two tensors have the same axes, each of its own layer."""
+    left, right = a.value.layout, b.value.layout
+    if left is right:
+        return a.axes == b.axes
+    if left.channels is None or right.channels is None or left.size != right.size:
+        return False
+    names = dict(zip(left.channels, right.channels, strict=False))
+    if len(left.channels) != len(right.channels):
+        return False
+    for mine, yours in ((left.height, right.height), (left.width, right.width)):
+        if mine is not None and yours is not None:
+            names[mine] = yours
+    return tuple(tuple(names.get(x, x) for x in g) for g in a.axes) == b.axes
+
+
+def _cat(call: Call) -> Ref:
+    members, axis = call.args[0], call.get(1, "dim", 0)
+    if len(members) < 2 or not all(isinstance(m, Ref) for m in members):
+        raise call.refuse("it joins what are no values of the program")
+    joined = members[0]
+    for other in members[1:]:
+        joined = _cat_two(call, joined, other, axis % len(joined.axes))
+    return joined
+
+
+def _cat_two(call: Call, a: Ref, b: Ref, axis: int) -> Ref:
+    left, right = a.value.layout, b.value.layout
+    step = call.draft.step_of(call.where, a, b)
+    if left.channels is None or a.axes[axis] != left.channels or b.axes[axis] != right.channels:
+        raise call.refuse("it concatenates along another axis than channels")
+    if left.size[:2] != right.size[:2] or left.lead != right.lead:
+        raise call.refuse("it concatenates values of different shape")
+    channels = (Atom(left.size[2] + right.size[2], "channels"),)
+    key = (Code.CONCAT, a.value.number, b.value.number)
+
+    def make() -> tuple[Value, ...]:
+        layout = Layout((*left.lead, *channels, *left.features[len(left.channels or ()) :]))
+        layout.channels, layout.height, layout.width = channels, left.height, left.width
+        bits = a.value.bits and b.value.bits
+        return (call.draft.apply(Code.CONCAT, layout, a, b, bits=bits),)
+
+    (value,) = call.draft.once(key, make, a, b)
+    made = value.layout.channels
+    assert made is not None
+    return Ref(value, (*a.axes[:axis], made, *a.axes[axis + 1 :]), step)
+
+
+def _relu(call: Call) -> Ref:
+    ref = call.ref()
+    if ref.value.bits:
+        return ref
+    made = call.draft.apply(Code.RELU, ref.value.layout, ref)
+    return replace(ref, value=made, step=call.draft.step_of(call.where, ref))
+
+
+# -- pools ----------------------------------------------------------------------------------------
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[-1])
+
+
+def _max_pool(call: Call) -> Ref:
+    if call.get(6, "return_indices", False):
+        raise call.refuse("it returns indices")
+    kernel = _pair(call.get(1, "kernel_size"))
+    stride = _pair(call.get(2, "stride") or kernel)
+    padding, dilation = _pair(call.get(3, "padding", 0)), _pair(call.get(4, "dilation", 1))
+    return _pool(call, 0, (*kernel, *stride, *padding, *dilation, 0, 0))
+
+
+def _avg_pool(call: Call) -> Ref:
+    kernel = _pair(call.get(1, "kernel_size"))
+    stride = _pair(call.get(2, "stride") or kernel)
+    padding = _pair(call.get(3, "padding", 0))
+    counts = int(call.get(5, "count_include_pad", True))
+    divisor = call.get(6, "divisor_override") or 0
+    return _pool(call, 1, (*kernel, *stride, *padding, 1, 1, counts, divisor))
+
+
+def _adaptive_max(call: Call) -> Ref:
+    return _pool(call, 2, ())
+
+
+def _adaptive_mean(call: Call) -> Ref:
+    return _pool(call, 3, ())
+
+
+def _pool(call: Call, mode: int, settings: tuple[int, ...]) -> Ref:
+    ref = call.ref()
+    see_features(call.where, ref, 2)
+    assert call.shape is not None
+    value = _pooled(call, ref, mode, (call.shape[-2], call.shape[-1]), settings)
+    layout = value.layout
+    pixels = (layout.height, layout.width)
+    axes = (*ref.axes[:-2], *((p,) for p in pixels if p is not None))
+    return Ref(value, axes, call.draft.step_of(call.where, ref))
+
+
+def _pooled(
+    call: Call, ref: Ref, mode: int, size: tuple[int, int], settings: tuple[int, ...] = ()
+) -> Value:
+    old = ref.value.layout
+    key = (Code.POOL, mode, size, settings)
+
+    def make() -> tuple[Value, ...]:
+        height, width = (Atom(n, "pixels") for n in size)
+        atoms = (*old.lead, *(old.channels or ()), height, width)
+        layout = Layout(atoms, old.channels, height, width)
+        bits = ref.value.bits and mode == 0
+        full = (mode, *(settings or (1, 1, 1, 1, 0, 0, 1, 1, 0, 0)))
+        return (call.draft.apply(Code.POOL, layout, ref, settings=full, bits=bits),)
+
+    return call.draft.once(key, make, ref)[0]
+
+
+FUNCTIONS: dict[str, Function] = {
+    **dict.fromkeys(("detach", "clone", "contiguous", "identity", "dropout", "alias"), _same),
+    **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d"), _same),
+    **dict.fromkeys(("to", "float", "type", "type_as", "double", "half", "bool"), _typed),
+    "flatten": _flatten,
+    "unflatten": _unflatten,
+    **dict.fromkeys(("view", "reshape", "view_as", "reshape_as"), _view),
+    "squeeze": _squeeze,
+    "unsqueeze": _unsqueeze,
+    "permute": _permute,
+    "transpose": _transpose,
+    "getitem": _getitem,
+    "select": _take,
+    "unbind": _unbind,
+    "stack": _stack,
+    "mean": _mean,
+    "sum": _sum,
+    "add": _add,
+    "sub": _sub,
+    "rsub": _rsub,
+    "mul": _mul,
+    "div": _div,
+    "cat": _cat,
+    "relu": _relu,
+    "max_pool2d": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_max_pool2d": _adaptive_max,
+    "adaptive_avg_pool2d": _adaptive_mean,
+}
+"""What becomes of an operation, by its name as :func:`spikenm_fx.trace.analysis.ops.op_name`."""

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bytes of an engine: a packed file (safetensors) that also holds its program.
+
+:func:`spikenm_fx.load_packed` reads the weights of such a file as of any other.  What makes it an
+engine is two more entries of its metadata: ``program``, the names of the tensors that operations
+number, the program itself first, and ``digest``, the SHA-256 of all bytes of the file with its own
+64 digits read as zeros, which the library checks without any JSON or safetensors library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from spikenm_fx.errors import PackedFileError
+from spikenm_fx.pack.weights.files import packed_bytes
+from spikenm_fx.program.code import VERSION
+
+if TYPE_CHECKING:
+    from spikenm_fx.program.lower import Lowered
+
+__all__ = ["DIGEST", "PROGRAM", "image_of", "metadata_of"]
+
+PROGRAM = "::program"
+"""Name of the tensor that is the program."""
+DIGEST = "0" * 64
+
+
+def image_of(lowered: Lowered, about: Mapping[str, str]) -> bytes:
+    """Everything that an engine is, as the bytes of its file.
+
+    Args:
+        lowered: the program, its packed weights and tensors.
+        about: what else the file says of itself, for people.
+    """
+    names = [PROGRAM]
+    for op in lowered.program.ops:
+        names += [name for name in op.tensors if name is not None and name not in names]
+    if any("\n" in name for name in names):
+        raise PackedFileError("a module's name holds a line break; rename it to save an engine")
+    tensors = {**lowered.tensors, PROGRAM: lowered.program.tensor(names[1:])}
+    metadata = {
+        **about,
+        "program": "".join(f"{name}\n" for name in names),
+        "program_version": str(VERSION),
+        "result": lowered.result,
+        "operations": json.dumps([f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]),
+        "digest": DIGEST,
+    }
+    content = packed_bytes(lowered.packed, tensors=tensors, metadata=metadata)
+    return sealed(content)
+
+
+def sealed(content: bytes) -> bytes:
+    """The same file with the digest that belongs to it.
+
+    Args:
+        content: of a file whose digest is all zeros.
+    """
+    sign = f'"digest":"{DIGEST}"'.encode()
+    if content.count(sign) != 1:
+        raise PackedFileError("a name in this network looks like the digest of its file; rename it")
+    digest = hashlib.sha256(content).hexdigest()
+    return content.replace(sign, f'"digest":"{digest}"'.encode())
+
+
+def metadata_of(content: bytes) -> dict[str, str]:
+    """What a file says of itself; the library has checked the file before.
+
+    Args:
+        content: of the file.
+    """
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + size])["__metadata__"]
+    return found

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight layers and the norms behind them as operations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx._torch import BatchNormBase
+from spikenm_fx.pack.engine.norms import affine_of
+from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept
+from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
+from spikenm_fx.pack.weights.tightest import tightest_pattern
+from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
+from spikenm_fx.program.code import Code, Op
+from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
+
+__all__ = ["Layers", "see_features"]
+
+
+@dataclass(eq=False, slots=True)
+class _Layer:
+    """A layer whose weight is stored when all that follows it is known."""
+
+    op: Op
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    geometry: LayerGeometry
+    flat: int
+
+
+class Layers:
+    """Lowers weight layers; stores their weights at the end.
+
+    Args:
+        draft: of the program.
+        dtype: of the stored values, or None.
+    """
+
+    def __init__(self, draft: Draft, dtype: Any) -> None:
+        self.draft, self.dtype = draft, dtype
+        self.packed: dict[str, PackedWeight] = {}
+        self._layers: dict[int, _Layer] = {}  # by value
+        self._norms: dict[tuple[str, int], Value] = {}
+
+    def layer(self, name: str, module: Any, ref: Ref, shape: tuple[int, ...]) -> Ref:
+        """A call of a Linear, Conv1d or Conv2d.
+
+        Args:
+            name: of the module.
+            module: the layer.
+            ref: its input.
+            shape: of its output.
+        """
+        reason = why_layer_kept(module, None)
+        if reason:
+            raise NotLowered(name, reason)
+        if hooked(module) or not computes_torchs(module):
+            raise NotLowered(name, "its own forward, or a hook, does more than torch's layer")
+        geometry = LayerGeometry.of_layer(module, name=name)
+        step = self.draft.step_of(name, ref)
+        if geometry.kind == "linear":
+            lead = ref.axes[:-1]
+            flat = _flat(name, ref)
+            channels: tuple[Atom, ...] = (Atom(module.weight.shape[0], f"outputs of {name}"),)
+            axes: Axes = (*lead, channels)
+            new = Layout((*ref.value.layout.lead, *channels), channels)
+        else:
+            flat = 0
+            lead = ref.axes[: -1 - geometry.spatial]
+            see_features(name, ref, geometry.spatial)
+            channels = (Atom(module.weight.shape[0], f"channels of {name}"),)
+            pixels = tuple(Atom(n, f"pixels of {name}") for n in shape[-geometry.spatial :])
+            height, width = pixels if len(pixels) == 2 else (None, pixels[0])
+            axes = (*lead, channels, *((p,) for p in pixels))
+            new = Layout((*ref.value.layout.lead, *channels, *pixels), channels, height, width)
+
+        def make() -> tuple[Value, ...]:
+            made = self.draft.value(new)
+            op = Op(Code.LAYER, (ref.value.number,), (made.number,), name=name)
+            self.draft.ops.append(op)
+            bias = None if module.bias is None else module.bias.detach()
+            weight = module.weight.detach()
+            self._layers[made.number] = _Layer(op, name, weight, bias, geometry, flat)
+            return (made,)
+
+        (value,) = self.draft.once((Code.LAYER, name), make, ref)
+        return Ref(value, _as_made(axes, new, value.layout), step)
+
+    def norm(self, name: str, module: nn.Module, ref: Ref, *, alone: bool) -> Ref:
+        """A call of a batch norm.
+
+        Args:
+            name: of the module.
+            module: the norm.
+            ref: its input.
+            alone: it is the only reader of its input.
+        """
+        layout = ref.value.layout
+        key = (name, ref.value.number)
+        if not isinstance(module, BatchNormBase) or hooked(module):
+            raise NotLowered(name, f"a {type(module).__name__} has no operation; batch norms have")
+        if key not in self._norms:
+            layer = self._layers.get(ref.value.number)
+            channels = _channels(name, ref)
+            affine = affine_of(module, _Channels(size_of(channels)))
+            if affine is None:
+                raise NotLowered(name, "it does something else than a batch norm in eval mode")
+            if layer is not None and alone:
+                factor, shift = affine
+                view = factor.view(-1, *[1] * (layer.weight.dim() - 1))
+                layer.weight = layer.weight * view
+                layer.bias = shift if layer.bias is None else layer.bias * factor + shift
+                self._norms[key] = ref.value
+            else:
+                self._norms[key] = self.draft.scaled(ref, *affine, name)
+        value = self._norms[key]
+        assert value.layout is layout
+        return Ref(value, ref.axes, ref.step)
+
+    def store(self) -> None:
+        """Pack every weight and write the settings of its operation."""
+        for layer in self._layers.values():
+            pattern = tightest_pattern(layer.weight)
+            packed = pack_weight(
+                layer.weight, pattern, geometry=layer.geometry, dtype=self.dtype, name=layer.name
+            )
+            name, number = layer.name, 2
+            while name in self.packed and self.packed[name] != packed:
+                name, number = f"{layer.name}#{number}", number + 1
+            self.packed[name] = packed
+            parts = [f"{name}::values", f"{name}::indices"]
+            scale = f"{name}::scale" if packed.scale is not None else None
+            bias = None
+            if layer.bias is not None:
+                bias = self.draft.keep(f"{name}.bias".lstrip("."), layer.bias.float().contiguous())
+            layer.op.tensors = (*parts, scale, bias)
+            layer.op.settings = _settings(packed, layer.flat)
+
+
+class _Channels:
+    """As much of a layer as :func:`affine_of` asks for."""
+
+    def __init__(self, channels: int) -> None:
+        self.weight = torch.empty(channels, 1)
+
+
+def _settings(packed: PackedWeight, flat: int) -> tuple[int, ...]:
+    g = packed.geometry
+    linear = g.kind == "linear"
+
+    def pair(values: tuple[int, ...], default: int) -> tuple[int, ...]:
+        return (*[default] * (2 - len(values)), *values)  # a Conv1d is an image of one row
+
+    kernel = pair(tuple(packed.shape[2:]), 1)
+    return (
+        packed.nm.keep,
+        packed.nm.of,
+        packed.out_channels,
+        packed.group_channels,
+        g.groups,
+        *kernel,
+        *pair(g.stride, 1),
+        *pair(g.padding, 0),
+        *pair(g.dilation, 1),
+        flat if linear else 0,
+    )
+
+
+def _flat(name: str, ref: Ref) -> int:
+    """How a Linear reads its input: 1 as it lies, 2 as channel, height, width."""
+    layout, given = ref.value.layout, ref.axes[-1]
+    if layout.channels is None:
+        layout.channels = given
+    seen = tuple(atom for atom in given if atom.size != 1)
+    channels = tuple(a for a in layout.channels if a.size != 1)
+    pixels = tuple(a for a in (layout.height, layout.width) if a is not None and a.size != 1)
+    if seen == channels and not pixels:
+        return 1
+    if seen == (*channels, *pixels):
+        return 2
+    if seen == (*pixels, *channels):
+        return 1
+    raise NotLowered(name, "its input mixes channels with other axes than those of one token")
+
+
+def see_features(name: str, ref: Ref, spatial: int) -> tuple[Atom, ...]:
+    """The last axes of an input are channels and pixels: check that, or learn it.
+
+    Args:
+        name: of the module that says so.
+        ref: its input.
+        spatial: axes of pixels, 1 or 2.
+
+    Returns:
+        The channels.
+    """
+    layout = ref.value.layout
+    channels, *pixels = ref.axes[-1 - spatial :]
+    if layout.channels is None and all(len(p) == 1 for p in pixels):
+        layout.channels = channels
+        layout.height = pixels[0][0] if spatial == 2 else None
+        layout.width = pixels[-1][0]
+    wanted = (layout.height, layout.width)[2 - spatial :]
+    known = [() if atom is None else (atom,) for atom in wanted]
+    fits = all(p == k or size_of(p) == size_of(k) == 1 for p, k in zip(pixels, known, strict=True))
+    other = layout.height if spatial == 1 else None
+    if layout.channels != channels or not fits or (other is not None and other.size != 1):
+        raise NotLowered(name, "its input's last axes are not the channels and pixels of an image")
+    return channels
+
+
+def _channels(name: str, ref: Ref) -> tuple[Atom, ...]:
+    layout = ref.value.layout
+    if layout.channels is None:
+        raise NotLowered(name, "it comes before any layer, so that its channels are not known")
+    if layout.channels not in ref.axes:
+        raise NotLowered(name, "its channels are flattened with the pixels of an image")
+    return layout.channels
+
+
+def _as_made(axes: Axes, new: Layout, made: Layout) -> Axes:
+    """``axes`` in the atoms of the value that was made at the first step."""
+    same = dict(zip(new.atoms, made.atoms, strict=True))
+    return tuple(tuple(same.get(atom, atom) for atom in group) for group in axes)

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the trace of a model to a program, or to the reason why there is none.
+
+Each recorded operation is looked at once, in order.  Weight layers, neurons, pools and joins become
+operations on values; reshapes only rename axes; a loop over time in the model's own code is rolled
+up again (:mod:`spikenm_fx.program.draft`).  Which axis of the input is time and which is batch
+follows from who uses it: layers say what is a channel, neurons and loops what is time, and what is
+left is batch, of any size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from spikenm_fx.pack.kept import hooked
+from spikenm_fx.pack.weights.format import PackedWeight
+from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.program.axes import Atom, Layout
+from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
+from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
+from spikenm_fx.program.functions import FUNCTIONS, Call
+from spikenm_fx.program.layers import Layers
+from spikenm_fx.program.neurons import Neurons, Returned
+from spikenm_fx.trace import SpikingGraph
+from spikenm_fx.trace.analysis.nodes import readers
+from spikenm_fx.trace.analysis.ops import module_family, op_name
+
+__all__ = ["Lowered", "lower"]
+
+_ZEROS = ("zeros_like", "zeros", "new_zeros")
+
+
+class Lowered:
+    """A program with its tensors.
+
+    Attributes:
+        program: the operations.
+        packed: the weights, by layer.
+        tensors: biases, scales and neuron parameters, by name.
+        result: how the model returns its outputs: ``"tensor"``, ``"tuple"`` or ``"list"``.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        packed: dict[str, PackedWeight],
+        tensors: dict[str, Tensor],
+        result: str,
+    ) -> None:
+        self.program, self.packed, self.tensors, self.result = program, packed, tensors, result
+
+
+def lower(
+    model: nn.Module, graph: SpikingGraph, *, dtype: torch.dtype | None = None
+) -> Lowered:
+    """The program of a model.
+
+    Args:
+        model: in eval mode, folded, at rest.
+        graph: its trace on examples; the program runs on other batch sizes and numbers of steps.
+        dtype: of the stored weights; None keeps fp32.
+
+    Raises:
+        NotLowered: naming the part that has no operation, and why.
+        PackError: for a weight that cannot be packed.
+    """
+    return _Lowering(model, graph, dtype).run()
+
+
+class _Lowering:
+    def __init__(self, model: nn.Module, graph: SpikingGraph, dtype: torch.dtype | None) -> None:
+        if graph.operations is None:
+            raise NotLowered("", "it was not traced: give example inputs")
+        self.model, self.graph = model, graph
+        self.nodes: list[fx.Node] = list(graph.operations.nodes)
+        calls: dict[str, int] = {}
+        for node in self.nodes:
+            if node.op == "call_module":
+                calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+        specs = {n: record.spec for n, record in graph.neurons.items() if not record.functional}
+        self.draft = Draft(model)
+        self.layers = Layers(self.draft, dtype)
+        self.neurons = Neurons(self.draft, specs, calls)
+        self.env: dict[fx.Node, Any] = {}
+        self.input: Ref | None = None
+        self.outputs: list[Ref] = []
+        self.result = "tensor"
+
+    def run(self) -> Lowered:
+        if hooked(self.model):
+            raise NotLowered("", "hooks on the model see what it takes or gives; remove them")
+        for node in self.nodes:
+            self.env[node] = self._visit(node)
+        if self.input is None:
+            raise NotLowered("", "its forward reads no tensor that was given")
+        self._check_time()
+        self.layers.store()
+        return Lowered(self._program(), self.layers.packed, self.draft.tensors, self.result)
+
+    # -- operations -------------------------------------------------------------------------------
+
+    def _visit(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return self._placeholder(node)
+        if node.op == "output":
+            return self._output(self._values(node.args[0]))
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        if node.op == "call_module":
+            return self._module(node, str(node.target))
+        name = op_name(node)
+        where = f"{name} in {node.meta.get('scope') or 'the forward'}"
+        if node.meta.get("fires"):
+            raise NotLowered(
+                where,
+                "a neuron is code in a forward there; put it into a module and describe that with "
+                "spikenm_fx.trace.register_neuron(cls, read=...)",
+            )
+        if name in _ZEROS:
+            return REST
+        if name not in FUNCTIONS:
+            if not node.users:
+                return None
+            raise NotLowered(where, "this operation has none in a program")
+        return FUNCTIONS[name](self._call(node, where))
+
+    def _call(self, node: fx.Node, where: str) -> Call:
+        info = node.meta.get("value")
+        shape = None if info is None else info.shape
+        args = tuple(self._values(arg) for arg in node.args)
+        kwargs = {key: self._values(value) for key, value in node.kwargs.items()}
+        return Call(self.draft, node, where, args, kwargs, shape)
+
+    def _values(self, arg: Any) -> Any:
+        if isinstance(arg, fx.Node):
+            return self.env[arg]
+        if isinstance(arg, tuple | list):
+            items = [self._values(a) for a in arg]
+            return items if isinstance(arg, list) else tuple(items)
+        return arg
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        info = node.meta.get("value")
+        if info is None or info.shape is None or not node.users:
+            return None
+        if self.input is not None:
+            raise NotLowered(node.name, "the model takes more than one tensor; a program takes one")
+        if info.dtype != torch.float32:
+            raise NotLowered(node.name, f"the model's input is {info.dtype}; float32 is required")
+        if len(info.shape) > RANK:
+            raise NotLowered(node.name, f"an input of more than {RANK} axes")
+        atoms = tuple(Atom(size, f"axis {i} of the input") for i, size in enumerate(info.shape))
+        value = self.draft.value(Layout(atoms))
+        self.input = Ref(value, tuple((atom,) for atom in atoms))
+        return self.input
+
+    def _attribute(self, target: str) -> Any:
+        """A parameter or buffer; what is empty or zero may be a state at rest."""
+        found: Any = self.model
+        for part in target.split("."):
+            found = getattr(found, part, None)
+        if isinstance(found, Tensor) and not bool(found.any()):
+            return REST
+        return found
+
+    def _module(self, node: fx.Node, name: str) -> Any:
+        module = node.meta["module"]
+        call = self._call(node, name or type(module).__name__)
+        if name in self.neurons.specs:
+            given = (*call.args[1:], *call.kwargs.values())
+            return self.neurons.call(name, module, call.ref(), given)
+        if is_weight_layer(module):
+            assert call.shape is not None
+            return self.layers.layer(name, module, call.ref(), call.shape)
+        family = module_family(module)
+        if family == "norm":
+            alone = len(readers(node.all_input_nodes[0])) == 1
+            return self.layers.norm(name, module, call.ref(), alone=alone)
+        if hooked(module):
+            raise NotLowered(name, "hooks see what it takes or gives; remove them")
+        if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
+            raise NotLowered(name, f"a {type(module).__name__} has no operation")
+        call.kwargs |= {
+            key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)
+        }
+        return FUNCTIONS[family](call)
+
+    # -- outputs ----------------------------------------------------------------------------------
+
+    def _output(self, given: Any) -> None:
+        while isinstance(given, tuple | list) and len(given) == 1:
+            given = given[0]
+        if isinstance(given, Returned):
+            given = (given.spikes, given.state)
+        many = isinstance(given, tuple | list)
+        self.result = "tuple" if many else "tensor"
+        for each in given if many else (given,):
+            self.outputs.append(self._port(each))
+
+    def _port(self, given: Any) -> Ref:
+        if isinstance(given, State):
+            raise NotLowered(
+                given.neuron,
+                "the model returns its state; let the forward return spikes or membranes alone, a "
+                "program keeps states itself",
+            )
+        if isinstance(given, Partial):
+            raise NotLowered("", "the model returns a sum over some of the time steps")
+        if not isinstance(given, Ref):
+            raise NotLowered("", f"the model returns {type(given).__name__}, which is no value")
+        if given.step is None:
+            return given
+        time = self.draft.time
+        assert time is not None
+        if given.step != time.size - 1:
+            raise NotLowered("", "the model returns a step in the middle of its input")
+        layout = given.value.layout
+        atoms = tuple(atom for atom in layout.atoms if atom is not time)
+        new = Layout(atoms, layout.channels, layout.height, layout.width)
+        last = Ref(given.value, given.axes)
+        return Ref(self.draft.apply(Code.REDUCE, new, last, settings=(2,)), given.axes)
+
+    # -- the program ------------------------------------------------------------------------------
+
+    def _check_time(self) -> None:
+        time = self.draft.time
+        for layout, name in self.draft.whole:
+            if time is not None and time in layout.lead:
+                raise NotLowered(name, "it takes all time steps of a layer as one step")
+        for name, count in self.draft.steps.items():
+            if time is not None and count != time.size:
+                raise NotLowered(name, f"a loop calls it {count} times for {time.size} time steps")
+
+    def _batch(self) -> list[Atom]:
+        assert self.input is not None
+        layout = self.input.value.layout
+        if layout.channels is None:
+            raise NotLowered("", "no layer reads its input, so that its axes are not known")
+        return [atom for atom in layout.lead if atom is not self.draft.time]
+
+    def _program(self) -> Program:
+        assert self.input is not None
+        batch, time = self._batch(), self.draft.time
+        types = []
+        for value in self.draft.values:
+            lead = [atom for atom in value.layout.lead if atom is not time]
+            if lead != batch:
+                raise NotLowered("", "a value inside it has not the batch axes of its input")
+            timed = time is not None and time in value.layout.lead
+            types.append(ValueType(value.bits, timed, *value.layout.size))
+        outputs = tuple(self._axes(ref, batch, output=True) for ref in self.outputs)
+        port = self._axes(self.input, batch, output=False)
+        used = {number for op in self.draft.ops for number in op.inputs}
+        used |= {port.value for port in outputs}
+        for op in self.draft.ops:
+            if op.code is Code.NEURON and op.outputs[1] not in used:
+                op.outputs = op.outputs[:1]
+        return Program(types, self.draft.ops, port, outputs, self.draft.constant_steps)
+
+    def _axes(self, ref: Ref, batch: list[Atom], *, output: bool) -> Port:
+        axes: list[Axis] = []
+        layout = ref.value.layout
+        for group in ref.axes:
+            if not group:
+                axes.append(Axis(Role.CHANNEL, 1))
+            for place, atom in enumerate(group):
+                axes.append(self._axis(atom, layout, batch, joined=place > 0, output=output))
+        seen = [atom for atom in ref.atoms if atom in (layout.channels or ())]
+        if len(axes) > RANK or seen != list(layout.channels or ()):
+            raise NotLowered("", "an output has too many axes, or its channels in another order")
+        return Port(ref.value.number, tuple(axes))
+
+    def _axis(
+        self, atom: Atom, layout: Layout, batch: list[Atom], *, joined: bool, output: bool
+    ) -> Axis:
+        if atom is self.draft.time:
+            return Axis(Role.TIME, atom.size, joined)
+        if atom in batch:
+            return Axis(Role.BATCH, batch.index(atom) if output else atom.size, joined)
+        role = (
+            Role.HEIGHT
+            if atom is layout.height
+            else Role.WIDTH
+            if atom is layout.width
+            else Role.CHANNEL
+        )
+        return Axis(role, atom.size, joined)
+
+
+_SETTINGS = (
+    *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
+    *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
+)
+

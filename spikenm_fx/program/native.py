@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network inside the library: the only place that knows its C functions."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from spikenm_fx.errors import PackError, PackedFileError
+from spikenm_fx.native.library import native_library
+
+__all__ = ["Net", "Observer"]
+
+RANK = 8
+MESSAGE = 512
+_i32, _i64, _ptr, _text = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
+
+Observer: TypeAlias = Callable[[int, int, int], None]
+"""Told after each operation: its number, and the addresses of its first input and its output."""
+_Observe = ctypes.CFUNCTYPE(None, _ptr, _i64, _ptr, _ptr)
+
+
+class Net:
+    """One network with its states; the library checks all that it is given.
+
+    Args:
+        content: the bytes of an engine's file.
+        name: of the file, for messages.
+
+    Raises:
+        PackedFileError: if these are no such bytes.
+        PackError: if no kernels are compiled here.
+    """
+
+    def __init__(self, content: bytes, name: str) -> None:
+        self._handle = None
+        library = native_library()
+        if library is None:
+            raise PackError(
+                "a program needs the compiled kernels: spikenm_fx.native_status() says why they "
+                "are missing"
+            )
+        self._library = _declared(library)
+        message = ctypes.create_string_buffer(MESSAGE)
+        self._handle = self._library.spikenm_open_bytes(content, len(content), message)
+        if not self._handle:
+            raise PackedFileError(f"{name}: {message.value.decode(errors='replace')}")
+        self.outputs: int = self._library.spikenm_outputs(self._handle)
+        self._shapes: dict[tuple[bool, tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+        self._pointers = (_ptr * self.outputs)()
+        self._message = message
+        self._observer: Any = None
+
+    def __del__(self) -> None:
+        if self._handle:
+            self._library.spikenm_close(self._handle)
+
+    def shapes(self, shape: tuple[int, ...], *, step: bool) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all outputs.
+
+        Args:
+            shape: of the input.
+            step: it is one time step, without its axis.
+
+        Raises:
+            PackError: for an input that the network does not take.
+        """
+        key = (step, shape)
+        if key not in self._shapes:
+            sizes, ranks = (_i64 * (RANK * self.outputs))(), (_i32 * self.outputs)()
+            given = (_i64 * len(shape))(*shape)
+            self._raise_unless(
+                self._library.snm_net_shapes(
+                    self._handle, given, len(shape), int(step), sizes, ranks, self._message
+                )
+            )
+            if len(self._shapes) > 64:
+                self._shapes.clear()
+            self._shapes[key] = tuple(
+                tuple(sizes[i * RANK : i * RANK + ranks[i]]) for i in range(self.outputs)
+            )
+        return self._shapes[key]
+
+    def call(self, x: Tensor, *, step: bool, threads: int) -> list[Tensor]:
+        """Run on a contiguous fp32 tensor.
+
+        Args:
+            x: the input, as :meth:`shapes` takes its shape.
+            step: it is one time step.
+            threads: at most.
+        """
+        shape = tuple(x.shape)
+        found = [torch.empty(size) for size in self.shapes(shape, step=step)]
+        pointers = (_ptr * self.outputs)(*(y.data_ptr() for y in found))
+        given = (_i64 * len(shape))(*shape)
+        code = self._library.snm_net_call(
+            self._handle, x.data_ptr(), given, len(shape), int(step), threads, pointers,
+            self._message,
+        )  # fmt: skip
+        self._raise_unless(code)
+        return found
+
+    def reset(self) -> None:
+        """All states back to rest."""
+        self._library.spikenm_reset(self._handle)
+
+    def input(self) -> tuple[tuple[int, ...], int, tuple[bool, ...]]:
+        """The example's input shape, the axis of time (-1: none), and which axes are free."""
+        shape, free, axis = (_i64 * RANK)(), (_i32 * RANK)(), _i32()
+        rank = self._library.spikenm_input(self._handle, shape, ctypes.byref(axis), free)
+        return tuple(shape[:rank]), axis.value, tuple(bool(f) for f in free[:rank])
+
+    def level(self, level: int) -> bool:
+        """Run on an ISA level, -1 for the best; False where this machine lacks it."""
+        return bool(self._library.snm_net_level(self._handle, level) == 0)
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the layouts that operations run on, and of what calls keep between them."""
+        layouts, plan = _i64(), _i64()
+        self._library.snm_net_bytes(self._handle, ctypes.byref(layouts), ctypes.byref(plan))
+        return layouts.value, plan.value
+
+    def observe(self, observer: Observer | None) -> None:
+        """Let somebody see, and change, what each operation gives.
+
+        Args:
+            observer: None for nobody any more.
+        """
+        self._observer = (
+            None
+            if observer is None
+            else _Observe(lambda _, op, given, out: observer(op, given, out))
+        )
+        self._library.snm_net_observe(self._handle, self._observer, None)
+
+    def _raise_unless(self, code: int) -> None:
+        if code:
+            raise PackError(self._message.value.decode(errors="replace"))
+
+
+def _declared(library: Any) -> Any:
+    if library.spikenm_open_bytes.restype is not _ptr:
+        library.spikenm_outputs.argtypes = [_ptr]
+        library.spikenm_close.argtypes = library.spikenm_reset.argtypes = [_ptr]
+        library.spikenm_close.restype = library.spikenm_reset.restype = None
+        library.spikenm_input.argtypes = [_ptr] * 4
+        library.snm_net_shapes.argtypes = [_ptr, _ptr, _i32, _i32, _ptr, _ptr, _text]
+        library.snm_net_call.argtypes = [_ptr, _ptr, _ptr, _i32, _i32, _i64, _ptr, _text]
+        library.snm_net_level.argtypes = [_ptr, _i32]
+        library.snm_net_bytes.argtypes = [_ptr] * 3
+        library.snm_net_observe.argtypes = [_ptr, _Observe, _ptr]
+        library.snm_net_observe.restype = library.snm_net_bytes.restype = None
+        library.spikenm_open_bytes.argtypes = [_text, ctypes.c_size_t, _text]
+        library.spikenm_open_bytes.restype = _ptr
+    return library
