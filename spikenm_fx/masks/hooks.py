@@ -14,6 +14,7 @@ which parameters it holds and leave all others alone.
 * Optimizers that hold the same weights are a step each, with the gradient that each of them finds;
   where both find the same one that is told.
 * A step that a gradient scaler skips, and one without any gradient, is none.
+* The step by which ``torch.distributed.checkpoint.state_dict`` gives an optimizer a state is none.
 * Global hooks run before those that a user gives one optimizer: what these replace in the gradients
   reaches the optimizer, but neither scores nor decay.
 """
@@ -21,7 +22,9 @@ which parameters it holds and leave all others alone.
 from __future__ import annotations
 
 import functools
+import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -104,7 +107,7 @@ _active: list[_Active] = []
 
 def _before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
     found = _shares(optimizer)
-    if not found:
+    if not found or _only_makes_state(optimizer):
         return None
     while any(each.optimizer() is optimizer for each in _active):
         _active.pop()  # an earlier step of it ended in an error
@@ -264,6 +267,18 @@ def _is_new(run: Run, mask: MaskedWeight) -> bool:
     grad, version = run.stepped[id(mask)]
     now = mask.dense.grad
     return now is not None and (grad() is not now or now._version != version)
+
+
+def _only_makes_state(optimizer: Optimizer) -> bool:
+    """Whether torch's checkpoint functions step it at rate 0, so that it has a state to load."""
+    if any(group.get("lr", 1.0) != 0.0 for group in optimizer.param_groups):
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _shares(optimizer: Optimizer) -> list[tuple[Run, list[MaskedWeight]]]:

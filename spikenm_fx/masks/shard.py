@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["Shard", "blocked", "is_sharded", "laid_out", "part_of", "shard_of", "total", "whole_of"]
 
 
+_REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second one is older
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ``tensor``, of any shape, is a DTensor; asked without importing what that is."""
     return hasattr(tensor, "device_mesh")
@@ -238,11 +241,8 @@ def _reduce_scattered(whole: Tensor, axis: int, group: Any, ranks: int) -> Tenso
     padded = rows.new_zeros(size * ranks, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     own = padded.new_empty(size, *rows.shape[1:])
-    distributed: Any = torch.distributed  # the name that FSDP uses, and that of older versions
-    reduce = (
-        getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
-    )
-    reduce(own, padded, group=group)
+    names = [n for n in _REDUCE_SCATTERS if hasattr(torch.distributed, n)]
+    getattr(torch.distributed, names[0])(own, padded, group=group)
     return own.movedim(0, axis)
 
 
