@@ -103,7 +103,7 @@ SNM_EXPORT const snm_kernels *snm_level(int32_t level) {
   return &snm_kernels_baseline;
 }
 
-SNM_EXPORT int32_t snm_abi_version() { return 6; }
+SNM_EXPORT int32_t snm_abi_version() { return 7; }
 
 void snm_parallel(int64_t items, int64_t threads, void (*body)(void *, int64_t), void *context) {
   if (threads > items) threads = items;
