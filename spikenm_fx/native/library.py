@@ -107,6 +107,7 @@ class Draws(ctypes.Structure):
         *((n, _f32) for n in ("kappa", "inverse_tau", "gain")),
         ("mode", _i32),
         ("credit_by_weight", _i32),
+        ("absolute", _i32),
         ("credit", _ptr),
         ("momentum", _ptr),
         ("sums", _ptr),
@@ -148,6 +149,7 @@ class Permutation(ctypes.Structure):
 _run = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Call))
 _draws = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Draws))
 _items = ctypes.CFUNCTYPE(_i64, ctypes.POINTER(Draws))
+_elements = ctypes.CFUNCTYPE(None, _ptr, _ptr, _f32, _ptr, _i64, _i64)
 _checksum = ctypes.CFUNCTYPE(ctypes.c_uint64, _ptr, _i64)
 _permute = ctypes.CFUNCTYPE(_i32, ctypes.POINTER(Permutation))
 _rows_to = ctypes.CFUNCTYPE(_i32, _ptr, _i64, _i64, _i64, _ptr, _i64)
@@ -174,6 +176,8 @@ class Kernels(ctypes.Structure):
         ("unpack_planes", _planes_from),
         ("draws", _draws),
         ("items", _items),
+        ("kept", _elements),
+        ("decay", _elements),
         ("checksum", _checksum),
         ("permute", _permute),
         ("net_run", _ptr),  # called by the library itself

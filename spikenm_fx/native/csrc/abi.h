@@ -79,6 +79,7 @@ typedef struct {
   float kappa, inverse_tau, gain;  // gain: kappa / tau
   int32_t mode;
   int32_t credit_by_weight;  // targets are made of |weight| times the credit
+  int32_t absolute;          // scores count by their magnitude
   const float *credit;       // of MOVE: running credits, or null
   float *momentum;           // of MOVE: read and written
   double *sums;              // [items]: LEARN: squares of `out`; MOVE, SPREAD: squares of scores
@@ -133,6 +134,12 @@ typedef struct {
                         int64_t pixels, float *x, int64_t threads);
   int32_t (*draws)(const snm_draws *);
   int64_t (*items)(const snm_draws *);  // how many sums a call writes
+  // out = weight where the mask is set, else undrawn times it (for 0 a clean zero); grad += factor
+  // times the weight where it is not set.  n elements each.
+  void (*kept)(const float *weight, const uint8_t *mask, float undrawn, float *out, int64_t n,
+               int64_t threads);
+  void (*decay)(const float *weight, const uint8_t *mask, float factor, float *grad, int64_t n,
+                int64_t threads);
   uint64_t (*checksum)(const void *memory, int64_t bytes);
   int32_t (*permute)(const snm_permutation *);
   int32_t (*net_run)(const struct NetRun *);  // net.h; all of it was checked when it was read

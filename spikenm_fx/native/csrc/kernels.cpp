@@ -5,13 +5,13 @@
 #include "event.h"
 #include "fma.h"
 #include "lut.h"
+#include "passes.h"
 #include "permute.h"
-#include "sampler.h"
 #include "spikes.h"
 
 extern "C" int32_t SNM_NET_RUN(const NetRun *);
 
 extern "C" const snm_kernels SNM_TABLE = {
     SNM_NAME, lut, fma, event, event8, amx, amx8, integrate, pack_rows, pack_planes, unpack_rows, unpack_planes,
-    draws, items, checksum, permute, SNM_NET_RUN,
+    draws, items, kept, decay, checksum, permute, SNM_NET_RUN,
 };

@@ -62,4 +62,96 @@ SNM_INLINE void zip(const V *planes, V *tuples) {
   }
 }
 
+// Tuples of a multiple of four elements, four at a time: pieces of 16 bytes go to the lanes of 16
+// bytes in which they end, and are turned inside of them, which needs a third of the instructions.
+constexpr int kLanes16 = VW / 4;
+
+// kLanes16 pieces, `step` floats from one to the next.
+SNM_INLINE vf load_pieces(const float *p, int64_t step) {
+#if defined(__AVX512BW__)
+  __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + step), 1);
+  v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * step), 2);
+  return reinterpret_cast<vf>(_mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * step), 3));
+#elif defined(__AVX2__)
+  const __m256 v = _mm256_castps128_ps256(_mm_loadu_ps(p));
+  return reinterpret_cast<vf>(_mm256_insertf128_ps(v, _mm_loadu_ps(p + step), 1));
+#else
+  return loadu(p);
+#endif
+}
+
+SNM_INLINE void store_pieces(float *p, int64_t step, vf v) {
+#if defined(__AVX512BW__)
+  const __m512 x = reinterpret_cast<__m512>(v);
+  _mm_storeu_ps(p, _mm512_castps512_ps128(x));
+  _mm_storeu_ps(p + step, _mm512_extractf32x4_ps(x, 1));
+  _mm_storeu_ps(p + 2 * step, _mm512_extractf32x4_ps(x, 2));
+  _mm_storeu_ps(p + 3 * step, _mm512_extractf32x4_ps(x, 3));
+#elif defined(__AVX2__)
+  const __m256 x = reinterpret_cast<__m256>(v);
+  _mm_storeu_ps(p, _mm256_castps256_ps128(x));
+  _mm_storeu_ps(p + step, _mm256_extractf128_ps(x, 1));
+#else
+  storeu(p, v);
+#endif
+}
+
+// Of every lane of 16 bytes the kPair-th half of a and of b, kOf words at a time in turn.
+template <int kPair, int kOf, int... kLane>
+SNM_INLINE vf halves(vf a, vf b, std::integer_sequence<int, kLane...>) {
+  return SNM_SHUFFLE(
+      a, b,
+      (kLane / 4 * 4 + kPair * 2 +
+       (kOf == 1 ? kLane % 4 / 2 + (kLane % 2) * VW : kLane % 2 + (kLane % 4 / 2) * VW))...);
+}
+
+// The 4 x 4 elements in each lane of 16 bytes of four vectors change rows and columns.
+SNM_INLINE void turn(vf *v) {
+  const lane_numbers n;
+  const vf a = halves<0, 1>(v[0], v[1], n), b = halves<1, 1>(v[0], v[1], n);
+  const vf c = halves<0, 1>(v[2], v[3], n), d = halves<1, 1>(v[2], v[3], n);
+  v[0] = halves<0, 2>(a, c, n);
+  v[1] = halves<1, 2>(a, c, n);
+  v[2] = halves<0, 2>(b, d, n);
+  v[3] = halves<1, 2>(b, d, n);
+}
+
+// planes[j]: element j of VW tuples of kM elements at p.
+template <int kM>
+SNM_INLINE void load_tuples(const float *p, vf *planes) {
+  if constexpr (kM % 4) {
+    vf tuples[kM];
+#pragma GCC unroll 16
+    for (int j = 0; j < kM; ++j) tuples[j] = loadu(p + j * VW);
+    unzip<kM>(tuples, planes);
+  } else {
+#pragma GCC unroll 16
+    for (int j = 0; j < kM; j += 4) {
+#pragma GCC unroll 16
+      for (int k = 0; k < 4; ++k) planes[j + k] = load_pieces(p + j + k * kM, 4 * kM);
+      turn(planes + j);
+    }
+  }
+}
+
+// The inverse.
+template <int kM>
+SNM_INLINE void store_tuples(const vf *planes, float *p) {
+  if constexpr (kM % 4) {
+    vf tuples[kM];
+    zip<kM>(planes, tuples);
+#pragma GCC unroll 16
+    for (int j = 0; j < kM; ++j) storeu(p + j * VW, tuples[j]);
+  } else {
+#pragma GCC unroll 16
+    for (int j = 0; j < kM; j += 4) {
+      vf four[4] = {planes[j], planes[j + 1], planes[j + 2], planes[j + 3]};
+      turn(four);
+#pragma GCC unroll 16
+      for (int k = 0; k < 4; ++k) store_pieces(p + j + k * kM, 4 * kM, four[k]);
+    }
+  }
+}
+
 }  // namespace

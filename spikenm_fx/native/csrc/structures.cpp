@@ -45,7 +45,8 @@ const Row rows[] = {
     FIELD(snm_draws, keep), FIELD(snm_draws, threads), FIELD(snm_draws, key0),
     FIELD(snm_draws, key1), FIELD(snm_draws, noisy), FIELD(snm_draws, kappa),
     FIELD(snm_draws, inverse_tau), FIELD(snm_draws, gain), FIELD(snm_draws, mode),
-    FIELD(snm_draws, credit_by_weight), FIELD(snm_draws, credit), FIELD(snm_draws, momentum),
+    FIELD(snm_draws, credit_by_weight), FIELD(snm_draws, absolute),
+    FIELD(snm_draws, credit), FIELD(snm_draws, momentum),
     FIELD(snm_draws, sums), FIELD(snm_draws, items), FIELD(snm_draws, prior),
     FIELD(snm_draws, decay), FIELD(snm_draws, rate), FIELD(snm_draws, inverse_size),
     FIELD(snm_draws, strength), FIELD(snm_draws, inverse_temperature), FIELD(snm_draws, look),
@@ -70,7 +71,8 @@ const Row rows[] = {
     FIELD(snm_kernels, amx), FIELD(snm_kernels, amx8), FIELD(snm_kernels, integrate),
     FIELD(snm_kernels, pack_rows), FIELD(snm_kernels, pack_planes),
     FIELD(snm_kernels, unpack_rows), FIELD(snm_kernels, unpack_planes),
-    FIELD(snm_kernels, draws), FIELD(snm_kernels, items), FIELD(snm_kernels, checksum),
+    FIELD(snm_kernels, draws), FIELD(snm_kernels, items),
+    FIELD(snm_kernels, kept), FIELD(snm_kernels, decay), FIELD(snm_kernels, checksum),
     FIELD(snm_kernels, permute), FIELD(snm_kernels, net_run),
 };
 
