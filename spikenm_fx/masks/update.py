@@ -74,8 +74,7 @@ def learn(groups: Sequence[Group], step: int, sign: int = 1) -> None:
         sign: -1 where the optimizer climbs.
     """
     noise = dict(zip(map(id, groups), noise_of(groups, step), strict=True))
-    parts = [group for group in groups if group.first.shard is not None]
-    for together in (*([g] for g in groups if g.first.shard is None), parts):
+    for together in _by_collective(groups):
         _learn_together(together, step, noise, sign)
 
 
@@ -228,22 +227,32 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
     groups = grouped(weights)
     noisy = [group for group in groups if group.first.learns]
     noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy else [], strict=True))
-    _measure(groups, follow_prior)
-    for group in groups:
-        blocks, scores = group.weights(), group.scores()
-        draw = group.draw(step, noise.get(id(group)))
-        method = group.first.method
-        logits = None if scores is None else method.logits(blocks, scores, draw)
-        masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
-        foreach("copy_", [member.mask for member in group.members], masks)
-        undrawn = group.first.schedule.undrawn_at(step)
-        if any(member.undrawn != undrawn for member in group.members):
-            faded = [member.faded for member in group.members]
-            foreach("zero_", faded)
-            foreach("add_", faded, undrawn)
-        for member in group.members:
-            member.settled = False
-            member.after_step(undrawn, told=True)
+    for together in _by_collective(groups):
+        scores = [group.scores() for group in together]
+        _measure(together, scores, follow_prior)
+        for group, own in zip(together, scores, strict=True):
+            _draw_group(group, own, step, noise.get(id(group)))
+
+
+def _by_collective(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups one by one, but those together of which ranks hold parts, and add up numbers."""
+    alone = [[group] for group in groups if group.first.shard is None]
+    return [*alone, [group for group in groups if group.first.shard is not None]]
+
+
+def _draw_group(group: Group, scores: Tensor | None, step: int, noise: Tensor | None) -> None:
+    blocks, draw, method = group.weights(), group.draw(step, noise), group.first.method
+    logits = None if scores is None else method.logits(blocks, scores, draw)
+    masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
+    foreach("copy_", [member.mask for member in group.members], masks)
+    undrawn = group.first.schedule.undrawn_at(step)
+    if any(member.undrawn != undrawn for member in group.members):
+        faded = [member.faded for member in group.members]
+        foreach("zero_", faded)
+        foreach("add_", faded, undrawn)
+    for member in group.members:
+        member.settled = False
+        member.after_step(undrawn, told=True)
 
 
 def _started(weight: MaskedWeight, step: int) -> None:
@@ -251,24 +260,21 @@ def _started(weight: MaskedWeight, step: int) -> None:
     weight.after_step(weight.schedule.undrawn_at(step))
 
 
-def _measure(groups: Sequence[Group], follow_prior: bool) -> None:
+def _measure(groups: Sequence[Group], scores: Sequence[Tensor | None], follow_prior: bool) -> None:
     """The spread of the scores: their root mean square within the blocks."""
-    asking = [g for g in groups if g.first.method.relative or g.first.method.moving_prior]
-    asking = [group for group in asking if group.first.scores is not None]
-    norms = _over_ranks(asking, [_norms_in_blocks(group) for group in asking])
-    for group, norm in zip(asking, norms, strict=True):
+    asking = [
+        (group, own)
+        for group, own in zip(groups, scores, strict=True)
+        if own is not None and (group.first.method.relative or group.first.method.moving_prior)
+    ]
+    norms = [group.norms(group.split(own - own.mean(1, keepdim=True))) for group, own in asking]
+    norms = list(_over_ranks([group for group, _ in asking], norms))
+    for (group, _), norm in zip(asking, norms, strict=True):
         spread = group.root_mean(norm).nan_to_num(0.0, 0.0, 0.0)
         foreach("copy_", [member.spread for member in group.members], list(spread.split(1)))
         priors = [member.prior.detach() for member in group.members if member.prior is not None]
         if priors and follow_prior:
             foreach("copy_", priors, list((spread * group.first.method.moving_prior).split(1)))
-
-
-def _norms_in_blocks(group: Group) -> Tensor:
-    """Norms of the scores about the means of their blocks, float64 ``[members]``."""
-    scores = group.scores()
-    assert scores is not None
-    return group.norms(group.split(scores - scores.mean(1, keepdim=True)))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:
