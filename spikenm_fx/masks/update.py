@@ -55,7 +55,8 @@ def before_step(
     if searching:
         for group, noise in zip(groups, noise_of(groups, step), strict=True):
             learn(group, step, noise, sign)
-    _finish_gradients(rest, groups if searching == rest else grouped(rest), scale, sign)
+    left = [weight for weight in rest if not fused.decay(weight, scale=scale, sign=sign)]
+    _finish_gradients(left, groups if searching == left else grouped(left), scale, sign)
 
 
 def learn(group: Group, step: int, noise: Tensor, sign: int = 1) -> None:
