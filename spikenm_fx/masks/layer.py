@@ -16,6 +16,7 @@ from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_v
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
+from spikenm_fx.masks.foreign import refuse_foreign
 from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
@@ -106,7 +107,7 @@ class MaskedWeight:
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
-        self._seen = -1
+        self._seen = self._scores_seen = -1
         run.add(self)
 
     @property
@@ -236,6 +237,7 @@ class MaskedWeight:
                 meet(self.run, ranks)
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
+            refuse_foreign(self)
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
@@ -311,6 +313,17 @@ class MaskedWeight:
             if not told:  # the tensor knows already
                 self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
+        self.forget_writing()
+
+    @property
+    def scores_written(self) -> bool:
+        """Whether somebody has written to the scores since masks were drawn, by torch's count."""
+        scores = self.scores
+        return scores is not None and self._scores_seen not in (-1, version_of(scores))
+
+    def forget_writing(self) -> None:
+        """The scores are as they should be."""
+        self._scores_seen = -1 if self.scores is None else version_of(self.scores)
 
     @torch.no_grad()
     def replace(self, value: Tensor) -> None:
@@ -359,6 +372,7 @@ class MaskedWeight:
             "_handed": None,
             "_final": FinalMask(),
             "_seen": -1,
+            "_scores_seen": -1,
             "measured": None,
         }
 
