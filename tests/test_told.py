@@ -228,7 +228,7 @@ def test_an_average_of_another_pattern_of_the_same_blocks_is_refused() -> None:
 
 
 def test_models_of_two_patterns_live_side_by_side() -> None:
-    """Trained, loaded, averaged with their like, reported: nobody is taken for another's average."""
+    """Trained, loaded, reported, averaged with their like: none is taken for another's average."""
     model, other, like = sparse("2:4"), sparse("1:4"), sparse("1:4", seed=3)
     train(model, sgd(model), batches(2))
     spikenm_fx.report(other, batches(1)[0])
