@@ -58,8 +58,22 @@ def extend(module: nn.Module, mixin: type, key: tuple[Any, ...] = (), *, prefix:
 
 
 def restore(module: nn.Module) -> None:
-    """Give ``module`` its own class back; attributes that were set on it are left to the caller."""
-    give_class(module, plain_class(module))
+    """Give ``module`` its own class back; attributes that were set on it are left to the caller.
+
+    Others extend a module's class in place as well, such as ``torch.nn.utils.parametrize``: what
+    they have made of the extended class stays, of the plain one.
+    """
+    give_class(module, _restored(type(module)))
+
+
+def _restored(cls: Any) -> Any:
+    """The class as it would be had its module never been extended here."""
+    if not hasattr(cls, _PLAIN):
+        return cls
+    if _PLAIN in vars(cls):
+        return vars(cls)[_PLAIN]
+    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
+    return type(cls.__name__, tuple(map(_restored, cls.__bases__)), own)
 
 
 def why_not_extended(module: nn.Module, mixin: type, *, leading: bool = False) -> str:

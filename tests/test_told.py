@@ -22,7 +22,7 @@ from strategies import batches, network
 from torch import nn
 
 import spikenm_fx
-from spikenm_fx.errors import CheckpointError, SpikeNMError, SpikeNMWarning
+from spikenm_fx.errors import CheckpointError, PlanError, SpikeNMError, SpikeNMWarning
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 
@@ -205,12 +205,39 @@ def test_checkpoints_of_another_pattern_change_nothing() -> None:
 def test_parameters_of_another_pattern_cannot_be_averaged_in() -> None:
     """An average over models of two patterns meets logits of another shape: loud, not silent."""
     model, other = sparse("2:4"), sparse("1:8")
-    pairs = list(zip(model.parameters(), other.parameters(), strict=True))
-    if all(a.shape == b.shape for a, b in pairs):
-        return  # logits are no parameters: weights of any pattern may be averaged
-    ours, theirs = (list(tensors) for tensors in zip(*pairs, strict=True))
+    ours, theirs = list(model.parameters()), list(other.parameters())
+    assert any(a.shape != b.shape for a, b in zip(ours, theirs, strict=True))
     with torch.no_grad(), pytest.raises(RuntimeError):
         torch._foreach_lerp_(ours, theirs, 0.5)
+
+
+def _averaged_into(average: nn.Module, model: nn.Module) -> None:
+    with torch.no_grad():
+        torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 0.5)
+
+
+def test_an_average_of_another_pattern_of_the_same_blocks_is_refused() -> None:
+    """2:4 averaged into 1:4 has fitting shapes: evaluation names both patterns, every time."""
+    model, average = sparse("2:4"), sparse("1:4")
+    train(model, sgd(model), batches(2))
+    _averaged_into(average, model)
+    for _ in range(2):
+        with pytest.raises(PlanError, match=r"masked 1:4.* masks 2:4"):
+            average.eval()(batches(1)[0])
+    model.eval()(batches(1)[0])
+
+
+def test_models_of_two_patterns_live_side_by_side() -> None:
+    """Trained, loaded, reported, averaged with their like: none is taken for another's average."""
+    model, other, like = sparse("2:4"), sparse("1:4"), sparse("1:4", seed=3)
+    train(model, sgd(model), batches(2))
+    spikenm_fx.report(other, batches(1)[0])
+    other.eval()(batches(1)[0])
+    train(other.train(), sgd(other), batches(2))
+    _averaged_into(like, other)
+    like.eval()(batches(1)[0])
+    other.load_state_dict(like.state_dict())
+    other.eval()(batches(1)[0])
 
 
 # -- EID ------------------------------------------------------------------------------------------

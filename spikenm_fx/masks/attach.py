@@ -3,21 +3,21 @@
 
 The dense Parameter stays where it was (``_parameters["weight"]``): optimizers, weight-decay rules
 and parameter names do not change.  The module's class becomes a subclass of its own class in which
-the property ``weight`` returns the masked tensor; state dicts, pickling and copying are taught the
-difference in that subclass, so no hook is ever installed.  A raw parameter, as in
+the property ``weight`` returns the masked tensor (see :mod:`spikenm_fx.surgery`); state dicts know
+the difference by that subclass, so no hook is ever installed.  A raw parameter, as in
 ``F.linear(x, self.w)``, is masked in the same way, by a property of its own name.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx import surgery
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, stored_momentum
 from spikenm_fx.masks.computed import ComputedWeight
@@ -58,7 +58,14 @@ class MaskedLayer(StoredMask):
     mask.
     """
 
-    _plain_class: type[nn.Module]
+    @staticmethod
+    def _class_namespace(plain: Any, *keys: str) -> dict[str, Any]:
+        properties: dict[str, Any] = {}
+        if hasattr(plain, _ROCKPOOL_LIST):
+            properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
+        for key in keys:
+            properties |= _properties(key)
+        return properties
 
     @property
     def _nm_mask(self) -> MaskedWeight:
@@ -139,10 +146,6 @@ class MaskedLayer(StoredMask):
         own = [super().extra_repr()] if super().extra_repr() else []
         return ", ".join([*own, *patterns, f"method={self._nm_mask.method.name}"])
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))[2:]
-        return (_new_masked, (plain_class(self), tuple(self._nm_masks)), *state)
-
 
 def attach(
     holders: list[tuple[nn.Module, str]],
@@ -164,8 +167,7 @@ def attach(
                 module.register_parameter(key + ending, own)
         masks = module.__dict__.setdefault("_nm_masks", {})
         masks[key] = mask
-        plain = plain_class(module) if isinstance(module, MaskedLayer) else type(module)
-        _give_class(module, _masked_class(cast("Any", plain), tuple(masks)))
+        surgery.extend(module, MaskedLayer, tuple(masks), prefix="Masked")
 
 
 def refuse_unmaskable(name: str, module: nn.Module) -> None:
@@ -174,43 +176,20 @@ def refuse_unmaskable(name: str, module: nn.Module) -> None:
     Raises:
         PlanError: if its class cannot be extended in place.
     """
-    plain = cast("Any", type(module))
-    try:
-        _give_class(module, _masked_class(plain, ()))
-        _give_class(module, plain)
-    except TypeError as error:
-        raise PlanError(
-            f"{name} is held by a {plain.__qualname__}, whose class cannot be extended in place "
-            f"({error}); keep it dense by rules=[Rule({name!r}, action='ignore')]"
-        ) from error
-
-
-def _give_class(module: nn.Module, to: type[nn.Module]) -> None:
-    object.__setattr__(module, "__class__", to)  # some frameworks register what is set
+    why = surgery.why_not_extended(module, MaskedLayer)
+    if why:
+        raise PlanError(f"{name}: {why}; keep it dense by rules=[Rule({name!r}, action='ignore')]")
 
 
 def detach(layer: MaskedLayer) -> None:
     """Give the layer its own class back and drop logits and masks; the weights stay as they are."""
-    _give_class(layer, _without_masks(type(layer)))
+    surgery.restore(layer)
     masks: dict[str, MaskedWeight] = layer.__dict__.pop("_nm_masks")
     for key, mask in masks.items():
         mask.run.close()
         for ending in (LOGITS, PRIOR):
             if key + ending in layer._parameters:
                 delattr(layer, key + ending)  # not popped: rockpool keeps a list of its own
-
-
-def _without_masks(cls: Any) -> Any:
-    """The class as it would be had its module never been masked.
-
-    Others extend a module's class in place as we do, such as ``torch.nn.utils.parametrize``.
-    """
-    if not issubclass(cls, MaskedLayer):
-        return cls
-    if "_plain_class" in vars(cls):
-        return cls._plain_class
-    own = {k: v for k, v in vars(cls).items() if k not in ("__dict__", "__weakref__")}
-    return type(cls.__name__, tuple(map(_without_masks, cls.__bases__)), own)
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, MaskedLayer]]:
@@ -229,28 +208,6 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, MaskedLayer, MaskedW
         for key, mask in layer._nm_masks.items():
             raw = key != "weight" or not is_weight_layer(layer)
             yield f"{name}.{key}".lstrip(".") if raw else name, layer, mask
-
-
-def plain_class(layer: MaskedLayer) -> type[nn.Module]:
-    """The class that the user gave the layer."""
-    return type(layer)._plain_class
-
-
-@functools.cache
-def _masked_class(plain: Any, keys: tuple[str, ...]) -> Any:
-    # the module tells torch.fx whether a layer is a leaf, which ours is where the plain one is
-    properties: dict[str, Any] = {"_plain_class": plain, "__module__": plain.__module__}
-    if hasattr(plain, _ROCKPOOL_LIST):
-        properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
-    for key in keys:
-        properties |= _properties(key)
-    # an object may only change to a class that extends the same class of C's making: rockpool's
-    # modules do not start from nn.Module, so that there the mixin must come second
-    starts = [plain]
-    while starts[-1].__base__ is not None:
-        starts.append(starts[-1].__base__)
-    bases = (MaskedLayer, plain) if nn.Module in starts else (plain, MaskedLayer)
-    return type(f"Masked{plain.__name__}", bases, properties)
 
 
 def _properties(key: str) -> dict[str, property]:
@@ -341,11 +298,6 @@ def _listing_dense(list_attributes: Callable[..., Any]) -> Callable[..., Any]:
         return found | {k: mask.dense for k, mask in layer._nm_masks.items() if k in found}
 
     return listed
-
-
-def _new_masked(plain: type[nn.Module], keys: tuple[str, ...]) -> MaskedLayer:
-    masked = _masked_class(cast("Any", plain), keys)
-    return cast("MaskedLayer", masked.__new__(masked))
 
 
 def _masked(mask: MaskedWeight, training: bool) -> Tensor:

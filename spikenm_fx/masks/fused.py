@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The native passes: what a step does to one weight, in few walks over its memory.
 
-They serve ``method="spikenm"`` on float32 weights in this process's memory; the torch path of
+They serve ``method="spikenm"``, and masks by magnitude and decay of ``method="srste"``, on float32
+weights in this process's memory; the torch path of
 :mod:`spikenm_fx.masks.update` does the same work everywhere else, with the same noise, and agrees
 with it to rounding.
 """
@@ -18,28 +19,34 @@ from torch import Tensor
 
 from spikenm_fx.masks import native
 from spikenm_fx.masks.methods.spikenm import SpikeNM
+from spikenm_fx.masks.methods.srste import SRSTE
 from spikenm_fx.masks.rule import KEEP, LOOK
 from spikenm_fx.native.library import Draws, Kernels, kernels
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["before_step", "draw_mask", "usable"]
+__all__ = ["before_step", "decay", "draw_mask", "usable"]
 
 
 def usable(weight: MaskedWeight) -> bool:
     """Whether the native passes know the method and may read the memory."""
     scores = weight.scores
+    return isinstance(weight.method, SpikeNM) and scores is not None and _readable(weight, scores)
+
+
+def _readable(weight: MaskedWeight, scores: Tensor) -> bool:
+    """Whether weight, mask and ``scores``, in blocks, are memory that the kernels can read."""
     if weight.shard is not None:
         return False
-    if not isinstance(weight.method, SpikeNM) or scores is None or weight.view.padding:
+    if weight.view.padding or weight.view.blocked_shape != tuple(scores.shape):
         return False
     tensors = (weight.dense, scores, weight.mask)
     if not all(tensor.is_contiguous() and tensor.numel() for tensor in tensors):
         return False
-    if weight.mask.device.type != "cpu" or weight.view.blocked_shape != tuple(scores.shape):
+    if weight.mask.device.type != "cpu" or not native.plain(weight.dense):
         return False
-    return native.kernel_for(scores, weight.view.nm.keep) is not None and native.plain(weight.dense)
+    return native.kernel_for(scores, weight.view.nm.keep) is not None
 
 
 def before_step(
@@ -71,11 +78,11 @@ def before_step(
     if method.decay is None or method.gradient != "draws":
         return False
     call = _call(weight, step)
-    move = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+    move = native.roomy(scores.shape)
     tau = weight.schedule.tau_at(step)
     call.mode, call.grad, call.out = native.LEARN, grad.data_ptr(), move.data_ptr()
     call.inverse_tau, call.gain = 1 / tau, call.kappa / tau
-    call.decay = sign * method.decay * (1.0 if scale is None else float(scale))
+    call.decay = _decay(method.decay, scale, sign)
     size = math.sqrt(_sum(call) / scores.numel())
     if not math.isfinite(size):
         weight.run.note_not_finite()
@@ -96,6 +103,28 @@ def before_step(
     return True
 
 
+def decay(weight: MaskedWeight, *, scale: Tensor | None, sign: int) -> bool:
+    """Let decay into the gradient of a weight whose scores do not learn from it.
+
+    Args:
+        weight: that has a gradient.
+        scale: as of :func:`before_step`.
+        sign: as of :func:`before_step`.
+
+    Returns:
+        False where the torch path must do it.
+    """
+    grad, rate = weight.dense.grad, weight.method.decay
+    if grad is None or not rate or grad.device.type != "cpu" or weight.shard is not None:
+        return False
+    factor = _decay(rate, scale, sign)
+    return native.add_decay(grad.detach(), weight.dense.detach(), weight.mask, factor)
+
+
+def _decay(rate: float, scale: Tensor | None, sign: int) -> float:
+    return sign * rate * (1.0 if scale is None else float(scale))
+
+
 def draw_mask(weight: MaskedWeight, step: int, *, follow_prior: bool) -> bool:
     """Measure the spread of the scores, and write the mask of a step.
 
@@ -107,6 +136,8 @@ def draw_mask(weight: MaskedWeight, step: int, *, follow_prior: bool) -> bool:
     Returns:
         False where the torch path must do it.
     """
+    if isinstance(weight.method, SRSTE):
+        return _largest(weight)
     if not usable(weight):
         return False
     scores, method = weight.scores, weight.method
@@ -122,6 +153,23 @@ def draw_mask(weight: MaskedWeight, step: int, *, follow_prior: bool) -> bool:
         weight.prior.detach().fill_(method.moving_prior * spread)
     call = _call(weight, step)
     call.mode, call.mask = native.MASK, weight.mask.data_ptr()
+    _run(call)
+    torch.autograd.graph.increment_version(weight.mask)
+    return True
+
+
+def _largest(weight: MaskedWeight) -> bool:
+    """The mask of the largest weights now."""
+    dense = weight.dense.detach()
+    if type(dense) is not Tensor or dense.dtype != torch.float32 or weight.view.padding:
+        return False
+    blocks = weight.view.to_blocks(dense)
+    if not _readable(weight, blocks) or blocks.data_ptr() != dense.data_ptr():
+        return False
+    lead, m, inner = blocks.shape
+    call = Draws(lead=lead, m=m, inner=inner, keep=weight.view.nm.keep)
+    call.threads, call.absolute = torch.get_num_threads(), 1
+    call.scores, call.mask = dense.data_ptr(), weight.mask.data_ptr()
     _run(call)
     torch.autograd.graph.increment_version(weight.mask)
     return True

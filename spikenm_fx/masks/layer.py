@@ -16,6 +16,7 @@ from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_v
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
+from spikenm_fx.masks.foreign import refuse_foreign
 from spikenm_fx.masks.gather import (
     adopt,
     handed_out,
@@ -115,7 +116,7 @@ class MaskedWeight:
         self.raw = False  # hand out the parameter itself: it is being initialised
         self._final = FinalMask()
         self._handed: _Handed | None = None
-        self._seen = -1
+        self._seen = self._scores_seen = -1
         run.add(self)
 
     @property
@@ -329,6 +330,7 @@ class MaskedWeight:
                 meet(self.run, ranks)
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
+            refuse_foreign(self)
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
@@ -426,6 +428,17 @@ class MaskedWeight:
             if not told:  # the tensor knows already
                 self.faded.fill_(undrawn)
         self._seen = version_of(self.dense)
+        self.forget_writing()
+
+    @property
+    def scores_written(self) -> bool:
+        """Whether somebody has written to the scores since masks were drawn, by torch's count."""
+        scores = self.scores
+        return scores is not None and self._scores_seen not in (-1, version_of(scores))
+
+    def forget_writing(self) -> None:
+        """The scores are as they should be."""
+        self._scores_seen = -1 if self.scores is None else version_of(self.scores)
 
     def note_backward(self, *, lent: bool) -> None:
         """A backward pass went through the weight."""
@@ -495,6 +508,7 @@ class MaskedWeight:
             "_handed": None,
             "_final": FinalMask(),
             "_seen": -1,
+            "_scores_seen": -1,
             "measured": None,
             "noted": None,
             "part_of_scores": None,

@@ -9,8 +9,11 @@ last bits (fewer than one block in 10^5).  Results do not depend on the number o
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,9 +21,11 @@ from spikenm_fx._torch import is_functorch_tensor
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.native.library import Draws, kernels
 
-__all__ = ["gradient", "kernel_for", "mask", "plain"]
+__all__ = ["add_decay", "gradient", "kept", "kernel_for", "mask", "plain", "roomy"]
 
-_MAX_M = 32  # csrc/sampler.h
+_MAX_M = 32  # csrc/blocks.h
+_LARGE = 1 << 20  # numbers from which on NumPy asks for huge pages
+_ALIGNED = 64  # bytes, as torch's own tensors
 MASK, GRADIENT, LEARN, MOVE, SPREAD = range(5)  # csrc/abi.h
 _COUNTERS = 1 << 31  # the noise of the torch path counts in int32
 
@@ -92,6 +97,78 @@ def gradient(
     call.kappa, call.inverse_tau, call.gain = kappa, 1 / tau, kappa / tau
     _run(kernel, call, (held, grad, weight))
     return out
+
+
+def kept(tensor: Tensor, mask: Tensor, undrawn: float) -> Tensor | None:
+    """``tensor`` where ``mask`` is True, ``undrawn`` times it elsewhere; None where torch must.
+
+    Args:
+        tensor: of any shape.
+        mask: bool, of its shape.
+        undrawn: a factor; 0 gives zeros whatever was there.
+    """
+    found = None if torch.compiler.is_compiling() else kernels()
+    if found is None or not _side_by_side(tensor, mask):
+        return None
+    out = roomy(tensor.shape) if tensor.is_contiguous() else torch.empty_like(tensor)
+    if type(out) is not Tensor:  # a mode is on that makes tensors without memory
+        return None
+    found.kept(
+        *(tensor.data_ptr(), mask.data_ptr(), undrawn, out.data_ptr()),
+        *(tensor.numel(), torch.get_num_threads()),
+    )
+    return out
+
+
+def add_decay(grad: Tensor, weight: Tensor, mask: Tensor, factor: float) -> bool:
+    """Add ``factor * weight`` to ``grad`` where ``mask`` is False; False where torch must.
+
+    Args:
+        grad: of any shape, written in place.
+        weight: of its shape.
+        mask: bool, of its shape.
+        factor: rate of the decay.
+    """
+    found = kernels()
+    if found is None or not (_side_by_side(weight, mask) and _side_by_side(grad, mask)):
+        return False
+    found.decay(
+        *(weight.data_ptr(), mask.data_ptr(), factor, grad.data_ptr()),
+        *(grad.numel(), torch.get_num_threads()),
+    )
+    torch.autograd.graph.increment_version(grad)
+    return True
+
+
+def _side_by_side(tensor: Tensor, mask: Tensor) -> bool:
+    """Whether both lie in memory without gaps and in the same order, as kernels read them."""
+    return (
+        plain(tensor)
+        and type(mask) is Tensor
+        and mask.device.type == "cpu"
+        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and mask.shape == tensor.shape
+        and mask.stride() == tensor.stride()
+        and (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor))
+        and tensor.numel() > 0
+    )
+
+
+def roomy(shape: Sequence[int]) -> Tensor:
+    """Memory for float32 numbers, uninitialised: of large tensors in huge pages, by NumPy's way.
+
+    Such a tensor lives for a forward and backward pass or less; the system handing out its memory
+    in small pages costs more time than what is done with it.
+
+    Args:
+        shape: of the tensor.
+    """
+    size = math.prod(shape)
+    if size < _LARGE:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    memory = np.empty(size + _ALIGNED // 4, dtype=np.float32)
+    start = -memory.ctypes.data % _ALIGNED // 4
+    return torch.from_numpy(memory[start : start + size].reshape(tuple(shape)))
 
 
 def _call(scores: Tensor, keep: int, key: Key | None, present: Tensor | None) -> tuple[Any, Any]:

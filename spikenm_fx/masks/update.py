@@ -58,7 +58,8 @@ def before_step(
     for weight in rest:
         if learning and weight.method.remembers:
             _remember(weight, step)
-    _finish_gradients(rest, groups if searching == rest else grouped(rest), scale, sign)
+    left = [weight for weight in rest if not fused.decay(weight, scale=scale, sign=sign)]
+    _finish_gradients(left, groups if searching == left else grouped(left), scale, sign)
 
 
 def learn(groups: Sequence[Group], step: int, sign: int = 1) -> None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError, did_you_mean
+from spikenm_fx.masks import native
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.native.library import kernels
@@ -166,6 +167,9 @@ def kept(tensor: Tensor, mask: Tensor, undrawn: float = 0.0) -> Tensor:
         mask: bool, of the same shape.
         undrawn: a factor.
     """
+    found = native.kept(tensor, mask, undrawn)
+    if found is not None:
+        return found
     if undrawn and (tensor.device.type != "cpu" or kernels() is None):
         if mask.stride() != tensor.stride():
             mask = torch.empty_like(tensor, dtype=torch.bool).copy_(mask)
