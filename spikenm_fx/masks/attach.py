@@ -23,6 +23,7 @@ from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, sto
 from spikenm_fx.masks.computed import ComputedWeight
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.masks.shard import is_sharded
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
@@ -90,9 +91,15 @@ class MaskedLayer(StoredMask):
         """As of any module; to what shards parameters over ranks scores and priors do not show.
 
         They are cut as their weight is, along blocks, once it is a DTensor.
+
+        Raises:
+            PlanError: if FullyShardedDataParallel is about to flatten them.
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
-        if not _caller(1).startswith(_SHARDING):
+        caller = _caller(1)
+        if caller.startswith("torch.distributed.fsdp") and _caller(2).startswith(_FSDP1):
+            raise _fsdp1(self._nm_mask)
+        if not caller.startswith(_SHARDING):
             return found
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
         return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
@@ -114,8 +121,6 @@ class MaskedLayer(StoredMask):
         caller = _caller(1)
         if name in self._nm_masks and caller == "torch.nn.utils.parametrize":
             raise _no_parameter(self._nm_masks[name], name)
-        if name in self._nm_masks and caller.startswith(_FSDP1):
-            raise _fsdp1(self._nm_masks[name])
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Any) -> None:
@@ -128,7 +133,27 @@ class MaskedLayer(StoredMask):
             key = next((k for k in self._nm_masks if name.startswith(k)), None)
             if key is not None:
                 raise _no_parameter(self._nm_masks[key], key)
+        own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
+        if name in own and _caller(1).startswith(_SHARDING):
+            return  # copied to every rank as it is; we cut it as the weight is cut
         super().register_parameter(name, param)
+        if name in self._nm_masks and param is not None and is_sharded(param):
+            self._follow()
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return bool(self.__dict__.get("_fsdp_managed", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        """What ``fully_shard`` sets last: scores are cut before an optimizer is given them."""
+        self.__dict__["_fsdp_managed"] = managed
+        self._follow()
+
+    def _follow(self) -> None:
+        for mask in self._nm_masks.values():
+            if mask.there:
+                _ = mask.dense  # which cuts what belongs to its mask as it is cut
 
     def extra_repr(self) -> str:
         """The module's own description, the patterns and the method."""
@@ -271,8 +296,6 @@ def _properties(key: str) -> dict[str, property]:
 
     def refuse(layer: MaskedLayer, value: object) -> None:
         mask = layer._nm_masks[key]
-        if _caller(1).startswith(_FSDP1) or _caller(2).startswith(_FSDP1):
-            raise _fsdp1(mask)
         if layer._parameters.get(key) is None and mask.own is not None:  # half done: put it back
             layer.register_parameter(key, mask.own)
             for ending in ("_g", "_v", "_orig"):
