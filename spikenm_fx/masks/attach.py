@@ -40,8 +40,8 @@ __all__ = [
 _SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 """Modules that make DTensors of all parameters of a module."""
 
-_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp.fully_sharded")
-"""Modules that flatten parameters."""
+_FSDP1 = ("torch.distributed.fsdp._dynamo_utils",)
+"""Modules of the FSDP that flattens parameters."""
 
 _COPIERS = ("spikingjelly.activation_based.distributed.tensor_parallel",)
 """Modules that build a layer of a part of another's weight."""
@@ -91,15 +91,9 @@ class MaskedLayer(StoredMask):
         """As of any module; to what shards parameters over ranks scores and priors do not show.
 
         They are cut as their weight is, along blocks, once it is a DTensor.
-
-        Raises:
-            PlanError: if FullyShardedDataParallel is about to flatten them.
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
-        caller = _caller(1)
-        if caller.startswith("torch.distributed.fsdp") and _caller(2).startswith(_FSDP1):
-            raise _fsdp1(self._nm_mask)
-        if not caller.startswith(_SHARDING):
+        if not _caller(1).startswith(_SHARDING):
             return found
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
         return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
@@ -146,7 +140,13 @@ class MaskedLayer(StoredMask):
 
     @_is_fsdp_managed_module.setter
     def _is_fsdp_managed_module(self, managed: bool) -> None:
-        """What ``fully_shard`` sets last: scores are cut before an optimizer is given them."""
+        """What ``fully_shard`` sets last: scores are cut before an optimizer is given them.
+
+        Raises:
+            PlanError: if its predecessor sets it, which is about to flatten parameters.
+        """
+        if _caller(2).startswith(_FSDP1):
+            raise _fsdp1(self._nm_mask)
         self.__dict__["_fsdp_managed"] = managed
         self._follow()
 
