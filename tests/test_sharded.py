@@ -81,10 +81,12 @@ def in_use(model: nn.Module) -> dict[str, Tensor]:
     return {n: whole(w) != 0 for n, w in weights.items()}
 
 
-def mine(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The masks in use of this rank's parts."""
+def mine(model: nn.Module, here: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+    """The masks in use of this rank's parts; after an evaluation FSDP may keep whole weights."""
     for name, module in masked_modules(model).items():
-        yield name, module.weight.detach().to_local() != 0
+        weight = module.weight.detach()
+        part = weight.to_local() if hasattr(weight, "to_local") else part_of(weight, here)
+        yield name, part != 0
 
 
 def part_of(mask: Tensor, here: tuple[int, int]) -> Tensor:
@@ -141,7 +143,8 @@ def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -
     for step, x in enumerate(batches(case.get("steps", SHORT))):
         here = (ranks.index(rank) % (len(ranks) // copies), len(ranks) // copies)
         if any(
-            not torch.equal(m, part_of(expected["used"][step][n], here)) for n, m in mine(model)
+            not torch.equal(m, part_of(expected["used"][step][n], here))
+            for n, m in mine(model, here)
         ):
             other.append(step)
         optimizer.zero_grad()
