@@ -40,6 +40,7 @@ name here                   torch's                                            w
 ``local_part``              ``DTensor._local_tensor``                          ``DTensor.to_local``
 ``shard_offsets``           ``distributed.tensor._utils.compute_local_...``    error: sharded masks
 ``is_fsdp_managed``         ``Module._is_fsdp_managed_module``                 False
+``fsdp_has_run``            ``FSDPModule._get_fsdp_state()._is_root``          False
 ``joins_uneven``            ``DistributedDataParallel._join_config``           False
 ==========================  =================================================  =====================
 
@@ -76,6 +77,7 @@ __all__ = [
     "disable_dynamo",
     "disable_torch_dispatch",
     "foreach",
+    "fsdp_has_run",
     "global_hooks",
     "has_saved_tensor_hooks",
     "in_backward",
@@ -328,6 +330,12 @@ def shard_offsets(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     )
     shape, first = compute(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(first)
+
+
+def fsdp_has_run(module: nn.Module) -> bool:
+    """Whether ``module`` is under ``fully_shard``, and has gathered parameters already."""
+    state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
+    return getattr(state, "_is_root", None) is not None
 
 
 def is_fsdp_managed(module: nn.Module) -> bool:

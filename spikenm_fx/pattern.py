@@ -214,6 +214,8 @@ class BlockView:
                 f"a tensor of shape {tuple(weight.shape)} was given; this view is of {self.shape}"
             )
         m = self.nm.of
+        if not weight.numel():  # a rank may hold nothing of a weight
+            return weight.reshape(self.blocked_shape)
         if self.transposed:
             split = rearrange(weight, "(g c) ... -> g c ...", g=self.groups)
             split = _pad_axis1(split, self.padding, fill)
@@ -232,6 +234,8 @@ class BlockView:
                 f"blocks of shape {tuple(blocks.shape)} were given; "
                 f"a weight {self.shape} at {self.nm} has blocks of {self.blocked_shape}"
             )
+        if not blocks.numel():
+            return blocks.reshape(self.shape)
         if self.transposed:
             split = rearrange(blocks, "(g b) m i -> g (b m) i", g=self.groups)
             return split[:, : self.channels].reshape(self.shape)

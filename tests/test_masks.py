@@ -16,10 +16,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import ALL_LAYERS, Case, batches, cases, most_nonzero, network
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 import spikenm_fx
-from spikenm_fx.errors import SpikeNMError, SpikeNMWarning
+from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.masks import MaskedLayer
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
@@ -423,35 +422,6 @@ def test_data_parallel_ranks_agree(tmp_path):
         torch.testing.assert_close(value, a["state"][key], rtol=1e-3, atol=1e-3)
     frozen = a["logits"][6:]
     assert all(torch.equal(frozen[0], other) for other in frozen)
-
-
-def _sharded_rank(rank: int, port: int, folder: str) -> None:
-    store = torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=1)
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    said = []
-    for first in (spikenm_fx.sparsify, lambda model: fully_shard(model, mesh=mesh)):
-        model = network(seed=3)
-        first(model)
-        try:
-            if first is spikenm_fx.sparsify:
-                fully_shard(model, mesh=mesh)(batches(1)[0])
-            else:
-                spikenm_fx.sparsify(model)
-        except SpikeNMError as error:
-            said.append(str(error))
-    torch.save(said, f"{folder}/said.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_sharded_weights_are_refused(tmp_path):
-    """FSDP's weights are parts of a whole: the error says what works instead."""
-    torch.multiprocessing.spawn(_sharded_rank, (free_port(), str(tmp_path)), nprocs=1)
-    said = torch.load(tmp_path / "said.pt", weights_only=True)
-    assert len(said) == 2
-    assert all("2 (16, 16) is sharded" in text and "DistributedData" in text for text in said)
 
 
 @settings(max_examples=10)

@@ -8,41 +8,50 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from loops import heard, masked_modules, sequences, spiking_net, step_of
+import torch.distributed.checkpoint as dcp
+from loops import heard, masked_modules, refused, sequences, spiking_net, step_of
 from strategies import ALL_LAYERS
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 import spikenm_fx
+from spikenm_fx._torch import TorchDispatchMode, tree_leaves
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 pytestmark = pytest.mark.slow
 
-RANKS, SIZE = 4, 12  # samples of a joint batch: 1, 2, 3 and 4 ranks share them evenly
-LONG, SHORT = 200, 12
+RANKS, SIZE, SEED = 4, 12, 5  # samples of a joint batch: 1, 2, 3 and 4 ranks share them evenly
+LONG, SHORT = 200, 8
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
 }
 CASES: dict[str, dict[str, Any]] = {
-    "long, Adam": {"ranks": (0, 1), "steps": LONG},
-    "long, SGD": {"ranks": (2, 3), "steps": LONG, "by": "SGD", "nm": "1:4", "after": True},
-    "uneven, root": {"ranks": (0, 1, 2), "root": True, "nm": "1:4"},
-    "kept gathered": {"ranks": (0, 1), "options": {"reshard_after_forward": False}, "after": True},
-    "always resharded": {"ranks": (0, 1), "options": {"reshard_after_forward": True}},
-    "on the host": {"ranks": (0, 1), "options": {"offload_policy": CPUOffloadPolicy(False)}},
-    "accumulated": {"ranks": (0, 1), "accumulate": 3},
-    "one rank": {"ranks": (0,)},
-    "copies of shards": {"ranks": (0, 1, 2, 3), "copies": 2},
+    "long, Adam": {"ranks": (0, 1), "steps": LONG, "root": True},
+    "long, SGD": {"ranks": (2, 3), "steps": LONG, "root": True, "by": "SGD", "nm": "1:4"},
+    "by block, later": {"ranks": (0, 1), "after": True},
+    "uneven": {"ranks": (0, 1, 2), "root": True, "nm": "1:4", "after": True},
+    "kept gathered": {"ranks": (2, 3), "options": {"reshard_after_forward": False}},
+    "always resharded": {"ranks": (2, 3), "options": {"reshard_after_forward": True}},
+    "on the host": {"ranks": (2, 3), "options": {"offload_policy": CPUOffloadPolicy(False)}},
+    "accumulated": {"ranks": (2, 3), "accumulate": 3, "root": True},
+    "one rank": {"ranks": (0,), "root": True},
+    "copies of shards": {"ranks": (0, 1, 2, 3), "copies": 2, "root": True},
 }
 """Ways to train in parts, each of which must be one process on the joint batch."""
 
@@ -70,6 +79,20 @@ def in_use(model: nn.Module) -> dict[str, Tensor]:
     """The masks in use, whole, read off what layers hand out of themselves."""
     weights = {n: m.weight.detach() for n, m in masked_modules(model).items()}
     return {n: whole(w) != 0 for n, w in weights.items()}
+
+
+def mine(model: nn.Module, here: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+    """The masks in use of this rank's parts; after an evaluation FSDP may keep whole weights."""
+    for name, module in masked_modules(model).items():
+        weight = module.weight.detach()
+        part = weight.to_local() if hasattr(weight, "to_local") else part_of(weight, here)
+        yield name, part != 0
+
+
+def part_of(mask: Tensor, here: tuple[int, int]) -> Tensor:
+    """What FSDP gives to rank ``here[0]`` of ``here[1]``."""
+    chunks = mask.chunk(here[1])
+    return chunks[here[0]] if here[0] < len(chunks) else mask[:0]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -115,15 +138,18 @@ def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -
     if case.get("after"):
         sparse(model, nm)
     optimizer = OPTIMIZERS[case.get("by", "Adam")](model.parameters())
-    ranks, parts = case["ranks"], case.get("accumulate", 1)
+    ranks, parts, copies = case["ranks"], case.get("accumulate", 1), case.get("copies", 1)
     other = []
     for step, x in enumerate(batches(case.get("steps", SHORT))):
-        now = in_use(model)
-        if any(not torch.equal(now[name], m) for name, m in expected["used"][step].items()):
+        here = (ranks.index(rank) % (len(ranks) // copies), len(ranks) // copies)
+        if any(
+            not torch.equal(m, part_of(expected["used"][step][n], here))
+            for n, m in mine(model, here)
+        ):
             other.append(step)
         optimizer.zero_grad()
-        mine = x[:, ranks.index(rank) :: len(ranks)].chunk(parts, dim=1)
-        for number, part in enumerate(mine):
+        own = x[:, ranks.index(rank) :: len(ranks)].chunk(parts, dim=1)
+        for number, part in enumerate(own):
             model.set_requires_gradient_sync(number == parts - 1)
             (loss_of(model, part) / parts).backward()
         optimizer.step()
@@ -141,6 +167,207 @@ def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -
     }
 
 
+def checkpointed(rank: int, meshes: dict[Any, DeviceMesh], folder: str) -> dict[str, Any]:
+    """Save on two ranks, go on there; load on any number, and save from four for two again."""
+    found: dict[str, Any] = {}
+    data = batches(10)
+    if rank < 2:
+        model, optimizer = _fresh(meshes[0, 1], seed=0)
+        _train(model, optimizer, data[:7], rank, 2)
+        _save(model, optimizer, f"{folder}/two", meshes[0, 1])
+        found["answer"], found["masks"] = answer(model), _final(model)
+        found["names"] = sorted(states.get_model_state_dict(model)) == sorted(model.state_dict())
+        _train(model, optimizer, data[7:], rank, 2)
+        found["through"] = state_of(model)
+    dist.barrier()
+    for mesh in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3]):
+        if rank in mesh:
+            model, optimizer = _fresh(meshes[tuple(mesh)], seed=SEED)
+            _load(model, optimizer, f"{folder}/two", meshes[tuple(mesh)])
+            found[f"answer on {len(mesh)}"], found[f"masks on {len(mesh)}"] = (
+                answer(model),
+                _final(model),
+            )
+            found[f"step on {len(mesh)}"] = step_of(model)
+            if len(mesh) == 2:
+                _train(model, optimizer, data[7:], rank, 2)
+                found["resumed"] = state_of(model)
+            if len(mesh) == 4:
+                _save(model, optimizer, f"{folder}/four", meshes[tuple(mesh)])
+        dist.barrier()
+    if rank < 2:
+        model, optimizer = _fresh(meshes[0, 1], seed=SEED)
+        _load(model, optimizer, f"{folder}/four", meshes[0, 1])
+        found["answer by way of four"] = answer(model)
+        other = sharded(sparse(net(), method="srste"), meshes[0, 1])
+        state = {"model": other.state_dict()}
+        state["model"] = {k: v for k, v in state["model"].items() if "_eid" not in k}
+        dcp.load(state, checkpoint_id=f"{folder}/two", process_group=meshes[0, 1].get_group())
+        found["another method"] = refused(lambda: other.load_state_dict(state["model"]))
+    return found
+
+
+def _fresh(mesh: DeviceMesh, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = sharded(sparse(net(seed=seed), seed=seed), mesh)
+    return model, torch.optim.Adam(model.parameters(), lr=0.01)
+
+
+def _train(model: nn.Module, optimizer: Any, data: list[Tensor], rank: int, ranks: int) -> None:
+    for x in data:
+        optimizer.zero_grad()
+        loss_of(model, x[:, rank::ranks]).backward()
+        optimizer.step()
+
+
+def _final(model: nn.Module) -> dict[str, Tensor]:
+    found = in_use(model.eval())
+    model.train()
+    return found
+
+
+def _save(model: nn.Module, optimizer: Any, folder: str, mesh: DeviceMesh) -> None:
+    inner, outer = states.get_state_dict(model, optimizer)
+    state = {"model": inner, "optimizer": outer}
+    dcp.save(state, checkpoint_id=folder, process_group=mesh.get_group())
+
+
+def _load(model: nn.Module, optimizer: Any, folder: str, mesh: DeviceMesh) -> None:
+    inner, outer = states.get_state_dict(model, optimizer)
+    state = {"model": inner, "optimizer": outer}
+    dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
+    states.set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+
+
+class Pair(nn.Module):
+    """Two layers as tensor parallelism cuts them: columns, then rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.relu(self.up(x)))
+
+
+def parallel_in_tensors(mesh: DeviceMesh) -> dict[str, Any]:
+    """Column-wise and row-wise, sparse before or afterwards, against one process."""
+    plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    found: dict[str, Any] = {"far": {}, "other": {}}
+    for order in ("before", "after"):
+        models = [Pair().double(), Pair().double()]
+        sparse(models[0], method="spikenm")
+        if order == "before":
+            sparse(models[1], method="spikenm")
+        parallelize_module(models[1], mesh, plan)
+        if order == "after":
+            sparse(models[1], method="spikenm")
+        optimizers = [torch.optim.Adam(m.parameters(), lr=0.01, foreach=False) for m in models]
+        for x in sequences(6):
+            x = torch.cat([x, x], dim=-1).double()
+            masks = [in_use(model) for model in models]
+            found["other"][order] = any(
+                not torch.equal(m, masks[1][n]) for n, m in masks[0].items()
+            )
+            for model, optimizer in zip(models, optimizers, strict=True):
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+        ones, parts = (state_of(model) for model in models)
+        found["far"][order] = max(float((parts[k] - v).abs().max()) for k, v in ones.items())
+    cut = parallelize_module(nn.Sequential(nn.Linear(12, 8)), mesh, {"0": RowwiseParallel()})
+    found["cut"] = refused(lambda: sparse(cut, method="spikenm"))
+    return found
+
+
+def mixed(mesh: DeviceMesh) -> dict[str, Any]:
+    """Half precision in forward: what layers use is N:M in training and evaluation."""
+    model = sharded(
+        sparse(spiking_net(20)), mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    )
+    optimizer, seen = torch.optim.Adam(model.parameters(), lr=0.01), []
+    for module in masked_modules(model).values():
+        module.register_forward_hook(lambda m, *_: seen.append(m.weight.detach().clone()))
+    for x in sequences(3):
+        optimizer.zero_grad()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+    model.eval()(sequences(1)[0])
+    fullest = [int((w != 0).view(w.shape[0], -1, 4).sum(-1).max()) for w in seen]
+    return {"dtypes": sorted({str(w.dtype) for w in seen}), "fullest": max(fullest)}
+
+
+def refusals(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Each of them on every rank, without a hang."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    other = sharded(sparse(net(), seed=rank), mesh)
+    early = sharded(net(), mesh)
+    early(batches(1)[0])
+    uneven = nn.parallel.DistributedDataParallel(sparse(net()), process_group=mesh.get_group())
+
+    def joined() -> None:
+        with uneven.join():
+            uneven(batches(1)[0])
+
+    return {
+        "seed": refused(lambda: other(batches(1)[0])),
+        "first forward": refused(lambda: sparse(early)),
+        "fully_shard": refused(
+            lambda: FullyShardedDataParallel(
+                sparse(net()), process_group=mesh.get_group(), device_id=torch.device("cpu")
+            )
+        ),
+        "join": refused(joined),
+    }
+
+
+def wrapped_first(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Sparse inside of a wrapped model, or the wrapped model itself: ranks stay one model."""
+    found = {}
+    for name in ("model", "module"):
+        parallel = nn.parallel.DistributedDataParallel(net(), process_group=mesh.get_group())
+        sparse(parallel if name == "model" else parallel.module)
+        optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
+        _train(parallel, optimizer, batches(6), rank, 2)
+        found[name] = {k: v for k, v in parallel.module.state_dict().items() if v.dim()}
+    return found
+
+
+class Bytes(TorchDispatchMode):
+    """Counts what this rank gives to collectives meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls, self.sent = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            self.calls += 1
+            self.sent += sum(
+                t.numel() * t.itemsize for t in tree_leaves(args) if isinstance(t, Tensor)
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def communicated(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Calls and bytes of a step between refreshes of the credits, and of one with them."""
+    found = {}
+    for name, masked in (("dense", False), ("sparse", True)):
+        model = spiking_net(64)
+        model = sharded(sparse(model) if masked else model, mesh)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        data = [x.float() for x in batches(12)]
+        _train(model, optimizer, data[:9], rank, 2)
+        for kind, x in (("ordinary", data[9]), ("refresh", data[10])):
+            with Bytes() as counted:
+                _train(model, optimizer, [x], rank, 2)
+            found[name, kind] = (counted.calls, counted.sent)
+    return {f"{name}, {kind}": value for (name, kind), value in found.items()}
+
+
 # -- what each rank does --------------------------------------------------------------------------
 
 
@@ -149,7 +376,7 @@ def _rank(rank: int, folder: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped|.*deprecated")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
-    groups = sorted({tuple(case["ranks"]) for case in CASES.values()})
+    groups = sorted({tuple(case["ranks"]) for case in CASES.values()} | {(0, 1, 2, 3)})
     meshes = {ranks: DeviceMesh("cpu", list(ranks)) for ranks in groups}
     two_by_two = DeviceMesh("cpu", [[0, 1], [2, 3]], mesh_dim_names=("copies", "parts"))
     found: dict[str, Any] = {}
@@ -158,6 +385,16 @@ def _rank(rank: int, folder: str) -> None:
             expected = torch.load(f"{folder}/{name}.pt", weights_only=True)
             mesh = two_by_two if "copies" in case else meshes[case["ranks"]]
             found[name] = in_parts(case, rank, mesh, expected)
+    dist.barrier()
+    found["checkpoints"] = checkpointed(rank, meshes, folder)
+    if rank < 2:
+        mesh = meshes[0, 1]
+        found["refused"] = refusals(rank, mesh)
+        found["wrapped"] = wrapped_first(rank, mesh)
+        found["communicated"] = communicated(rank, mesh)
+    else:
+        found["in tensors"] = parallel_in_tensors(meshes[2, 3])
+        found["mixed"] = mixed(meshes[2, 3])
     torch.save(found, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -186,3 +423,95 @@ def test_parts_are_one_process(ranks: list[dict[str, Any]], case: str) -> None:
         assert max(found["far"].values(), default=0.0) < 1e-6, found["far"]
         assert found["answer"] < 1e-9
         assert found["step"] == CASES[case].get("steps", SHORT)
+
+
+@pytest.mark.parametrize("mesh", [1, 2, 3, 4])
+def test_a_checkpoint_of_two_ranks_loads_on_any_number(
+    ranks: list[dict[str, Any]], mesh: int
+) -> None:
+    """Another start, another number of ranks: outputs, masks and the step are those saved."""
+    saved = ranks[0]["checkpoints"]
+    for rank in range(mesh):
+        loaded = ranks[rank]["checkpoints"]
+        assert torch.equal(loaded[f"answer on {mesh}"], saved["answer"])
+        masks = loaded[f"masks on {mesh}"]
+        assert all(torch.equal(mask, masks[name]) for name, mask in saved["masks"].items())
+        assert loaded[f"step on {mesh}"] == 7
+
+
+def test_checkpoints_go_back_and_forth(ranks: list[dict[str, Any]]) -> None:
+    """Two ranks, then four, then two again."""
+    for rank in range(2):
+        found = ranks[rank]["checkpoints"]
+        assert torch.equal(found["answer by way of four"], found["answer"])
+
+
+def test_a_run_resumes_exactly_on_as_many_ranks(ranks: list[dict[str, Any]]) -> None:
+    """With EID on, between two refreshes: weights, logits, momentum and credits, bit by bit."""
+    for rank in range(2):
+        found = ranks[rank]["checkpoints"]
+        for key, value in found["through"].items():
+            assert torch.equal(found["resumed"][key], value), key
+        assert any(bool(v.any()) for k, v in found["through"].items() if k.endswith("_eid"))
+
+
+def test_names_of_a_checkpoint_are_found_in_the_model(ranks: list[dict[str, Any]]) -> None:
+    """``get_model_state_dict`` gives what ``state_dict`` gives."""
+    assert all(ranks[rank]["checkpoints"]["names"] for rank in range(2))
+
+
+def test_a_checkpoint_of_another_method_is_refused(ranks: list[dict[str, Any]]) -> None:
+    """By name, on every rank."""
+    for rank in range(2):
+        assert "another method" in ranks[rank]["checkpoints"]["another method"]
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_tensor_parallel_layers_are_one_process(ranks: list[dict[str, Any]], order: str) -> None:
+    """Columns and rows, masked before or after they are cut."""
+    for rank in (2, 3):
+        assert not ranks[rank]["in tensors"]["other"][order]
+        assert ranks[rank]["in tensors"]["far"][order] < 1e-6
+
+
+def test_rows_that_cut_blocks_are_refused(ranks: list[dict[str, Any]]) -> None:
+    """12 input channels over two ranks are six each, which no block of four divides."""
+    for rank in (2, 3):
+        text = ranks[rank]["in tensors"]["cut"]
+        assert all(word in text for word in ("0 (8, 12)", "6 input channels", "blocks of 4"))
+
+
+def test_mixed_precision_is_nm(ranks: list[dict[str, Any]]) -> None:
+    """What a layer computes with in half precision has at most two of four non-zeros."""
+    for rank in (2, 3):
+        assert ranks[rank]["mixed"] == {"dtypes": ["torch.bfloat16"], "fullest": 2}
+
+
+@pytest.mark.parametrize("what", ["seed", "first forward", "fully_shard", "join"])
+def test_what_cannot_work_is_refused_on_every_rank(ranks: list[dict[str, Any]], what: str) -> None:
+    """One error that says what to do instead; nobody waits for anybody."""
+    for rank in range(2):
+        assert ranks[rank]["refused"][what] is not None, "trained without a word"
+        assert what in ranks[rank]["refused"][what]
+
+
+@pytest.mark.parametrize("what", ["model", "module"])
+def test_a_wrapped_model_may_become_sparse(ranks: list[dict[str, Any]], what: str) -> None:
+    """``sparsify`` after DistributedDataParallel: ranks stay one model, bit by bit."""
+    one, other = (ranks[rank]["wrapped"][what] for rank in range(2))
+    assert any(key.endswith("_logits") for key in one)
+    assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+def test_masks_travel_for_free(ranks: list[dict[str, Any]]) -> None:
+    """An ordinary step sends at most 1.01 of the dense bytes, in two vectors more.
+
+    A refresh of the credits sends each masked weight once more, and one vector.
+    """
+    for rank in range(2):
+        found = ranks[rank]["communicated"]
+        calls, sent = found["sparse, ordinary"]
+        dense_calls, dense_sent = found["dense, ordinary"]
+        assert calls == dense_calls + 2
+        assert sent <= 1.01 * dense_sent
+        assert found["sparse, refresh"][0] <= calls + 4

@@ -4,7 +4,9 @@
 #
 # Masks are drawn from (seed, step, layer), so every rank draws the same ones and none are sent;
 # what each rank measures for the distillation is averaged in one call whenever it is measured anew.
-# A checkpoint holds weights, mask scores and the step: a resumed run goes on exactly where it was.
+# Under `fully_shard` each rank masks the part of a weight that it holds, before it is gathered.
+# A checkpoint holds weights, mask scores and the step: a resumed run goes on exactly where it was,
+# and a sharded one loads on any number of ranks.
 
 # %%
 import os
@@ -17,8 +19,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import spikenm_fx
@@ -80,6 +85,74 @@ agree = all(torch.equal(first[name], second[name]) for name in first)
 print(f"{len(first)} masks after six steps on two ranks: {'identical' if agree else 'DIFFERENT'}")
 assert agree
 assert first
+
+# %% [markdown]
+# ## Sharded: FSDP2, and resuming on another number of ranks
+# `fully_shard` comes before or after `sparsify`; nothing else changes. Two ranks train and save with
+# `torch.distributed.checkpoint`, then one rank loads what two have saved and goes on. The model
+# computes the same there, bit by bit.
+
+
+# %%
+def sharded_model():
+    torch.manual_seed(0)
+    model = SpikingConvNet((8, 16, 16), hidden=32)
+    images = direct_code(data.train_images[:2], STEPS)
+    spikenm_fx.sparsify(model, "2:4", example_inputs=images, total_steps=TOTAL, seed=0)
+    fully_shard(model)
+    return model, torch.optim.Adam(model.parameters(), lr=1e-2)
+
+
+def whole(model):
+    """What the model computes on the same images everywhere."""
+    model.eval()
+    with torch.no_grad():
+        scores = model(direct_code(data.train_images[:8], STEPS))
+    model.train()
+    return scores
+
+
+def sharded_worker(rank, ranks, folder, port):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks)
+    model, optimizer = sharded_model()
+    saved = Path(folder) / "checkpoint"
+    first = 0
+    if saved.exists():
+        weights, moments = get_state_dict(model, optimizer)
+        state = {"model": weights, "optimizer": moments}
+        dcp.load(state, checkpoint_id=saved)
+        set_state_dict(
+            *(model, optimizer),
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+        torch.save(whole(model), Path(folder) / "loaded.pt")
+        first = spikenm_fx.progress(model).step
+    for step in range(first, first + 4):
+        optimizer.zero_grad()
+        step_loss(model, step, rank, ranks).backward()
+        optimizer.step()
+    if not saved.exists():
+        weights, moments = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=saved)
+        torch.save(whole(model), Path(folder) / f"saved{rank}.pt")
+    torch.save(spikenm_fx.progress(model).step, Path(folder) / "step.pt")
+    dist.destroy_process_group()
+
+
+with tempfile.TemporaryDirectory() as folder:
+    for ranks, port in ((2, 29572), (1, 29573)):
+        mp.start_processes(
+            sharded_worker, (ranks, folder, port), nprocs=ranks, start_method="fork"
+        )
+    before, after, reached = (
+        torch.load(Path(folder) / f"{name}.pt") for name in ("saved0", "loaded", "step")
+    )
+print(f"one rank computes what two have saved: {torch.equal(before, after)}; step {reached}")
+assert torch.equal(before, after)
+assert reached == 8
 
 # %% [markdown]
 # ## Stop and resume

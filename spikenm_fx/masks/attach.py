@@ -23,6 +23,7 @@ from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, sto
 from spikenm_fx.masks.computed import ComputedWeight
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
+from spikenm_fx.masks.shard import is_sharded
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
@@ -39,8 +40,8 @@ __all__ = [
 _SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 """Modules that make DTensors of all parameters of a module."""
 
-_FSDP1 = ("torch.distributed.fsdp._flat_param", "torch.distributed.fsdp.fully_sharded")
-"""Modules that flatten parameters."""
+_FSDP1 = ("torch.distributed.fsdp._dynamo_utils",)
+"""Modules of the FSDP that flattens parameters."""
 
 _COPIERS = ("spikingjelly.activation_based.distributed.tensor_parallel",)
 """Modules that build a layer of a part of another's weight."""
@@ -121,8 +122,6 @@ class MaskedLayer(StoredMask):
         caller = _caller(1)
         if name in self._nm_masks and caller == "torch.nn.utils.parametrize":
             raise _no_parameter(self._nm_masks[name], name)
-        if name in self._nm_masks and caller.startswith(_FSDP1):
-            raise _fsdp1(self._nm_masks[name])
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: Any) -> None:
@@ -135,7 +134,33 @@ class MaskedLayer(StoredMask):
             key = next((k for k in self._nm_masks if name.startswith(k)), None)
             if key is not None:
                 raise _no_parameter(self._nm_masks[key], key)
+        own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
+        if name in own and _caller(1).startswith(_SHARDING):
+            return  # copied to every rank as it is; we cut it as the weight is cut
         super().register_parameter(name, param)
+        if name in self._nm_masks and param is not None and is_sharded(param):
+            self._follow()
+
+    @property
+    def _is_fsdp_managed_module(self) -> bool:
+        return bool(self.__dict__.get("_fsdp_managed", False))
+
+    @_is_fsdp_managed_module.setter
+    def _is_fsdp_managed_module(self, managed: bool) -> None:
+        """What ``fully_shard`` sets last: scores are cut before an optimizer is given them.
+
+        Raises:
+            PlanError: if its predecessor sets it, which is about to flatten parameters.
+        """
+        if _caller(2).startswith(_FSDP1):
+            raise _fsdp1(self._nm_mask)
+        self.__dict__["_fsdp_managed"] = managed
+        self._follow()
+
+    def _follow(self) -> None:
+        for mask in self._nm_masks.values():
+            if mask.there:
+                _ = mask.dense  # which cuts what belongs to its mask as it is cut
 
     def extra_repr(self) -> str:
         """The module's own description, the patterns and the method."""
@@ -228,8 +253,6 @@ def _properties(key: str) -> dict[str, property]:
 
     def refuse(layer: MaskedLayer, value: object) -> None:
         mask = layer._nm_masks[key]
-        if _caller(1).startswith(_FSDP1) or _caller(2).startswith(_FSDP1):
-            raise _fsdp1(mask)
         if layer._parameters.get(key) is None and mask.own is not None:  # half done: put it back
             layer.register_parameter(key, mask.own)
             for ending in ("_g", "_v", "_orig"):

@@ -30,6 +30,7 @@ from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.keys import LOGITS
 from spikenm_fx.masks.methods import kept
 from spikenm_fx.masks.shard import blocked, is_sharded, part_of, shard_of, whole_of
+from spikenm_fx.state.parameters import is_reading
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -206,7 +207,7 @@ def handed_out(weight: MaskedWeight, gathered: Tensor, training: bool) -> Tensor
             f"{weight.name} {weight.whole.shape} was gathered before its masks were there: call "
             "spikenm_fx.sparsify before the first forward of a model under fully_shard"
         )
-    if weight.gathered_for != training:
+    if weight.gathered_for != training and not is_reading():  # a trace looks in either mode
         _gather_again(weight, gathered, training)
     if is_sharded(gathered) and weight.guide is not None:
         weight.guide.observed = None  # layers parallel in tensors are measured by no hook

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import fsdp_has_run
 from spikenm_fx.channels import permute as permute_channels
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.activity import check_activity, guide_by_activity
@@ -220,6 +221,12 @@ def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
     for entry in decided.sparse:
         weight = entry.find(model)
         assert weight is not None
+        if is_sharded(weight) and any(map(fsdp_has_run, nn.Module.modules(model))):
+            raise PlanError(
+                f"{entry.name} {entry.shape} was gathered by fully_shard before it is masked, "
+                "which then gathers dense weights for good: call sparsify before the first forward "
+                "of the sharded model"
+            )
         if weight.is_meta:
             raise PlanError(
                 f"{entry.name} {entry.shape} is on the meta device and has no values from which "
