@@ -1,5 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where folded models go next."""
+"""Where folded models go next.
+
+| model | file | spikingjelly | snntorch | norse | sinabs | onnx |
+|---|---|---|---|---|---|---|
+| SpikingJelly MLP, all steps | equal | equal | equal | equal | several spikes | equal |
+| SpikingJelly MLP, one step | equal | equal | equal | equal | several spikes | equal |
+| SpikingJelly conv, norm, pool | equal | equal | equal | equal | several spikes | equal |
+| SpikingJelly residual | equal | equal | equal | equal | several spikes | equal |
+| SpikingJelly branches | equal | equal | equal | branches | several spikes | equal |
+| SpikingJelly soft reset | soft reset | soft reset | soft reset | soft reset | several spikes | equal |
+| SpikingJelly max pool | maximum | maximum | maximum | maximum | maximum | equal |
+| SpikingJelly depthwise | equal | depthwise | depthwise | depthwise | several spikes | equal |
+| hand-written feedback | equal | equal | recurrent | equal | several spikes | equal |
+| snnTorch loop, reset to zero | equal | equal | equal | equal | several spikes | equal |
+| snnTorch loop, as it comes | reset delay | reset delay | reset delay | reset delay | several spikes | equal |
+| snnTorch conv, one step | equal | equal | equal | equal | several spikes | equal |
+| snnTorch conv, 2 groups | equal | 2 groups | equal | equal | several spikes | equal |
+| snnTorch recurrent | equal | equal | recurrent | equal | several spikes | equal |
+| Norse loop | equal | equal | equal | equal | several spikes | equal |
+| Norse conv, one step | equal | equal | equal | equal | several spikes | equal |
+| Norse with synapse | synapse | synapse | synapse | synapse | several spikes | equal |
+| sinabs, several spikes | one spike | one spike | one spike | one spike | equal | equal |
+| sinabs conv | one spike | one spike | one spike | one spike | equal | equal |
+| sinabs, single spikes | equal | equal | equal | equal | several spikes | equal |
+| hand-written, rule told | equal | equal | equal | equal | several spikes | equal |
+| hand-written | update rule | update rule | update rule | update rule | update rule | equal |
+"""
 
 from typing import TYPE_CHECKING
 
