@@ -256,7 +256,7 @@ def by_hand(neuron: type[nn.Module]) -> nn.Module:
 
 
 NETS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
-    "SpikingJelly MLP, all steps": lambda: (folded(jelly_mlp()), over_time(16)),
+    "SpikingJelly MLP, all steps": lambda: (folded(jelly_mlp(), 3.0), over_time(16)),
     "SpikingJelly MLP, one step": lambda: (folded(jelly_mlp("s"), 3.0), torch.rand(3, 16)),
     "SpikingJelly conv, norm, pool": lambda: (folded(jelly_conv()), over_time(4, 8, 8)),
     "SpikingJelly residual": lambda: (folded(Residual(), 3.0), over_time(4, 8, 8)),
