@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the table in ``spikenm_fx.export``: folded at 2:4, and inputs at which they fire."""
+"""Models of the table in ``spikenm_fx.export``: folded at 2:4, and inputs at which they fire."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Other people's trainers, hubs, printers and compilers take sparse and folded models as they are."""
+"""Other people's trainers, hubs, printers and compilers take sparse and folded models."""
 
 from __future__ import annotations
 
