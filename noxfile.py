@@ -49,7 +49,7 @@ def install_package(session: nox.Session) -> None:
 
 def install_with_frameworks(session: nox.Session) -> None:
     """Package, test tools and SNN frameworks; these without what would replace the pinned torch."""
-    session.install(*groups("tests", "framework-requirements"))
+    session.install(*groups("tests", "framework-requirements", "export"))
     session.install("--no-deps", *groups("frameworks"))
     install_package(session)
 
@@ -212,7 +212,7 @@ def aarch64(session: nox.Session) -> None:
 @nox.session
 def newest(session: nox.Session) -> None:
     """Unit tests and SpikingJelly's real models, on the newest torch and torchvision of pip."""
-    tools = groups("tests", "framework-requirements")
+    tools = groups("tests", "framework-requirements", "export")
     session.install("torch", "torchvision", *(t for t in tools if not t.startswith("torch==")))
     session.install("--no-deps", *groups("frameworks"))
     install_package(session)

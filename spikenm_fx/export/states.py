@@ -103,16 +103,15 @@ class Stepwise(nn.Module):
         if self.carried is not None:
             return self._handing_on(x, states)
         exposed, hidden = self.__dict__["_slots"]
-        for slot in hidden:
-            slot.value = slot.rest
+        at_rest = [(slot, slot.value) for slot in (*hidden, *exposed)]
         for slot, state in zip(exposed, states, strict=True):
             slot.value = state
         try:
             out = [t for t in tree_flatten(self.net(x))[0] if isinstance(t, Tensor)]
             return (*out, *(slot.value for slot in exposed))
         finally:
-            for slot in (*hidden, *exposed):
-                slot.value = slot.rest
+            for slot, value in at_rest:  # while it is traced, a stand-in for what is at rest
+                slot.value = value
 
     def _handing_on(self, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         structure, leaves = self.__dict__["carried"]
@@ -147,9 +146,10 @@ def stepwise(net: nn.Module, x: Tensor, *, single: bool) -> Stepwise:
         ]
         reset_to_rest(net)
         for slot in slots:
-            slot.leave_buffers()
             slot.value = slot.rest
         read = _read(Stepwise(net, slots, [], outputs), x, slots) if single else []
+        for slot in read:
+            slot.leave_buffers()
     return Stepwise(net, read, [slot for slot in slots if slot not in read], outputs)
 
 
@@ -201,7 +201,7 @@ def _changed(name: str, module: nn.Module, before: dict[str, Any]) -> Iterator[S
                 continue
             if isinstance(value, Tensor):
                 yield Slot(f"{name}.{key}".lstrip("."), module, key, old, _initial(old, value))
-            elif _differs(old, value):
+            elif _differs(old, value) and not _is_empty(value):
                 raise ExportError(
                     f"export.onnx: {name or 'the model'} keeps {key!r} ({type(value).__name__}) "
                     "from one call to the next, and a file can carry tensors only; keep tensors"
@@ -213,6 +213,10 @@ def _differs(old: Any, value: Any) -> bool:
         return bool(old != value)
     except Exception:  # what cannot be compared holds tensors
         return True
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, dict | list | tuple | set) and not value
 
 
 def _initial(old: Any, value: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from spikenm_fx.errors import ExportError
+from spikenm_fx.errors import ExportError, some_of
 from spikenm_fx.export.parts import (
     Flow,
     Lead,
@@ -67,6 +67,13 @@ def read_steps(model: nn.Module, graph: SpikingGraph, x: Tensor) -> StepGraph:
     """
     if graph.operations is None:
         raise ExportError("the model could not be traced; see spikenm_fx.trace(model, x).notes")
+    written = [r.name for r in graph.neurons.values() if r.functional]
+    if written:
+        raise ExportError(
+            f"spikes are computed by the model's own code ({some_of(written)}), whose update rule "
+            "is not fully known: put it into a module over all steps and tell its rule with "
+            "spikenm_fx.trace.register_neuron"
+        )
     first: Unreadable | None = None
     plausible: Unreadable | None = None
     for lead in _LEADS:

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other people's trainers, hubs, printers and compilers take sparse and folded models."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from export_nets import HandLIF
+from torch import nn
+
+import spikenm_fx
+from spikenm_fx import Rule
+from spikenm_fx.masks.attach import masked_weights
+
+
+def net() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(16, 32), HandLIF(), nn.Linear(32, 32), HandLIF(), nn.Linear(32, 4)
+    )
+
+
+def folded() -> nn.Module:
+    model = spikenm_fx.sparsify(net(), "2:4", rules=[Rule("re:.*")], method="magnitude")
+    return spikenm_fx.fold(model.eval())
+
+
+def in_a_fresh_process(code: str, folder: Path) -> None:
+    """Where this package is not there: what was stored stands by itself."""
+    script = f"import sys; sys.modules['spikenm_fx'] = None\n{textwrap.dedent(code)}"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_torch_export_in_a_fresh_process(tmp_path) -> None:
+    """A folded model is a program of torch alone."""
+    model, x = folded(), torch.rand(4, 3, 16) * 3
+    program = torch.export.export(model, (x,))
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save({"x": x, "y": model(x).detach()}, tmp_path / "pair.pt")
+    in_a_fresh_process(
+        """
+        import torch
+        pair = torch.load("pair.pt")
+        seen = torch.export.load("model.pt2").module()(pair["x"])
+        assert torch.equal(seen, pair["y"]) and bool(pair["y"].any())
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.slow
+def test_aot_inductor_in_a_fresh_process(tmp_path) -> None:
+    """Compiled ahead of time, loaded without this package, the same outputs."""
+    from torch._inductor import aoti_compile_and_package
+
+    model, x = folded(), torch.rand(2, 3, 16) * 3
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    torch.save({"x": x, "y": model(x).detach()}, tmp_path / "pair.pt")
+    in_a_fresh_process(
+        """
+        import torch
+        from torch._inductor import aoti_load_package
+        pair = torch.load("pair.pt")
+        seen = aoti_load_package("model.pt2")(pair["x"])
+        assert torch.allclose(seen, pair["y"], atol=1e-5)
+        """,
+        tmp_path,
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning(tmp_path) -> None:
+    """A module that calls self.net(x): steps are counted, its checkpoint keeps pattern and step."""
+    lightning = pytest.importorskip("pytorch_lightning")
+
+    class Lit(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = spikenm_fx.sparsify(net(), "2:4", total_steps=8)
+
+        def training_step(self, batch, _):
+            return self.net(batch[0].transpose(0, 1)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    torch.manual_seed(0)
+    data = torch.utils.data.TensorDataset(torch.rand(16, 4, 16))
+    loader = torch.utils.data.DataLoader(data, batch_size=4)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": True}
+
+    def trainer(**options):
+        return lightning.Trainer(
+            accelerator="cpu", default_root_dir=tmp_path, enable_checkpointing=False,
+            **quiet, **options,
+        )  # fmt: skip
+
+    module = Lit()
+    first = trainer(max_epochs=1)
+    first.fit(module, loader)
+    assert spikenm_fx.progress(module.net).step == 4
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    again = Lit()
+    trainer(max_epochs=2).fit(again, loader, ckpt_path=tmp_path / "half.ckpt")
+    assert spikenm_fx.progress(again.net).step == 8
+    model = spikenm_fx.fold(again.net.eval())
+    assert [str(layer.found) for layer in spikenm_fx.verify(model).layers][1] == "2:4"
+
+
+def test_hugging_face_hub(tmp_path) -> None:
+    """save_pretrained and from_pretrained: pattern, masks and step lie in their own files."""
+    hub = pytest.importorskip("huggingface_hub")
+
+    class Net(nn.Module, hub.PyTorchModelHubMixin):
+        def __init__(self, hidden: int = 32, nm: str | None = None) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Linear(16, hidden), HandLIF(), nn.Linear(hidden, hidden), nn.Linear(hidden, 4)
+            )
+            if nm is not None:
+                spikenm_fx.sparsify(self, nm)
+
+        def forward(self, x):
+            return self.body(x)
+
+    model, x = Net(nm="2:4"), torch.rand(4, 3, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".md") == [
+        "config.json",
+        "model.safetensors",
+    ]
+    again = Net.from_pretrained(tmp_path, strict=True)
+    assert spikenm_fx.progress(again).step == 3
+    masks = [m.final() for _, _, m in masked_weights(model)]
+    assert all(
+        torch.equal(mask, other.final())
+        for mask, (_, _, other) in zip(masks, masked_weights(again), strict=True)
+    )
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    spikenm_fx.fold(model)
+    model.save_pretrained(tmp_path / "folded", config={"hidden": 32})
+    plain = Net.from_pretrained(tmp_path / "folded", strict=True)
+    assert type(plain.body[2]) is nn.Linear
+    assert torch.equal(plain.eval()(x), model(x))
+
+
+def test_torchinfo_and_print() -> None:
+    """Summaries see each layer once, with the dense parameters; print names pattern and method."""
+    torchinfo = pytest.importorskip("torchinfo")
+    model = spikenm_fx.sparsify(net(), "2:4")
+    dense = torchinfo.summary(net(), input_data=torch.rand(4, 3, 16), verbose=0)
+    found = torchinfo.summary(model, input_data=torch.rand(4, 3, 16), verbose=0)
+    own = sum(p.numel() for n, p in model.named_parameters() if not n.endswith(("logits", "prior")))
+    assert dense.total_params == own
+    assert len(found.summary_list) == len(dense.summary_list)
+    assert found.total_mult_adds >= dense.total_mult_adds
+    assert "nm=2:4, method=spikenm" in str(model)
+
+
+def test_copies_that_tools_write_ones_into() -> None:
+    """A copied layer keeps what is assigned to weight.data: counters write ones there."""
+    import copy
+
+    model = spikenm_fx.sparsify(net(), "2:4").eval()
+    counted = copy.deepcopy(model[2])
+    ones = (counted.weight != 0).float()
+    counted.weight.data = ones
+    x = torch.ones(1, 32)
+    assert torch.equal(counted.weight, ones)
+    assert int((counted(x) - counted.bias).sum().round()) == int(ones.sum())
+    assert not torch.equal(model[2].weight, ones)
