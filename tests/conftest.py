@@ -24,7 +24,9 @@ settings.register_profile("quick", settings.get_profile("spikenm_fx"), max_examp
 settings.load_profile("spikenm_fx")
 torch.set_num_threads(1)
 
-FRAMEWORKS = re.compile(r"\b(spikingjelly|snntorch|norse|sinabs|rockpool|braincog|timm)\b")
+FRAMEWORKS = re.compile(
+    r"\b(spikingjelly|snntorch|norse|sinabs|rockpool|braincog|timm|neurobench)\b"
+)
 MISSING = re.compile(r"could not import|not installed|No module named")
 ALL_INSTALLED = os.environ.get("SPIKENM_FX_ALL_INSTALLED") == "1"
 """Set by the sessions that install everything: there a test that skips for a package has failed."""

@@ -419,6 +419,25 @@ def test_the_whole_forward_is_what_gains():
         assert row.neuron or _is_advice(row.note), row
 
 
+@pytest.mark.parametrize("unfused", [0.7, 0.99, 1.1])
+def test_what_gains_nothing_runs_on_torchs_layers(monkeypatch, unfused):
+    """A form slower than the model, or as fast, is not chosen, though torch's be slower still."""
+    forms = pytest.importorskip("spikenm_fx.pack.forms")
+    times = {"model": 1.0, "fused": 3.0, "unfused": unfused, "torch": 1.3}
+    monkeypatch.setattr(
+        forms.Forms, "_take_turns", lambda _s, ways, *_: {w: [times[w]] for w in ["model", *ways]}
+    )
+    choose = pytest.importorskip("spikenm_fx.pack.engine.choose")
+    monkeypatch.setattr(choose, "_fastest", lambda seen: min(seen, key=len))  # no "dense"
+    engine = pack(_chain([nn.Linear] * 2, "called", []), _x())
+    report = packing(engine)
+    gains = unfused == 0.7
+    assert report.whole.form == ("unfused" if gains else "torch")
+    assert ("keep your model" in report.verdict) != gains
+    layers = [layer for layer in engine.modules() if isinstance(layer, PackedLayer)]
+    assert all((layer.choice == "dense") != gains for layer in layers)
+
+
 def test_the_form_that_runs_is_the_fastest_measured(monkeypatch):
     """Where torch's layers are fastest, every layer runs dense and no neuron is fused."""
     forms = pytest.importorskip("spikenm_fx.pack.forms")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,50 @@ def test_a_loaded_model_plans_runs_and_reports(folder: Path) -> None:
     assert [str(entry.nm) for entry in loaded.plan().sparse] == ["1:4"] * len(loaded.plan().sparse)
     assert loaded.run(loaded.model, loaded.batch()).shape == (2, 8)
     assert any("noise" in note for note in loaded.report().notes)
+
+
+FORGETS = """
+import torch
+from torch import nn
+
+class Keeps(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = torch.zeros(())
+
+    def forget_all(self):
+        self.v = torch.zeros(())
+
+    def forward(self, x):
+        self.v = self.v.detach() * 0.9 + x
+        soft = torch.sigmoid(self.v - 0.1)
+        return (self.v > 0.1).float() + soft - soft.detach()
+
+def net():
+    return nn.Sequential(nn.Linear(8, 16), Keeps(), nn.Linear(16, 16), Keeps(), nn.Linear(16, 4))
+
+def rest(model):
+    for module in model.modules():
+        if isinstance(module, Keeps):
+            module.forget_all()
+"""
+
+
+@pytest.mark.parametrize("reset", [None, "kept_state_for_check:rest"])
+def test_state_that_stays_is_not_blamed_on_fold(tmp_path: Path, reset: str | None) -> None:
+    """Where the reset is another method the check says which one; named, the recipe passes."""
+    (tmp_path / "kept_state_for_check.py").write_text(FORGETS)
+    (tmp_path / "net.yaml").write_text(
+        "version: 1\ntarget: {repo: me/mine, commit: '0123456', build: 'kept_state_for_check:net'}\n"
+        f"inputs: {{shape: [2, 8], time: none}}\nreset: {json.dumps(reset)}\n"
+    )
+    try:
+        (found,) = recipe.check(tmp_path / "net.yaml", tmp_path)
+    finally:
+        sys.modules.pop("kept_state_for_check", None)
+    if reset is None:
+        assert "Keeps.forget_all" in found.stages["fold"]
+        assert "the state of 1, 3" in found.stages["fold"]
+        assert "folding changed" not in found.stages["fold"]
+    else:
+        assert found.stages["fold"] == "ok", found.stages

@@ -21,7 +21,7 @@ from spikenm_fx.pack.engine.fused import fuse_neuron, release_neuron
 from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
-from spikenm_fx.pack.summary import WholeForward
+from spikenm_fx.pack.summary import GAINS, WholeForward
 from spikenm_fx.state import preserved
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ MOST_ROUNDS = 40
 SECONDS = 0.4  # for more rounds than ROUNDS
 TURN = 0.004  # seconds that a turn takes at least: small networks run several times in it
 MOST_RUNS = 12
+LONG = 0.05  # seconds of a forward that does not show whether caches were warm before
 MODEL = "model"
 
 
@@ -60,6 +61,8 @@ class Forms:
     def fastest(self, reference: nn.Module, args: tuple[Any, ...]) -> WholeForward:
         """Time the forms and the model in turn, and leave the engine in the fastest form.
 
+        Where no form is faster than the model that is torch's layers, which cost what they did.
+
         Args:
             reference: a copy of the model.
             args: of one forward.
@@ -70,6 +73,8 @@ class Forms:
             seconds = self._take_turns(forms, reference, args, rest)
         milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds.items()}
         best = min(forms, key=milliseconds.__getitem__)
+        if "torch" in forms and milliseconds[best] * GAINS > milliseconds[MODEL]:
+            best = "torch"  # nothing is gained: then nothing but torch's own layers runs
         whole = WholeForward(milliseconds[MODEL], milliseconds[best], best)
         self._apply(forms[best])
         self._note(best, milliseconds)
@@ -105,16 +110,18 @@ class Forms:
     ) -> dict[str, list[float]]:
         engine, ways = self.builder.engine, (MODEL, *forms)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        runs = 0
+        runs, slow = 0, 0.0
         for counted in _rounds():
             for way in ways:
                 if way != MODEL:
                     rest()  # state lies in memory as the form that made it left it
                     self._apply(forms[way])
                 module = reference if way == MODEL else engine
-                module(*args)  # caches are warm, as in any loop over batches
+                if slow < LONG:
+                    module(*args)  # caches are warm, as in any loop over batches
                 runs = runs or _runs(module, args)
                 spent = _spent(module, args, runs)
+                slow = max(slow, spent)
                 if counted:
                     seconds[way].append(spent)
         return seconds
@@ -142,6 +149,9 @@ class Forms:
             return
         fused = f"{milliseconds['fused']:.3g} ms fused, {milliseconds[best]:.3g} ms without"
         reason = f"The whole forward is faster without fusing it ({fused}); nothing is to be done."
+        if milliseconds["fused"] <= milliseconds[best]:
+            fused = f"{milliseconds['fused']:.3g} ms, the model's {milliseconds[MODEL]:.3g} ms"
+            reason = f"The whole forward gains nothing by fusing it ({fused}); keep your model."
         for name in self.builder.fused:
             self.builder.neurons[name] = reason
         self.builder.fused.clear()

@@ -9,7 +9,14 @@ from typing import Any
 from spikenm_fx.errors import some_of
 from spikenm_fx.table import html_table, text_table
 
-__all__ = ["PackReport", "PackedLayerReport", "PackedNeuronReport", "Proof", "WholeForward"]
+__all__ = [
+    "GAINS",
+    "PackReport",
+    "PackedLayerReport",
+    "PackedNeuronReport",
+    "Proof",
+    "WholeForward",
+]
 
 GAINS = 1.02
 """What is called a gain: less is noise."""

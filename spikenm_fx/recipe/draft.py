@@ -202,7 +202,10 @@ def _reset(model: nn.Module) -> str | None:
     packages = [type(module).__module__ for module in model.modules()]
     for package, reset in RESETS:
         if any(name == package or name.startswith(package + ".") for name in packages):
-            return reset
+            # snnTorch's looks at the children of the model only
+            children = [type(child).__module__ for child in model.children()]
+            seen = package != "snntorch" or any(name.startswith(package) for name in children)
+            return reset if seen else "spikenm_fx.state.rest:reset_to_rest"
     if callable(getattr(model, "reset", None)):
         return ".reset"
     own = any(callable(getattr(m, name, None)) for m in model.modules() for name in RESET_METHODS)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spikenm_fx.state.snapshot import preserved
+from spikenm_fx.state.snapshot import preserved, preserved_records
 
 __all__ = ["RESET_METHODS", "preserved_in_eval", "reset_to_rest", "takes_no_arguments"]
 
@@ -23,9 +23,9 @@ RESET_METHODS = ("reset", "reset_mem", "reset_states", "reset_state", "reset_mem
 def preserved_in_eval(model: nn.Module) -> Iterator[None]:
     """Within it the model may run; afterwards it and every random generator are as before.
 
-    The body sees the model in eval mode, without gradients.
+    The body sees the model in eval mode, without gradients.  What monitors recorded is gone again.
     """
-    with preserved(model), torch.no_grad():
+    with preserved_records(model), preserved(model), torch.no_grad():
         model.eval()
         yield
 

@@ -61,7 +61,6 @@ class Template:
                 return False
         return _fit(args, self.args, self.takes_part)
 
-
     def take(self, value: Any, args: tuple[Any, ...]) -> Any:
         """What was computed as tensors of the trace; None where it is not as expected.
 
@@ -80,7 +79,9 @@ class Template:
             for tensor, (_, shape) in zip(value, self.items, strict=True):
                 if type(tensor) is not Tensor or tensor.shape != shape:
                     return None
-            taken = tuple([self._joined(t, i[0], None) for t, i in zip(value, self.items)])
+            taken = tuple(
+                [self._joined(t, i[0], None) for t, i in zip(value, self.items, strict=True)]
+            )
         self.node.meta["repeats"] = self.node.meta.get("repeats", 0) + 1
         return taken
 

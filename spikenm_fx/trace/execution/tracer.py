@@ -404,7 +404,9 @@ class ValueTracer(fx.Tracer):
             with self._noting(operation, node):
                 return self._result(node, value, written, unwrapped)
 
-    def _repeat_expected(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
+    def _repeat_expected(
+        self, module: nn.Module | None, target: Any, args: Any, kwargs: Any
+    ) -> Any:
         """Compute what is known to come: an operation of torch's whose result is one tensor."""
         assert self._repeats is not None
         expected = self._repeats.expected
