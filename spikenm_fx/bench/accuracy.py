@@ -169,7 +169,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all runs have in common."""
     own = ("method", "pattern", "seed")
     return {key: value for key, value in rows[0]["run"].items() if key not in own}
 

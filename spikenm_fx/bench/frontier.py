@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""At equal bytes: dense networks of several widths against sparse ones, same training; resumable."""
+"""At equal bytes: dense networks of several widths and sparse ones, same training; resumable."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _at(rows: Sequence[Mapping[str, Any]], key: str, place: float) -> float | None:
     """The mean accuracy on the line through ``rows`` at ``place``; None outside of it."""
     points = sorted((row[key], row["mean"]) for row in rows)
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+    for (x0, y0), (x1, y1) in pairwise(points):
         if x0 <= place <= x1:
             return float(y0 + (y1 - y0) * (place - x0) / max(x1 - x0, 1e-12))
     return None
@@ -130,9 +131,8 @@ def plot(table: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 2, sharey=True)
-    for axis, (key, words) in zip(
-        axes, (("packed_bytes", "bytes of all weights, packed"), ("synops", "operations a sample"))
-    ):
+    shown = (("packed_bytes", "bytes of all weights, packed"), ("synops", "operations a sample"))
+    for axis, (key, words) in zip(axes, shown, strict=True):
         for pattern in dict.fromkeys(row["pattern"] for row in table):
             rows = sorted((r for r in table if r["pattern"] == pattern), key=lambda r: r[key])
             axis.plot(

@@ -81,7 +81,8 @@ class Run:
     @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.network}-{self.method}-{self.pattern.replace(':', 'of').replace(' ', '-')}-seed{self.seed}"
+        pattern = self.pattern.replace(":", "of").replace(" ", "-")
+        return f"{self.network}-{self.method}-{pattern}-seed{self.seed}"
 
 
 VARIANTS: Mapping[str, Method] = MappingProxyType(
@@ -100,8 +101,9 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "cyclical-rate": Cyclical(),
     }
 )
-"""One thing changed each: no EID, other credits, only drawn weights learn, no fade; a fade; ranks
-by weight times activity; activity without growth, for networks without norms; a learning rate of each cycle's own."""
+"""One thing changed each: no EID, other credits, marginals instead of draws, only drawn weights
+learn, no fade; a fade; ranks by weight times activity; activity without growth, for networks
+without norms; a learning rate of each cycle's own."""
 
 
 def method_of(name: str) -> Method:

@@ -17,6 +17,7 @@ the draws but that in dL/dm.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import combinations
 
 import torch
@@ -170,7 +171,7 @@ def _through_subsets(p: Tensor, h: Tensor, keep: int) -> Tensor:
     return found * (p > 0)
 
 
-def _in_chunks(p: Tensor, function, *others: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _in_chunks(p: Tensor, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
     """``function`` of ``(blocks, M)``, for as many blocks at a time as memory allows."""
     flat = [each.movedim(1, -1).flatten(0, 1) for each in (p, *others)]
     chunk = max(_NUMBERS // 2 ** p.shape[1], 1)
