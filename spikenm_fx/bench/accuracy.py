@@ -37,6 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     out: Path = options.out or Path("bench-runs") / options.name
     rows = []
     runs = _runs(base, options.methods, options.patterns, options.seeds)
+    if options.finished:
+        runs = [run for run in runs if (out / f"{run.name}.json").exists()]
     for number, run in enumerate(runs, 1):
         where = f"{number}/{len(runs)} {run.name}"
         row = train(run, data, out, partial(progress, where, run.epochs))
@@ -112,6 +114,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", help="of the results; by default that of the data")
     parser.add_argument("--out", type=Path, help="folder of runs and checkpoints")
+    parser.add_argument("--finished", action="store_true", help="train nothing: tell what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
 
 
@@ -124,8 +127,8 @@ def _data(options: argparse.Namespace) -> tuple[Split, dict[str, Any]]:
     if options.data == "digits":
         data, source = digits(), "scikit-learn digits"
     elif options.data == "shapes":
-        counts = options.train_images or 2000, options.test_images or 1000
-        data, source = moving_shapes(*counts, steps=options.steps), "moving shapes, event camera"
+        asked = options.train_images or 2000, options.test_images or 1000
+        data, source = moving_shapes(*asked, steps=options.steps), "moving shapes, event camera"
     else:
         data = cifar10(Path(options.data), options.train_images, options.test_images)
         data, source = shrunk(data, options.size), "CIFAR-10, JPEG copy"
@@ -158,6 +161,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "pattern": pattern,
+                "seeds": [member["run"]["seed"] for member in members],
                 "accuracies": values,
                 "mean": statistics.mean(values),
                 "sd": statistics.stdev(values) if len(values) > 1 else 0.0,

@@ -43,6 +43,8 @@ def main(arguments: Sequence[str]) -> None:
     out: Path = options.out or Path("bench-runs") / f"frontier-{options.name}"
     rows = []
     runs = _runs(base, options)
+    if options.finished:
+        runs = [run for run in runs if (out / f"{run.name}.json").exists()]
     for number, run in enumerate(runs, 1):
         where = f"{number}/{len(runs)} {run.name}"
         row = train(run, data, out, partial(accuracy.progress, where, run.epochs))

@@ -115,7 +115,8 @@ class KnownLIF(LIF):
     """The same neuron, whose update rule is told, so that its membrane can be computed."""
 
 
-def _rule(neuron: LIF) -> NeuronSpec:
+def _rule(neuron: nn.Module) -> NeuronSpec:
+    assert isinstance(neuron, LIF)
     return NeuronSpec(
         framework="unknown",
         class_name=type(neuron).__name__,

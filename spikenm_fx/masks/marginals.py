@@ -141,10 +141,11 @@ def _levels(of: int, keep: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], 
             for item in range(of)
             if item not in subset
         ]
-        left = torch.ones(len(subsets), of, dtype=torch.float64)
+        left = torch.ones(len(subsets), of, dtype=torch.float64, device="cpu")
         for number, subset in enumerate(subsets):
             left[number, list(subset)] = 0
-        levels.append((*torch.tensor(steps, dtype=torch.int64).unbind(1), left))
+        source, item, target = torch.tensor(steps, dtype=torch.int64, device="cpu").unbind(1)
+        levels.append((source, item, target, left))
     return tuple(levels)
 
 

@@ -111,6 +111,7 @@ def sparsify(
     run.root = model
     eid = getattr(chosen, "eid", None)
     traced = isinstance(eid, EID) and eid.needs_neuron and example_inputs is not None
+    graph: SpikingGraph | None
     if isinstance(chosen, Activity):
         graph = _graph_for_activity(model, chosen, decided, example_inputs)
     else:
