@@ -170,7 +170,8 @@ def _threshold(model: nn.Module, part: Plan, left: float, bounded: bool) -> floa
     sizes, total = [], 0
     for entry in part.sparse:
         weight = entry.find(model)
-        assert weight is not None and entry.nm is not None
+        assert weight is not None
+        assert entry.nm is not None
         size = weight.detach().abs().float()
         total += size.numel()
         if bounded:

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import spikenm_fx
-from spikenm_fx.bench import accuracy, training
+from spikenm_fx.bench import accuracy, frontier, training
 from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.nets.cifar import NETWORKS
+from spikenm_fx.bench.shapes import moving_shapes
 from spikenm_fx.bench.training import Run, train
 from spikenm_fx.demo.data import Split
 from spikenm_fx.masks.diagnostics import diagnose, flip_rate, logit_noise
@@ -38,7 +39,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste"])
+@pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste", "uticket"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_killed_run_goes_on(method: str, at: int, tiny: Split, tmp_path) -> None:
     """A run killed after any epoch ends exactly as one that was not."""
@@ -154,6 +155,8 @@ SHAPES = {
     "vggsnn": (1, 2, 16, 16),
     "resnet19": (1, 3, 8, 8),
     "spikformer-4-256": (1, 3, 16, 16),
+    "events-feedforward": (1, 2, 8, 8),
+    "events-recurrent": (1, 2, 8, 8),
 }
 
 
@@ -163,7 +166,7 @@ def test_networks(name: str) -> None:
     torch.manual_seed(0)
     x = torch.rand(2, *SHAPES[name]) * 2
     network = NETWORKS[name](*x.shape[2:4]).eval()
-    assert network(x).shape == (1, 10)
+    assert network(x).shape == (1, 8 if name.startswith("events") else 10)
     graph = trace(network, x)
     assert [r.name for r in graph.layers.values() if not r.post] == ["readout"]
 
@@ -234,3 +237,91 @@ def test_logit_noise_changes_nothing(tiny: Split) -> None:
     after = network.state_dict()
     for key, value in before.items():
         assert torch.equal(value, after[key]), key
+
+
+def test_moving_shapes_are_the_same_from_the_same_seed() -> None:
+    """Events of zeros and ones, another world from another seed."""
+    one, two, other = (moving_shapes(20, 10, steps=6, seed=seed) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.equal(one.train_images, other.train_images)
+    assert one.train_images.shape == (20, 6, 2, 12, 12)
+    assert one.test_labels.shape == (10,)
+    assert set(one.train_images.unique().tolist()) == {0.0, 1.0}
+
+
+def test_events_show_where_a_shape_moves_to() -> None:
+    """It brightens what is ahead and darkens what is behind, in each of the four directions."""
+    data = moving_shapes(400, 1)
+    place = torch.arange(12).float()
+    up, down = data.train_images.sum(1).unbind(1)
+    centres = [
+        [(events * line).sum((1, 2)) / events.sum((1, 2)) for events in (up, down)]
+        for line in (place.view(1, 1, -1), place.view(1, -1, 1))
+    ]
+    ahead = torch.stack([bright - dark for bright, dark in centres], 1)
+    for direction, (axis, sign) in enumerate([(0, 1), (1, 1), (0, -1), (1, -1)]):
+        mine = ahead[data.train_labels % 4 == direction]
+        assert (mine[:, axis] * sign).mean() > 0.5
+        assert mine[:, 1 - axis].mean().abs() < 0.5
+
+
+@pytest.mark.parametrize("network", ["events-feedforward", "events-recurrent"])
+def test_event_frames_go_through_time_as_they_are(network: str, tmp_path) -> None:
+    """Both networks train on them, sparse and dense, and what was learnt is N:M."""
+    data = moving_shapes(40, 20, steps=4)
+    for method in ("dense", "spikenm"):
+        run = Run(method, "dense" if method == "dense" else "1:8", 0, network=network, epochs=1)
+        row = train(run, data, tmp_path, lambda *_: None)
+        assert (row["density"] == 1) == (method == "dense")
+        assert row["packed_bytes"] > 0
+        assert row["synops"] > 0
+
+
+def test_a_ticket_starts_from_the_initial_weights(tiny: Split, tmp_path, monkeypatch) -> None:
+    """Half of the budget finds it, the other half trains it from the start, at its own rate."""
+    seen = {}
+    rewind = training._State._rewind
+
+    def spy(state) -> None:
+        rewind(state)
+        seen["weight"] = state.network.hidden.weight_dense.detach().clone()
+        seen["rate"] = state.optimizer.param_groups[0]["lr"]
+
+    monkeypatch.setattr(training._State, "_rewind", spy)
+    train(run_of("uticket"), tiny, tmp_path, lambda *_: None)
+    first = training.build("vgg-small", tiny.train_images, 0)
+    assert torch.equal(seen["weight"], first.hidden.weight)
+    assert seen["rate"] == run_of("uticket").lr
+
+
+def test_the_frontier_of_bytes(tmp_path, capsys) -> None:
+    """Dense widths and sparse patterns, a budget among them, in one table and one plot."""
+    arguments = ["--network", "vgg-tiny", "--epochs", "1", "--widths", "0.5", "1", "2", "--steps"]
+    arguments += ["1", "--sparse-widths", "1", "--patterns", "2:4", "0.4 bytes", "--threads", "1"]
+    frontier.main(
+        [*arguments, "--batch", "640", "--out", str(tmp_path / "o"), "--results", str(tmp_path)]
+    )
+    table = json.loads((tmp_path / "frontier-digits.json").read_text())["rows"]
+    assert [(row["width"], row["pattern"]) for row in table] == [
+        *((width, "dense") for width in (0.5, 1.0, 2.0)),
+        *((1.0, pattern) for pattern in ("2:4", "0.4 bytes")),
+    ]
+    sizes = [row["packed_bytes"] for row in table]
+    assert sizes[:3] == sorted(sizes[:3])
+    assert sizes[4] <= 0.4 * sizes[1]
+    assert (tmp_path / "frontier-digits.png").exists()
+    assert "bytes" in capsys.readouterr().out
+
+
+def test_the_lead_at_a_quarter_of_the_bytes() -> None:
+    """Over the line between the dense networks on either side."""
+
+    def row(pattern: str, width: float, size: int, mean: float) -> dict:
+        return {"pattern": pattern, "width": width, "packed_bytes": size, "mean": mean}
+
+    dense = [row("dense", 0.5, 20, 0.4), row("dense", 1.0, 100, 0.6)]
+    sparse = [row("1:8", 1.0, 24, 0.5), row("2:4", 1.0, 60, 0.9)]
+    lead, pattern, width = frontier.gain_at_a_quarter([*dense, *sparse])
+    assert (pattern, width) == ("1:8", 1.0)
+    assert lead == pytest.approx(0.5 - 0.41)
+    assert frontier.gain_at_a_quarter([dense[1], *sparse]) is None

@@ -20,7 +20,7 @@ T, BATCH = 3, 4
 
 
 def spiking(*, norm: bool = True) -> nn.Module:
-    """Two convolutions, a hidden layer behind a flattened map, a readout; rules of neurons known."""
+    """Two convolutions, a hidden layer behind a flattened map, a readout; known neurons."""
     torch.manual_seed(0)
     model = SpikingConvNet((8, 8), (1,), inputs=3, size=4, hidden=8)
     for module in model.modules():
@@ -108,13 +108,11 @@ def test_a_later_measurement_is_of_training() -> None:
         optimizer.zero_grad()
         model(x).sum().backward()
         optimizer.step()
-        if step == 2:
-            currents: dict[str, Tensor] = {}
-            neuron = twin.features[1]
-            neuron.register_forward_pre_hook(lambda _, args: currents.update(v=args[0].detach()))
-            twin.train()(x)
-            conv = model.features[2].module[0].weight.detach() != 0
-            assert torch.equal(conv, expected_mask(membranes(currents["v"]), conv.shape, 2, 4))
+    currents: dict[str, Tensor] = {}
+    twin.features[1].register_forward_pre_hook(lambda _, args: currents.update(v=args[0].detach()))
+    twin.train()(x)
+    conv = model.features[2].module[0].weight.detach() != 0
+    assert torch.equal(conv, expected_mask(membranes(currents["v"]), conv.shape, 2, 4))
 
 
 def test_growth_lets_in_what_the_norm_asks_for() -> None:

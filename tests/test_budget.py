@@ -75,9 +75,7 @@ def test_a_budget_of_operations() -> None:
     torch.manual_seed(0)
     model, x = network(16, 32, 8), torch.randn(8, 16)
     decided = plan_within(model, "0.3 synops", example_inputs=x, rules=ALL_LAYERS)
-    operations = {
-        one.name: one.operations.effective for one in spikenm_fx.report(model, x).layers
-    }
+    operations = {one.name: one.operations.effective for one in spikenm_fx.report(model, x).layers}
     spent = sum(operations[e.name] * e.nm.density for e in decided.sparse if e.nm)
     assert spent <= 0.3 * sum(operations.values())
 

@@ -7,7 +7,7 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ALL_LAYERS, batches, network
 from torch import Tensor
@@ -39,6 +39,7 @@ def logits(of: int, seed: int, spread: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize(("keep", "of"), PATTERNS)
+@settings(max_examples=4)
 @given(seed=st.integers(0, 99))
 def test_marginals_are_those_of_every_order_of_draws(keep: int, of: int, seed: int) -> None:
     """Closed forms and dynamic programming agree with enumeration to 1e-10."""
@@ -51,7 +52,7 @@ def test_marginals_are_those_of_every_order_of_draws(keep: int, of: int, seed: i
             torch.testing.assert_close(found[lead, :, inner], expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize(("keep", "of"), [*PATTERNS, (2, 16), (4, 16)])
+@pytest.mark.parametrize(("keep", "of"), [(1, 4), (2, 4), (3, 4), (2, 2), (2, 8), (3, 8)])
 def test_the_gradient_equals_finite_differences(keep: int, of: int) -> None:
     """Of sum(h * P): central differences of the marginals themselves."""
     pi, h, step = logits(of, 1)[:1], logits(of, 2)[:1], 1e-5

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -176,7 +177,7 @@ def test_sparser_than_the_bound_what_was_pruned_stays_but_for_evening() -> None:
         model, train, "2:4", density=0.1, share=0.5, bounded=False, pes=4, rules=ALL_LAYERS
     )
     assert [each.density for each in rounds] == pytest.approx([1, 0.5, 0.25, 0.125, 0.1], abs=0.01)
-    for before, after in zip(masks, masks[1:], strict=False):
+    for before, after in pairwise(masks):
         for i in (0, 2, 4):
             returned = int((after[i] & ~before[i]).sum())
             assert returned <= int(after[i].sum()) // 2

@@ -17,12 +17,13 @@ import torch
 from spikenm_fx.bench.data import cifar10, shrunk
 from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.nets.cifar import NETWORKS
+from spikenm_fx.bench.shapes import moving_shapes
 from spikenm_fx.bench.training import VARIANTS, Run, train
 from spikenm_fx.demo.data import Split, digits
 from spikenm_fx.masks import native
 from spikenm_fx.pattern import NM
 
-__all__ = ["main", "plot", "summary"]
+__all__ = ["add_options", "main", "plot", "progress", "setting", "shared", "summary"]
 
 METHODS = ("dense", "random", "magnitude", "srste", "maskllm", "spikenm-no-eid", "spikenm")
 NEIGHBOURS = ("cyclical", "regrow", "activity", "uticket")
@@ -32,9 +33,29 @@ def main(arguments: Sequence[str]) -> None:
     """Train what is missing, print mean and standard deviation, write JSON and a plot."""
     options = _options(arguments)
     torch.set_num_threads(options.threads)
-    data, described = _data(options)
+    data, base = setting(options)
     out: Path = options.out or Path("bench-runs") / options.name
-    base = Run(
+    rows = []
+    runs = _runs(base, options.methods, options.patterns, options.seeds)
+    if options.finished:
+        runs = [run for run in runs if (out / f"{run.name}.json").exists()]
+    for number, run in enumerate(runs, 1):
+        where = f"{number}/{len(runs)} {run.name}"
+        row = train(run, data, out, partial(progress, where, run.epochs))
+        rows.append(row)
+        print(f"\r{where}: {row['accuracy']:.2%}" + " " * 30)
+    table = summary(rows)
+    print(_text(table))
+    result = {"settings": shared(rows), "sampler": _sampler(), "rows": table}
+    print(save(f"accuracy-{options.name}", result, options.results))
+    shown = f"{options.network}, {base.data['source']}, {base.data['train']:,} training images"
+    plot(table, options.results / f"accuracy-{options.name}.png", shown)
+
+
+def setting(options: argparse.Namespace) -> tuple[Split, Run]:
+    """The data, and the dense run that all others differ from."""
+    data, described = _data(options)
+    run = Run(
         "dense",
         "dense",
         0,
@@ -48,22 +69,11 @@ def main(arguments: Sequence[str]) -> None:
         data=described,
         device=options.device,
     )
-    rows = []
-    runs = _runs(base, options.methods, options.patterns, options.seeds)
-    for number, run in enumerate(runs, 1):
-        where = f"{number}/{len(runs)} {run.name}"
-        row = train(run, data, out, partial(_progress, where, run.epochs))
-        rows.append(row)
-        print(f"\r{where}: {row['accuracy']:.2%}" + " " * 30)
-    table = summary(rows)
-    print(_text(table))
-    result = {"settings": _shared(rows), "sampler": _sampler(), "rows": table}
-    print(save(f"accuracy-{options.name}", result, options.results))
-    shown = f"{options.network}, {described['source']}, {described['train']:,} training images"
-    plot(table, options.results / f"accuracy-{options.name}.png", shown)
+    return data, run
 
 
-def _progress(where: str, epochs: int, epoch: int, loss: float) -> None:
+def progress(where: str, epochs: int, epoch: int, loss: float) -> None:
+    """Say how far a run has come."""
     print(f"\r{where}  epoch {epoch}/{epochs}  loss {loss:.3f}   ", end="", flush=True)
 
 
@@ -75,9 +85,20 @@ def _sampler() -> str:
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
     known = sorted({*METHODS, *NEIGHBOURS, *VARIANTS})
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench accuracy", description=__doc__)
-    parser.add_argument("--data", default="digits", help="digits, or the folder of CIFAR-10")
-    parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
+    add_options(parser)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=known)
+    options = parser.parse_args(arguments)
+    options.patterns = [_pattern(pattern) for pattern in options.patterns]
+    options.name = options.name or Path(options.data).name
+    return options
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What a bench of training runs takes."""
+    parser.add_argument(
+        "--data", default="digits", help="digits, shapes, or the folder of CIFAR-10"
+    )
+    parser.add_argument("--network", default="vgg-small", choices=sorted(NETWORKS))
     parser.add_argument("--patterns", nargs="+", default=["2:4", "1:4", "2:8", "1:8"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=positive, default=12)
@@ -93,16 +114,21 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--name", help="of the results; by default that of the data")
     parser.add_argument("--out", type=Path, help="folder of runs and checkpoints")
+    parser.add_argument("--finished", action="store_true", help="train nothing: tell what is there")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    options.patterns = [str(NM.parse(pattern)) for pattern in options.patterns]
-    options.name = options.name or Path(options.data).name
-    return options
+
+
+def _pattern(text: str) -> str:
+    """A pattern, or a budget as it is."""
+    return text if " " in text else str(NM.parse(text))
 
 
 def _data(options: argparse.Namespace) -> tuple[Split, dict[str, Any]]:
     if options.data == "digits":
         data, source = digits(), "scikit-learn digits"
+    elif options.data == "shapes":
+        asked = options.train_images or 2000, options.test_images or 1000
+        data, source = moving_shapes(*asked, steps=options.steps), "moving shapes, event camera"
     else:
         data = cifar10(Path(options.data), options.train_images, options.test_images)
         data, source = shrunk(data, options.size), "CIFAR-10, JPEG copy"
@@ -135,6 +161,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "pattern": pattern,
+                "seeds": [member["run"]["seed"] for member in members],
                 "accuracies": values,
                 "mean": statistics.mean(values),
                 "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -146,7 +173,8 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def _shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def shared(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all runs have in common."""
     own = ("method", "pattern", "seed")
     return {key: value for key, value in rows[0]["run"].items() if key not in own}
 

@@ -19,9 +19,12 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.bench.nets.cifar import build
+from spikenm_fx.budget import plan_within
 from spikenm_fx.demo.data import Split
 from spikenm_fx.demo.networks import LIF, direct_code
 from spikenm_fx.masks import EID
+from spikenm_fx.masks.attach import masked_weights
+from spikenm_fx.masks.credits import learnt_credits
 from spikenm_fx.masks.diagnostics import diagnose
 from spikenm_fx.masks.methods import Method, method_named
 from spikenm_fx.masks.methods.activity import Activity
@@ -43,7 +46,8 @@ class Run:
 
     Attributes:
         method: a name of ``sparsify(method=...)`` or of :data:`VARIANTS`.
-        pattern: ``"2:4"`` and so on, ``"dense"`` for the dense network.
+        pattern: ``"2:4"`` and so on, ``"dense"`` for the dense network, or a budget of bytes as
+            :func:`spikenm_fx.budget.plan_within` takes it.
         seed: of weights, batches and masks.
         network: of :data:`spikenm_fx.bench.nets.cifar.NETWORKS`.
         epochs: passes over the training images.
@@ -70,9 +74,15 @@ class Run:
     device: str = "cpu"
 
     @property
+    def budget(self) -> str | None:
+        """Where the pattern is a budget, as in ``"0.25 bytes"``, the budget."""
+        return self.pattern if " " in self.pattern else None
+
+    @property
     def name(self) -> str:
         """A file name."""
-        return f"{self.network}-{self.method}-{self.pattern.replace(':', 'of')}-seed{self.seed}"
+        pattern = self.pattern.replace(":", "of").replace(" ", "-")
+        return f"{self.network}-{self.method}-{pattern}-seed{self.seed}"
 
 
 VARIANTS: Mapping[str, Method] = MappingProxyType(
@@ -87,11 +97,13 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-strict": SpikeNM(fade=0.0),
         "srste-fade": SRSTE(fade=SpikeNM().fade),
         "activity-weighted": Activity(weighted=True),
+        "activity-still": Activity(growth=0.0),
         "cyclical-rate": Cyclical(),
     }
 )
-"""One thing changed each: no EID, other credits, only drawn weights learn, no fade; a fade; ranks
-by weight times activity; a learning rate of each cycle's own."""
+"""One thing changed each: no EID, other credits, marginals instead of draws, only drawn weights
+learn, no fade; a fade; ranks by weight times activity; activity without growth, for networks
+without norms; a learning rate of each cycle's own."""
 
 
 def method_of(name: str) -> Method:
@@ -103,7 +115,8 @@ class KnownLIF(LIF):
     """The same neuron, whose update rule is told, so that its membrane can be computed."""
 
 
-def _rule(neuron: LIF) -> NeuronSpec:
+def _rule(neuron: nn.Module) -> NeuronSpec:
+    assert isinstance(neuron, LIF)
     return NeuronSpec(
         framework="unknown",
         class_name=type(neuron).__name__,
@@ -167,6 +180,11 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     os.replace(partial, path)
 
 
+def coded(images: Tensor, steps: int) -> Tensor:
+    """``[T, B, ...]``: images shown at every step, event frames ``[B, T, ...]`` as they are."""
+    return direct_code(images, steps) if images.dim() == 4 else images.transpose(0, 1)
+
+
 class _State:
     """Everything that a checkpoint must hold."""
 
@@ -208,10 +226,11 @@ class _State:
             for module in self.network.modules():
                 if type(module) is LIF:
                     module.__class__ = KnownLIF
-            examples = direct_code(self.data.train_images[: run.batch], run.steps)
+            examples = coded(self.data.train_images[: run.batch], run.steps)
+        wanted = self._pattern()
         spikenm_fx.sparsify(
             self.network,
-            run.pattern,
+            wanted,
             method=self.method,
             total_steps=self.total,
             seed=run.seed,
@@ -220,6 +239,24 @@ class _State:
         self.pruned = True
         if isinstance(self.method, UTicket):
             self._rewind()
+
+    def _pattern(self) -> str | spikenm_fx.Plan:
+        """The pattern; for a budget the plan by the credits of one epoch at 2:4, same seed."""
+        run = self.run
+        if run.budget is None:
+            return run.pattern
+        probe = build(run.network, self.data.train_images, run.seed).to(run.device)
+        spikenm_fx.sparsify(probe, "2:4", total_steps=self.per_epoch, seed=run.seed)
+        optimizer = torch.optim.Adam(probe.parameters(), run.lr)
+        order = torch.randperm(
+            len(self.data.train_images), generator=torch.Generator().manual_seed(run.seed)
+        )
+        for index in order.split(run.batch):
+            scores = probe(coded(self.data.train_images[index], run.steps))
+            optimizer.zero_grad()
+            F.cross_entropy(scores, self.data.train_labels[index]).backward()
+            optimizer.step()
+        return plan_within(self.network, run.budget, scores=learnt_credits(probe))
 
     def _rewind(self) -> None:
         """A ticket starts from the initial weights, with an optimizer of its own."""
@@ -245,7 +282,7 @@ class _State:
             images = self.data.train_images[index]
             if self.run.augment:
                 images = _augmented(images, self.batches)
-            scores = self.network(direct_code(images, self.run.steps))
+            scores = self.network(coded(images, self.run.steps))
             loss = F.cross_entropy(scores, self.data.train_labels[index])
             self.optimizer.zero_grad()
             loss.backward()
@@ -287,12 +324,18 @@ class _State:
         self.network.eval()
         if self.run.pattern != "dense":
             self._prune()
+            patterns = {name: str(mask.view.nm) for name, _, mask in masked_weights(self.network)}
             spikenm_fx.fold(self.network)
-            spikenm_fx.verify(self.network, self.run.pattern).raise_if_invalid()
+            asked = patterns if self.run.budget else self.run.pattern
+            spikenm_fx.verify(self.network, asked).raise_if_invalid()
+        images = self.data.test_images[:200]
+        measured = spikenm_fx.report(self.network, [coded(images, self.run.steps)], batch_dim=1)
         return {
             "run": asdict(self.run),
             "accuracy": accuracy(self.network, self.data, self.run.steps),
             "density": _density(self.network),
+            "packed_bytes": measured.packed_bytes,
+            "synops": measured.operations.effective / measured.samples,
             "seconds": self.seconds,
             "history": self.history,
         }
@@ -315,7 +358,7 @@ def accuracy(network: nn.Module, data: Split, steps: int, batch: int = 256) -> f
     right = 0
     pairs = zip(data.test_images.split(batch), data.test_labels.split(batch), strict=True)
     for images, labels in pairs:
-        right += int((network(direct_code(images, steps)).argmax(1) == labels).sum())
+        right += int((network(coded(images, steps)).argmax(1) == labels).sum())
     return right / len(data.test_labels)
 
 

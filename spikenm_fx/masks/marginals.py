@@ -17,6 +17,7 @@ the draws but that in dL/dm.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import combinations
 
 import torch
@@ -140,10 +141,11 @@ def _levels(of: int, keep: int) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], 
             for item in range(of)
             if item not in subset
         ]
-        left = torch.ones(len(subsets), of, dtype=torch.float64)
+        left = torch.ones(len(subsets), of, dtype=torch.float64, device="cpu")
         for number, subset in enumerate(subsets):
             left[number, list(subset)] = 0
-        levels.append((*torch.tensor(steps, dtype=torch.int64).unbind(1), left))
+        source, item, target = torch.tensor(steps, dtype=torch.int64, device="cpu").unbind(1)
+        levels.append((source, item, target, left))
     return tuple(levels)
 
 
@@ -170,7 +172,7 @@ def _through_subsets(p: Tensor, h: Tensor, keep: int) -> Tensor:
     return found * (p > 0)
 
 
-def _in_chunks(p: Tensor, function, *others: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _in_chunks(p: Tensor, function: Callable[..., Tensor], *others: Tensor) -> Tensor:
     """``function`` of ``(blocks, M)``, for as many blocks at a time as memory allows."""
     flat = [each.movedim(1, -1).flatten(0, 1) for each in (p, *others)]
     chunk = max(_NUMBERS // 2 ** p.shape[1], 1)

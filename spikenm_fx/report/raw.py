@@ -147,7 +147,9 @@ class RawProducts:
                 if counter is None or counter.layer.weight.shape != layer.weight.shape:
                     mask = (layer.weight != 0).cpu()
                     scale = self.scales.get(name, 1.0)
-                    counter = self.raw.setdefault(name, LayerCounter(layer, mask, scale=scale, pes=self.pes))
+                    counter = self.raw.setdefault(
+                        name, LayerCounter(layer, mask, scale=scale, pes=self.pes)
+                    )
         if counter is None or turned is None:
             self.uncounted += [name] if name not in self.uncounted else []
             return

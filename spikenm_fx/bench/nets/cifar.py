@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.bench.nets.events import FeedForward, Recurrent
 from spikenm_fx.demo.networks import LIF, OverTime, SpikingConvNet
 
 __all__ = ["NETWORKS", "VGGSNN", "ResNet19", "Spikformer", "build"]
@@ -175,12 +176,43 @@ NETWORKS: Mapping[str, Callable[[int, int], nn.Module]] = MappingProxyType(
         "vggsnn": lambda channels, size: VGGSNN(channels, size=size),
         "resnet19": lambda channels, size: ResNet19(channels),
         "spikformer-4-256": lambda channels, size: Spikformer(inputs=channels),
+        "events-feedforward": lambda channels, size: FeedForward(channels * size * size),
+        "events-recurrent": lambda channels, size: Recurrent(channels * size * size),
     }
 )
 """Builders by name, from input channels and image size."""
 
 
+def _times(width: float, *channels: int) -> list[int]:
+    """Multiples of 8, so that every pattern fits."""
+    return [max(8 * round(count * width / 8), 8) for count in channels]
+
+
+def _wide_tiny(channels: int, size: int, width: float) -> nn.Module:
+    *convolutions, hidden = _times(width, 16, 32, 32, 64, 128)
+    return SpikingConvNet(convolutions, (0, 1, 2), inputs=channels, size=size, hidden=hidden)
+
+
+WIDE: Mapping[str, Callable[[int, int, float], nn.Module]] = MappingProxyType(
+    {
+        "vgg-tiny": _wide_tiny,
+        "events-feedforward": lambda channels, size, width: FeedForward(
+            channels * size * size, *_times(width, 128)
+        ),
+    }
+)
+"""Those that come in widths, from input channels, image size and width."""
+
+
 def build(name: str, images: Tensor, seed: int) -> nn.Module:
-    """A fresh network for images ``[N, C, H, W]``, the same for the same seed."""
+    """A fresh network for images ``[N, C, H, W]``, the same for the same seed.
+
+    ``NAME-xWIDTH`` is a network of :data:`WIDE` with so many times the hidden channels.  Event
+    frames have time before the channels.
+    """
     torch.manual_seed(seed)
-    return NETWORKS[name](images.shape[1], images.shape[-1])
+    base, wide, width = name.partition("-x")
+    channels, size = images.shape[-3], images.shape[-1]
+    if wide:
+        return WIDE[base](channels, size, float(width))
+    return NETWORKS[name](channels, size)

@@ -15,6 +15,12 @@ __all__ = ["CHAPTERS", "accuracy_of"]
 NAMES = {
     "spikenm-no-eid": "spikenm without distillation",
     "magnitude": "magnitude (dense for half of the run)",
+    "activity-still": "activity, without growth (no norms)",
+    "activity-weighted": "activity times weight magnitude",
+    "cyclical-rate": "cyclical, learning rate of each cycle",
+    "spikenm-marginals": "spikenm, gradient through exact marginals",
+    "spikenm-signal": "spikenm, credit: weight magnitude times eligibility with the learning signal",
+    "uticket": "uticket (dense for half of the run, then rewound)",
     "srste-fade": "srste with the fade of spikenm",
     "spikenm-strict": "spikenm, N:M from the first step (`fade=0.0`)",
     "spikenm-eligibility": "spikenm, credit: eligibility",
@@ -76,12 +82,50 @@ def _leads(rows: dict[tuple[str, str], Any], patterns: list[str]) -> list[str]:
 
 
 def _lead(row: Any, other: Any) -> str:
+    """Points by which a row is ahead, over the seeds that both have, with the standard error."""
     if other is None:
         return ""
-    pairs = zip(row["accuracies"], other["accuracies"], strict=True)
-    differences = [100 * (ours - theirs) for ours, theirs in pairs]
-    error = statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{round(statistics.mean(differences), 1) + 0.0:+.1f} ± {error:.1f}"  # no "-0.0"
+    ours, theirs = _by_seed(row), _by_seed(other)
+    differences = [100 * (ours[seed] - theirs[seed]) for seed in ours if seed in theirs]
+    if not differences:
+        return ""
+    mean = f"{round(statistics.mean(differences), 1) + 0.0:+.1f}"  # no "-0.0"
+    if len(differences) == 1:
+        return f"{mean} (one seed)"
+    return f"{mean} ± {statistics.stdev(differences) / len(differences) ** 0.5:.1f}"
+
+
+def _by_seed(row: Any) -> dict[int, float]:
+    """Accuracies by seed; a file that names none counts from 0."""
+    seeds = row.get("seeds", range(len(row["accuracies"])))
+    return dict(zip(seeds, row["accuracies"], strict=True))
+
+
+def _neighbours(result: Result, known: Result) -> str:
+    """Methods by pattern, and how they stand to spikenm of another file on equal seeds."""
+    rows = {(row["method"], row["pattern"]): row for row in result["rows"]}
+    others = {(row["method"], row["pattern"]): row for row in known["rows"]}
+    patterns = sorted({p for _, p in rows} - {"dense"}, key=lambda p: (-NM.parse(p).density, p))
+    lines = []
+    for method in dict.fromkeys(method for method, _ in rows):
+        cells = []
+        for pattern in patterns:
+            row = rows.get((method, pattern))
+            ours = others.get(("spikenm", pattern))
+            counted = "" if row is None else f" ({len(row['accuracies'])})"
+            cells.append(_cell_of_any(row) + counted)
+            cells.append("" if row is None or ours is None else _lead(row, ours))
+        lines.append([NAMES.get(method, method), *cells])
+    head = ["method"]
+    for pattern in patterns:
+        head += [f"{pattern} (seeds)", "ahead of spikenm, equal seeds"]
+    return _settings(result) + "\n\n" + markdown(head, lines)
+
+
+def _cell_of_any(row: Any) -> str:
+    if row is None:
+        return ""
+    return percent(row["mean"], row["sd"] if len(row["accuracies"]) > 1 else None)
 
 
 def _planning(result: Result) -> str:
@@ -206,6 +250,14 @@ CHAPTERS = (
         "fade's, and SR-STE gains by it as well.",
     ),
     Chapter(
+        "Accuracy of neighbouring methods",
+        ("accuracy-cifar10-neighbours", "accuracy-cifar10-10-seeds"),
+        f"{_RUN} --methods cyclical regrow activity uticket spikenm-marginals spikenm-signal "
+        "--patterns 2:4 1:8 --seeds 0 1 2 --name cifar10-neighbours",
+        _neighbours,
+        "As many seeds as are told; one or two of them decide nothing within a point.",
+    ),
+    Chapter(
         "Accuracy after three times the epochs",
         ("accuracy-cifar10-18-epochs",),
         f"{_RUN.replace('--epochs 6', '--epochs 18')} --patterns 2:4 1:8 --seeds 0 1 2 "
@@ -245,7 +297,9 @@ CHAPTERS = (
         ("variance",),
         "python -m spikenm_fx.bench variance",
         _variance,
-        "Distillation does not reduce the variance of the logits' gradient over mask draws.",
+        "Distillation does not reduce the variance of the logits' gradient over mask draws. Exact "
+        "marginals (`SpikeNM(gradient=\"marginals\")`) do, less so as the logits settle; the noise "
+        "that is left is that of the loss under the masks that were drawn.",
     ),
     Chapter(
         "Cost of a training step",

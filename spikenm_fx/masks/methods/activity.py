@@ -93,7 +93,7 @@ class Activity(FixedRule):
         return top_mask(self._scores(weight, draw), keep, draw.present)
 
     def final_mask(self, weight: Tensor, logits: Tensor | None, draw: Draw) -> Tensor:
-        """The N most active of each block ``(lead, M, inner)``; by magnitude where none is known."""
+        """The N most active of each block ``(lead, M, inner)``, or largest where none is known."""
         return top_mask(self._scores(weight, draw), draw.nm.keep, draw.present)
 
     def _scores(self, weight: Tensor, draw: Draw) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cyclical pruning: sparsity rises again and again, wrongly pruned weights return (arXiv 2202.01290).
+"""Cyclical pruning: in each cycle weights that were pruned may return (arXiv 2202.01290).
 
 Read in the paper (abstract): the pruning schedule is periodic, so that weights pruned erroneously
 in one cycle can recover in the next ones.  That the cubic schedule repeats, that masked weights go

@@ -177,9 +177,7 @@ class Regrow(FixedRule):
         flat = size.flatten()
         return flat.kthvalue(max(math.ceil(share * flat.numel()), 1)).values
 
-    def _without_neurons(
-        self, alive: Tensor, spread: Tensor, interval: int, draw: Draw
-    ) -> Tensor:
+    def _without_neurons(self, alive: Tensor, spread: Tensor, interval: int, draw: Draw) -> Tensor:
         """Those of the smallest sum of ranges, among the output neurons that are left."""
         assert draw.view is not None
         rows = draw.view.rows(alive * spread).flatten(1).sum(1)

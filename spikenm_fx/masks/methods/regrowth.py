@@ -9,9 +9,7 @@ from torch import Tensor
 __all__ = ["exchanged", "strongest_blocks"]
 
 
-def exchanged(
-    mask: Tensor, value: Tensor, growth: Tensor, present: Tensor | None = None
-) -> Tensor:
+def exchanged(mask: Tensor, value: Tensor, growth: Tensor, present: Tensor | None = None) -> Tensor:
     """The mask after one exchange in each block: the least of the kept for the best of the pruned.
 
     Args:

@@ -96,7 +96,9 @@ class UTicket(FixedRule):
         size = weight.abs().float()
         mask = top_mask(size, draw.nm.keep, draw.present) & (size > self.threshold)
         if self.density is not None:
-            mask &= _largest(size.masked_fill(~mask, 0.0), round(self.density * math.prod(draw.view.shape)))
+            mask &= _largest(
+                size.masked_fill(~mask, 0.0), round(self.density * math.prod(draw.view.shape))
+            )
         if self.utilisation != 0:
             mask = self._evened(mask, size, draw)
         # what stays must be told from what is pruned, also where its weight is zero
