@@ -300,6 +300,10 @@ def _div(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if not isinstance(b, int | float) or not b or call.kwargs.get("rounding_mode"):
         raise call.refuse("it divides by something else than a number")
+    if isinstance(a, Ref) and call.draft.time is not None and b == call.draft.time.size:
+        mean = call.draft.mean_of(a)
+        if mean is not None:
+            return mean
     return _scaled(call, a, 1.0 / b, 0.0)
 
 

@@ -131,7 +131,7 @@ class Net:
             observer: None for nobody any more.
         """
         self._observer = (
-            None
+            _Observe()  # a null pointer
             if observer is None
             else _Observe(lambda _, op, given, out: observer(op, given, out))
         )
