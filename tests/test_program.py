@@ -349,4 +349,3 @@ def test_int8_weights_run_as_they_are_stored() -> None:
     reset(model)
     exact = program(model, x)
     assert torch.equal(engine(x), exact(x))
-

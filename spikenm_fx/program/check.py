@@ -140,7 +140,11 @@ class _Observer:
             each.others += int(differs.sum())
             rule = replace(probe.spec, time_axis=None)
             # only from rest on is the membrane that of the rule
-            margin = None if each.steps > spikes.shape[0] else first_margin(rule, list(wanted), list(spikes), list(differs))
+            margin = (
+                None
+                if each.steps > spikes.shape[0]
+                else first_margin(rule, list(wanted), list(spikes), list(differs))
+            )
             if margin is not None:
                 each.margin = max(each.margin or 0.0, margin)
         forced = spikes.contiguous()

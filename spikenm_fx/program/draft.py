@@ -200,8 +200,6 @@ class Draft:
 
     def scaled(self, ref: Ref, factor: Any, shift: Any, name: str = "") -> Value:
         """``factor * ref + shift``, numbers or one per channel."""
-
-
         rows = torch.stack(
             [torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in (factor, shift)]
         )
@@ -211,6 +209,5 @@ class Draft:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-
 
     return a.dtype == b.dtype and torch.equal(a, b)

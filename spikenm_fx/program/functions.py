@@ -114,7 +114,9 @@ def _with(call: Call, ref: Ref, axes: Axes | None) -> Ref:
 def _squeeze(call: Call) -> Ref:
     ref, at = call.ref(), call.get(1, "dim")
     rank = len(ref.axes)
-    which = range(rank) if at is None else [a % rank for a in (at if isinstance(at, tuple) else (at,))]
+    which = (
+        range(rank) if at is None else [a % rank for a in (at if isinstance(at, tuple) else (at,))]
+    )
     drop = {i for i in which if all(atom.size == 1 for atom in ref.axes[i])}
     gone = [atom for i in drop for atom in ref.axes[i]]
     if any(atom in ref.value.layout.lead for atom in gone):

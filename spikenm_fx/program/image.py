@@ -44,7 +44,9 @@ def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
         "program": "".join(f"{name}\n" for name in names),
         "program_version": str(VERSION),
         "result": result,
-        "operations": json.dumps([f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]),
+        "operations": json.dumps(
+            [f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]
+        ),
         "digest": DIGEST,
     }
     content = packed_bytes(lowered.packed, tensors=tensors, metadata=metadata)

@@ -238,9 +238,7 @@ class _Lowering:
             raise NotLowered(name, "hooks see what it takes or gives; remove them")
         if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
             raise NotLowered(name, f"a {type(module).__name__} has no operation")
-        call.kwargs |= {
-            key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)
-        }
+        call.kwargs |= {key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)}
         return FUNCTIONS[family](call)
 
     # -- outputs ----------------------------------------------------------------------------------
@@ -348,4 +346,3 @@ _SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
     *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
 )
-

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from spikenm_fx.errors import PackError, PackedFileError
+from spikenm_fx.errors import PackedFileError, PackError
 from spikenm_fx.native.library import native_library
 
 __all__ = ["Net", "Observer"]

@@ -19,6 +19,7 @@ from spikenm_fx.trace import NeuronSpec
 
 __all__ = ["Neurons", "Returned"]
 
+
 @dataclass(frozen=True, slots=True)
 class Returned:
     """Spikes and state, as a neuron returns them.

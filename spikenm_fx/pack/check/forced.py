@@ -21,7 +21,14 @@ from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, find_neurons, membranes
 
-__all__ = ["ROUNDING", "NeuronDifference", "difference", "first_margin", "forced", "forced_mismatch"]
+__all__ = [
+    "ROUNDING",
+    "NeuronDifference",
+    "difference",
+    "first_margin",
+    "forced",
+    "forced_mismatch",
+]
 
 ROUNDING = 1e-4
 """How far rounding moves the input of a neuron or its membrane, relative to its largest value."""
