@@ -41,7 +41,12 @@ class RuleNeuron(nn.Module):
         return spikes if self.spec.time_axis == 0 else spikes[0]
 
 
-register_neuron(RuleNeuron, read=lambda module: module.spec)
+def _spec(module: Any) -> NeuronSpec:
+    spec: NeuronSpec = module.spec
+    return spec
+
+
+register_neuron(RuleNeuron, read=_spec)
 
 
 class Folded(nn.Module):
@@ -52,7 +57,7 @@ class Folded(nn.Module):
         self.body = nn.Sequential(*modules)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.body(x.flatten(0, 1))
+        y: Tensor = self.body(x.flatten(0, 1))
         return y.unflatten(0, x.shape[:2])
 
 
@@ -182,6 +187,7 @@ def examples(draw: st.DrawFn) -> Example:
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.weight.copy_(prune(2 * module.weight, pattern))
             if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
                 module.running_mean.normal_(0, 0.2)
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.normal_(0.2, 0.2)

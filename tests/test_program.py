@@ -308,7 +308,12 @@ class Secret(RuleNeuron):
     """A neuron of which only a part is known."""
 
 
-register_neuron(Secret, read=lambda module: replace(module.spec, exact=False))
+def _partly(module: Any) -> NeuronSpec:
+    spec: NeuronSpec = module.spec
+    return replace(spec, exact=False)
+
+
+register_neuron(Secret, read=_partly)
 
 
 @pytest.mark.parametrize(

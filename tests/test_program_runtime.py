@@ -53,7 +53,8 @@ def test_the_tutorial_in_c_classifies_a_stream(tmp_path: Path) -> None:
     """The class with most output spikes over the stream, as in Python."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), RuleNeuron(STEP), nn.Linear(32, 7), RuleNeuron(STEP))
-    model[2].weight.data *= 3
+    with torch.no_grad():
+        model.get_submodule("2").weight.mul_(3)  # type: ignore[operator, union-attr]
     frames = 3 * torch.rand(25, 1, 16)
     engine = program(model.eval(), frames[0])
     engine.save(tmp_path / "net.snm")
