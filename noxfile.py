@@ -20,6 +20,8 @@ KERNEL_TESTS = (
     "tests/test_pack_counts.py",
     "tests/test_native_sampler.py",
     "tests/test_permute_search.py",
+    "tests/test_program.py",
+    "tests/test_program_file.py",
 )
 WHEEL_TESTS = ("tests/test_pack_kernels.py", "tests/test_native_sampler.py")  # no framework needed
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -172,6 +174,29 @@ def wheel(session: nox.Session) -> None:
     session.run(
         *(str(python), "-m", "pytest", "-q", *tests), external=True, env=ONE_THREAD | NO_BUILD
     )
+
+
+@nox.session
+def runtime(session: nox.Session) -> None:
+    """Libspikenm and spikenm-run: built and installed by CMake alone, and what they depend on."""
+    session.install("cmake", "ninja")
+    build, prefix = empty_folders(session, "runtime", "runtime-installed")
+    options = ("-DSPIKENM_RUNTIME=ON", "-G", "Ninja", "-S", "spikenm_fx/native", "-B", str(build))
+    session.run("cmake", *options)
+    session.run("cmake", "--build", str(build))
+    session.run("cmake", "--install", str(build), "--prefix", str(prefix), "--strip")
+    library, program = (prefix / "lib" / "libspikenm.so").resolve(), prefix / "bin" / "spikenm-run"
+    size = library.stat().st_size + program.stat().st_size
+    if size > 2 << 20:
+        session.error(f"the runtime takes {size} bytes; 2 MiB are promised")
+    needed = str(session.run("ldd", str(program), external=True, silent=True))
+    known = ("linux-vdso", "libspikenm", "libstdc++", "libm.", "libgcc_s", "libc.", "ld-linux")
+    others = [line for line in needed.splitlines() if not any(name in line for name in known)]
+    if others:
+        session.error(f"spikenm-run needs more than the C and C++ libraries: {others}")
+    session.run(str(program), "--help", external=True)
+    example = ("tutorials/07_stream_in_c.c", f"-I{prefix}/include", f"-L{prefix}/lib", "-lspikenm")
+    session.run("cc", *example, "-o", str(build / "stream"), external=True)
 
 
 @nox.session

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from spikenm_fx.pattern import NM
     from spikenm_fx.plan.plan import Plan, plan
     from spikenm_fx.plan.rules import Rule
+    from spikenm_fx.program.engine import load_engine
     from spikenm_fx.recipe.schema import load_recipe
     from spikenm_fx.report.measure import report
     from spikenm_fx.report.view import Report, compare
@@ -41,10 +42,10 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "NM", "Plan", "Report", "Rule", "SpikeNMError", "SpikingGraph", "Verification", "__version__",
-    "adopt", "compare", "dense_state_dict", "doctor", "fold", "load_packed", "load_recipe",
-    "native_status", "pack", "packing", "param_groups", "permute", "plan", "progress",
-    "remove_channels", "remove_dead_channels", "report", "save_packed", "sparsify", "step",
-    "trace", "verify",
+    "adopt", "compare", "dense_state_dict", "doctor", "fold", "load_engine", "load_packed",
+    "load_recipe", "native_status", "pack", "packing", "param_groups", "permute", "plan",
+    "progress", "remove_channels", "remove_dead_channels", "report", "save_packed", "sparsify",
+    "step", "trace", "verify",
 ]  # fmt: skip
 
 _HOMES = {
@@ -62,6 +63,7 @@ _HOMES = {
     "pattern": "NM",
     "plan.plan": "Plan plan",
     "plan.rules": "Rule",
+    "program.engine": "load_engine",
     "recipe.schema": "load_recipe",
     "report.measure": "report",
     "report.view": "Report compare",

@@ -38,6 +38,7 @@ def pack(
     dtype: torch.dtype | None = None,
     nm: PatternLike | None = None,
     check: bool = True,
+    program: bool = False,
 ) -> nn.Module:
     """An inference copy of ``model`` that runs on packed weights.
 
@@ -78,20 +79,33 @@ def pack(
         nm: refuse layers that the model sparsified to another pattern: each layer that is not
             entirely dense must be ``nm``.
         check: compare the engine with the model on the examples.
+        program: lower the whole network to one native program, an
+            :class:`~spikenm_fx.program.engine.Engine` with ``step``, ``reset`` and ``save``, which
+            keeps its states itself and is no longer of the model's class; ``backend`` does not
+            matter then.  Where a part has no operation (see :mod:`spikenm_fx.program`), the engine
+            is the one without ``program``, and a warning and the report's note say which and why.
 
     Returns:
-        The copy, in eval mode; :func:`packing` gives its report.
+        The copy, in eval mode, or the program; :func:`packing` gives its report.
 
     Raises:
         PackError: for weights that are not finite, not ``nm`` or quantised, unfolded masks, a
             model on another device or packed already, or a backend that does not exist.
     """
     _refuse(model)
-    engine = copy_at_rest(model)
     args = _arguments(example_inputs)
+    why = ""
+    if program:
+        from spikenm_fx.pack.programs import program_of, without_program
+
+        pattern = None if nm is None else NM.parse(nm)
+        made, why = program_of(model, args, dtype=dtype, nm=pattern, check=check)
+        if made is not None:
+            return made
+    engine = copy_at_rest(model)
     with preserved_records(model, engine):
         report = _build(model, engine, args, backend, dtype, nm, check=check)
-    engine.__dict__["_spikenm_packing"] = report
+    engine.__dict__["_spikenm_packing"] = without_program(report, why) if why else report
     return engine
 
 

@@ -8,7 +8,7 @@ at each view of them, which small networks do not win back.  So the whole forwar
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from spikenm_fx.state import preserved
 if TYPE_CHECKING:
     from spikenm_fx.pack.builder import EngineBuilder
 
-__all__ = ["Forms"]
+__all__ = ["Forms", "take_turns"]
 
 ROUNDS = 3
 MOST_ROUNDS = 40
@@ -159,6 +159,25 @@ class Forms:
             if draft.neuron:
                 draft.note = f"Its neuron {draft.neuron} is not fused with it. {reason}"
             draft.neuron = ""
+
+
+def take_turns(ways: Mapping[str, nn.Module], args: tuple[Any, ...]) -> dict[str, float]:
+    """Seconds of one forward of each module, taking turns.
+
+    Args:
+        ways: modules by name; the first says how many forwards a turn has.
+        args: of each forward.
+    """
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    runs = 0
+    for counted in _rounds():
+        for way, module in ways.items():
+            module(*args)
+            runs = runs or _runs(module, args)
+            spent = _spent(module, args, runs)
+            if counted:
+                seconds[way].append(spent)
+    return {way: typical(spent) for way, spent in seconds.items()}
 
 
 def _rounds() -> Iterator[bool]:

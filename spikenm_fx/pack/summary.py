@@ -85,7 +85,8 @@ class WholeForward:
         model: milliseconds of the folded model, the median of the faster half of the runs.
         engine: milliseconds of the engine, alike.
         form: which form of the engine was fastest: ``"fused"``, ``"unfused"`` (packed layers, and
-            neurons as they were) or ``"torch"`` (every layer dense).
+            neurons as they were) or ``"torch"`` (every layer dense); ``"program"`` where the
+            engine is one (see :mod:`spikenm_fx.program`).
     """
 
     model: float

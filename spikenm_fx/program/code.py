@@ -6,7 +6,7 @@ opened (``net_model.cpp``), and runs the operations in their order.  Layout of t
 
 .. code-block:: text
 
-    8 words        version, values, operations, outputs, fixed steps, 0, 0, 0
+    8 words        version, values, operations, outputs, fixed steps, only steps, only images, 0
     5 per value    bits, timed, height, width, channels
     26 per port    value, rank, 8 x (role, size, joined): the input, then each output
     32 per op      code, in, in, out, out, 4 tensors, what :class:`Op` calls settings
@@ -156,6 +156,8 @@ class Program:
         input: of the model.
         outputs: of the model, in order.
         fixed_steps: time steps where no axis of the input tells them; 0 elsewhere.
+        only_steps: the one number of steps that it is right for; 0 for any.
+        only_images: the same of the batch.
     """
 
     values: list[ValueType]
@@ -163,6 +165,8 @@ class Program:
     input: Port
     outputs: tuple[Port, ...]
     fixed_steps: int = 0
+    only_steps: int = 0
+    only_images: int = 0
 
     def tensor(self, names: Sequence[str]) -> Tensor:
         """The program as an int64 tensor.
@@ -172,6 +176,7 @@ class Program:
         """
         numbers = {name: number for number, name in enumerate(names, 1)}
         head = [VERSION, len(self.values), len(self.ops), len(self.outputs), self.fixed_steps]
+        head += [self.only_steps, self.only_images]
         words = [*head, *[0] * (8 - len(head))]
         for v in self.values:
             words += [int(v.bits), int(v.timed), v.height, v.width, v.channels]

@@ -184,6 +184,14 @@ class Draft:
             raise NotLowered(where, "it mixes time steps, so that it has no order of its own")
         return steps.pop() if steps else None
 
+    def mean_of(self, ref: Ref) -> Ref | None:
+        """The mean over time, where ``ref`` is the sum over time; else None."""
+        made = next(op for op in reversed(self.ops) if ref.value.number in op.outputs)
+        if made.code is not Code.REDUCE or made.settings != (0,):
+            return None
+        source = Ref(self.values[made.inputs[0]], ref.axes)
+        return replace(ref, value=self.apply(Code.REDUCE, ref.value.layout, source, settings=(1,)))
+
     def floats(self, ref: Ref) -> Ref:
         """The same numbers, as floats where they are bits."""
         if not ref.value.bits:
@@ -192,8 +200,6 @@ class Draft:
 
     def scaled(self, ref: Ref, factor: Any, shift: Any, name: str = "") -> Value:
         """``factor * ref + shift``, numbers or one per channel."""
-
-
         rows = torch.stack(
             [torch.as_tensor(x, dtype=torch.float32).reshape(-1) for x in (factor, shift)]
         )
@@ -203,6 +209,5 @@ class Draft:
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-
 
     return a.dtype == b.dtype and torch.equal(a, b)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import PackedFileError, PackError
-from spikenm_fx.program.image import metadata_of
 from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
@@ -36,7 +35,7 @@ class Engine(nn.Module):
         super().__init__()
         self._content = content
         self._net = Net(content, name)
-        about = metadata_of(content)
+        about = _metadata(content)
         self._result = about.get("result", "tensor")
         self._operations: list[str] = json.loads(about["operations"])
         super().train(False)
@@ -138,6 +137,13 @@ class Engine(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(engine)."""
         return f"{len(self._operations)} operations, {len(self._content)} bytes"
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What a file says of itself; the library has checked the file before."""
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + size])["__metadata__"]
+    return found
 
 
 def load_engine(path: str | os.PathLike[str]) -> Engine:

@@ -114,7 +114,9 @@ def _with(call: Call, ref: Ref, axes: Axes | None) -> Ref:
 def _squeeze(call: Call) -> Ref:
     ref, at = call.ref(), call.get(1, "dim")
     rank = len(ref.axes)
-    which = range(rank) if at is None else [a % rank for a in (at if isinstance(at, tuple) else (at,))]
+    which = (
+        range(rank) if at is None else [a % rank for a in (at if isinstance(at, tuple) else (at,))]
+    )
     drop = {i for i in which if all(atom.size == 1 for atom in ref.axes[i])}
     gone = [atom for i in drop for atom in ref.axes[i]]
     if any(atom in ref.value.layout.lead for atom in gone):
@@ -300,6 +302,10 @@ def _div(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if not isinstance(b, int | float) or not b or call.kwargs.get("rounding_mode"):
         raise call.refuse("it divides by something else than a number")
+    if isinstance(a, Ref) and call.draft.time is not None and b == call.draft.time.size:
+        mean = call.draft.mean_of(a)
+        if mean is not None:
+            return mean
     return _scaled(call, a, 1.0 / b, 0.0)
 
 

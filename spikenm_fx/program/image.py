@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from spikenm_fx.errors import PackedFileError
@@ -21,19 +20,19 @@ from spikenm_fx.program.code import VERSION
 if TYPE_CHECKING:
     from spikenm_fx.program.lower import Lowered
 
-__all__ = ["DIGEST", "PROGRAM", "image_of", "metadata_of"]
+__all__ = ["DIGEST", "PROGRAM", "image_of", "sealed"]
 
 PROGRAM = "::program"
 """Name of the tensor that is the program."""
 DIGEST = "0" * 64
 
 
-def image_of(lowered: Lowered, about: Mapping[str, str]) -> bytes:
+def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
     """Everything that an engine is, as the bytes of its file.
 
     Args:
         lowered: the program, its packed weights and tensors.
-        about: what else the file says of itself, for people.
+        result: how the model returns its outputs: ``"tensor"``, ``"tuple"`` or ``"list"``.
     """
     names = [PROGRAM]
     for op in lowered.program.ops:
@@ -42,11 +41,12 @@ def image_of(lowered: Lowered, about: Mapping[str, str]) -> bytes:
         raise PackedFileError("a module's name holds a line break; rename it to save an engine")
     tensors = {**lowered.tensors, PROGRAM: lowered.program.tensor(names[1:])}
     metadata = {
-        **about,
         "program": "".join(f"{name}\n" for name in names),
         "program_version": str(VERSION),
-        "result": lowered.result,
-        "operations": json.dumps([f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]),
+        "result": result,
+        "operations": json.dumps(
+            [f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]
+        ),
         "digest": DIGEST,
     }
     content = packed_bytes(lowered.packed, tensors=tensors, metadata=metadata)
@@ -64,14 +64,3 @@ def sealed(content: bytes) -> bytes:
         raise PackedFileError("a name in this network looks like the digest of its file; rename it")
     digest = hashlib.sha256(content).hexdigest()
     return content.replace(sign, f'"digest":"{digest}"'.encode())
-
-
-def metadata_of(content: bytes) -> dict[str, str]:
-    """What a file says of itself; the library has checked the file before.
-
-    Args:
-        content: of the file.
-    """
-    size = int.from_bytes(content[:8], "little")
-    found: dict[str, str] = json.loads(content[8 : 8 + size])["__metadata__"]
-    return found

@@ -13,7 +13,8 @@ from spikenm_fx._torch import BatchNormBase
 from spikenm_fx.pack.engine.norms import affine_of
 from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
-from spikenm_fx.pack.weights.tightest import tightest_pattern
+from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern
+from spikenm_fx.pattern import NM
 from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
@@ -39,10 +40,11 @@ class Layers:
     Args:
         draft: of the program.
         dtype: of the stored values, or None.
+        nm: what each layer must be that is not entirely dense, or None.
     """
 
-    def __init__(self, draft: Draft, dtype: Any) -> None:
-        self.draft, self.dtype = draft, dtype
+    def __init__(self, draft: Draft, dtype: Any, nm: NM | None) -> None:
+        self.draft, self.dtype, self.nm = draft, dtype, nm
         self.packed: dict[str, PackedWeight] = {}
         self._layers: dict[int, _Layer] = {}  # by value
         self._norms: dict[tuple[str, int], Value] = {}
@@ -126,6 +128,8 @@ class Layers:
         """Pack every weight and write the settings of its operation."""
         for layer in self._layers.values():
             pattern = tightest_pattern(layer.weight)
+            if self.nm is not None and pattern != DENSE:
+                pattern = self.nm
             packed = pack_weight(
                 layer.weight, pattern, geometry=layer.geometry, dtype=self.dtype, name=layer.name
             )

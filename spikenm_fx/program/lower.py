@@ -10,6 +10,7 @@ left is batch, of any size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +18,57 @@ from torch import Tensor, fx, nn
 
 from spikenm_fx.pack.kept import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
-from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
 from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
 from spikenm_fx.program.functions import FUNCTIONS, Call
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
-from spikenm_fx.trace import SpikingGraph
+from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.nodes import readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name
 
-__all__ = ["Lowered", "lower"]
+__all__ = ["Lowered", "Probe", "lower"]
 
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """How a neuron's tensors in the model's forward become the tokens of its operation.
+
+    Attributes:
+        name: of the module.
+        spec: its rule.
+        sizes: of the parts of all axes, on the examples.
+        order: of these parts: time if any, batch, height, width, channels.
+        timed: one call has all time steps.
+        batch: the part that is the first axis of the batch, or None.
+    """
+
+    name: str
+    spec: NeuronSpec
+    sizes: tuple[int, ...]
+    order: tuple[int, ...]
+    timed: bool
+    batch: int | None
+
+    def tokens(self, x: Tensor, numbers: int, steps: int, batch: int | None) -> Tensor:
+        """``(steps, batch, numbers)`` of one call's tensor.
+
+        Args:
+            x: of the shape that it has there.
+            numbers: of a token.
+            steps: time steps of the whole forward.
+            batch: size of the first axis of the batch.
+        """
+        sizes = list(self.sizes)
+        if self.timed:
+            sizes[self.order[0]] = steps
+        if self.batch is not None and batch is not None:
+            sizes[self.batch] = batch
+        return x.reshape(sizes).permute(self.order).reshape(steps if self.timed else 1, -1, numbers)
 
 
 class Lowered:
@@ -40,7 +78,7 @@ class Lowered:
         program: the operations.
         packed: the weights, by layer.
         tensors: biases, scales and neuron parameters, by name.
-        result: how the model returns its outputs: ``"tensor"``, ``"tuple"`` or ``"list"``.
+        probes: what each neuron is given, by the number of its operation.
     """
 
     def __init__(
@@ -48,13 +86,17 @@ class Lowered:
         program: Program,
         packed: dict[str, PackedWeight],
         tensors: dict[str, Tensor],
-        result: str,
+        probes: dict[int, Probe],
     ) -> None:
-        self.program, self.packed, self.tensors, self.result = program, packed, tensors, result
+        self.program, self.packed, self.tensors, self.probes = program, packed, tensors, probes
 
 
 def lower(
-    model: nn.Module, graph: SpikingGraph, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    graph: SpikingGraph,
+    *,
+    dtype: torch.dtype | None = None,
+    nm: NM | None = None,
 ) -> Lowered:
     """The program of a model.
 
@@ -62,16 +104,17 @@ def lower(
         model: in eval mode, folded, at rest.
         graph: its trace on examples; the program runs on other batch sizes and numbers of steps.
         dtype: of the stored weights; None keeps fp32.
+        nm: what each layer must be that is not entirely dense; None for whatever it is.
 
     Raises:
         NotLowered: naming the part that has no operation, and why.
         PackError: for a weight that cannot be packed.
     """
-    return _Lowering(model, graph, dtype).run()
+    return _Lowering(model, graph, dtype, nm).run()
 
 
 class _Lowering:
-    def __init__(self, model: nn.Module, graph: SpikingGraph, dtype: torch.dtype | None) -> None:
+    def __init__(self, model: nn.Module, graph: SpikingGraph, dtype: Any, nm: NM | None) -> None:
         if graph.operations is None:
             raise NotLowered("", "it was not traced: give example inputs")
         self.model, self.graph = model, graph
@@ -82,12 +125,11 @@ class _Lowering:
                 calls[str(node.target)] = calls.get(str(node.target), 0) + 1
         specs = {n: record.spec for n, record in graph.neurons.items() if not record.functional}
         self.draft = Draft(model)
-        self.layers = Layers(self.draft, dtype)
+        self.layers = Layers(self.draft, dtype, nm)
         self.neurons = Neurons(self.draft, specs, calls)
         self.env: dict[fx.Node, Any] = {}
         self.input: Ref | None = None
         self.outputs: list[Ref] = []
-        self.result = "tensor"
 
     def run(self) -> Lowered:
         if hooked(self.model):
@@ -98,7 +140,20 @@ class _Lowering:
             raise NotLowered("", "its forward reads no tensor that was given")
         self._check_time()
         self.layers.store()
-        return Lowered(self._program(), self.layers.packed, self.draft.tensors, self.result)
+        program = self._program()
+        probes = {number: self._probe(*seen) for number, seen in self.neurons.inputs.items()}
+        return Lowered(program, self.layers.packed, self.draft.tensors, probes)
+
+    def _probe(self, name: str, ref: Ref) -> Probe:
+        layout, time = ref.value.layout, self.draft.time
+        atoms = ref.atoms
+        first = [time] if time in atoms else []
+        pixels = [a for a in (layout.height, layout.width) if a in atoms]
+        order = [*first, *self._batch(), *pixels, *(layout.channels or ())]
+        sizes = tuple(atom.size for atom in atoms)
+        places = tuple(atoms.index(atom) for atom in order if atom is not None)
+        batch = next((atoms.index(atom) for atom in self._batch() if atom in atoms), None)
+        return Probe(name, self.neurons.specs[name], sizes, places, bool(first), batch)
 
     # -- operations -------------------------------------------------------------------------------
 
@@ -183,9 +238,7 @@ class _Lowering:
             raise NotLowered(name, "hooks see what it takes or gives; remove them")
         if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
             raise NotLowered(name, f"a {type(module).__name__} has no operation")
-        call.kwargs |= {
-            key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)
-        }
+        call.kwargs |= {key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)}
         return FUNCTIONS[family](call)
 
     # -- outputs ----------------------------------------------------------------------------------
@@ -196,7 +249,6 @@ class _Lowering:
         if isinstance(given, Returned):
             given = (given.spikes, given.state)
         many = isinstance(given, tuple | list)
-        self.result = "tuple" if many else "tensor"
         for each in given if many else (given,):
             self.outputs.append(self._port(each))
 
@@ -294,4 +346,3 @@ _SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
     *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
 )
-

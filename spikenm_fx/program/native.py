@@ -5,23 +5,33 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from spikenm_fx.errors import PackError, PackedFileError
+from spikenm_fx.errors import PackedFileError, PackError
 from spikenm_fx.native.library import native_library
 
 __all__ = ["Net", "Observer"]
 
 RANK = 8
 MESSAGE = 512
+_SHAPES = 64  # of inputs that are remembered
 _i32, _i64, _ptr, _text = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_char_p
 
 Observer: TypeAlias = Callable[[int, int, int], None]
 """Told after each operation: its number, and the addresses of its first input and its output."""
 _Observe = ctypes.CFUNCTYPE(None, _ptr, _i64, _ptr, _ptr)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shapes:
+    """An input's shape as the library takes it, and the outputs' shapes."""
+
+    given: Any
+    outputs: tuple[tuple[int, ...], ...]
 
 
 class Net:
@@ -50,7 +60,7 @@ class Net:
         if not self._handle:
             raise PackedFileError(f"{name}: {message.value.decode(errors='replace')}")
         self.outputs: int = self._library.spikenm_outputs(self._handle)
-        self._shapes: dict[tuple[bool, tuple[int, ...]], tuple[tuple[int, ...], ...]] = {}
+        self._known: dict[tuple[bool, tuple[int, ...]], _Shapes] = {}
         self._pointers = (_ptr * self.outputs)()
         self._message = message
         self._observer: Any = None
@@ -69,8 +79,11 @@ class Net:
         Raises:
             PackError: for an input that the network does not take.
         """
+        return self._shapes(shape, step=step).outputs
+
+    def _shapes(self, shape: tuple[int, ...], *, step: bool) -> _Shapes:
         key = (step, shape)
-        if key not in self._shapes:
+        if key not in self._known:
             sizes, ranks = (_i64 * (RANK * self.outputs))(), (_i32 * self.outputs)()
             given = (_i64 * len(shape))(*shape)
             self._raise_unless(
@@ -78,12 +91,11 @@ class Net:
                     self._handle, given, len(shape), int(step), sizes, ranks, self._message
                 )
             )
-            if len(self._shapes) > 64:
-                self._shapes.clear()
-            self._shapes[key] = tuple(
-                tuple(sizes[i * RANK : i * RANK + ranks[i]]) for i in range(self.outputs)
-            )
-        return self._shapes[key]
+            if len(self._known) > _SHAPES:
+                self._known.clear()
+            found = (tuple(sizes[i * RANK : i * RANK + ranks[i]]) for i in range(self.outputs))
+            self._known[key] = _Shapes(given, tuple(found))
+        return self._known[key]
 
     def call(self, x: Tensor, *, step: bool, threads: int) -> list[Tensor]:
         """Run on a contiguous fp32 tensor.
@@ -93,12 +105,11 @@ class Net:
             step: it is one time step.
             threads: at most.
         """
-        shape = tuple(x.shape)
-        found = [torch.empty(size) for size in self.shapes(shape, step=step)]
-        pointers = (_ptr * self.outputs)(*(y.data_ptr() for y in found))
-        given = (_i64 * len(shape))(*shape)
+        shapes = self._shapes(x.shape, step=step)  # looked up, as a small network takes little more
+        found = [torch.empty(size, dtype=torch.float32, device="cpu") for size in shapes.outputs]
+        pointers = (_ptr * self.outputs)(*[y.data_ptr() for y in found])
         code = self._library.snm_net_call(
-            self._handle, x.data_ptr(), given, len(shape), int(step), threads, pointers,
+            self._handle, x.data_ptr(), shapes.given, x.dim(), int(step), threads, pointers,
             self._message,
         )  # fmt: skip
         self._raise_unless(code)
@@ -131,7 +142,7 @@ class Net:
             observer: None for nobody any more.
         """
         self._observer = (
-            None
+            _Observe()  # a null pointer
             if observer is None
             else _Observe(lambda _, op, given, out: observer(op, given, out))
         )

@@ -19,6 +19,7 @@ from spikenm_fx.trace import NeuronSpec
 
 __all__ = ["Neurons", "Returned"]
 
+
 @dataclass(frozen=True, slots=True)
 class Returned:
     """Spikes and state, as a neuron returns them.
@@ -50,6 +51,7 @@ class Neurons:
         self.draft, self.specs, self.calls = draft, specs, calls
         self._made: dict[str, tuple[int, Op, Value, Ref]] = {}  # input, operation, spikes, membrane
         self._count = 0
+        self.inputs: dict[int, tuple[str, Ref]] = {}  # by number of the operation
 
     def call(self, name: str, module: Any, ref: Ref, given: tuple[Any, ...]) -> Any:
         """One call of a neuron.
@@ -175,6 +177,7 @@ class Neurons:
         settings = (*rule.modes(), EMITS[spec.output], int(forgets), self._count)
         stored = self.draft.keep(f"{name}::neuron", table)
         op = Op(Code.NEURON, (source.value.number,), outputs, settings, (stored,), name)
+        self.inputs[len(self.draft.ops)] = (name, ref)
         self.draft.ops.append(op)
         self._count += 1
         return ref.value.number, op, spikes, Ref(membrane, ref.axes)

@@ -121,6 +121,19 @@ def _range(result: Result, batch: int, kind: str) -> str:
     return f"{percent(min(shares), digits=0)} to {percent(max(shares), digits=0)}"
 
 
+def _streams(*results: Result) -> str:
+    rows = [
+        [_threads(result), row["stream"], row["batch"]]
+        + ["" if row["rate"] is None else percent(row["rate"])]
+        + [f"{row['us']['program']:.0f} µs"]
+        + [times(row[f"over_{key}"]) for key in ("eager", "compiled", "engine")]
+        for result in results
+        for row in result["rows"]
+    ]
+    head = ["", "stream", "batch", "input", "program", "over eager", "over torch.compile"]
+    return markdown([*head, "over `pack` alone"], rows)
+
+
 def _spikes(*results: Result) -> str:
     """How much the engine's spikes differ from eager torch's, and torch's from itself."""
     rows: list[dict[str, Any]] = [row for result in results for row in result["rows"]]
@@ -183,6 +196,15 @@ CHAPTERS = (
         "weights or larger. `pack` times its kernels and torch's dense one inside the engine, on "
         "the examples' spikes, and keeps the fastest: dense stays for analog inputs, tiny layers "
         "and dense weights at high firing rates.",
+    ),
+    Chapter(
+        "Streaming",
+        ("stream-1t", "stream-2t"),
+        "python -m spikenm_fx.bench stream --nmnist FILE (and --threads 2)",
+        _streams,
+        "One time step per call at 2:4, states kept: `pack(model, x, program=True).step(frame)`. "
+        "Weights that do not fit the caches, and large batches of images, gain least. The machine "
+        "was shared with other work: ratios hold, times are long.",
     ),
     Chapter(
         "The same spikes",

@@ -40,9 +40,10 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
     return (*fail)("its program starts with %lld instead of its version, 1",
                    static_cast<long long>(w[0]));
   const int64_t n_values = w[1], n_ops = w[2], n_outputs = w[3];
-  fixed_steps = w[4];
+  fixed_steps = w[4], only_steps = w[5], only_images = w[6];
   if (!within(n_values, 1, n) || !within(n_ops, 0, n) || !within(n_outputs, 1, n) ||
-      !within(fixed_steps, 0, 1 << 20) ||
+      !within(fixed_steps, 0, 1 << 20) || !within(only_steps, 0, 1ll << 40) ||
+      !within(only_images, 0, 1ll << 40) ||
       n != kHeadWords + n_values * kValueWords + (1 + n_outputs) * kPortWords + n_ops * kOpWords)
     return (*fail)("its program has another length than its head says");
   w += kHeadWords;

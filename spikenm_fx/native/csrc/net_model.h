@@ -41,6 +41,7 @@ struct NetModel {
   std::vector<NetPort> outputs;
   std::vector<NetState> states;
   int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
+  int64_t only_steps = 0, only_images = 0;  // 0: any; else the model itself takes no other
 
   bool build(const NetImage &image, NetFailure *fail);
 

@@ -45,8 +45,9 @@ struct NetNeuron {
   void run(const NetRun *r, int64_t image, float *v, float *current) const {
     const bool alike = op->wide == kLanesMost;
     const NeuronLanes same(&rule, 0, VW);
+    const int64_t steps = out->timed ? r->steps : 1;
     for (int64_t i = 0; i < out->size; i += 64)
-      for (int64_t t = 0; t < r->steps; ++t) {
+      for (int64_t t = 0; t < steps; ++t) {
         const int64_t token = t * r->images + image;
         const float *x = token_of<float>(r, op->word[kIn0], in, in->timed ? token : image) + i;
         uint64_t word = 0;

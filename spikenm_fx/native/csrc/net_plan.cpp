@@ -138,6 +138,14 @@ bool net_sizes(const NetModel &model, const int64_t *shape, int32_t rank, bool s
                      static_cast<long long>(given - 1), static_cast<long long>(size),
                      static_cast<long long>(a.size));
   }
+  const int64_t only[2] = {step ? 0 : model.only_steps, model.only_images};
+  const int64_t got[2] = {sizes->steps, sizes->images};
+  for (int i = 0; i < 2; ++i)
+    if (only[i] && got[i] != only[i])
+      return (*fail)("the input has %lld %s; the model computes otherwise, or not at all, where "
+                     "there are not %lld: make an engine from examples of this size",
+                     static_cast<long long>(got[i]), i ? "samples" : "time steps",
+                     static_cast<long long>(only[i]));
   if (sizes->steps < 1) return (*fail)("the input has no time steps; at least one is required");
   return true;
 }

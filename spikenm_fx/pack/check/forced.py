@@ -21,7 +21,14 @@ from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace import NeuronSpec, find_neurons, membranes
 
-__all__ = ["ROUNDING", "NeuronDifference", "difference", "forced", "forced_mismatch"]
+__all__ = [
+    "ROUNDING",
+    "NeuronDifference",
+    "difference",
+    "first_margin",
+    "forced",
+    "forced_mismatch",
+]
 
 ROUNDING = 1e-4
 """How far rounding moves the input of a neuron or its membrane, relative to its largest value."""
@@ -143,7 +150,7 @@ def forced(
         for name, each in found.items():
             if each.others:
                 calls = received[name], emitted[name], differing[name]
-                each.margin = _margin(spiking[name], *calls)
+                each.margin = first_margin(spiking[name], *calls)
         for name, seen in inner.items():
             outer = next(n for n in spiking if name.startswith(f"{n}."))
             layer = engine.get_submodule(name)
@@ -154,13 +161,22 @@ def forced(
     return expected, output, tuple(each for each in found.values() if each.spikes)
 
 
-def _margin(
+def first_margin(
     spec: NeuronSpec, received: list[Tensor], emitted: list[Tensor], differing: list[Tensor]
 ) -> float | None:
     """How far off its threshold a membrane was where the first of its spikes differs.
 
-    Later spikes of the same membrane differ with its state.  None unless the rule that is known of
-    the neuron gives its spikes: then the membrane is known as well.
+    Later spikes of the same membrane differ with its state.
+
+    Args:
+        spec: the neuron's rule.
+        received: what it took in the model, one tensor per call, from rest on.
+        emitted: its spikes.
+        differing: where the engine's are others.
+
+    Returns:
+        None unless the rule that is known of the neuron gives its spikes: then the membrane is
+        known as well.
     """
     if not spec.exact or spec.folded_time or (spec.time_axis is not None and len(received) > 1):
         return None

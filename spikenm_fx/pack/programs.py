@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``pack(model, x, program=True)``: lower, compare, measure; or say why there is no program."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spikenm_fx.errors import PackError, SpikeNMWarning, TraceError
+from spikenm_fx.pack.copying import copy_at_rest, unregister
+from spikenm_fx.pack.forms import take_turns
+from spikenm_fx.pack.summary import (
+    PackedLayerReport,
+    PackedNeuronReport,
+    PackReport,
+    Proof,
+    WholeForward,
+)
+from spikenm_fx.pack.weights.format import PackedWeight, unpack_weight
+from spikenm_fx.pattern import NM
+from spikenm_fx.program.check import compared
+from spikenm_fx.program.draft import NotLowered
+from spikenm_fx.program.engine import Engine
+from spikenm_fx.program.image import image_of
+from spikenm_fx.program.lower import Lowered, lower
+from spikenm_fx.state import preserved
+from spikenm_fx.trace import trace
+
+__all__ = ["program_of"]
+
+
+def program_of(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    *,
+    dtype: torch.dtype | None,
+    nm: NM | None,
+    check: bool,
+) -> tuple[Engine | None, str]:
+    """The engine that is a program, with its report; or None, and why there is none.
+
+    Args:
+        model: folded, on the CPU; it is left as it is.
+        args: the example inputs.
+        dtype: of the stored weights, or None.
+        nm: what each layer must be that is not dense, or None.
+        check: compare the program with the model.
+
+    Raises:
+        PackError: for weights that cannot be packed, or no examples.
+    """
+    if args is None:
+        raise PackError("a program is made from example inputs: pack(model, x, program=True)")
+    copied = copy_at_rest(model)
+    try:
+        return _made(copied, args, dtype, nm, check=check), ""
+    except NotLowered as error:
+        why = f"There is no program of this network. {error}"
+        warnings.warn(f"pack: {why} It runs without one.", SpikeNMWarning, stacklevel=3)
+        return None, why
+    finally:
+        unregister(copied)
+
+
+def _made(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    dtype: torch.dtype | None,
+    nm: NM | None,
+    *,
+    check: bool,
+) -> Engine:
+    if len(args) != 1 or not isinstance(args[0], Tensor):
+        raise NotLowered("", "the model takes more than one tensor; a program takes one")
+    x = args[0]
+    try:
+        graph = trace(model, args)
+    except TraceError as error:
+        raise PackError(f"the model does not run on the examples: {error}") from error
+    lowered = lower(model, graph, dtype=dtype, nm=nm)
+    result = _result(model, x, lowered)
+    engine = Engine(image_of(lowered, result))
+    proof = None
+    if check and dtype is None:  # rounded weights would differ from the model's
+        start = time.perf_counter()
+        _prove(model, engine, lowered, x)
+        proof = Proof(1, time.perf_counter() - start)
+        engine = Engine(image_of(lowered, result))
+    whole = _measured(model, engine, x)
+    engine.__dict__["_spikenm_packing"] = _report(model, lowered, whole, proof)
+    return engine
+
+
+def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
+    """How the model returns its outputs."""
+    with torch.no_grad(), preserved(model):
+        out = model(x)
+    if isinstance(out, Tensor):
+        return "tensor"
+    plain = isinstance(out, tuple | list) and all(isinstance(each, Tensor) for each in out)
+    if not plain or len(out) != len(lowered.program.outputs) or hasattr(out, "_fields"):
+        raise NotLowered("", "the model returns something else than tensors in a tuple or list")
+    return "list" if isinstance(out, list) else "tuple"
+
+
+def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> None:
+    """Compare both on the examples, and on other sizes; sizes that differ are ruled out.
+
+    A number in the model's code may be one of the sizes, and an axis of size 1 may be any.
+    """
+    wrong = compared(model, engine, lowered, x).disagreement
+    if wrong:
+        raise NotLowered("", f"it differs from the model: {wrong}; please report that")
+    shape, time_axis, free = engine._net.input()
+    batch = [i for i, is_free in enumerate(free) if is_free and i != time_axis]
+    if batch and _differs(model, engine, lowered, torch.cat([x, x], dim=batch[0])):
+        lowered.program.only_images = math.prod(shape[i] for i in batch)
+    if time_axis >= 0:
+        last = x.narrow(time_axis, shape[time_axis] - 1, 1)
+        if _differs(model, engine, lowered, torch.cat([x, last], dim=time_axis)):
+            lowered.program.only_steps = shape[time_axis]
+
+
+def _differs(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> bool:
+    try:
+        return bool(compared(model, engine, lowered, x).disagreement)
+    except Exception:  # a model of one size: its forward may raise anything on others
+        engine.reset()
+        return True
+
+
+def _measured(model: nn.Module, engine: Engine, x: Tensor) -> WholeForward:
+    with torch.no_grad(), preserved(model, guarded=False):
+        seconds = take_turns({"model": model, "program": engine}, (x,))
+    engine.reset()
+    return WholeForward(1e3 * seconds["model"], 1e3 * seconds["program"], "program")
+
+
+def _report(
+    model: nn.Module, lowered: Lowered, whole: WholeForward, proof: Proof | None
+) -> PackReport:
+    ops = lowered.program.ops
+    readers = {op.inputs[0]: op.name for op in ops if op.code.name == "NEURON"}
+    driven = {op.name: readers.get(op.outputs[0], "") for op in ops if op.code.name == "LAYER"}
+    layers = tuple(
+        _row(name, packed, driven.get(name, "")) for name, packed in lowered.packed.items()
+    )
+    neurons = tuple(
+        PackedNeuronReport(p.name, next((n for n, d in driven.items() if d == p.name), ""))
+        for p in lowered.probes.values()
+    )
+    return PackReport(layers, neurons, whole, proof)
+
+
+def _row(name: str, packed: PackedWeight, neuron: str) -> PackedLayerReport:
+    dense = unpack_weight(packed).numel() * 4
+    return PackedLayerReport(
+        name,
+        packed.shape,
+        str(packed.nm),
+        "program",
+        neuron=neuron,
+        dense_bytes=dense,
+        packed_bytes=packed.nbytes,
+        resident_bytes=packed.nbytes + dense,
+    )
+
+
+def without_program(report: PackReport, why: str) -> PackReport:
+    """The report of an engine that was to be a program and is none."""
+    return replace(report, note=" ".join(part for part in (report.note, why) if part))
