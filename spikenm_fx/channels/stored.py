@@ -84,7 +84,8 @@ def load_smaller(
     Args:
         model: dense, with all of its channels.
         file: written by :func:`save_smaller`, or packed with :func:`smaller_metadata`.
-        read: its dense state dict; :func:`spikenm_fx.pack.unpacked_state` for packed files.
+        read: its dense state dict, each tensor of its parameter's shape;
+            :func:`spikenm_fx.pack.unpacked_state` for packed files.
 
     Raises:
         CheckpointError: if the file cannot be read, was not written so, or is of another model.

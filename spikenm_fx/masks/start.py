@@ -66,6 +66,12 @@ def initial_scores(mask: MaskedWeight) -> Tensor | None:
     """What scores begin with, of the part that this rank holds; None for a method without.
 
     They are made of the whole weight, one layer at a time, so that ranks begin as one process does.
+
+    Returns:
+        In blocks, ``(lead, M, inner)``.
+
+    Raises:
+        PlanError: if the method cannot do with such a weight.
     """
     weight = whole_of(mask.dense.detach())
     draw = Draw(
