@@ -300,12 +300,12 @@ def test_the_refusal_names_the_field_and_its_places(monkeypatch):
 
     class Narrow(ctypes.Structure):
         _fields_ = [  # ctypes reads a plain list
-            (name, ctypes.c_double if name == "gain" else kind)
+            (name, ctypes.c_double if name == "absolute" else kind)
             for name, kind in MIRRORS["snm_draws"]._fields_
         ]
 
     monkeypatch.setitem(native_library.MIRRORS, "snm_draws", Narrow)
-    with pytest.raises(MirrorError, match=r"snm_draws\.gain is 4 bytes at \d+ in the library, 8"):
+    with pytest.raises(MirrorError, match=r"snm_draws\.absolute is 4 bytes at \d+ in the library, 8"):
         load_library(Path(STATUS.path))
 
 

@@ -107,13 +107,13 @@ class Draws(ctypes.Structure):
         *((n, _f32) for n in ("kappa", "inverse_tau", "gain")),
         ("mode", _i32),
         ("credit_by_weight", _i32),
-        ("absolute", _i32),
         ("credit", _ptr),
         ("momentum", _ptr),
         ("sums", _ptr),
         ("items", _i64),
         *((n, _f32) for n in ("prior", "decay", "rate", "inverse_size", "strength")),
         *((n, _f32) for n in ("inverse_temperature", "look", "keep_momentum")),
+        ("absolute", _i32),
     ]
 
 

@@ -79,7 +79,6 @@ typedef struct {
   float kappa, inverse_tau, gain;  // gain: kappa / tau
   int32_t mode;
   int32_t credit_by_weight;  // targets are made of |weight| times the credit
-  int32_t absolute;          // scores count by their magnitude
   const float *credit;       // of MOVE: running credits, or null
   float *momentum;           // of MOVE: read and written
   double *sums;              // [items]: LEARN: squares of `out`; MOVE, SPREAD: squares of scores
@@ -88,6 +87,7 @@ typedef struct {
   float prior;               // logits are scores + prior * |weight| / mean |weight| of the block
   float decay, rate, inverse_size, strength, inverse_temperature;
   float look, keep_momentum;  // weights of the momentum in the step, and in the next momentum
+  int32_t absolute;           // scores count by their magnitude
 } snm_draws;
 
 // Scores of the columns that one weight reads, a row for each output channel and kernel position.
