@@ -250,6 +250,15 @@ CHAPTERS = (
         "fade's, and SR-STE gains by it as well.",
     ),
     Chapter(
+        "The same ten seeds where logits move by a rule of their own",
+        ("accuracy-cifar10-two-hooks",),
+        f"{_RUN} --methods spikenm --patterns 1:8 2:4 {_TEN.split(' 1:8 ')[1]} "
+        "--name cifar10-two-hooks",
+        _accuracy,
+        "What this version does; in the table before this one the user's optimizer moved the "
+        "logits, on another processor.",
+    ),
+    Chapter(
         "Accuracy of neighbouring methods",
         ("accuracy-cifar10-neighbours", "accuracy-cifar10-10-seeds"),
         f"{_RUN} --methods cyclical regrow activity uticket spikenm-marginals spikenm-signal "

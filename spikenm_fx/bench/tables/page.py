@@ -75,19 +75,20 @@ def _read(folder: Path, name: str) -> Result:
 def headlines(folder: Path) -> str:
     """Three figures for the README: accuracy, the cost of training, the speed of packed layers."""
     ten = _read(folder, "accuracy-cifar10-10-seeds")
+    hooks = _read(folder, "accuracy-cifar10-two-hooks")
     cells = [
         f"{words} {percent(row['mean'], row['sd'])}"
         for words, row in (
             ("dense", accuracy_of(ten, "dense", "dense")),
-            ("2:4", accuracy_of(ten, "spikenm", "2:4")),
-            ("1:8", accuracy_of(ten, "spikenm", "1:8")),
+            ("2:4", accuracy_of(hooks, "spikenm", "2:4")),
+            ("1:8", accuracy_of(hooks, "spikenm", "1:8")),
         )
     ]
     step = _read(folder, "step")["summary"]
     small, wide = (step[f"{network}, spikenm 2:4"]["after"] for network in ("vgg-small", "fc2048"))
     layers = _read(folder, "layers-1t")["summary"]["auto 2:4 at 15%"]
     networks = _read(folder, "network-1t")["summary"]["over_eager"]
-    seeds = len(accuracy_of(ten, "spikenm", "2:4")["accuracies"])
+    seeds = len(accuracy_of(hooks, "spikenm", "2:4")["accuracies"])
     lines = [
         f"Accuracy, short CIFAR-10 runs, {seeds} seeds: {', '.join(cells)}.",
         f"A training step at 2:4 takes {times(small)} the dense one's time (small VGG, CPU), "
