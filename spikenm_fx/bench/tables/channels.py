@@ -132,8 +132,8 @@ CHAPTERS = (
     Chapter(
         "Permuted channels of trained models",
         ("permute-trained",),
-        "python -m spikenm_fx.bench permute trained --data DIR --size 32 --train-images 2000 "
-        "--test-images 500 --batch 25",
+        "python -m spikenm_fx.bench permute trained --data DIR --size 32 --epochs 1 "
+        "--train-images 1000 --test-images 500 --batch 25",
         _trained_models,
         "Models of SpikingJelly, trained dense for a moment. Kept: the share of the magnitude that "
         "stays where weights become N:M.",
