@@ -197,6 +197,9 @@ def test_models_that_are_not_ready() -> None:
     refused(broken, x, "holds NaN or infinity")
     with pytest.raises(ExportError, match="needs an nn"):
         export.nir("model", x)
+    engine = spikenm_fx.pack(folded(jelly_mlp()), x)
+    with pytest.raises(ExportError, match="is packed; export the folded model"):
+        export.nir(engine, x)
 
 
 @pytest.mark.parametrize("x", [None, (4, 3, 16), torch.ones(4, 3, 16, dtype=torch.int64)])

@@ -104,7 +104,9 @@ def _products(device: str, outputs: int, inputs: int, rows: int) -> dict[str, An
 
 
 def _table(products: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = [("weight", "rows", "dtype", "dense ms", "sparse ms", "runs", "difference")]
+    rows: list[tuple[str, ...]] = [
+        ("weight", "rows", "dtype", "dense ms", "sparse ms", "runs", "difference")
+    ]
     for entry in products:
         for dtype in ("float16", "bfloat16", "int8"):
             seen = entry[dtype]

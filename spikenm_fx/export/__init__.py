@@ -19,8 +19,8 @@ rest, in float32; files are written completely or not at all.
 ## Models and readers
 
 Each cell is tested with the real packages (nir 1.0.8, nirtorch 2.6, spikingjelly 2.0.0, snntorch
-1.0.0, norse 1.1.0, sinabs 3.1.3, onnx 1.23.2, onnxruntime 1.32.0): *equal* to the spike, from memory
-and from a file, or refused with an error that holds these words.
+1.0.0, norse 1.1.0, sinabs 3.1.3, onnx 1.23.2, onnxruntime 1.32.0): *equal* to the spike, from
+memory and from a file, or refused with an error that holds these words.
 
 | model | file | spikingjelly | snntorch | norse | sinabs | onnx |
 |---|---|---|---|---|---|---|
@@ -53,8 +53,8 @@ numbers: :mod:`spikenm_fx.export.nir_readers`.
 
 ## NIR
 
-- Read the file as its reader does it: Norse needs `norse.torch.from_nir(graph, dt=1e-4)`; files with
-  grouped convolutions, with kernels that are no squares, or for sinabs need
+- Read the file as its reader does it: Norse needs `norse.torch.from_nir(graph, dt=1e-4)`; files
+  with grouped convolutions, with kernels that are no squares, or for sinabs need
   `nir.read(file, type_check=False)`, as nir's own check does not understand them.
 - A layer's node says its pattern: `graph.nodes[name].metadata["pattern"]`, of input channels
   (`pattern_axis`).  Strings stay strings in a file; cast numbers on reading: `int(...)`.
@@ -83,15 +83,15 @@ faster, and OpenVINO does not read it.
 
 ## NVIDIA's sparse tensor cores
 
-:func:`semi_structured` has been tested on CPUs, bit by bit; **no speed has been measured on a GPU**.
+:func:`semi_structured` has been tested on CPUs, bit by bit; **no speed was measured on a GPU**.
 `python -m nox -s gpu` measures speed and agreement in one table.  torch's own conversion drops the
 third non-zero of a block without a word, and takes 1:2 for 2:4 in float32: both are refused.
 
 ## Trainers, hubs, compilers
 
 - `torch.export.export(folded, (x,))` and AOTInductor take folded models over all steps, for
-  processes in which this package is not installed.  Single-step models forget their state there: use
-  :func:`onnx`, which hands it on.
+  processes in which this package is not installed.  Single-step models forget their state there:
+  use :func:`onnx`, which hands it on.
 - Lightning needs nothing: `self.net(x)` trains, checkpoints keep masks and step.
 - `PyTorchModelHubMixin`: call `sparsify(self, nm)` in `__init__` where its argument `nm` is given;
   `save_pretrained` and `from_pretrained` then keep pattern, masks and step in the hub's own files.

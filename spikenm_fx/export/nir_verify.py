@@ -231,7 +231,6 @@ def _norse(package: Any, graph: Any, x: Tensor, names: Any) -> tuple[dict[str, T
 
 def _sinabs(package: Any, graph: Any, x: Tensor, names: Any) -> tuple[dict[str, Tensor], Tensor]:
     """It takes batch and time in one axis, the batch first."""
-    from sinabs.from_torch import from_model  # noqa: F401  (says early what sinabs lacks)
     from sinabs.nir import from_nir
 
     del package
