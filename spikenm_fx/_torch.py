@@ -282,7 +282,7 @@ def data_parallel_group() -> Any:
 
 def joins_uneven() -> bool:
     """Whether the DistributedDataParallel whose forward runs now goes on without some ranks."""
-    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    active: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     config = getattr(active, "_join_config", None)
     return bool(
         getattr(config, "enable", False)

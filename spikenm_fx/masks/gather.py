@@ -74,7 +74,8 @@ class MaskedPart(Tensor):
         if mp_policy is not None and mp_policy.param_dtype is not None:
             part = part.to(mp_policy.param_dtype)
         part = part.to(self.device)  # with CPU offload this is a copy on the device
-        axis = owner.sharded_axis
+        assert owner.shard is not None
+        axis = owner.shard.axis
         size = list(outer_size)
         size[axis] = -(-size[axis] // mesh.size())
         if list(part.shape) != size:
@@ -188,7 +189,7 @@ def release(weight: MaskedWeight) -> None:
     """Let FSDP gather the parameter itself again."""
     part = local_part(weight.dense)
     if type(part) is MaskedPart:
-        part.__class__ = Tensor
+        part.__class__ = Tensor  # type: ignore[assignment]
 
 
 def handed_out(weight: MaskedWeight, gathered: Tensor, training: bool) -> Tensor:

@@ -171,12 +171,6 @@ class MaskedWeight:
         return there
 
     @property
-    def sharded_axis(self) -> int:
-        """The axis along which FSDP shards: of its mesh axis, the last one that shards first."""
-        assert self.shard is not None
-        return int(next(p.dim for p in self.shard.placements if p.is_shard()))
-
-    @property
     def there(self) -> bool:
         """Whether the module still has the weight."""
         return self.layer._parameters.get(self.key) is not None

@@ -91,8 +91,8 @@ def _over_ranks(groups: Sequence[Group], norms: Sequence[Tensor]) -> Sequence[Te
     if all(group.first.shard is None for group in groups):
         return norms
     members = [member for group in groups for member in group.members]
-    together = total(members, torch.cat(list(norms)).square_()).sqrt_()
-    return together.split([len(group.members) for group in groups])
+    together: Tensor = total(members, torch.cat(list(norms)).square_()).sqrt_()
+    return list(together.split([len(group.members) for group in groups]))
 
 
 def _move(
