@@ -490,7 +490,8 @@ def moved(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def logits_of(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {key: value.clone() for key, value in state.items() if key.endswith("_logits")}
+    found = {key: value for key, value in state.items() if key.endswith("_logits")}
+    return {key: value.flatten(0, 1).clone() for key, value in found.items()}
 
 
 def sampling(logits: Tensor, weight: Tensor, present: Tensor, kappa: float) -> Tensor:

@@ -90,7 +90,7 @@ class MaskedPart(Tensor):
         """What was gathered is the parameter already, in the memory where it is.
 
         Args:
-            outputs: one tensor, of all ranks' parts.
+            outputs: one tensor, of all ranks' parts, of the shape that they have together.
             metadata: None.
             param_dtype: of the forward pass.
             out: the parameter, once it exists.
@@ -179,7 +179,7 @@ def scores_here(weight: MaskedWeight, stored: Tensor) -> Tensor:
 
 
 def hook(weight: MaskedWeight, sharded: Tensor) -> None:
-    """Let FSDP ask us what to gather of ``sharded``, a DTensor of its."""
+    """Let FSDP ask us what to gather of ``sharded``, a DTensor of the weight's shape."""
     part = local_part(sharded)
     if type(part) is not MaskedPart and is_fsdp_managed(weight.layer):
         _as_part(part, weakref.ref(weight))

@@ -200,8 +200,17 @@ class Shard:
         groups, rest = divmod(self.first[0], max(channels, 1))
         return groups * _blocks(self.whole) + rest // self.whole.nm.of
 
-    def noise(self, key: Key, k: int, device: torch.device) -> Tensor:
-        """Gumbel noise ``(lead, k, inner)``: the very bits of the whole weight's, of this part."""
+    def noise(
+        self, key: Key, k: int, device: torch.device, rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Gumbel noise ``(lead, k, inner)``: the very bits of the whole weight's, of this part.
+
+        Args:
+            key: of the weight and step.
+            k: numbers a block.
+            device: where to make it.
+            rows: of some of its output channels alone, from the first to before the second.
+        """
         lead, _, inner = self.view.blocked_shape
         wide = self.whole.blocked_shape[2]
         if self.whole.transposed:
@@ -211,7 +220,10 @@ class Shard:
         else:
             row = _blocks(self.whole) * k * wide
             start = self.first[0] * row + self.first[1] // self.whole.nm.of * k * wide
-            runs, run, stride = self.view.shape[0], _blocks(self.view) * k * inner, row
+            begin, end = rows or (0, self.view.shape[0])
+            start += begin * row
+            lead = (end - begin) * _blocks(self.view)
+            runs, run, stride = end - begin, _blocks(self.view) * k * inner, row
         return gumbel_of_runs(start, runs, run, stride, key, device).view(lead, k, inner)
 
     def sum_parts(self, whole: Tensor) -> Tensor:
