@@ -53,9 +53,8 @@ class Piece:
         self.owner, self.first, self.end = weight, first, end
         self.view = replace(weight.view, shape=(end - first, *weight.view.shape[1:]))
         self.shard, self.method, self.schedule = weight.shard, weight.method, weight.schedule
-        self.run, self.prior, self.guide, self.dense = (
-            *(weight.run, weight.prior, weight.guide, weight.dense),
-        )
+        self.run, self.prior = weight.run, weight.prior
+        self.guide, self.dense = weight.guide, weight.dense
         self.spread, self.faded, self.undrawn = weight.spread, weight.faded, weight.undrawn
         self.numbers_of_scores, self.key_at = weight.numbers_of_scores, weight.key_at
 
