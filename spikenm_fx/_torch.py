@@ -64,6 +64,8 @@ from torch import Tensor, nn
 from spikenm_fx.errors import TorchVersionError
 
 __all__ = [
+    "FSDP1",
+    "SHARDING",
     "BatchNormBase",
     "ConvNd",
     "ConvTransposeNd",
@@ -305,7 +307,7 @@ def data_parallel_group() -> Any:
 
 def joins_uneven() -> bool:
     """Whether the DistributedDataParallel whose forward runs now goes on without some ranks."""
-    active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    active: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     config = getattr(active, "_join_config", None)
     return bool(
         getattr(config, "enable", False)
@@ -330,6 +332,13 @@ def shard_offsets(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     )
     shape, first = compute(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(shape), tuple(first)
+
+
+SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
+"""Modules of torch that make DTensors of the parameters of others."""
+
+FSDP1 = ("torch.distributed.fsdp._dynamo_utils",)
+"""By which FullyShardedDataParallel, before it flattens parameters, marks their modules."""
 
 
 def fsdp_has_run(module: nn.Module) -> bool:

@@ -484,13 +484,14 @@ def backward(model: nn.Module, x: Tensor, scale: float = 1.0) -> None:
 
 def moved(model: nn.Module, before: dict[str, Tensor]) -> dict[str, Tensor]:
     """How far one step has moved the logits."""
-    now = model.state_dict()
+    now = logits_of(model)
     return {key: now[key] - value for key, value in before.items()}
 
 
 def logits_of(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {key: value.clone() for key, value in state.items() if key.endswith("_logits")}
+    found = {key: value for key, value in state.items() if key.endswith("_logits")}
+    return {key: value.flatten(0, 1).clone() for key, value in found.items()}
 
 
 def sampling(logits: Tensor, weight: Tensor, present: Tensor, kappa: float) -> Tensor:
@@ -525,7 +526,7 @@ def momentum_added(model: nn.Module, without: nn.Module, name: str) -> Tensor:
     The first momentum is (1 - 0.99) times the gradient: logits themselves move by its sign.
     """
     found, task = (m.state_dict()[f"{name}.weight_momentum"] for m in (model, without))
-    return (found - task) / (0.7 * (1 - KEEP))
+    return (found - task).flatten(0, 1) / (0.7 * (1 - KEEP))
 
 
 @pytest.mark.parametrize("nm", ["2:4", "1:8", "1:5"])
@@ -593,7 +594,7 @@ def test_explicit_loss() -> None:
     for net in (model, without):
         torch.optim.SGD(net.parameters(), lr=0.0).step()
     for key, value in moved(model, before).items():
-        assert torch.equal(value, without.state_dict()[key] - before[key]), key
+        assert torch.equal(value, logits_of(without)[key] - before[key]), key
 
 
 def test_explicit_loss_moves_logits() -> None:

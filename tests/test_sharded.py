@@ -49,11 +49,14 @@ CASES: dict[str, dict[str, Any]] = {
     "kept gathered": {"ranks": (2, 3), "options": {"reshard_after_forward": False}},
     "always resharded": {"ranks": (2, 3), "options": {"reshard_after_forward": True}},
     "on the host": {"ranks": (2, 3), "options": {"offload_policy": CPUOffloadPolicy(False)}},
-    "accumulated": {"ranks": (2, 3), "accumulate": 3, "root": True},
+    "accumulated": {"ranks": (2, 3), "accumulate": 3, "root": True, "eid": None},
     "one rank": {"ranks": (0,), "root": True},
     "copies of shards": {"ranks": (0, 1, 2, 3), "copies": 2, "root": True},
 }
-"""Ways to train in parts, each of which must be one process on the joint batch."""
+"""Ways to train in parts, each of which must be one process on the joint batch.
+
+Accumulated without EID, whose credits are those of the first micro-batch of a step.
+"""
 
 
 def net(*, seed: int = 0) -> nn.Module:
@@ -62,7 +65,7 @@ def net(*, seed: int = 0) -> nn.Module:
 
 def sparse(model: nn.Module, nm: str = "2:4", **options: Any) -> nn.Module:
     """EID on, masks that freeze after 85 % of ``total_steps``; 1:4 fades before."""
-    method = options.pop("method", SpikeNM(eid=EID(every=5)))
+    method = options.pop("method", SpikeNM(eid=options.pop("eid", EID(every=5))))
     options = {"total_steps": 220, "method": method, **options}
     return spikenm_fx.sparsify(model, nm, rules=ALL_LAYERS, **options).train()
 
@@ -111,7 +114,7 @@ def sharded(model: nn.Module, mesh: DeviceMesh, *, root: bool = False, **options
 
 
 def one_process(case: dict[str, Any]) -> dict[str, Any]:
-    model = sparse(net(), case.get("nm", "2:4"))
+    model = sparse(net(), case.get("nm", "2:4"), eid=case.get("eid", EID(every=5)))
     optimizer = OPTIMIZERS[case.get("by", "Adam")](model.parameters())
     used = []
     for x in batches(case.get("steps", SHORT)):
@@ -131,12 +134,12 @@ def answer(model: nn.Module) -> Tensor:
 
 def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -> dict[str, Any]:
     """Train as the case says; where masks were other than one process's, and how far states are."""
-    model, nm = net(), case.get("nm", "2:4")
+    model, nm, eid = net(), case.get("nm", "2:4"), case.get("eid", EID(every=5))
     if not case.get("after"):
-        sparse(model, nm)
+        sparse(model, nm, eid=eid)
     sharded(model, mesh, root=case.get("root", False), **case.get("options", {}))
     if case.get("after"):
-        sparse(model, nm)
+        sparse(model, nm, eid=eid)
     optimizer = OPTIMIZERS[case.get("by", "Adam")](model.parameters())
     ranks, parts, copies = case["ranks"], case.get("accumulate", 1), case.get("copies", 1)
     other = []

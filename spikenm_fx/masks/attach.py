@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx import surgery
+from spikenm_fx._torch import FSDP1, SHARDING
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, stored_momentum
 from spikenm_fx.masks.computed import ComputedWeight
@@ -36,12 +37,6 @@ __all__ = [
     "masked_weights",
     "refuse_unmaskable",
 ]
-
-_SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
-"""Modules that make DTensors of all parameters of a module."""
-
-_FSDP1 = ("torch.distributed.fsdp._dynamo_utils",)
-"""Modules of the FSDP that flattens parameters."""
 
 _COPIERS = ("spikingjelly.activation_based.distributed.tensor_parallel",)
 """Modules that build a layer of a part of another's weight."""
@@ -100,7 +95,7 @@ class MaskedLayer(StoredMask):
         They are cut as their weight is, along blocks, once it is a DTensor.
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
-        if not _caller(1).startswith(_SHARDING):
+        if not _caller(1).startswith(SHARDING):
             return found
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
         return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
@@ -135,7 +130,7 @@ class MaskedLayer(StoredMask):
             if key is not None:
                 raise _no_parameter(self._nm_masks[key], key)
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
-        if name in own and _caller(1).startswith(_SHARDING):
+        if name in own and _caller(1).startswith(SHARDING):
             return  # copied to every rank as it is; we cut it as the weight is cut
         super().register_parameter(name, param)
         if name in self._nm_masks and param is not None and is_sharded(param):
@@ -152,7 +147,7 @@ class MaskedLayer(StoredMask):
         Raises:
             PlanError: if its predecessor sets it, which is about to flatten parameters.
         """
-        if _caller(2).startswith(_FSDP1):
+        if _caller(2).startswith(FSDP1):
             raise _fsdp1(self._nm_mask)
         self.__dict__["_fsdp_managed"] = managed
         self._follow()

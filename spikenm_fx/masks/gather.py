@@ -74,7 +74,8 @@ class MaskedPart(Tensor):
         if mp_policy is not None and mp_policy.param_dtype is not None:
             part = part.to(mp_policy.param_dtype)
         part = part.to(self.device)  # with CPU offload this is a copy on the device
-        axis = owner.sharded_axis
+        assert owner.shard is not None
+        axis = owner.shard.axis
         size = list(outer_size)
         size[axis] = -(-size[axis] // mesh.size())
         if list(part.shape) != size:
@@ -89,7 +90,7 @@ class MaskedPart(Tensor):
         """What was gathered is the parameter already, in the memory where it is.
 
         Args:
-            outputs: one tensor, of all ranks' parts.
+            outputs: one tensor, of all ranks' parts, of the shape that they have together.
             metadata: None.
             param_dtype: of the forward pass.
             out: the parameter, once it exists.
@@ -178,7 +179,7 @@ def scores_here(weight: MaskedWeight, stored: Tensor) -> Tensor:
 
 
 def hook(weight: MaskedWeight, sharded: Tensor) -> None:
-    """Let FSDP ask us what to gather of ``sharded``, a DTensor of its."""
+    """Let FSDP ask us what to gather of ``sharded``, a DTensor of the weight's shape."""
     part = local_part(sharded)
     if type(part) is not MaskedPart and is_fsdp_managed(weight.layer):
         _as_part(part, weakref.ref(weight))
@@ -188,7 +189,7 @@ def release(weight: MaskedWeight) -> None:
     """Let FSDP gather the parameter itself again."""
     part = local_part(weight.dense)
     if type(part) is MaskedPart:
-        part.__class__ = Tensor
+        part.__class__ = Tensor  # type: ignore[assignment]
 
 
 def handed_out(weight: MaskedWeight, gathered: Tensor, training: bool) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from spikenm_fx._torch import foreach
 from spikenm_fx.masks.methods import Draw
 from spikenm_fx.masks.noise import gumbel_of_layers
+from spikenm_fx.masks.piece import Piece, most_at_once, pieces_of
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -36,11 +37,20 @@ class Group:
         first: one of them, for what they have in common.
     """
 
-    def __init__(self, members: Sequence[MaskedWeight]) -> None:
+    def __init__(self, members: Sequence[MaskedWeight | Piece]) -> None:
         self.members = list(members)
         self.first = members[0]
         self._leads = [member.view.blocked_shape[0] for member in members]
         self._weights: Tensor | None = None
+
+    @property
+    def apart(self) -> bool:
+        """Whether its members are parts or pieces of weights, with noise of their own counters."""
+        return self.first.shard is not None or any(m.owner is not m for m in self.members)
+
+    def forget(self) -> None:
+        """Let go of what was put together."""
+        self._weights = None
 
     @property
     def device(self) -> torch.device:
@@ -109,7 +119,7 @@ class Group:
         return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in parts])
 
     def root_mean(self, norms: Tensor) -> Tensor:
-        """Root mean square of each member's scores or gradient, of its whole norm; float32.
+        """Root mean square of each member's scores or gradient, of its whole norm ``[members]``.
 
         Rounded at the end alone, so that weights in parts have the numbers of whole ones.
         """
@@ -182,9 +192,9 @@ class Group:
 
 
 def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
-    """Weights by what they must have in common."""
-    found: dict[Any, list[MaskedWeight]] = defaultdict(list)
-    for weight in weights:
+    """Weights by what they must have in common; large ones in pieces, and no group too large."""
+    found: dict[Any, list[MaskedWeight | Piece]] = defaultdict(list)
+    for weight in pieces_of(weights):
         scores = weight.scores
         found[
             weight.method,
@@ -198,7 +208,21 @@ def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
             None if weight.shard is None else weight.shard.key,
             weight.credit() is None,
         ].append(weight)
-    return [Group(members) for members in found.values()]
+    return [Group(members) for each in found.values() for members in _at_once(each)]
+
+
+def _at_once(members: Sequence[MaskedWeight | Piece]) -> list[list[MaskedWeight | Piece]]:
+    most = most_at_once(members[0].mask.device)
+    found: list[list[MaskedWeight | Piece]] = [[]]
+    size = 0
+    for member in members:
+        lead, m, inner = member.view.blocked_shape
+        size += lead * m * inner
+        if found[-1] and size > most:
+            found.append([])
+            size = lead * m * inner
+        found[-1].append(member)
+    return found
 
 
 def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
@@ -208,7 +232,7 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
         devices[group.device].append(index)
     found: dict[int, Tensor] = {}
     for device, indices in devices.items():
-        for index in [i for i in indices if groups[i].first.shard is not None]:
+        for index in [i for i in indices if groups[i].apart]:
             parts = [m.noise(m.key_at(step)) for m in groups[index].members]
             found[index] = torch.cat(parts) if len(parts) > 1 else parts[0]
         indices = [index for index in indices if index not in found]

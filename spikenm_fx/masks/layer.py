@@ -166,16 +166,14 @@ class MaskedWeight:
         return None if self.shard is None or weight is self.dense else weight
 
     def as_stored(self, there: Tensor) -> Tensor:
-        """What those who shard parameters see in the weight's place: the parameter itself."""
+        """What those who shard parameters see in the weight's place: the parameter itself.
+
+        Args:
+            there: what the module has there, of the weight's shape.
+        """
         if is_sharded(there) and not (self.shard is not None and self.gathered is there):
             return self.dense
         return there
-
-    @property
-    def sharded_axis(self) -> int:
-        """The axis along which FSDP shards: of its mesh axis, the last one that shards first."""
-        assert self.shard is not None
-        return int(next(p.dim for p in self.shard.placements if p.is_shard()))
 
     @property
     def there(self) -> bool:
@@ -205,6 +203,16 @@ class MaskedWeight:
     def learns(self) -> bool:
         """Whether its scores are trained."""
         return self.method.learns and self.scores is not None
+
+    @property
+    def owner(self) -> MaskedWeight:
+        """Itself: of a piece of a weight, the weight."""
+        return self
+
+    @property
+    def credits(self) -> Tensor | None:
+        """The running credits of EID, of the shape of what this rank holds."""
+        return None if self.guide is None else self.guide.average
 
     @property
     def numbers_of_scores(self) -> int:
@@ -313,6 +321,9 @@ class MaskedWeight:
 
         Only where a training schedule fades the undrawn weights out there are more; weights that
         functional_call lends do not take part in that, as nothing tells how long they train.
+
+        Raises:
+            PlanError: if ranks differ, train unequally long, or blocks are cut.
         """
         if self.shard is not None or is_sharded(self.dense):
             return self._masked_shard(training)
@@ -470,7 +481,7 @@ class MaskedWeight:
 
     @torch.no_grad()
     def bake(self, mask: Tensor) -> None:
-        """Write zeros into the parameter where ``mask``, bool of what is held here, is False."""
+        """Write zeros into the parameter where ``mask``, bool of the shape held here, is False."""
         if self.shard is None:
             self.dense.data.copy_(kept(self.dense.data, mask))
         else:

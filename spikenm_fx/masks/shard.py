@@ -11,15 +11,15 @@ all ranks add up (:func:`total`).  Scores, their momentum and credits are cut as
 On paper: a spiking transformer of 1 B masked fp32 weights in 144 layers, Adam, on 64 ranks under
 ``fully_shard``, which gathers weights in forward and in backward and scatters gradients.
 
-| per rank                      | dense FSDP2                  | with learnt masks                  |
-|-------------------------------|------------------------------|------------------------------------|
-| weights, gradients, Adam      | 16 bytes/64 a weight: 250 MB | the same                           |
-| logits, momentum, credits     | -                            | 12 bytes/64 a weight: 188 MB       |
-| masks                         | -                            | 1 byte/64 a weight: 16 MB          |
-| at rest together              | 250 MB                       | 453 MB, 1.81 times                 |
-| gathered and scattered a step | 3 * 4 GB * 63/64 = 11.8 GB   | the same: what travels is masked   |
-| added up each step            | -                            | two vectors of 144 numbers, 2.3 kB |
-| credits, every 20th step      | -                            | one scatter more: 3.9 GB, 1.7 %    |
+| per rank               | dense FSDP2                | with learnt masks               |
+|------------------------|----------------------------|---------------------------------|
+| weights, grads, Adam   | 16 B/64 a weight: 250 MB   | the same                        |
+| logits, momentum, EID  | -                          | 12 B/64 a weight: 188 MB        |
+| masks                  | -                          | 1 B/64 a weight: 16 MB          |
+| at rest together       | 250 MB                     | 453 MB, 1.81 times              |
+| gathered and scattered | 3 * 4 GB * 63/64 = 11.8 GB | the same: what travels is masked |
+| added up each step     | -                          | two vectors of 144, 2.3 kB      |
+| every 20th step (EID)  | -                          | 3.9 GB more, 1.7 % on average   |
 
 The two vectors are the root mean squares of the scores' gradients, before they move, and of the
 scores, after it: the second depends on the first.  Both are summed in float64 and rounded once, so
@@ -125,6 +125,11 @@ class Shard:
         return [self.mesh.get_group(axis) for axis in axes]
 
     @property
+    def axis(self) -> int:
+        """The axis of the weight that the first sharding axis of the mesh cuts: that of FSDP."""
+        return next(_axis(p) for p in self.placements if p.is_shard())
+
+    @property
     def key(self) -> tuple[int, ...]:
         """By which shards can be added up together."""
         return tuple(id(group) for group in self.groups)
@@ -195,8 +200,17 @@ class Shard:
         groups, rest = divmod(self.first[0], max(channels, 1))
         return groups * _blocks(self.whole) + rest // self.whole.nm.of
 
-    def noise(self, key: Key, k: int, device: torch.device) -> Tensor:
-        """Gumbel noise ``(lead, k, inner)``: the very bits of the whole weight's, of this part."""
+    def noise(
+        self, key: Key, k: int, device: torch.device, rows: tuple[int, int] | None = None
+    ) -> Tensor:
+        """Gumbel noise ``(lead, k, inner)``: the very bits of the whole weight's, of this part.
+
+        Args:
+            key: of the weight and step.
+            k: numbers a block.
+            device: where to make it.
+            rows: of some of its output channels alone, from the first to before the second.
+        """
         lead, _, inner = self.view.blocked_shape
         wide = self.whole.blocked_shape[2]
         if self.whole.transposed:
@@ -206,7 +220,10 @@ class Shard:
         else:
             row = _blocks(self.whole) * k * wide
             start = self.first[0] * row + self.first[1] // self.whole.nm.of * k * wide
-            runs, run, stride = self.view.shape[0], _blocks(self.view) * k * inner, row
+            begin, end = rows or (0, self.view.shape[0])
+            start += begin * row
+            lead = (end - begin) * _blocks(self.view)
+            runs, run, stride = end - begin, _blocks(self.view) * k * inner, row
         return gumbel_of_runs(start, runs, run, stride, key, device).view(lead, k, inner)
 
     def sum_parts(self, whole: Tensor) -> Tensor:
@@ -218,7 +235,7 @@ class Shard:
         for axis, placement in enumerate(self.placements):
             group = self.mesh.get_group(axis)
             if placement.is_shard():
-                whole = _reduce_scattered(whole, placement.dim, group, self.mesh.size(axis))
+                whole = _reduce_scattered(whole, _axis(placement), group, self.mesh.size(axis))
             else:
                 torch.distributed.all_reduce(whole, group=group)
         shape = self.view.shape
@@ -269,6 +286,11 @@ def _reduce_scattered(whole: Tensor, axis: int, group: Any, ranks: int) -> Tenso
     return own.movedim(0, axis)
 
 
+def _axis(placement: Any) -> int:
+    """The axis of the tensor that a placement shards."""
+    return int(placement.dim)
+
+
 def _moved(placement: Any, transposed: bool) -> Any:
     """The placement of scores where the weight has ``placement``."""
     if not transposed or not placement.is_shard(1):
@@ -285,7 +307,7 @@ def _refuse_cut_blocks(name: str, weight: DTensor, whole: BlockView) -> None:
     ranks: dict[int, int] = defaultdict(lambda: 1)
     for axis, placement in enumerate(weight.placements):
         if placement.is_shard():
-            ranks[placement.dim] *= mesh.size(axis)
+            ranks[_axis(placement)] *= mesh.size(axis)
         elif not placement.is_replicate():
             raise PlanError(
                 f"{where} is placed as {placement} on {mesh}; masks need weights that are sharded "
@@ -328,7 +350,7 @@ def shard_of(mask: MaskedWeight, sharded: DTensor) -> Shard:
 
 def whole_of(tensor: Tensor) -> Tensor:
     """A whole tensor of any shape: of a DTensor what all ranks have of it, gathered."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part_of(tensor: Tensor) -> Tensor:

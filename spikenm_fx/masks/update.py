@@ -8,7 +8,7 @@ kept.  After: the next masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from spikenm_fx.masks import fused
 from spikenm_fx.masks.eid.pull import pull
 from spikenm_fx.masks.groups import Group, grouped, noise_of
 from spikenm_fx.masks.methods import kept
+from spikenm_fx.masks.piece import Piece
 from spikenm_fx.masks.rule import moved
 from spikenm_fx.masks.shard import total
 
@@ -74,28 +75,46 @@ def learn(groups: Sequence[Group], step: int, sign: int = 1) -> None:
         step: the optimizer step.
         sign: -1 where the optimizer climbs.
     """
-    noise = dict(zip(map(id, groups), noise_of(groups, step), strict=True))
-    for together in _by_collective(groups):
-        _learn_together(together, step, noise, sign)
+    few = _few(groups)
+    noise = noise_of(groups, step) if few else [None] * len(groups)
+    tasks, norms, pulls = [], [], []
+    for group, own in zip(groups, noise, strict=True):
+        task, norm, pulled = _directions(group, step, own, pulling=few)
+        tasks.append(task)
+        norms.append(norm)
+        pulls.append(pulled)
+    for index, norm in enumerate(_over_ranks(groups, norms)):
+        group = groups[index]
+        pulled = pulls[index] if few else _pull(group, step)
+        _move(group, tasks[index], group.root_mean(norm), pulled, sign)
+        tasks[index] = _NOTHING
 
 
-def _learn_together(
-    groups: Sequence[Group], step: int, noise: dict[int, Tensor], sign: int
-) -> None:
-    """Groups whose ranks add up what they have, in one collective."""
-    waiting = [(group, _directions(group, step, noise[id(group)])) for group in groups]
-    norms = _over_ranks(groups, [found[1] for _, found in waiting])
-    for (group, (task, _, pulled)), norm in zip(waiting, norms, strict=True):
-        _move(group, task, group.root_mean(norm), pulled, sign)
+_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+def _few(groups: Sequence[Group]) -> bool:
+    """Whether all of them together are small: nothing is then computed twice to save memory."""
+    return len(groups) < 2 or not any(member.owner is not member for member in _members(groups))
+
+
+def _members(groups: Sequence[Group]) -> list[MaskedWeight | Piece]:
+    return [member for group in groups for member in group.members]
 
 
 def _over_ranks(groups: Sequence[Group], norms: Sequence[Tensor]) -> Sequence[Tensor]:
     """Norms of each member's part, float64 ``[members]``, to those of whole weights."""
-    if all(group.first.shard is None for group in groups):
+    if not any(group.apart for group in groups):
         return norms
-    members = [member for group in groups for member in group.members]
-    together = total(members, torch.cat(list(norms)).square_()).sqrt_()
-    return together.split([len(group.members) for group in groups])
+    members = _members(groups)
+    owners = list({id(member.owner): member.owner for member in members}.values())
+    places = {id(owner): place for place, owner in enumerate(owners)}
+    index = [places[id(member.owner)] for member in members]
+    parts = torch.cat(list(norms)).square_()
+    squares = parts.new_zeros(len(owners))
+    squares.index_add_(0, torch.tensor(index, device="cpu").to(parts.device), parts)
+    together: Tensor = total(owners, squares).sqrt_()[index]
+    return list(together.split([len(group.members) for group in groups]))
 
 
 def _move(
@@ -127,17 +146,30 @@ def _remember(weight: MaskedWeight, step: int) -> None:
 
 
 def _directions(
-    group: Group, step: int, noise: Tensor
+    group: Group, step: int, noise: Tensor | None, *, pulling: bool = True
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
     """Gradient of the scores in blocks, its norms by member, and the pull of EID."""
     method = group.first.method
     grads = group.blocks([_grad(member) for member in group.members])
     weights, scores = group.weights(), group.scores()
     assert scores is not None
-    draw = group.draw(step, noise)
+    draw = group.draw(step, noise_of([group], step)[0] if noise is None else noise)
     logits = method.logits(weights, scores, draw)
     task = _with_losses(group, method.score_grad(grads, weights, logits, draw))
-    return task, group.norms(group.split(task)), pull(group, weights, logits, draw, step)
+    pulled = pull(group, weights, logits, draw, step) if pulling else None
+    if not pulling:
+        group.forget()
+    return task, group.norms(group.split(task)), pulled
+
+
+def _pull(group: Group, step: int) -> tuple[Tensor, Tensor] | None:
+    """The pull of EID alone; the noise takes no part in it."""
+    scores, draw = group.scores(), group.draw(step)
+    assert scores is not None
+    logits = group.first.method.logits(group.weights(), scores, draw)
+    pulled = pull(group, group.weights(), logits, draw, step)
+    group.forget()
+    return pulled
 
 
 @torch.no_grad()
@@ -171,7 +203,7 @@ def _with_losses(group: Group, grad: Tensor) -> Tensor:
     return grad + torch.cat(found)
 
 
-def _grad(member: MaskedWeight) -> Tensor:
+def _grad(member: MaskedWeight | Piece) -> Tensor:
     grad = member.grad
     assert grad is not None
     return grad
@@ -226,34 +258,31 @@ def draw_masks(weights: Iterable[MaskedWeight], step: int, *, follow_prior: bool
 
 def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> None:
     groups = grouped(weights)
-    noisy = [group for group in groups if group.first.learns]
-    noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy else [], strict=True))
-    for together in _by_collective(groups):
-        scores = [group.scores() for group in together]
-        _measure(together, scores, follow_prior)
-        for group, own in zip(together, scores, strict=True):
-            _draw_group(group, own, step, noise.get(id(group)))
-
-
-def _by_collective(groups: Sequence[Group]) -> list[list[Group]]:
-    """Groups one by one, but those together of which ranks hold parts, and add up numbers."""
-    alone = [[group] for group in groups if group.first.shard is None]
-    return [*alone, [group for group in groups if group.first.shard is not None]]
-
-
-def _draw_group(group: Group, scores: Tensor | None, step: int, noise: Tensor | None) -> None:
-    blocks, draw, method = group.weights(), group.draw(step, noise), group.first.method
-    logits = None if scores is None else method.logits(blocks, scores, draw)
-    masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
-    foreach("copy_", [member.mask for member in group.members], masks)
-    undrawn = group.first.schedule.undrawn_at(step)
-    if any(member.undrawn != undrawn for member in group.members):
-        faded = [member.faded for member in group.members]
-        foreach("zero_", faded)
-        foreach("add_", faded, undrawn)
-    for member in group.members:
-        member.settled = False
-        member.after_step(undrawn, told=True)
+    noisy = [group for group in groups if group.first.method.learns]
+    few = _few(groups)
+    noise = dict(zip(map(id, noisy), noise_of(noisy, step) if noisy and few else [], strict=few))
+    # put side by side once where that takes little memory
+    known = {id(group): group.scores() for group in groups} if few else {}
+    _measure(groups, known, follow_prior)
+    for group in groups:
+        blocks, scores = group.weights(), known[id(group)] if few else group.scores()
+        own = noise.get(id(group))
+        if own is None and group in noisy:
+            (own,) = noise_of([group], step)
+        draw = group.draw(step, own)
+        method = group.first.method
+        logits = None if scores is None else method.logits(blocks, scores, draw)
+        masks = group.weight_shaped(method.train_mask(blocks, logits, draw))
+        foreach("copy_", [member.mask for member in group.members], masks)
+        undrawn = group.first.schedule.undrawn_at(step)
+        if any(member.undrawn != undrawn for member in group.members):
+            faded = [member.faded for member in group.members]
+            foreach("zero_", faded)
+            foreach("add_", faded, undrawn)
+        group.forget()
+        for owner in {id(member.owner): member.owner for member in group.members}.values():
+            owner.settled = False
+            owner.after_step(undrawn, told=True)
 
 
 def _started(weight: MaskedWeight, step: int) -> None:
@@ -261,21 +290,26 @@ def _started(weight: MaskedWeight, step: int) -> None:
     weight.after_step(weight.schedule.undrawn_at(step))
 
 
-def _measure(groups: Sequence[Group], scores: Sequence[Tensor | None], follow_prior: bool) -> None:
+def _measure(
+    groups: Sequence[Group], known: Mapping[int, Tensor | None], follow_prior: bool
+) -> None:
     """The spread of the scores: their root mean square within the blocks."""
-    asking = [
-        (group, own)
-        for group, own in zip(groups, scores, strict=True)
-        if own is not None and (group.first.method.relative or group.first.method.moving_prior)
-    ]
-    norms = [group.norms(group.split(own - own.mean(1, keepdim=True))) for group, own in asking]
-    norms = list(_over_ranks([group for group, _ in asking], norms))
-    for (group, _), norm in zip(asking, norms, strict=True):
+    asking = [g for g in groups if g.first.method.relative or g.first.method.moving_prior]
+    asking = [group for group in asking if group.first.scores is not None]
+    norms = _over_ranks(asking, [_norms_in_blocks(g, known.get(id(g))) for g in asking])
+    for group, norm in zip(asking, norms, strict=True):
         spread = group.root_mean(norm).nan_to_num(0.0, 0.0, 0.0)
         foreach("copy_", [member.spread for member in group.members], list(spread.split(1)))
         priors = [member.prior.detach() for member in group.members if member.prior is not None]
         if priors and follow_prior:
             foreach("copy_", priors, list((spread * group.first.method.moving_prior).split(1)))
+
+
+def _norms_in_blocks(group: Group, known: Tensor | None) -> Tensor:
+    """Norms of the scores about the means of their blocks, float64 ``[members]``."""
+    scores = group.scores() if known is None else known
+    assert scores is not None
+    return group.norms(group.split(scores - scores.mean(1, keepdim=True)))
 
 
 def _settle(weights: Sequence[MaskedWeight]) -> None:
@@ -311,5 +345,11 @@ def final_masks(weights: Sequence[MaskedWeight]) -> dict[MaskedWeight, Tensor]:
         draw, method = group.draw(None), group.first.method
         logits = None if scores is None else method.logits(blocks, scores, draw)
         masks = group.weight_shaped(method.final_mask(blocks, logits, draw))
-        found |= dict(zip(group.members, masks, strict=True))
+        group.forget()
+        for member, mask in zip(group.members, masks, strict=True):
+            if isinstance(member, Piece):
+                whole = found.setdefault(member.owner, torch.empty_like(member.owner.mask))
+                whole[member.first : member.end] = mask
+            else:
+                found[member] = mask
     return found

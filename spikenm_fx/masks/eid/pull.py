@@ -40,7 +40,7 @@ def pull(
     guide = next(m.guide for m in members if m.guide is not None)
     average = None
     if guide.settings.needs_input:
-        found = [None if m.guide is None else m.guide.average for m in members]
+        found = [member.credits for member in members]
         none = torch.zeros((), dtype=torch.float32, device=group.device)
         average = group.blocks(
             [
