@@ -324,4 +324,6 @@ def test_the_lead_at_a_quarter_of_the_bytes() -> None:
     lead, pattern, width = frontier.gain_at_a_quarter([*dense, *sparse])
     assert (pattern, width) == ("1:8", 1.0)
     assert lead == pytest.approx(0.5 - 0.41)
-    assert frontier.gain_at_a_quarter([dense[1], *sparse]) is None
+    smaller = row("2:8", 1.0, 10, 0.45)  # than the smallest dense one: held against that
+    assert frontier.gain_at_a_quarter([*dense, smaller])[0] == pytest.approx(0.05)
+    assert frontier.gain_at_a_quarter([*dense, sparse[1]]) is None

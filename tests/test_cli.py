@@ -316,6 +316,26 @@ def test_sparsify_writes_a_valid_dense_keyed_checkpoint(run, project: Path, weig
     assert torch.equal(sparse["stem.weight"], dense["stem.weight"])
 
 
+@pytest.mark.parametrize("method", ["cyclical", "regrow", "uticket"])
+def test_sparsify_takes_every_method(run, method: str, project: Path, weights: Path) -> None:
+    """By its name; what it writes is N:M."""
+    out = project / "sparse.safetensors"
+    words = ("-c", weights, "-o", out, "--root", project, "--method", method)
+    assert run("sparsify", TARGET, *words).code == 0
+    assert spikenm_fx.verify(load_state(out), {"body": "2:4"}).valid
+
+
+def test_sparsify_by_activity_needs_to_know(run, project: Path, weights: Path) -> None:
+    """The input, and the rule of the neurons; nothing is written without."""
+    out = project / "sparse.safetensors"
+    words = ("-c", weights, "-o", out, "--root", project, "--method", "activity")
+    for more, says in (((), "--input"), (("-i", "2,3,8,8"), "register_neuron")):
+        ran = run("sparsify", TARGET, *words, *more)
+        assert ran.code == 3
+        assert says in ran.err
+    assert not out.exists()
+
+
 def test_verify_tells_valid_from_invalid(run, project: Path, weights: Path) -> None:
     """Code 0 for N:M weights, 1 for others, without any model; both as JSON too."""
     out = project / "sparse.pt"
@@ -616,7 +636,7 @@ def test_a_share_of_the_channels_is_kept(run, project: Path, weights: Path) -> N
     for more, says in (
         (("-o", project / "x.pt"), ".safetensors"),
         (("-o", project / "x.safetensors", "--keep", 2), "keep=2.0"),
-        (("-o", project / "x.safetensors", "--score", "size"), "'activity' or 'magnitude'"),
+        (("-o", project / "x.safetensors", "--score", "size"), "'membrane' or 'magnitude'"),
         (("-o", out), "--force"),
     ):
         ran = run(*command, *more)

@@ -159,3 +159,18 @@ def test_gradients_flow_through_the_view():
     view = BlockView(NM(2, 4), (3, 6, 2, 2))
     (view.from_blocks(view.to_blocks(weight)) * 2).sum().backward()
     assert torch.equal(weight.grad, torch.full_like(weight, 2.0))
+
+
+@given(cases())
+def test_rows_hold_the_blocks_of_each_output(case) -> None:
+    """There and back again, and each row has the weights of one output channel."""
+    layer = case.layer()
+    view = BlockView.of_layer(layer, case.nm)
+    blocks = view.to_blocks(layer.weight.detach().double())
+    rows = view.rows(blocks)
+    assert torch.equal(view.from_rows(rows), blocks)
+    by_output = view.output_major(layer.weight.detach().double())
+    assert by_output.shape[:2] == (case.outputs * case.groups, case.channels)
+    assert rows.shape[0] == by_output.shape[0]
+    ours, theirs = (each.flatten(1).sort(1, descending=True).values for each in (rows, by_output))
+    assert torch.equal(ours[ours != 0], theirs[theirs != 0])

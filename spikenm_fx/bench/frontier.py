@@ -9,10 +9,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from spikenm_fx.bench import accuracy
@@ -94,33 +94,26 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def _at(rows: Sequence[Mapping[str, Any]], key: str, place: float) -> float | None:
-    """The mean accuracy on the line through ``rows`` at ``place``; None outside of it."""
+def _at(rows: Sequence[Mapping[str, Any]], key: str, place: float) -> float:
+    """The mean accuracy on the line through ``rows`` at ``place``, level beyond its ends."""
     points = sorted((row[key], row["mean"]) for row in rows)
-    for (x0, y0), (x1, y1) in pairwise(points):
-        if x0 <= place <= x1:
-            return float(y0 + (y1 - y0) * (place - x0) / max(x1 - x0, 1e-12))
-    return None
+    places, means = zip(*points, strict=True)
+    return float(np.interp(place, places, means))
 
 
 def gain_at_a_quarter(table: Sequence[Mapping[str, Any]]) -> tuple[float, str, float] | None:
     """By how much the best sparse network of at most a quarter of the bytes of width 1 leads.
 
     Returns:
-        lead over the dense line at the bytes of that network, its pattern and its width; None where
-        the dense line does not reach there.
+        lead over the line through the dense networks at the bytes of that network, its pattern and
+        its width; None where no sparse one is as small.
     """
     dense = [row for row in table if row["pattern"] == "dense"]
     whole = next(row["packed_bytes"] for row in dense if row["width"] == 1)
-    small = [
-        row
-        for row in table
-        if row["pattern"] != "dense" and row["packed_bytes"] <= 0.27 * whole  # a quarter, about
-    ]
     leads = [
-        (row["mean"] - there, row["pattern"], row["width"])
-        for row in small
-        if (there := _at(dense, "packed_bytes", row["packed_bytes"])) is not None
+        (row["mean"] - _at(dense, "packed_bytes", size), row["pattern"], row["width"])
+        for row in table
+        if row["pattern"] != "dense" and (size := row["packed_bytes"]) <= 0.27 * whole  # about
     ]
     return max(leads, default=None)
 

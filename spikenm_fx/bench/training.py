@@ -91,7 +91,6 @@ VARIANTS: Mapping[str, Method] = MappingProxyType(
         "spikenm-eligibility": SpikeNM(eid=EID("eligibility")),
         "spikenm-weight": SpikeNM(eid=EID("weight")),
         "spikenm-rate": SpikeNM(eid=EID("weight*rate")),
-        "spikenm-signal": SpikeNM(eid=EID("weight*signal")),
         "spikenm-marginals": SpikeNM(gradient="marginals"),
         "spikenm-drawn": SpikeNM(decay=None),
         "spikenm-strict": SpikeNM(fade=0.0),

@@ -10,12 +10,8 @@ from spikenm_fx.errors import PlanError
 
 __all__ = ["EID", "Credit"]
 
-Credit = Literal["eligibility", "weight*eligibility", "weight*rate", "weight", "weight*signal"]
-"""E; |W| * E; |W| * sqrt(firing rate) (Wanda for spikes); |W|; |W| * E with the learning signal.
-
-The last one is sum_t |dL/dy_i[t]| x_j[t], y the layer's output: what autograd carries back to y
-holds slope and leak of the neuron already, so that it is |dL/du| times eligibility.
-"""
+Credit = Literal["eligibility", "weight*eligibility", "weight*rate", "weight"]
+"""E; |W| * E; |W| * sqrt(firing rate) (Wanda for spikes); |W|."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +57,6 @@ class EID:
     def needs_neuron(self) -> bool:
         """Whether the credit is defined only where a neuron follows the layer."""
         return "eligibility" in self.credit
-
-    @property
-    def needs_signal(self) -> bool:
-        """Whether the credit is made of the gradients that reach the layer's output."""
-        return "signal" in self.credit
 
     @property
     def needs_input(self) -> bool:

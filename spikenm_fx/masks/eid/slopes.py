@@ -30,7 +30,6 @@ class Use:
     inputs: Tensor
     shape: torch.Size
     output: Tensor | None  # with its graph, only until the layer's place is known
-    signal: Tensor | None = None  # magnitude of the loss's gradient at the output
 
 
 @dataclass(slots=True, eq=False)

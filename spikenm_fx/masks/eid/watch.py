@@ -8,7 +8,6 @@ user's examples, or on the first training forward of the model.
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,7 +66,7 @@ class Watch:
 
     def __init__(self, run: Run, schedule: Schedule, settings: EID) -> None:
         self.run, self.schedule, self.every = run, schedule, settings.every
-        self.needs_neuron, self.needs_signal = settings.needs_neuron, settings.needs_signal
+        self.needs_neuron = settings.needs_neuron
         self.sources: list[Source] = []
         self.neurons: dict[str, Neuron] = {}
         self.notes: dict[str, str] = {}
@@ -262,10 +261,7 @@ class Watch:
         if source.frozen:
             return
         kept = output if self.needs_neuron and not source.same_order else None
-        use = Use(self.order(), inputs.detach(), output.shape, kept)
-        source.uses.append(use)
-        if self.needs_signal and output.requires_grad:
-            output.register_hook(functools.partial(_note_signal, use))
+        source.uses.append(Use(self.order(), inputs.detach(), output.shape, kept))
 
     def saw_neuron(
         self, neuron: Neuron, args: tuple[Any, ...], kwargs: dict[str, Any], askable: bool
@@ -337,8 +333,6 @@ class Observed:
         """The credit that this step's forward passes left, without |W|; None where nothing did."""
         self.watch.close()
         one = self._eligibility if self.watch.needs_neuron else _root_rate
-        if self.watch.needs_signal:
-            one = _signalled
         found = [credit for source in self.sources if (credit := one(source)) is not None]
         for source in self.sources:
             source.uses.clear()
@@ -356,20 +350,6 @@ class Observed:
         )
         assert isinstance(credit, Tensor)
         return credit / max(sequences, 1)
-
-
-def _note_signal(use: Use, grad: Tensor) -> None:
-    use.signal = grad.detach().abs()
-
-
-def _signalled(source: Source) -> Tensor | None:
-    """The learning signal at each output times what came in, summed over time and positions."""
-    found = [
-        correlate(source.layer, use.inputs, use.signal)
-        for use in source.uses
-        if use.signal is not None
-    ]
-    return torch.stack(found).sum(0) if found else None
 
 
 def _root_rate(source: Source) -> Tensor | None:
