@@ -220,3 +220,39 @@ def test_scaled_spikes_have_their_scale(height, steps):
     assert graph.layers["b.weight"].input_signal.step == pytest.approx(height)
     assert graph.layers["head"].input_signal.step == pytest.approx(height / 4)
     assert graph.layers["head"].input_signal.kind == "scaled"
+
+
+def test_a_membrane_compared_again_to_reset_it_is_one_neuron() -> None:
+    """A surrogate fires; ``rst[v > 0] = threshold`` beside it only takes the charge away."""
+
+    class Fire(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (x > 0).float()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            mems, total = [torch.zeros(x.shape[0], 8) for _ in range(2)], 0.0
+            for _ in range(3):
+                spikes = x
+                for i, layer in enumerate((self.one, self.two)):
+                    mems[i] = 0.9 * mems[i] + layer(spikes)
+                    above = mems[i] / 0.2 - 1.0
+                    spikes = Fire.apply(above)
+                    taken = torch.zeros_like(mems[i])
+                    taken[above > 0] = 0.2
+                    mems[i] = mems[i] - taken
+                total = total + self.out(spikes)
+            return total
+
+    graph = spikenm_fx.trace(Net(), torch.rand(2, 8))
+    assert len(graph.neurons) == 2
+    assert [graph.layers[name].post for name in ("one", "two")] == [(n,) for n in graph.neurons]

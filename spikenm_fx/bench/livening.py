@@ -39,7 +39,8 @@ def liven(
     for norm in norms:
         norm.momentum = 1.0
         norm.weight.data.fill_(2.0)
-        norm.bias.data.copy_(torch.linspace(-0.5, 1.0, norm.num_features))
+        if norm.bias is not None:
+            norm.bias.data.copy_(torch.linspace(-0.5, 1.0, norm.num_features))
     with torch.no_grad():
         model.train()(*(x.clone() for x in inputs))
     reset(model)

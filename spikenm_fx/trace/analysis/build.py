@@ -64,11 +64,13 @@ class _Group:
 
     def is_with(self, other: _Group) -> bool:
         """Whether both are the same neuron."""
+        if self.key[0] == other.key[0] and not self.sources.isdisjoint(other.sources):
+            return True  # one membrane, compared once to fire and once more to reset
         if self.key != other.key:
             return False
         here = not self.places.isdisjoint(other.places)
         driven = not self.layers.isdisjoint(other.layers) or not other.layers
-        return (here and driven) or not self.sources.isdisjoint(other.sources)
+        return here and driven
 
     def merged(self, other: _Group) -> _Group:
         """Both as one."""
