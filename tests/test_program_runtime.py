@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library without Python: the tutorial in C, and ``spikenm-run``, on files that Python wrote."""
+"""The library without Python: the tutorial in C, and ``spikenm-run``, on saved engines."""
 
 from __future__ import annotations
 
