@@ -58,7 +58,8 @@ class Folded(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.body(x.flatten(0, 1))
-        return y.unflatten(0, x.shape[:2])
+        folded: Tensor = y.unflatten(0, x.shape[:2])
+        return folded
 
 
 class Net(nn.Module):

@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from spikenm_fx.errors import PackError, SpikeNMWarning
 from spikenm_fx.pack import native_status, pack, pack_weight, packing, unpack_weight
 from spikenm_fx.program import Engine
-from spikenm_fx.trace import NeuronSpec, register_neuron
+from spikenm_fx.program.check import compared
+from spikenm_fx.program.image import image_of
+from spikenm_fx.program.lower import lower
+from spikenm_fx.trace import NeuronSpec, register_neuron, trace
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 
@@ -58,6 +61,16 @@ def test_a_random_network_and_its_program_agree(example: Example) -> None:
         assert packing(engine).proof is not None
         reset(example.model)
         assert engine(example.x).shape == example.model(example.x).shape
+
+
+@pytest.mark.parametrize("layer", ["0", "2", "4"])
+def test_one_wrong_output_of_any_layer_is_seen(layer: str) -> None:
+    """The comparison that ``pack`` makes tells a program of other weights from the model."""
+    model, x = sequence(), torch.rand(5, 2, 20)
+    lowered = lower(model, trace(model, x))
+    assert compared(model, Engine(image_of(lowered)), lowered, x).disagreement == ""
+    lowered.packed[layer].values[1] += 1.0  # of one output: some of its inputs spike
+    assert compared(model, Engine(image_of(lowered)), lowered, x).disagreement
 
 
 @settings(max_examples=15, deadline=None)
@@ -235,15 +248,16 @@ class Loop(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         total: Any = 0
-        seen = []
+        seen: list[Tensor] = []
         for t in range(4 if self.how == "constant" else x.shape[0]):
             frame = x if self.how == "constant" else x[t]
             out = self.n2(self.fc2(self.n1(self.fc1(frame))))
             total = total + out
             seen.append(out)
         if self.how == "last":
-            return out
-        return torch.stack(seen) if self.how == "stack" else total / len(seen)
+            return seen[-1]
+        mean: Tensor = total / len(seen)
+        return torch.stack(seen) if self.how == "stack" else mean
 
 
 class Scaled(nn.Module):
@@ -301,7 +315,8 @@ class CodeNeuron(nn.Module):
         self.mem: Any = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return (self.fc(x) > 0.5).float()
+        currents: Tensor = self.fc(x)
+        return (currents > 0.5).float()
 
 
 class Secret(RuleNeuron):

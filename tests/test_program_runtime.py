@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The library without Python: the tutorial in C, and ``spikenm-run``, on files that Python wrote."""
+"""The library without Python: the tutorial in C, and ``spikenm-run``, on saved engines."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_tutorial_in_c_classifies_a_stream(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), RuleNeuron(STEP), nn.Linear(32, 7), RuleNeuron(STEP))
     with torch.no_grad():
-        model.get_submodule("2").weight.mul_(3)  # type: ignore[operator, union-attr]
+        model.get_submodule("2").weight.mul_(3)  # type: ignore[operator]
     frames = 3 * torch.rand(25, 1, 16)
     engine = program(model.eval(), frames[0])
     engine.save(tmp_path / "net.snm")

@@ -80,6 +80,7 @@ def main(arguments: list[str]) -> None:
 
 def _row(name: str, rate: float | None, batch: int, options: Any) -> dict[str, Any]:
     torch.manual_seed(0)
+    torch.compiler.reset()  # else it gives up compiling after a few rows
     if name == NMNIST:
         stream = _recordings(options.nmnist, batch)
     elif name in LAYERS:

@@ -46,7 +46,10 @@ def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> A
         model: in eval mode and at rest; it is left so.
         engine: of the program; it is left at rest.
         lowered: the program.
-        x: the example input, or one with another batch or number of steps.
+        x: of the example's shape, or with another batch or number of steps.
+
+    Raises:
+        Exception: whatever the model's forward raises on such an input.
     """
     _, time, free = engine._net.input()
     batch = next((n for i, n in enumerate(x.shape) if free[i] and i != time), None)

@@ -155,7 +155,7 @@ class Draft:
         return self.once((code, settings, tensors), make, *refs)[0]
 
     def keep(self, name: str, tensor: Tensor) -> str:
-        """Store a tensor under a name of its own, and give that."""
+        """Store a tensor of any shape under a name of its own, and give that."""
         found, number = name, 2
         while found in self.tensors and not _equal(self.tensors[found], tensor):
             found, number = f"{name}#{number}", number + 1

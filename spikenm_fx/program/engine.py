@@ -73,7 +73,7 @@ class Engine(nn.Module):
         """Run one time step, from the states that the last call left.
 
         Args:
-            x: one step of an input, without the axis of time where the model's input has one.
+            x: one step, of an input's shape without the axis of time where it has one.
 
         Returns:
             As a call; outputs over time are those of this step, without that axis.

@@ -346,7 +346,7 @@ def _cat(call: Call) -> Ref:
     members, axis = call.args[0], call.get(1, "dim", 0)
     if len(members) < 2 or not all(isinstance(m, Ref) for m in members):
         raise call.refuse("it joins what are no values of the program")
-    joined = members[0]
+    joined: Ref = members[0]
     for other in members[1:]:
         joined = _cat_two(call, joined, other, axis % len(joined.axes))
     return joined

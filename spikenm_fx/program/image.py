@@ -33,6 +33,9 @@ def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
     Args:
         lowered: the program, its packed weights and tensors.
         result: how the model returns its outputs: ``"tensor"``, ``"tuple"`` or ``"list"``.
+
+    Raises:
+        PackedFileError: for a name that a file cannot hold.
     """
     names = [PROGRAM]
     for op in lowered.program.ops:
@@ -58,6 +61,9 @@ def sealed(content: bytes) -> bytes:
 
     Args:
         content: of a file whose digest is all zeros.
+
+    Raises:
+        PackedFileError: if there is not one digest to be found.
     """
     sign = f'"digest":"{DIGEST}"'.encode()
     if content.count(sign) != 1:

@@ -57,6 +57,9 @@ class Layers:
             module: the layer.
             ref: its input.
             shape: of its output.
+
+        Raises:
+            NotLowered: for a layer that has no packed form, or on an input that it cannot read.
         """
         reason = why_layer_kept(module, None)
         if reason:
@@ -101,6 +104,9 @@ class Layers:
             module: the norm.
             ref: its input.
             alone: it is the only reader of its input.
+
+        Raises:
+            NotLowered: unless it is a batch norm along known channels.
         """
         layout = ref.value.layout
         key = (name, ref.value.number)
@@ -202,6 +208,9 @@ def see_features(name: str, ref: Ref, spatial: int) -> tuple[Atom, ...]:
 
     Returns:
         The channels.
+
+    Raises:
+        NotLowered: if they are not.
     """
     layout = ref.value.layout
     channels, *pixels = ref.axes[-1 - spatial :]

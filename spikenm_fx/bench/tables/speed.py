@@ -199,8 +199,8 @@ CHAPTERS = (
     ),
     Chapter(
         "Streaming",
-        ("stream-1t", "stream-2t"),
-        "python -m spikenm_fx.bench stream --nmnist FILE (and --threads 2)",
+        ("stream-1t",),
+        "python -m spikenm_fx.bench stream --nmnist FILE",
         _streams,
         "One time step per call at 2:4, states kept: `pack(model, x, program=True).step(frame)`. "
         "Weights that do not fit the caches, and large batches of images, gain least. The machine "

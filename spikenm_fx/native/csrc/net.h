@@ -57,7 +57,8 @@ struct NetTensor {
 struct NetOp {
   const int64_t *word;  // kOpWords of them
   float *memory;        // what was derived from the file's tensors, or null
-  // Layer: weights [group][input][tap][group_stride] in memory, the bias [outputs] behind them.
+  // Layer: weights [group][input][tap][group_stride] in memory, each row of taps from its end, and
+  // the biases behind them.
   int64_t taps, group_outputs, group_stride, inputs;
   const float *bias;
   // Neuron and affine: rows of parameters, each `wide` long: 16 equal ones, or one per number.

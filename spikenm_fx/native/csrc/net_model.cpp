@@ -199,7 +199,7 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
   StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
                          tensor(image, w[kTensor2]), tensor(image, w[kTensor3]),
                          w[kLayerKeep], w[kLayerOf], out.c, op->inputs, op->taps,
-                         w[kLayerGroups], in.h * in.w, w[kLayerFlat] == 2 ? in.c : 0};
+                         w[kLayerGroups], w[kLayerKernel + 1], in.h * in.w, w[kLayerFlat] == 2 ? in.c : 0};
   if (!stored.fits()) return (*fail)("the weights of a layer are not what its program says");
   int64_t floats = 0;
   if (__builtin_mul_overflow(op->inputs * op->taps + 1, row, &floats) || floats > (1ll << 36) ||

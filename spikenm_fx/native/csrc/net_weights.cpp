@@ -90,7 +90,8 @@ bool StoredWeight::lay_out(float *to, int64_t stride) const {
       if (stored >= inputs) continue;  // fills up the last, shorter block
       const int64_t input =
           channels ? stored % pixels * channels + stored / pixels : stored;
-      to[((group * inputs + input) * taps + tap) * stride + lane] = weight;
+      const int64_t place = tap / kw * kw + (kw - 1 - tap % kw);
+      to[((group * inputs + input) * taps + place) * stride + lane] = weight;
     }
     if (bias) memcpy(biases + group * stride + lane, bias->data + 4 * o, 4);
   }

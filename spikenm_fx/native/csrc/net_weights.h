@@ -8,10 +8,11 @@ struct StoredWeight {
   const NetTensor *values, *indices, *scale, *bias;  // scale of int8; bias or null
   int64_t keep, of;
   int64_t outputs, inputs, taps, groups;  // inputs of one group
+  int64_t kw;  // taps of a row of the kernel
   int64_t pixels, channels;  // channels not 0: inputs run (channel, pixel), the value the other way
 
   bool fits() const;
-  // Fills [group][input][tap][stride] and the biases behind; false for indices or values that
+  // Fills [group][input][tap][stride], each row of taps from its end, and the biases behind; false for indices or values that
   // cannot be.
   bool lay_out(float *to, int64_t stride) const;
 

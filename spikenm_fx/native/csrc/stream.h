@@ -150,10 +150,19 @@ struct StreamLayer {
     for (int64_t ky = 0; ky < kh; ++ky) {
       const int64_t dy = iy - ky * dh;
       if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
+      if (sw == 1 && dw == 1 && width == row) {
+        // Neighbouring taps go to neighbouring pixels: one run of both.
+        const int64_t from = most(0, ix - kw + 1), to = least(out->w - 1, ix);
+        const int64_t first_tap = ky * kw + from - (ix - kw + 1);
+        if (from <= to)
+          stream_rows(w + first_tap * row, w_stride, e, first, n, base,
+                      y + (dy / sh * out->w + from) * row, (to - from + 1) * row, false);
+        continue;
+      }
       for (int64_t kx = 0; kx < kw; ++kx) {
         const int64_t dx = ix - kx * dw;
         if (dx < 0 || dx % sw || dx / sw >= out->w) continue;
-        stream_rows(w + (ky * kw + kx) * op->group_stride, w_stride, e, first, n, base,
+        stream_rows(w + (ky * kw + kw - 1 - kx) * op->group_stride, w_stride, e, first, n, base,
                     y + (dy / sh * out->w + dx / sw) * row, width, false);
       }
     }

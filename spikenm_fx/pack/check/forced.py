@@ -170,7 +170,7 @@ def first_margin(
 
     Args:
         spec: the neuron's rule.
-        received: what it took in the model, one tensor per call, from rest on.
+        received: what it took in the model, one tensor of any shape per call, from rest on.
         emitted: its spikes.
         differing: where the engine's are others.
 

@@ -68,7 +68,7 @@ def packed_bytes(
 
     Args:
         weights: packed weights by qualified layer name.
-        tensors: anything else, by name.
+        tensors: anything else, of any shape, by name.
         metadata: what else the file says of itself.
 
     Raises:
