@@ -25,7 +25,7 @@ LAYERS = (
     "plan",
     "channels",
     "masks",
-    "fold verify pack permute",
+    "fold verify pack permute program",
     "export",
     "lottery report",
     "budget recipe doctor",

@@ -305,7 +305,8 @@ def test_the_refusal_names_the_field_and_its_places(monkeypatch):
         ]
 
     monkeypatch.setitem(native_library.MIRRORS, "snm_draws", Narrow)
-    with pytest.raises(MirrorError, match=r"snm_draws\.absolute is 4 bytes at \d+ in the library, 8"):
+    said = r"snm_draws\.absolute is 4 bytes at \d+ in the library, 8"
+    with pytest.raises(MirrorError, match=said):
         load_library(Path(STATUS.path))
 
 

@@ -88,9 +88,9 @@ assert first
 
 # %% [markdown]
 # ## Sharded: FSDP2, and resuming on another number of ranks
-# `fully_shard` comes before or after `sparsify`; nothing else changes. Two ranks train and save with
-# `torch.distributed.checkpoint`, then one rank loads what two have saved and goes on. The model
-# computes the same there, bit by bit.
+# `fully_shard` comes before or after `sparsify`; nothing else changes. Two ranks train and save
+# with `torch.distributed.checkpoint`, then one rank loads what two have saved and goes on. The
+# model computes the same there, bit by bit.
 
 
 # %%
@@ -144,9 +144,7 @@ def sharded_worker(rank, ranks, folder, port):
 
 with tempfile.TemporaryDirectory() as folder:
     for ranks, port in ((2, 29572), (1, 29573)):
-        mp.start_processes(
-            sharded_worker, (ranks, folder, port), nprocs=ranks, start_method="fork"
-        )
+        mp.start_processes(sharded_worker, (ranks, folder, port), nprocs=ranks, start_method="fork")
     before, after, reached = (
         torch.load(Path(folder) / f"{name}.pt") for name in ("saved0", "loaded", "step")
     )

@@ -149,6 +149,11 @@ class ChannelActivity:
     def close(self, step: int) -> None:
         """Every forward of the step counts."""
 
+    @property
+    def sees(self) -> bool:
+        """Whether there is anything that could be measured: each channel has its neuron."""
+        return True
+
     def measure(self) -> Tensor | None:
         """Importance by what the neurons received in this step; None where they saw nothing.
 

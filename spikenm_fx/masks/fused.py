@@ -107,7 +107,7 @@ def decay(weight: MaskedWeight, *, scale: Tensor | None, sign: int) -> bool:
     """Let decay into the gradient of a weight whose scores do not learn from it.
 
     Args:
-        weight: that has a gradient.
+        weight: that has a gradient, of its own shape ``(O, C / groups, *kernel)``.
         scale: as of :func:`before_step`.
         sign: as of :func:`before_step`.
 
