@@ -123,7 +123,8 @@ def test_state_that_stays_is_not_blamed_on_fold(tmp_path: Path, reset: str | Non
     """Where the reset is another method the check says which one; named, the recipe passes."""
     (tmp_path / "kept_state_for_check.py").write_text(FORGETS)
     (tmp_path / "net.yaml").write_text(
-        "version: 1\ntarget: {repo: me/mine, commit: '0123456', build: 'kept_state_for_check:net'}\n"
+        "version: 1\n"
+        "target: {repo: me/mine, commit: '0123456', build: 'kept_state_for_check:net'}\n"
         f"inputs: {{shape: [2, 8], time: none}}\nreset: {json.dumps(reset)}\n"
     )
     try:

@@ -288,7 +288,9 @@ FURTHER: dict[str, Further] = {
     "attention_resnet18": Further("BICLab/Attention-SNN", "Att_Res_SNN", _attention, 17),
     "decolle_lenet": Further("nmi-lab/decolle-public", "", _decolle, 3),
     "gated_lif_resnet18": Further("Ikarosy/Gated-LIF", "", _gated, 17, "0.0.0.0.12"),
-    "spiking_repvgg": Further("alexandercrantell/Spiking-RepVGG", "cifar10dvs", _repvgg, 19, "0.0.0.0.14"),
+    "spiking_repvgg": Further(
+        "alexandercrantell/Spiking-RepVGG", "cifar10dvs", _repvgg, 19, "0.0.0.0.14"
+    ),
     "detection_vgg11": Further(
         "loiccordone/object-detection-with-spiking-neural-networks", "", _detection, 9,
         "0.0.0.0.12",
