@@ -3,8 +3,8 @@
 
 One row for each network: what ``trace`` finds beside what is there, which signals it tells wrongly,
 how many weights become N:M with and without example inputs, how far the packed engine's output is
-from the folded model's, and the times of both.  ``--cases`` also runs a folder of small scripts that
-exit with 0 where the library is right.
+from the folded model's, and the times of both.  ``--cases`` also runs a folder of small scripts
+that exit with 0 where the library is right.
 """
 
 from __future__ import annotations

@@ -283,12 +283,14 @@ FURTHER: dict[str, Further] = {
     ),  # eight and the encoder, which turns pixels into spikes at random
     "stbp_simple": Further("thiswinex/STBP-simple", "", _stbp, 1),
     "qsnn_fmnist": Further("jeshraghian/QSNNs", "fmnist", _qsnn, 3),
-    "dsr_vgg11_if": Further("qymeng94/DSR", "cifar", partial(_dsr, "vgg11_if"), 10),
-    "dsr_vgg11_lif": Further("qymeng94/DSR", "cifar", partial(_dsr, "vgg11_lif"), 10),
+    "dsr_vgg11_if": Further("qymeng94/DSR", "cifar", partial(_dsr, "vgg11_if"), 9),
+    "dsr_vgg11_lif": Further("qymeng94/DSR", "cifar", partial(_dsr, "vgg11_lif"), 9),
     "attention_resnet18": Further("BICLab/Attention-SNN", "Att_Res_SNN", _attention, 17),
     "decolle_lenet": Further("nmi-lab/decolle-public", "", _decolle, 3),
     "gated_lif_resnet18": Further("Ikarosy/Gated-LIF", "", _gated, 17, "0.0.0.0.12"),
-    "spiking_repvgg": Further("alexandercrantell/Spiking-RepVGG", "cifar10dvs", _repvgg, 19, "0.0.0.0.14"),
+    "spiking_repvgg": Further(
+        "alexandercrantell/Spiking-RepVGG", "cifar10dvs", _repvgg, 19, "0.0.0.0.14"
+    ),
     "detection_vgg11": Further(
         "loiccordone/object-detection-with-spiking-neural-networks", "", _detection, 9,
         "0.0.0.0.12",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from spikenm_fx.bench.tables.chapter import Chapter, Result
+from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown
 from spikenm_fx.bench.trace import table
 from spikenm_fx.bench.tracing import Row
 
@@ -27,4 +27,36 @@ def _trace(result: Result) -> str:
     return f"{about}\n\n{table(rows)}"
 
 
-CHAPTERS = (Chapter("Tracing", ("trace",), "python -m spikenm_fx.bench trace --repos DIR", _trace),)
+def _further(result: Result) -> str:
+    head = (
+        *("network", "layers", "neurons found / there", "spike edges, wrong, missed"),
+        *("sparse with / without examples", "folded", "pack difference", "model / engine ms"),
+    )
+    rows = []
+    for row in result["rows"]:
+        name = f"{row['network']} ({row['repo']})"
+        if row["error"]:
+            rows.append((name, row["error"], *[""] * (len(head) - 2)))
+            continue
+        rows.append((
+            name, row["layers"], f"{row['neurons']} / {row['there']}",
+            f"{row['edges']}, {row['wrong']}, {row['missed']}",
+            f"{row['sparse']} / {row['sparse_without']}", "equal" if row["folded"] else "differs",
+            f"{row['difference']:.1g}", f"{row['model_ms']:.3g} / {row['engine_ms']:.3g}",
+        ))  # fmt: skip
+    right = sum(result["cases"].values())
+    return f"{right} of {len(result['cases'])} cases right.\n\n{markdown(head, rows)}"
+
+
+CHAPTERS = (
+    Chapter("Tracing", ("trace",), "python -m spikenm_fx.bench trace --repos DIR", _trace),
+    Chapter(
+        "Repositories that nobody had used",
+        ("further",),
+        "python -m spikenm_fx.bench further --repos DIR --cases DIR",
+        _further,
+        "Networks of public repositories with random weights, read, decided, folded and packed. "
+        "Where spikes differ between engine and model, a membrane lay on its threshold, or the "
+        "network draws at random.",
+    ),
+)
