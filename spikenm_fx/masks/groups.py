@@ -146,7 +146,7 @@ class Group:
     def priors(self) -> Tensor | None:
         """The strength of the moving prior of each member."""
         found = [member.prior.detach() for member in self.members if member.prior is not None]
-        return torch.cat(found) if found else None
+        return torch.cat(found).float() if found else None  # a model may be cast after sparsify
 
     def draw(self, step: int | None, noise: Tensor | None = None) -> Draw:
         """What the masks of all members depend on besides their tensors.

@@ -276,7 +276,7 @@ def _draw(weights: Sequence[MaskedWeight], step: int, follow_prior: bool) -> Non
         foreach("copy_", [member.mask for member in group.members], masks)
         undrawn = group.first.schedule.undrawn_at(step)
         if any(member.undrawn != undrawn for member in group.members):
-            faded = [member.faded for member in group.members]
+            faded = list({id(member.owner): member.faded for member in group.members}.values())
             foreach("zero_", faded)
             foreach("add_", faded, undrawn)
         group.forget()
