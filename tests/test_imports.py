@@ -25,7 +25,7 @@ LAYERS = (
     "plan",
     "channels",
     "masks",
-    "fold verify pack permute export",
+    "fold verify pack program permute export",
     "report",
     "recipe doctor",
     "demo",
