@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.run import runs
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["refuse_foreign"]
+__all__ = ["tell_of_foreign"]
 
 
-def refuse_foreign(weight: MaskedWeight) -> None:
-    """Look at scores that somebody wrote to since masks were drawn, of a model not trained itself.
+def tell_of_foreign(weight: MaskedWeight) -> None:
+    """Warn of scores that somebody wrote to since masks were drawn, of a model not trained itself.
 
-    Raises:
-        PlanError: if they can only come from a model of another pattern.
+    Only where the sole other model here with such a weight is of another pattern: where the numbers
+    come from nobody can tell, so it is a warning and no error.
     """
     scores, run = weight.scores, weight.run
     if scores is None or run.step or run.advances or not weight.scores_written:
@@ -33,15 +32,15 @@ def refuse_foreign(weight: MaskedWeight) -> None:
     if weight.shard is not None:
         return  # the layouts would differ, too
     other = _of_another_pattern(weight, scores)
-    if other is None or _as_at_first(weight, scores):
-        weight.forget_writing()
-        return
-    raise PlanError(
-        f"{weight.name} {weight.view.shape} is masked {weight.view.nm}, but the logits of a model "
-        f"with masks {other.view.nm} were written into it (an average, a copy): its masks would be "
-        "those of neither. Make the copy with copy.deepcopy(model), or sparsify both with the same "
-        "pattern"
-    )
+    if other is not None and not _as_at_first(weight, scores):
+        run.warn(
+            "foreign",
+            f"{weight.name} {weight.view.shape} is masked {weight.view.nm}, and its logits were "
+            f"written to; the only other model here with such logits has masks {other.view.nm}. If "
+            "they are an average or a copy of its logits, the masks are those of neither: make the "
+            "copy with copy.deepcopy(model), or sparsify both with the same pattern",
+        )
+    weight.forget_writing()
 
 
 def _of_another_pattern(weight: MaskedWeight, scores: Tensor) -> MaskedWeight | None:

@@ -16,7 +16,7 @@ from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_v
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
-from spikenm_fx.masks.foreign import refuse_foreign
+from spikenm_fx.masks.foreign import tell_of_foreign
 from spikenm_fx.masks.gather import (
     adopt,
     handed_out,
@@ -341,7 +341,7 @@ class MaskedWeight:
                 meet(self.run, ranks)
         if not training or self.run.averaged:
             self.warn_of_fade("evaluated")
-            refuse_foreign(self)
+            tell_of_foreign(self)
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
