@@ -198,7 +198,10 @@ def refuse_unmaskable(name: str, module: nn.Module) -> None:
     """
     why = surgery.why_not_extended(module, MaskedLayer)
     if why:
-        raise PlanError(f"{name}: {why}; keep it dense by rules=[Rule({name!r}, action='ignore')]")
+        raise PlanError(
+            f"{name} is held by a module that cannot be masked: {why}; keep it dense by "
+            f"rules=[Rule({name!r}, action='ignore')]"
+        )
 
 
 def detach(layer: MaskedLayer) -> None:

@@ -118,7 +118,8 @@ def keep_norm(mask: MaskedWeight) -> None:
         if torch.isfinite(factor):
             mask.values.mul_(factor.to(mask.dense.dtype))
         return
-    if torch.isfinite(factor) and torch.isfinite(mask.dense * factor).all():
+    scaled = mask.dense.data * factor.to(mask.dense.dtype)
+    if torch.isfinite(factor) and torch.isfinite(scaled).all():
         # .data: a state left from an earlier forward may hold a graph through this weight; and
         # not in place: the values may be those of a checkpoint that was loaded by assigning
-        mask.dense.data = mask.dense.data * factor.to(mask.dense.dtype)
+        mask.dense.data = scaled
