@@ -98,6 +98,7 @@ __all__ = [
     "semi_structured_compress",
     "shard_offsets",
     "storage_id",
+    "storage_kept_apart",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -284,6 +285,21 @@ def storage_id(tensor: Tensor) -> int:
     storage = tensor.untyped_storage()
     own = getattr(storage, "_cdata", None)
     return int(storage.data_ptr() if own is None else own)
+
+
+def storage_kept_apart(tensor: Tensor) -> object:
+    """What keeps :func:`storage_id` from being given to another storage, while it is held.
+
+    It does not keep the memory: a weak reference to the storage.
+
+    Args:
+        tensor: any; None for one that is not strided.
+    """
+    if tensor.layout is not torch.strided:
+        return None
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(tensor.untyped_storage())
 
 
 _transforms = _find("_C._functorch", "peek_interpreter_stack")

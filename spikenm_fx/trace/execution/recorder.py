@@ -15,7 +15,13 @@ from typing import Any, Protocol
 
 from torch import Tensor, fx, nn
 
-from spikenm_fx._torch import TorchDispatchMode, storage_id, tree_flatten, tree_map
+from spikenm_fx._torch import (
+    TorchDispatchMode,
+    storage_id,
+    storage_kept_apart,
+    tree_flatten,
+    tree_map,
+)
 from spikenm_fx.trace.execution.leaves import LeafRule
 from spikenm_fx.trace.execution.values import describe
 
@@ -62,7 +68,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._writer = writer
         self._nodes: dict[int, tuple[weakref.ref[Tensor], fx.Node]] = {}
-        self._writers: dict[int, fx.Node] = {}
+        # by storage: a module writes into tensors that it does not return
+        self._writers: dict[int, tuple[fx.Node, object]] = {}
         self._leaf: fx.Node | None = None
 
     @property
@@ -76,7 +83,7 @@ class Recorder(TorchDispatchMode):
         if entry is not None and entry[0]() is tensor:
             return entry[1]
         writer = self._writers.get(storage_id(tensor))
-        return self._writer.constant(tensor) if writer is None else writer
+        return self._writer.constant(tensor) if writer is None else writer[0]
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A module is called while recording: leaves become nodes, others are passed through."""
@@ -101,7 +108,7 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
             # whatever a leaf writes, its state included, is known to come from it
             for tensor in _tensors(out):
-                self._writers[storage_id(tensor)] = self._leaf
+                self._wrote(tensor, self._leaf)
             return out
         node = self._record("call_function", func, args, kwargs)
         out = func(*args, **kwargs)
@@ -130,7 +137,10 @@ class Recorder(TorchDispatchMode):
     def remember(self, tensor: Tensor, node: fx.Node) -> None:
         """Note that ``tensor``, of any shape, was made by ``node``."""
         self._nodes[id(tensor)] = (weakref.ref(tensor), node)
-        self._writers[storage_id(tensor)] = node
+        self._wrote(tensor, node)
+
+    def _wrote(self, tensor: Tensor, node: fx.Node) -> None:
+        self._writers[storage_id(tensor)] = (node, storage_kept_apart(tensor))
 
 
 def _tensors(tree: Any) -> list[Tensor]:
