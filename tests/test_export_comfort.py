@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -53,6 +54,28 @@ def test_torch_export_in_a_fresh_process(tmp_path) -> None:
         """,
         tmp_path,
     )
+
+
+def test_engines_in_a_fresh_process(tmp_path) -> None:
+    """An engine's program names this package's operators; with it imported it computes the same."""
+    x = torch.rand(4, 3, 16) * 3
+    engine = spikenm_fx.pack(folded(), x, backend="fma")
+    torch.export.save(torch.export.export(engine, (x,)), tmp_path / "engine.pt2")
+    torch.save({"x": x, "y": engine(x).detach()}, tmp_path / "pair.pt")
+    code = """
+        import torch, spikenm_fx.pack.kernels.ops
+        pair = torch.load("pair.pt")
+        program = torch.export.load("engine.pt2")
+        assert torch.equal(program.module()(pair["x"]), pair["y"]) and bool(pair["y"].any())
+        assert any("sparse_layer" in str(node.target) for node in program.graph.nodes)
+        """
+    root = str(Path(spikenm_fx.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.slow

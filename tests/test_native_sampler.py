@@ -373,3 +373,32 @@ def test_steps_of_the_passes_are_those_of_torch(
             largest = float(theirs[key].abs().max()) if key.endswith("_momentum") else 0.0
             atol = 1e-6 + unit * largest
             torch.testing.assert_close(value, theirs[key], rtol=rtol, atol=atol, msg=key)
+
+
+@needs_kernels
+@given(
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    undrawn=st.sampled_from([0.0, 0.25, 1.0]),
+    seed=st.integers(0, 999),
+    last=st.booleans(),
+)
+def test_masking_and_decay_are_those_of_torch(
+    shape: list[int], undrawn: float, seed: int, last: bool
+) -> None:
+    """Any shape and memory order; what is not drawn is exactly zero, whatever was there."""
+    torch.manual_seed(seed)
+    tensor, grad, mask = torch.randn(shape), torch.randn(shape), torch.rand(shape) < 0.5
+    if last and len(shape) == 4:
+        tensor, grad, mask = (
+            t.contiguous(memory_format=torch.channels_last) for t in (tensor, grad, mask)
+        )
+    expected = grad + 0.3 * tensor * ~mask
+    assert native.add_decay(grad, tensor, mask, 0.3)
+    torch.testing.assert_close(grad, expected, rtol=1e-6, atol=1e-7)
+    if not undrawn:
+        tensor[~mask] = torch.inf
+    found = native.kept(tensor, mask, undrawn)
+    assert found is not None
+    rest = tensor * undrawn if undrawn else torch.zeros_like(tensor)
+    assert torch.equal(found, torch.where(mask, tensor, rest))
+    assert found.stride() == tensor.stride()
