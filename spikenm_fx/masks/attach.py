@@ -45,6 +45,13 @@ _ROCKPOOL_LIST = "_get_attribute_family"
 """By which rockpool's ``parameters()`` reads attributes: an optimizer needs the dense ones."""
 
 
+class _FalseOfClass(property):
+    """A property that counts as False on its class, where dynamo looks whether FSDP is at work."""
+
+    def __bool__(self) -> bool:
+        return False
+
+
 class MaskedLayer(StoredMask):
     """Mixin in front of the user's class; put there by :func:`attach`, undone by ``fold``.
 
@@ -136,12 +143,10 @@ class MaskedLayer(StoredMask):
         if name in self._nm_masks and param is not None and is_sharded(param):
             self._follow()
 
-    @property
-    def _is_fsdp_managed_module(self) -> bool:
+    def _managed(self) -> bool:
         return bool(self.__dict__.get("_fsdp_managed", False))
 
-    @_is_fsdp_managed_module.setter
-    def _is_fsdp_managed_module(self, managed: bool) -> None:
+    def _manage(self, managed: bool) -> None:
         """What ``fully_shard`` sets last: scores are cut before an optimizer is given them.
 
         Raises:
@@ -151,6 +156,8 @@ class MaskedLayer(StoredMask):
             raise _fsdp1(self._nm_mask)
         self.__dict__["_fsdp_managed"] = managed
         self._follow()
+
+    _is_fsdp_managed_module = _FalseOfClass(_managed, _manage)
 
     def _follow(self) -> None:
         for mask in self._nm_masks.values():
