@@ -225,15 +225,6 @@ def test_scaled_spikes_have_their_scale(height, steps):
 def test_a_membrane_compared_again_to_reset_it_is_one_neuron() -> None:
     """A surrogate fires; ``rst[v > 0] = threshold`` beside it only takes the charge away."""
 
-    class Fire(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return (x > 0).float()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad
-
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

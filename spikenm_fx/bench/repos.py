@@ -24,7 +24,7 @@ from spikenm_fx.bench.zoo import Case
 from spikenm_fx.recipe.rwkv import wkv
 from spikenm_fx.recipe.stand_in import stand_in
 
-__all__ = ["REPOS", "Checkout", "build"]
+__all__ = ["REPOS", "Checkout", "build", "case_of"]
 
 _UNUSED = (
     "torchvision",
@@ -72,7 +72,19 @@ def build(name: str, repos: Path, sites: Path | None) -> Case:
     _timm_names()
     _torch_backends(checkout.jelly)
     torch.manual_seed(0)
-    model, inputs = checkout.make()
+    return case_of(*checkout.make(), reset)
+
+
+def case_of(
+    model: nn.Module, inputs: tuple[Tensor, ...], reset: Callable[[nn.Module], None]
+) -> Case:
+    """A model of a checkout, on torch's operations and firing.
+
+    Args:
+        model: as its code builds it; changed in place.
+        inputs: of one forward, in the shapes that it takes.
+        reset: forgets its state.
+    """
     for module in nn.Module.modules(model):
         if hasattr(module, "backend"):
             cast(Any, module).backend = "torch"

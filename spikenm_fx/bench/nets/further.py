@@ -19,7 +19,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.bench.livening import liven
+from spikenm_fx.bench.repos import case_of
 from spikenm_fx.bench.zoo import Case
 from spikenm_fx.recipe.stand_in import stand_in
 from spikenm_fx.state import reset_to_rest
@@ -79,11 +79,7 @@ def build_further(name: str, repos: Path) -> Case:
     cast(Any, Tensor).cuda = lambda self, *_, **__: self
     os.chdir(root / entry.path)
     torch.manual_seed(0)
-    model, inputs = entry.make()
-    for module in nn.Module.modules(model):
-        if hasattr(module, "backend"):
-            cast(Any, module).backend = "torch"
-    return Case(liven(model, inputs, reset_to_rest), inputs, reset_to_rest)
+    return case_of(*entry.make(), reset_to_rest)
 
 
 def _from(module: str) -> Any:
