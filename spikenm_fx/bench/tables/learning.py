@@ -252,7 +252,7 @@ _RUN = (
 )
 _SHAPES = (
     "python -m spikenm_fx.bench accuracy --data shapes --steps 20 --epochs 6 --batch 50 --lr 0.002 "
-    "--train-images 1000 --test-images 1000 --threads 1 --patterns 1:8 --seeds 0 1 2"
+    "--train-images 1000 --test-images 1000 --threads 1 --patterns 1:8 --seeds 0 1 2 3 4"
 )
 _TEN = "--patterns 2:4 1:8 --seeds 0 1 2 3 4 5 6 7 8 9"
 
@@ -331,7 +331,7 @@ CHAPTERS = (
     Chapter(
         "N:M from the first step",
         ("accuracy-cifar10-strict",),
-        f"{_RUN} --methods spikenm-strict --patterns 1:8 --seeds 0 1 2 --name cifar10-strict",
+        f"{_RUN} --methods spikenm-strict --patterns 1:8 --seeds 0 1 2 3 4 --name cifar10-strict",
         _accuracy,
     ),
     Chapter(
