@@ -205,19 +205,14 @@ class DispatchMode(TorchDispatchMode):
     and nothing to keep where nothing is compiled.
     """
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        plain = cls.__torch_dispatch__
-        never_compiled = disable_dynamo(plain)
+    _is_never_compiled = False
 
-        @functools.wraps(plain)
-        def dispatch(self: Any, *args: Any, **kwargs: Any) -> Any:
-            dynamo = sys.modules.get("torch._dynamo")
-            # half an import has no ``disable`` yet
-            chosen = never_compiled if hasattr(dynamo, "disable") else plain
-            return chosen(self, *args, **kwargs)
-
-        cls.__torch_dispatch__ = dispatch  # type: ignore[method-assign]
+    def __enter__(self) -> Any:
+        cls = type(self)
+        if "torch._dynamo" in sys.modules and not cls._is_never_compiled:
+            cls.__torch_dispatch__ = disable_dynamo(cls.__torch_dispatch__)  # type: ignore[method-assign]
+            cls._is_never_compiled = True
+        return super().__enter__()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
