@@ -16,6 +16,7 @@ name here                   torch's                                            w
 ``DropoutBase``             ``nn.modules.dropout._DropoutNd``                  the public classes
 ``tree_flatten`` and kin    ``utils._pytree.tree_flatten``, ...                error: nested inputs
 ``TorchDispatchMode``       ``utils._python_dispatch.TorchDispatchMode``       error: trace, pack
+``DispatchMode``            ``TorchDispatchMode._should_skip_dynamo``          dynamo is imported
 ``disable_current_modes``   ``utils._python_dispatch._disable_current_modes``  error: masked traces
 ``disable_torch_dispatch``  ``_C._DisableTorchDispatch``                      modes see all: slower
 ``DisableTorchFunction``    ``_C.DisableTorchFunction``                        error: trace
@@ -55,6 +56,7 @@ import contextlib
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +72,7 @@ __all__ = [
     "ConvNd",
     "ConvTransposeNd",
     "DisableTorchFunction",
+    "DispatchMode",
     "DropoutBase",
     "NormBase",
     "TorchDispatchMode",
@@ -193,6 +196,27 @@ call_module_untraced: Callable[..., Any] = (
 def disable_dynamo(function: Any) -> Any:
     """Leave ``function`` out of compiled code; dynamo is not imported before it is called."""
     return (_find("_compile", "_disable_dynamo") or torch.compiler.disable)(function)
+
+
+class DispatchMode(TorchDispatchMode):
+    """A ``TorchDispatchMode`` that leaves dynamo alone as long as nobody has imported it.
+
+    Torch's own imports it at the first operation, to keep it from compiling the mode: two seconds,
+    and nothing to keep where nothing is compiled.
+    """
+
+    _is_never_compiled = False
+
+    def __enter__(self) -> Any:
+        cls = type(self)
+        if "torch._dynamo" in sys.modules and not cls._is_never_compiled:
+            cls.__torch_dispatch__ = disable_dynamo(cls.__torch_dispatch__)  # type: ignore[method-assign]
+            cls._is_never_compiled = True
+        return super().__enter__()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
 
 def compiles_whole() -> bool:

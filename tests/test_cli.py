@@ -1240,12 +1240,15 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
-def test_recipes_are_imported_when_one_is() -> None:
-    """``import spikenm_fx`` and its verbs need neither pydantic nor yaml; ``load_recipe`` does."""
+def test_each_verb_imports_what_it_needs() -> None:
+    """Verbs at hand need no package but torch's; a trace needs no compiler, recipes pydantic."""
     code = (
         "import sys, spikenm_fx\n"
         "for name in set(spikenm_fx.__all__) - {'load_recipe'}:\n    getattr(spikenm_fx, name)\n"
-        "before = {'pydantic', 'yaml'} & set(sys.modules)\n"
+        "before = {'pydantic', 'yaml', 'networkx', 'torch_pruning'} & set(sys.modules)\n"
+        "import torch\n"
+        "spikenm_fx.trace(torch.nn.Linear(2, 2), torch.ones(1, 2))\n"
+        "before |= {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
         "spikenm_fx.load_recipe\n"
         "sys.exit(str(before) if before or 'pydantic' not in sys.modules else 0)"
     )

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
 
 from spikenm_fx._torch import ConvNd, ConvTransposeNd, NormBase
@@ -150,6 +149,8 @@ class Dependencies:
         Raises:
             Exception: whatever torch-pruning or the model raises on it.
         """
+        import torch_pruning  # it brings all of timm where that is installed
+
         self.copy = copy.deepcopy(model).eval()
         stepped = [m for m in self.copy.modules() if getattr(m, "step_mode", None) == "m"]
         for module in stepped:

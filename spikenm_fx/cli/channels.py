@@ -115,7 +115,6 @@ def remove_dead_channels(
 
     The other commands read the smaller checkpoint as any other.
     """
-    from spikenm_fx.checkpoint import load_metadata
 
     def remove(loaded: LoadedModel) -> Removal:
         from spikenm_fx.channels import remove_dead_channels
@@ -123,10 +122,8 @@ def remove_dead_channels(
         seen = None if loaded.data is None else [loaded.data]
         return remove_dead_channels(loaded.model, loaded.batch(), nm=nm, silent_on=seen)
 
-    screen, asked = Screen(as_json), shape_of(shape)
-    named = {"target": target, "root": root, "shape": asked, "checkpoint": checkpoint}
-    refuse_existing(out, force)
-    _remove(remove, named, silent_on, out, load_metadata(checkpoint), latency, screen)
+    named = {"target": target, "root": root, "shape": shape_of(shape), "checkpoint": checkpoint}
+    _remove(remove, named, silent_on, out, force, latency, Screen(as_json), keep_metadata=True)
 
 
 def remove_channels(
@@ -163,10 +160,8 @@ def remove_channels(
             multiple_of=multiple_of,
         )
 
-    screen, asked = Screen(as_json), shape_of(shape)
-    named = {"target": target, "root": root, "shape": asked, "checkpoint": checkpoint}
-    refuse_existing(out, force)
-    _remove(remove, named, data, out, {}, latency, screen)
+    named = {"target": target, "root": root, "shape": shape_of(shape), "checkpoint": checkpoint}
+    _remove(remove, named, data, out, force, latency, Screen(as_json))
 
 
 def _remove(
@@ -174,11 +169,17 @@ def _remove(
     named: Mapping[str, Any],
     data: Path | None,
     out: Path,
-    metadata: Mapping[str, str],
+    force: bool,
     latency: bool,
     screen: Screen,
+    *,
+    keep_metadata: bool = False,
 ) -> None:
     """Remove, write, and show what was saved."""
+    from spikenm_fx.checkpoint import load_metadata
+
+    refuse_existing(out, force)
+    metadata = load_metadata(named["checkpoint"]) if keep_metadata else {}
     with screen.working("removing channels"):
         from spikenm_fx.channels import save_smaller
         from spikenm_fx.channels.stored import refuse_suffix

@@ -3,9 +3,9 @@
 
 :func:`preserved` takes a snapshot (:mod:`~spikenm_fx.state.snapshot`) of everything that a module
 tree holds; parameters are copied only when something is about to write into them
-(:mod:`~spikenm_fx.state.guard`).  :func:`preserved_in_eval` and :func:`reset_to_rest` are for
-measuring (:mod:`~spikenm_fx.state.rest`).  :func:`read_parameter` lets a module that hands out a
-computed parameter tell whoever looks which parameter that was
+(:mod:`~spikenm_fx.state.guard`).  :func:`preserved_in_eval`, :func:`uncompiled` and
+:func:`reset_to_rest` are for measuring (:mod:`~spikenm_fx.state.rest`).  :func:`read_parameter`
+lets a module that hands out a computed parameter tell whoever looks which parameter that was
 (:mod:`~spikenm_fx.state.parameters`).
 """
 
@@ -15,6 +15,7 @@ from spikenm_fx.state.rest import (
     preserved_in_eval,
     reset_to_rest,
     takes_no_arguments,
+    uncompiled,
 )
 from spikenm_fx.state.snapshot import detach_state, preserved, preserved_records
 
@@ -30,4 +31,5 @@ __all__ = [
     "reading",
     "reset_to_rest",
     "takes_no_arguments",
+    "uncompiled",
 ]

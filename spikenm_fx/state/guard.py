@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
     DisableTorchFunction,
-    TorchDispatchMode,
+    DispatchMode,
     storage_id,
     tree_flatten,
     written_arguments,
@@ -69,7 +69,7 @@ def watching(parameters: Iterable[Watched]) -> Iterator[None]:
         yield
 
 
-class _BeforeWrites(TorchDispatchMode):
+class _BeforeWrites(DispatchMode):
     def __init__(self, watched: dict[int, list[Watched]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.watched = watched

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,13 @@ from torch import nn
 
 from spikenm_fx.state.snapshot import preserved, preserved_records
 
-__all__ = ["RESET_METHODS", "preserved_in_eval", "reset_to_rest", "takes_no_arguments"]
+__all__ = [
+    "RESET_METHODS",
+    "preserved_in_eval",
+    "reset_to_rest",
+    "takes_no_arguments",
+    "uncompiled",
+]
 
 RESET_METHODS = ("reset", "reset_mem", "reset_states", "reset_state", "reset_membrane", "n_reset")
 """How SNN packages name the method that forgets a neuron's state; tried in this order."""
@@ -27,6 +34,20 @@ def preserved_in_eval(model: nn.Module) -> Iterator[None]:
     """
     with preserved_records(model), preserved(model), torch.no_grad():
         model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def uncompiled() -> Iterator[None]:
+    """Within it what ``torch.compile`` made runs eagerly.
+
+    Compiled code does not look whether a module has got hooks since (dynamo's
+    ``skip_nnmodule_hook_guards``), and then a watched layer seems not to run.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

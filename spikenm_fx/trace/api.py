@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from spikenm_fx._torch import is_scripted, tree_flatten
 from spikenm_fx.errors import TraceError, no_module
 from spikenm_fx.state import detach_state, preserved, takes_no_arguments
-from spikenm_fx.trace.analysis.build import build
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
@@ -60,6 +59,8 @@ def trace(
     Raises:
         TraceError: if the model's own forward raises on the examples, or cannot be read at all.
     """
+    from spikenm_fx.trace.analysis.build import build  # networkx: many need a graph's type alone
+
     if not isinstance(model, nn.Module):
         raise TraceError(no_module("trace", model))
     inner, prefix, notes = _unwrap(model)

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import networkx as nx
 from torch import fx
 
 from spikenm_fx.trace.analysis.signal import Signal, SignalKind
 from spikenm_fx.trace.channels.rules_nodes import Attachment
 from spikenm_fx.trace.channels.spaces import Spaces
 from spikenm_fx.trace.neurons.spec import NeuronSpec
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "Chain",
@@ -244,6 +246,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 def with_prefix(graph: SpikingGraph, prefix: str) -> SpikingGraph:
     """The same graph, named as in a module that holds the traced one as ``prefix``."""
+    import networkx as nx
 
     def new(name: str) -> str:
         return name if name not in named else prefix + name

@@ -24,7 +24,7 @@ from spikenm_fx.pack.check.agreement import OUTPUT, Agreement
 from spikenm_fx.pack.check.forced import ROUNDING, difference, forced
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.summary import Proof
-from spikenm_fx.state import preserved
+from spikenm_fx.state import preserved, uncompiled
 
 if TYPE_CHECKING:
     from spikenm_fx.pack.builder import EngineBuilder
@@ -146,7 +146,7 @@ def _differences(
     try:
         # both are copies, and measuring writes into them as well: no guard for each operation
         left = preserved(reference, guarded=False), preserved(builder.engine, guarded=False)
-        with torch.no_grad(), left[0], left[1]:
+        with torch.no_grad(), left[0], left[1], uncompiled():
             wanted, given, neurons = forced(reference, builder.engine, run)
     except Exception as error:  # the user's forward may raise anything where a layer is another
         return found or {"": f"its forward raises {type(error).__name__}: {error}"}

@@ -17,7 +17,7 @@ from spikenm_fx.pack.engine.layer import Choice, PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
 from spikenm_fx.pack.engine.products import PackedProducts
-from spikenm_fx.state import preserved
+from spikenm_fx.state import preserved, uncompiled
 from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = ["LayerDraft", "choose", "typical"]
@@ -95,7 +95,7 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
 
     Neurons that are fused, conversions of the input and what lies in the caches all count.
     """
-    with torch.no_grad(), preserved(engine, guarded=False):
+    with torch.no_grad(), preserved(engine, guarded=False), uncompiled():
         _look_at_inputs(engine, args, layers)
         prepared = {name: _candidates(layer) for name, layer in layers.items()}
         seconds: dict[str, dict[str, list[float]]] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spikenm_fx._torch import TorchDispatchMode, operator_name, storage_id, tree_flatten
+from spikenm_fx._torch import DispatchMode, operator_name, storage_id, tree_flatten
 
 __all__ = ["Multiplied", "ProductWatch"]
 
@@ -59,7 +59,7 @@ class Multiplied:
         return self.operand.mT if turned else self.operand
 
 
-class ProductWatch(TorchDispatchMode):
+class ProductWatch(DispatchMode):
     """Within it each product of data with something made of parameters alone is shown.
 
     Args:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from torch import Tensor, fx, nn
 
 from spikenm_fx._torch import (
-    TorchDispatchMode,
+    DispatchMode,
     storage_id,
     storage_kept_apart,
     tree_flatten,
@@ -57,7 +57,7 @@ class GraphWriter(Protocol):
         ...
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(DispatchMode):
     """Watch the dispatcher and write what happens into a graph.
 
     Args:
