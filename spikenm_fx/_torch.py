@@ -29,7 +29,9 @@ name here                   torch's                                            w
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``data_parallel_group``     ``DistributedDataParallel._active_ddp_module``      None: no ranks
-``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
+``runs_while_compiling``    ``_dynamo_marked_constant`` of functions           graph breaks
+``run_as_eager``            ``compiler._is_compiling_flag``                    it is not told
+``keep_in_order``           ``CustomOpDef.register_effect``                    credits may be lost
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
@@ -55,7 +57,7 @@ import contextlib
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,7 +78,6 @@ __all__ = [
     "call_module_untraced",
     "data_parallel_group",
     "disable_current_modes",
-    "disable_dynamo",
     "disable_torch_dispatch",
     "foreach",
     "fsdp_has_run",
@@ -89,12 +90,15 @@ __all__ = [
     "is_scripted",
     "is_stacked_by_vmap",
     "joins_uneven",
+    "keep_in_order",
     "local_part",
     "make_wrapper",
     "may_alias",
     "no_torch_function",
     "operator_name",
     "quiet_triton",
+    "run_as_eager",
+    "runs_while_compiling",
     "semi_structured_compress",
     "shard_offsets",
     "storage_id",
@@ -190,23 +194,35 @@ call_module_untraced: Callable[..., Any] = (
 """``nn.Module.__call__`` as it is while fx exchanges it."""
 
 
-def disable_dynamo(function: Any) -> Any:
-    """Leave ``function`` out of compiled code; dynamo is not imported before it is called."""
-    return (_find("_compile", "_disable_dynamo") or torch.compiler.disable)(function)
+def runs_while_compiling(function: Any) -> Any:
+    """Call ``function`` while a graph is made, with the tensors it is made for; leave no guard.
+
+    ``torch.compiler.assume_constant_result`` without an import of dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
-def compiles_whole() -> bool:
-    """Whether what compiles this call now may not leave anything out: fullgraph, or an export."""
-    translator = _find("_dynamo.symbolic_convert", "InstructionTranslator")
+@contextlib.contextmanager
+def run_as_eager() -> Iterator[None]:
+    """What is run inside while a graph is made does not take itself for what is compiled."""
+    compiling = getattr(torch.compiler, "_is_compiling_flag", None)
+    if compiling is None:
+        yield
+        return
+    torch.compiler._is_compiling_flag = False
     try:
-        translating = translator.current_tx()
-        return bool(translating.one_graph or getattr(translating, "error_on_graph_break", False))
-    except AttributeError:
-        return True
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling
 
 
-# torch.compiler.assume_constant_result without an import of dynamo: asked while a graph is made
-compiles_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def keep_in_order(*operators: Any) -> None:
+    """Let no pass of a compiler remove custom operators, or exchange them with one another."""
+    ordered = getattr(_find("_library.effects", "EffectType"), "ORDERED", None)
+    for operator in operators:
+        if ordered is not None and hasattr(operator, "register_effect"):
+            operator.register_effect(ordered)
 
 
 def operator_name(target: Any) -> str | None:

@@ -422,7 +422,10 @@ class MaskedWeight:
         The final mask is then computed in place of being looked up.
         """
         mask = self.mask if training else self.final()
-        fading = training and self.undrawn > 0 and not self.lent
+        fades = self.undrawn > 0
+        if torch.compiler.is_compiling():
+            fades = self.schedule.fade > 0  # one graph for the fade and what follows
+        fading = training and fades and not self.lent
         return multiply_anywhere(
             self.dense,
             mask,
