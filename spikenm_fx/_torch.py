@@ -29,8 +29,11 @@ name here                   torch's                                            w
 ``storage_id``              ``UntypedStorage._cdata``                          ``data_ptr()``
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``data_parallel_group``     ``DistributedDataParallel._active_ddp_module``      None: no ranks
+``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
 ``runs_while_compiling``    ``_dynamo_marked_constant`` of functions           graph breaks
 ``run_as_eager``            ``compiler._is_compiling_flag``                    it is not told
+``trace_autograd``          ``_dynamo.config.trace_autograd_ops``              graph breaks
+``autograd_inside_...``     ``_C._ForceDispatchKeyGuard``                      some credits missing
 ``keep_in_order``           ``CustomOpDef.register_effect``                    credits may be lost
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
@@ -75,9 +78,11 @@ __all__ = [
     "DropoutBase",
     "NormBase",
     "TorchDispatchMode",
+    "autograd_inside_operator",
     "call_module_untraced",
     "data_parallel_group",
     "disable_current_modes",
+    "disable_dynamo",
     "disable_torch_dispatch",
     "foreach",
     "fsdp_has_run",
@@ -103,6 +108,7 @@ __all__ = [
     "shard_offsets",
     "storage_id",
     "storage_kept_apart",
+    "trace_autograd",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -194,6 +200,11 @@ call_module_untraced: Callable[..., Any] = (
 """``nn.Module.__call__`` as it is while fx exchanges it."""
 
 
+def disable_dynamo(function: Any) -> Any:
+    """Leave ``function`` out of compiled code; dynamo is not imported before it is called."""
+    return (_find("_compile", "_disable_dynamo") or torch.compiler.disable)(function)
+
+
 def runs_while_compiling(function: Any) -> Any:
     """Call ``function`` while a graph is made, with the tensors it is made for; leave no guard.
 
@@ -223,6 +234,30 @@ def keep_in_order(*operators: Any) -> None:
     for operator in operators:
         if ordered is not None and hasattr(operator, "register_effect"):
             operator.register_effect(ordered)
+
+
+@runs_while_compiling
+def trace_autograd(wanted: bool) -> bool:
+    """Whether the graph being made may hold gradients from here on; what it was before."""
+    config: Any = _find("_dynamo", "config")
+    before = bool(getattr(config, "trace_autograd_ops", False))
+    if config is not None and hasattr(config, "trace_autograd_ops"):
+        config.trace_autograd_ops = wanted
+    return before
+
+
+def autograd_inside_operator() -> Any:
+    """A context manager: what runs inside a custom operator may ask for gradients."""
+    below, guard = (
+        _find("_C", "_dispatch_tls_local_exclude_set"),
+        _find("_C", "_ForceDispatchKeyGuard"),
+    )
+    if below is None or guard is None:
+        return contextlib.nullcontext()
+    left_out = below()
+    for key in ("Functionality", "Other", "CPU", "CUDA", "XPU", "PrivateUse1"):
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, f"Autograd{key}"))
+    return guard(torch._C._dispatch_tls_local_include_set(), left_out)
 
 
 def operator_name(target: Any) -> str | None:

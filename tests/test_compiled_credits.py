@@ -53,10 +53,38 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-def spike(distance: Tensor) -> Tensor:
-    """A step with the slope of a sigmoid."""
-    soft = torch.sigmoid(4 * distance)
-    return (distance >= 0).to(distance.dtype) + soft - soft.detach()
+class Spike(torch.autograd.Function):
+    """A step with a triangular slope."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.abs()).clamp(min=0)
+
+
+class Soft(nn.Module):
+    """A neuron over ``[T, ...]`` that every transform of torch.func takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v: Tensor | None = None
+
+    def reset(self) -> None:
+        self.v = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, found = torch.zeros_like(x[0]), []
+        for now in x:
+            v = v + (now - v) / 2
+            soft = torch.sigmoid(4 * (v - 0.6))
+            found.append((v >= 0.6).to(x.dtype) + soft - soft.detach())
+            v = v * (1 - found[-1].detach())
+        return torch.stack(found)
 
 
 class Held(nn.Module):
@@ -71,7 +99,7 @@ class Held(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.v + (x - self.v) / 2
-        out = spike(v - 0.6)
+        out = Spike.apply(v - 0.6)
         self.v = v * (1 - out.detach())
         return out
 
@@ -81,7 +109,7 @@ class Carried(nn.Module):
 
     def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         v = x / 2 if v is None else v + (x - v) / 2
-        out = spike(v - 0.6)
+        out = Spike.apply(v - 0.6)
         return out, v * (1 - out.detach())
 
 
@@ -162,9 +190,7 @@ def sparse(build: Callable[[], nn.Module], *, every: int = 2, examples: bool = T
     torch.manual_seed(0)
     options = {"example_inputs": sequences(1)[0]} if examples else {}
     method = SpikeNM(eid=EID(every=every))
-    return spikenm_fx.sparsify(
-        build(), "2:4", method=method, rules=ALL_LAYERS, **options
-    ).train()
+    return spikenm_fx.sparsify(build(), "2:4", method=method, rules=ALL_LAYERS, **options).train()
 
 
 def trained(model: nn.Module, run: Any, steps: int = 5) -> None:
@@ -280,7 +306,7 @@ def test_alike_layers_share_a_graph() -> None:
         block.compile(fullgraph=True, backend=count)
     trained(model, model, 2)
     trained(eager, eager, 2)
-    assert len(count.graphs) <= 3
+    assert len(count.graphs) < len(blocks)
     agree(model, eager)
 
 
@@ -306,8 +332,8 @@ def test_evaluation_tells_nothing() -> None:
 
 def test_a_compiled_transform_has_no_credits() -> None:
     """torch.func inside of a compiled function gives its gradients, and EID says that it is off."""
-    model = sparse(over_time)
-    x = sequences(1)[0]
+    layers = OverTime(nn.Linear(8, 16)), Soft(), OverTime(nn.Linear(16, 4)), Soft()
+    model, x = sparse(lambda: nn.Sequential(*layers)), sequences(1)[0]
 
     def gradient(x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: model(x).square().mean())(x)

@@ -139,7 +139,7 @@ class MaskedWeight:
             if self.shard is None or not self.shard.fits(cast("DTensor", weight)):
                 adopt(self, cast("DTensor", weight))
             hook(self, weight)
-        if isinstance(weight, nn.Parameter):
+        if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
             self.own = weight
         return weight
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import has_saved_tensor_hooks, in_functorch
+from spikenm_fx._torch import disable_dynamo, has_saved_tensor_hooks, in_functorch
 from spikenm_fx.masks.eid.operators import (
     Numbered,
+    bring_slopes_back,
     can_tell,
+    lies_elsewhere,
     tell_of_call,
     tell_of_layer,
     tell_of_neuron,
@@ -39,8 +41,10 @@ class LayerHook(Numbered):
         if torch.compiler.is_compiling():
             if can_tell() and torch.is_grad_enabled():
                 tell_of_layer(self.ticket, args, output)
-        elif args and isinstance(output, Tensor) and self.watch.recording(module, self.source):
-            self.watch.saw_layer(self.source, args[0], output.shape, output)
+                if lies_elsewhere(self.ticket):
+                    self.source.pending.append(output)
+        else:
+            _after_layer(self, module, args, output)
 
 
 @dataclass(slots=True, eq=False)
@@ -57,11 +61,11 @@ class NeuronHook(Numbered):
             return
         if torch.compiler.is_compiling():
             if can_tell() and torch.is_grad_enabled():
-                tell_of_neuron(self, module, *first_of(args, kwargs))
-        elif self.watch.recording(module, self.neuron):
-            askable = _graph_can_be_asked()
-            with _outside_of_checkpoints():
-                self.watch.saw_neuron(self.neuron, args, kwargs, askable)
+                current, rest, others = first_of(args, kwargs)
+                tell_of_neuron(self, module, current, rest, others)
+                bring_slopes_back(self, current)
+        else:
+            _before_neuron(self, module, args, kwargs)
 
 
 @dataclass(slots=True, eq=False)
@@ -75,8 +79,10 @@ class FirstHook(Numbered):
         """Note that the layer is called by itself."""
         if not (module.training and self.watch.awake) or self.source.connected:
             return
-        if torch.compiler.is_compiling() or self.watch.recording(module, self.source):
+        if torch.compiler.is_compiling():
             self.source.alone = True
+        else:
+            _before_layer(self, module)
 
 
 @dataclass(slots=True, eq=False)
@@ -94,15 +100,43 @@ class CallHook(Numbered):
         if torch.compiler.is_compiling():
             if can_tell():
                 tell_of_call(self.ticket, args, kwargs)
-            return
-        watch = self.watch
-        if watch.connected or watch.busy or not (args or kwargs):
-            return
-        if not in_functorch():
-            with _outside_of_checkpoints():
-                watch.connect(module, args, kwargs)
-        else:
-            watch.postpone()
+        elif args or kwargs:
+            _before_call(self.watch, module, args, kwargs)
+
+
+@disable_dynamo  # where a module's hooks are no part of its graph, they are not compiled either
+def _after_layer(hook: LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
+        hook.watch.saw_layer(hook.source, args[0], output.shape, output)
+
+
+@disable_dynamo
+def _before_neuron(
+    hook: NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if hook.watch.recording(module, hook.neuron):
+        askable = _graph_can_be_asked()
+        with _outside_of_checkpoints():
+            hook.watch.saw_neuron(hook.neuron, args, kwargs, askable)
+
+
+@disable_dynamo
+def _before_layer(hook: FirstHook, module: nn.Module) -> None:
+    if hook.watch.recording(module, hook.source):
+        hook.source.alone = True
+
+
+@disable_dynamo
+def _before_call(
+    watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    if watch.connected or watch.busy:
+        return
+    if not in_functorch():
+        with _outside_of_checkpoints():
+            watch.connect(module, args, kwargs)
+    else:
+        watch.postpone()
 
 
 def first_of(

@@ -24,17 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import (
+    autograd_inside_operator,
     in_functorch,
     keep_in_order,
     runs_while_compiling,
+    trace_autograd,
     tree_leaves,
     tree_map,
 )
+from spikenm_fx.masks.eid.slopes import slopes_of
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.eid.forward_hooks import CallHook, LayerHook, NeuronHook
 
-__all__ = ["Numbered", "can_tell", "tell_of_call", "tell_of_layer", "tell_of_neuron"]
+__all__ = [
+    "Numbered",
+    "bring_slopes_back",
+    "can_tell",
+    "lies_elsewhere",
+    "tell_of_call",
+    "tell_of_layer",
+    "tell_of_neuron",
+]
 
 _numbers = itertools.count(1)
 _hooks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -129,6 +140,51 @@ def tell_of_call(ticket: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @runs_while_compiling
+def lies_elsewhere(ticket: Tensor) -> bool:
+    """Whether the neuron's inputs lie in memory otherwise than the outputs of the layer do.
+
+    Args:
+        ticket: of the hook of a layer.
+    """
+    hook: LayerHook = _hooks[int(ticket)]
+    return hook.source.same_order is False
+
+
+def bring_slopes_back(hook: NeuronHook, current: Any) -> None:
+    """Let the graph bring slopes at a neuron's input to the outputs of layers that lie otherwise.
+
+    Args:
+        hook: of the neuron, whose call was told already.
+        current: its input, with its graph.
+    """
+    for place in _elsewhere(hook.ticket):
+        outputs = list(hook.watch.sources[place].pending)
+        hook.watch.sources[place].pending.clear()
+        if not outputs or not all(tensor.requires_grad for tensor in [current, *outputs]):
+            continue
+        slopes = slopes_at_input(hook.ticket, current.detach())
+        before = trace_autograd(True)
+        grads = torch.autograd.grad(current, outputs, slopes, retain_graph=True, allow_unused=True)
+        trace_autograd(before)
+        pairs = zip(grads, outputs, strict=True)
+        found = [torch.zeros_like(y) if grad is None else grad for grad, y in pairs]
+        saw_slopes(hook.ticket, place, [slope.detach() for slope in found])
+
+
+@runs_while_compiling
+def _elsewhere(ticket: Tensor) -> tuple[int, ...]:
+    """Places in the watch of the layers before a neuron whose outputs lie otherwise."""
+    hook: NeuronHook = _hooks[int(ticket)]
+    if hook.neuron.spec().step_mode != "multi":
+        return ()
+    return tuple(
+        place
+        for place, source in enumerate(hook.watch.sources)
+        if source.same_order is False and hook.neuron in source.posts
+    )
+
+
+@runs_while_compiling
 def _can_learn(ticket: Tensor) -> bool:
     hook: CallHook = _hooks[int(ticket)]
     return not hook.looked and hook.watch.can_learn(hook.module)
@@ -202,6 +258,51 @@ def saw_neuron(
         hook.watch.heard_of_neuron(hook.neuron, current.clone(), rest, kwargs, state)
 
 
+@torch.library.custom_op("spikenm_fx::slopes_at_input", mutates_args=())
+def slopes_at_input(ticket: Tensor, current: Tensor) -> Tensor:
+    """Slopes of the call that a neuron was just seen to get; zeros where it is not kept.
+
+    Args:
+        ticket: of its hook.
+        current: its input.
+    """
+    hook: NeuronHook | None = _hooks.get(int(ticket))
+    calls = hook.neuron.calls[-1:] if hook is not None else []
+    if hook is None or not calls:
+        return torch.zeros_like(current)
+    with autograd_inside_operator(), torch.enable_grad():
+        slopes = slopes_of(hook.neuron, hook.neuron.spec(), calls)
+    found = torch.zeros_like(current) if slopes is None else slopes[0]
+    return found.to(current.dtype).expand_as(current).clone()
+
+
+@torch.library.custom_op("spikenm_fx::saw_slopes", mutates_args=())
+def saw_slopes(ticket: Tensor, place: int, slopes: Sequence[Tensor]) -> None:
+    """Slopes at a neuron's input were brought to the outputs of a layer.
+
+    Args:
+        ticket: of the neuron's hook.
+        place: of the layer in the watch.
+        slopes: one for each call of the layer.
+    """
+    hook: NeuronHook | None = _hooks.get(int(ticket))
+    if hook is None:
+        return
+    source = hook.watch.sources[place]
+    if source.uses and hook.watch.recording(source.layer, source, compiled=True):
+        source.mapped = [slope.clone() for slope in slopes]
+
+
+@slopes_at_input.register_fake
+def _(ticket: Tensor, current: Tensor) -> Tensor:
+    return torch.empty_like(current)
+
+
+@saw_slopes.register_fake
+def _(ticket: Tensor, place: int, slopes: Sequence[Tensor]) -> None:
+    return None
+
+
 @saw_layer.register_fake
 def _(ticket: Tensor, inputs: Tensor, shape: Sequence[int]) -> None:
     return None
@@ -218,4 +319,4 @@ def _(
     return None
 
 
-keep_in_order(saw_layer, saw_neuron)
+keep_in_order(saw_layer, saw_neuron, slopes_at_input, saw_slopes)

@@ -48,11 +48,12 @@ class Source:
     late: bool = False  # whether it is seen in recomputations inside backward
     alone: bool = False  # whether it was called without a module around it that would show
     connected: bool = False  # whether the neurons behind it were looked for
+    pending: list[Tensor] = field(default_factory=list)  # outputs, while a graph is made
     closing: Any = None  # of the hook on the weight by which compiled graphs tell of backward
 
     def __getstate__(self) -> dict[str, Any]:
         # activations are not copied
-        return _state(self) | {"uses": [], "mapped": [], "closing": None}
+        return _state(self) | {"uses": [], "mapped": [], "pending": [], "closing": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _set_state(self, state)

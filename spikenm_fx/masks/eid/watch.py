@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spikenm_fx._torch import (
     data_parallel_group,
     in_backward,
+    in_functorch,
     run_as_eager,
     tree_leaves,
     tree_map,
@@ -186,6 +187,7 @@ class Watch:
             not module.training
             or self._connecting
             or step % self.every
+            or in_functorch()
             or not (compiled or torch.is_grad_enabled())
             or self.schedule.frozen(step)
         ):
@@ -344,9 +346,7 @@ class Watch:
     def _unlocated(self, source: Source) -> bool:
         return bool(source.posts) and source.same_order is None and not source.frozen
 
-    def _look_once(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _look_once(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         step, kept = self._step, [each.put_aside() for each in self._all()]
         self._step, self._looking, self.run.quiet = self.run.step, True, True
         try:
@@ -506,9 +506,10 @@ def hook_neuron(watch: Watch, name: str, module: nn.Module) -> Neuron:
 
 
 def watch_calls(model: nn.Module, watch: Watch) -> None:
-    """Hook every module that contains a watched layer: the loop may call any of them first.
+    """Hook every module that contains a watched layer: the loop may call or compile any of them.
 
-    Not where all modules without children are torch's own, among which there is no neuron.
+    Not where no neuron is behind any layer, nor where all modules without children are torch's own,
+    among which there is none.
 
     Args:
         model: the sparsified model.
@@ -517,13 +518,17 @@ def watch_calls(model: nn.Module, watch: Watch) -> None:
     modules = list(nn.Module.modules(model))
     layers = {id(source.layer) for source in watch.sources}
     leaves = [m for m in modules if not m._modules and id(m) not in layers]
-    if all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+    if watch.connected:
+        if not any(source.posts for source in watch.sources):
+            return
+    elif all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
         for source in watch.sources:
             source.connected = True
             watch.notes[source.name] = "no neuron behind it: no EID"
         return
     for source in watch.sources:
-        watch.first_look(source)
+        if not source.connected:
+            watch.first_look(source)
     for module in modules:
         inside = (id(child) for child in nn.Module.modules(module) if child is not module)
         if any(child in layers for child in inside):
