@@ -31,6 +31,11 @@ name here                   torch's                                            w
 ``is_scripted``             ``jit.ScriptModule._c``                            False
 ``data_parallel_group``     ``DistributedDataParallel._active_ddp_module``      None: no ranks
 ``disable_dynamo``          ``_compile._disable_dynamo``                       ``compiler.disable``
+``runs_while_compiling``    ``_dynamo_marked_constant`` of functions           graph breaks
+``run_as_eager``            ``compiler._is_compiling_flag``                    it is not told
+``trace_autograd``          ``_dynamo.config.trace_autograd_ops``              graph breaks
+``autograd_inside_...``     ``_C._ForceDispatchKeyGuard``                      some credits missing
+``keep_in_order``           ``CustomOpDef.register_effect``                    credits may be lost
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
@@ -57,7 +62,7 @@ import functools
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,6 +81,7 @@ __all__ = [
     "DropoutBase",
     "NormBase",
     "TorchDispatchMode",
+    "autograd_inside_operator",
     "call_module_untraced",
     "data_parallel_group",
     "disable_current_modes",
@@ -92,16 +98,20 @@ __all__ = [
     "is_scripted",
     "is_stacked_by_vmap",
     "joins_uneven",
+    "keep_in_order",
     "local_part",
     "make_wrapper",
     "may_alias",
     "no_torch_function",
     "operator_name",
     "quiet_triton",
+    "run_as_eager",
+    "runs_while_compiling",
     "semi_structured_compress",
     "shard_offsets",
     "storage_id",
     "storage_kept_apart",
+    "trace_autograd",
     "tree_flatten",
     "tree_leaves",
     "tree_map",
@@ -219,18 +229,59 @@ class DispatchMode(TorchDispatchMode):
         return False
 
 
-def compiles_whole() -> bool:
-    """Whether what compiles this call now may not leave anything out: fullgraph, or an export."""
-    translator = _find("_dynamo.symbolic_convert", "InstructionTranslator")
+def runs_while_compiling(function: Any) -> Any:
+    """Call ``function`` while a graph is made, with the tensors it is made for; leave no guard.
+
+    ``torch.compiler.assume_constant_result`` without an import of dynamo.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
+@contextlib.contextmanager
+def run_as_eager() -> Iterator[None]:
+    """What is run inside while a graph is made does not take itself for what is compiled."""
+    compiling = getattr(torch.compiler, "_is_compiling_flag", None)
+    if compiling is None:
+        yield
+        return
+    torch.compiler._is_compiling_flag = False
     try:
-        translating = translator.current_tx()
-        return bool(translating.one_graph or getattr(translating, "error_on_graph_break", False))
-    except AttributeError:
-        return True
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = compiling
 
 
-# torch.compiler.assume_constant_result without an import of dynamo: asked while a graph is made
-compiles_whole._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def keep_in_order(*operators: Any) -> None:
+    """Let no pass of a compiler remove custom operators, or exchange them with one another."""
+    ordered = getattr(_find("_library.effects", "EffectType"), "ORDERED", None)
+    for operator in operators:
+        if ordered is not None and hasattr(operator, "register_effect"):
+            operator.register_effect(ordered)
+
+
+@runs_while_compiling
+def trace_autograd(wanted: bool) -> bool:
+    """Whether the graph being made may hold gradients from here on; what it was before."""
+    config: Any = _find("_dynamo", "config")
+    before = bool(getattr(config, "trace_autograd_ops", False))
+    if config is not None and hasattr(config, "trace_autograd_ops"):
+        config.trace_autograd_ops = wanted
+    return before
+
+
+def autograd_inside_operator() -> Any:
+    """A context manager: what runs inside a custom operator may ask for gradients."""
+    below, guard = (
+        _find("_C", "_dispatch_tls_local_exclude_set"),
+        _find("_C", "_ForceDispatchKeyGuard"),
+    )
+    if below is None or guard is None:
+        return contextlib.nullcontext()
+    left_out = below()
+    for key in ("Functionality", "Other", "CPU", "CUDA", "XPU", "PrivateUse1"):
+        left_out = left_out.remove(getattr(torch._C.DispatchKey, f"Autograd{key}"))
+    return guard(torch._C._dispatch_tls_local_include_set(), left_out)
 
 
 def operator_name(target: Any) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.attach import MaskedLayer, detach, masked_layers, masked_weights
 from spikenm_fx.masks.checkpoint import check_checkpoint
-from spikenm_fx.masks.eid.watch import remove_hooks
+from spikenm_fx.masks.eid.forward_hooks import remove_hooks
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 
 __all__ = ["dense_state_dict", "fold"]

@@ -139,7 +139,7 @@ class MaskedWeight:
             if self.shard is None or not self.shard.fits(cast("DTensor", weight)):
                 adopt(self, cast("DTensor", weight))
             hook(self, weight)
-        if isinstance(weight, nn.Parameter):
+        if isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling():
             self.own = weight
         return weight
 
@@ -422,7 +422,10 @@ class MaskedWeight:
         The final mask is then computed in place of being looked up.
         """
         mask = self.mask if training else self.final()
-        fading = training and self.undrawn > 0 and not self.lent
+        fades = self.undrawn > 0
+        if torch.compiler.is_compiling():
+            fades = self.schedule.fade > 0  # one graph for the fade and what follows
+        fading = training and fades and not self.lent
         return multiply_anywhere(
             self.dense,
             mask,

@@ -322,5 +322,5 @@ def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
         mask.guide = Guide(eid, Observed(watch, holders[key]) if watched else None)
     if graph is not None:
         watch.wire(model, graph)
-    if eid.needs_neuron and not watch.connected:
+    if eid.needs_neuron:
         watch_calls(model, watch)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +34,7 @@ class Use:
     output: Tensor | None  # with its graph, only until the layer's place is known
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Source:
     """One watched layer and the neurons behind it."""
 
@@ -46,12 +48,39 @@ class Source:
     late: bool = False  # whether it is seen in recomputations inside backward
     alone: bool = False  # whether it was called without a module around it that would show
     connected: bool = False  # whether the neurons behind it were looked for
+    pending: list[Tensor] = field(default_factory=list)  # outputs, while a graph is made
+    closing: Any = None  # of the hook on the weight by which compiled graphs tell of backward
 
     def __getstate__(self) -> dict[str, Any]:
-        return _state(self) | {"uses": [], "mapped": []}  # activations are not copied
+        # activations are not copied
+        return _state(self) | {"uses": [], "mapped": [], "pending": [], "closing": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _set_state(self, state)
+
+    def close_at_backward(self, step: int) -> None:
+        """Look at no further forward of ``step`` once a gradient reaches the weight."""
+        weight = self.layer._parameters.get("weight")
+        if self.closing is None and weight is not None and weight.requires_grad:
+            self.closing = weight.register_hook(partial(_close, weakref.ref(self), step))
+
+    def forget(self) -> None:
+        """Let go of what was kept of a step."""
+        self.uses.clear()
+        self.mapped.clear()
+        if self.closing is not None:
+            self.closing.remove()
+            self.closing = None
+
+    def put_aside(self) -> tuple[Any, ...]:
+        """What is kept of this step; nothing is, afterwards."""
+        kept = (self.uses, self.mapped, self.late)
+        self.uses, self.mapped = [], []
+        return kept
+
+    def take_back(self, kept: tuple[Any, ...]) -> None:
+        """Undo :meth:`put_aside`."""
+        self.uses, self.mapped, self.late = kept
 
     @property
     def lent(self) -> bool:
@@ -84,6 +113,22 @@ class Neuron:
     def __setstate__(self, state: dict[str, Any]) -> None:
         _set_state(self, state)
 
+    def put_aside(self) -> tuple[Any, ...]:
+        """What is kept of this step; nothing is, afterwards."""
+        kept = (self.calls, self.slopes, self.late)
+        self.calls, self.slopes = [], None
+        return kept
+
+    def take_back(self, kept: tuple[Any, ...]) -> None:
+        """Undo :meth:`put_aside`."""
+        self.calls, self.slopes, self.late = kept
+
+    def catch_up(self) -> None:
+        """Find out of calls in compiled graphs what could not be asked there."""
+        for call in self.calls:
+            self.learn_time(call)
+            call.starts = call.starts or self.spec().step_mode == "multi"
+
     def spec(self) -> NeuronSpec:
         """With the values its parameters have in this step."""
         if self.known is None:
@@ -99,6 +144,12 @@ class Neuron:
         if self.through_time is None and spec.framework == "unknown":
             with contextlib.suppress(Exception):  # the user's code, called out of its context
                 self.through_time = runs_through_time(self.module, spec, call)
+
+
+def _close(source: weakref.ref[Source], step: int, grad: Tensor) -> None:
+    reached = source()
+    if reached is not None:
+        reached.closed = step
 
 
 def _state(one: Source | Neuron) -> dict[str, Any]:

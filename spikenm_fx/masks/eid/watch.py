@@ -9,27 +9,26 @@ user's examples, or on the first training forward of the model.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import (
-    compiles_whole,
     data_parallel_group,
-    disable_dynamo,
-    has_saved_tensor_hooks,
     in_backward,
     in_functorch,
+    run_as_eager,
     tree_leaves,
+    tree_map,
 )
 from spikenm_fx.errors import SpikeNMWarning, TraceError
 from spikenm_fx.masks.eid.eligibility import (
     correlate,
     presynaptic_rate,
 )
+from spikenm_fx.masks.eid.forward_hooks import CallHook, FirstHook, LayerHook, NeuronHook, first_of
 from spikenm_fx.masks.eid.replay import Call
 from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.eid.slopes import (
@@ -44,9 +43,10 @@ from spikenm_fx.masks.eid.slopes import (
 from spikenm_fx.masks.gather import gathered_inside
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
-from spikenm_fx.trace import NeuronSpec, SpikingGraph, trace
+from spikenm_fx.state import preserved
+from spikenm_fx.trace import NeuronSpec, SpikingGraph, neuron_spec, trace
 
-__all__ = ["Observed", "Watch", "hook_neuron", "remove_hooks", "watch_calls"]
+__all__ = ["Observed", "Watch", "hook_neuron", "watch_calls"]
 
 _PROBES = (0.3719, 0.6173, 0.8317)  # no fixed points of the usual transpositions
 
@@ -73,6 +73,7 @@ class Watch:
         self.ranks: Any = None  # process group of the data parallel model around, if there is one
         self._step, self._order, self._closed = -1, 0, -1
         self._connecting = False
+        self._looking = False
         self._postponed = False
         self.wake(run.step)
 
@@ -146,29 +147,37 @@ class Watch:
 
     def first_look(self, source: Source) -> None:
         """Notice a layer that is called without any module around it."""
-        source.layer.register_forward_pre_hook(_FirstHook(self, source))
+        source.layer.register_forward_pre_hook(FirstHook(self, source))
 
     def see(self, source: Source) -> None:
         """Look at what goes in and out of a layer."""
-        source.layer.register_forward_hook(_LayerHook(self, source))
+        source.layer.register_forward_hook(LayerHook(self, source))
 
     def _watched(self, name: str, module: nn.Module) -> Neuron:
         known = next((n for n in self.neurons.values() if n.module is module), None)
         if known is not None:
             return known
         neuron = self.neurons[name] = Neuron(name, module)
-        module.register_forward_pre_hook(_NeuronHook(self, neuron), with_kwargs=True)
+        spec = neuron_spec(module)
+        state = () if spec is None else spec.state[:1]
+        module.register_forward_pre_hook(NeuronHook(self, neuron, state), with_kwargs=True)
         return neuron
+
+    @property
+    def busy(self) -> bool:
+        """Whether the library itself runs the model."""
+        return self._connecting or self._looking
 
     @property
     def connected(self) -> bool:
         """Whether every layer knows what it drives."""
         return not self.needs_neuron or all(source.connected for source in self.sources)
 
-    def recording(self, module: nn.Module, one: Source | Neuron) -> bool:
+    def recording(self, module: nn.Module, one: Source | Neuron, *, compiled: bool = False) -> bool:
         """Whether this call of a layer or neuron is to be kept.
 
-        Of checkpointed parts the forward is kept, where it runs with gradients, and else (reentrant
+        Compiled graphs run without gradients, and were made for a forward pass that has some.  Of
+        checkpointed parts the forward is kept, where it runs with gradients, and else (reentrant
         checkpoints) its recomputation inside of backward; the first pass of a step alone.
         """
         step = self.run.step
@@ -178,13 +187,16 @@ class Watch:
             not module.training
             or self._connecting
             or step % self.every
-            or not torch.is_grad_enabled()
+            or in_functorch()
+            or not (compiled or torch.is_grad_enabled())
             or self.schedule.frozen(step)
         ):
             return False
         if self._step != step:
             self.forget()
             self._step = step
+        if self._looking:
+            return True
         late = in_backward()
         sources = self._sources_of(one)
         closed = any(source.closed == step or source.lent for source in sources)
@@ -207,10 +219,9 @@ class Watch:
             self.run.warn(
                 "blind",
                 f"EID saw no forward of a masked layer in step {self.run.step}, where its credits "
-                "were due, so that it is off, or stays with the credits it had: graphs compiled "
-                "with fullgraph=True and the transforms of torch.func run no hooks. Compile "
-                f"without fullgraph, call the model itself at every {self.every}th step, or use "
-                "SpikeNM(eid=None)",
+                "were due, so that it is off, or stays with the credits it had: the transforms of "
+                "torch.func and exported graphs run no hooks. Call the model itself at every "
+                f"{self.every}th step, or use SpikeNM(eid=None)",
             )
 
     def _blind(self) -> bool:
@@ -245,8 +256,7 @@ class Watch:
         """Let go of everything that was kept."""
         self._order = 0
         for source in self.sources:
-            source.uses.clear()
-            source.mapped.clear()
+            source.forget()
         for neuron in self.neurons.values():
             neuron.calls.clear()
             neuron.slopes = neuron.known = None
@@ -256,23 +266,27 @@ class Watch:
         self._order += 1
         return self._order
 
-    def saw_layer(self, source: Source, inputs: Tensor, output: Tensor) -> None:
-        """A layer was called on ``inputs``, and gave ``output``, each of any shape."""
+    def saw_layer(
+        self, source: Source, inputs: Tensor, shape: torch.Size, output: Tensor | None
+    ) -> None:
+        """A layer was called.
+
+        Args:
+            source: the layer.
+            inputs: what it was called on, of any shape; kept by reference.
+            shape: of what it gave.
+            output: that itself with its graph; None where nothing could be asked of that.
+        """
         if source.frozen:
             return
         kept = output if self.needs_neuron and not source.same_order else None
-        source.uses.append(Use(self.order(), inputs.detach(), output.shape, kept))
+        source.uses.append(Use(self.order(), inputs.detach(), shape, kept))
 
     def saw_neuron(
         self, neuron: Neuron, args: tuple[Any, ...], kwargs: dict[str, Any], askable: bool
     ) -> None:
         """A neuron is about to be called; ``askable``: its graph can be walked now."""
-        if args:
-            current, rest = args[0], args[1:]
-        else:
-            name = next(iter(kwargs))
-            current, rest = kwargs[name], ()
-            kwargs = {k: v for k, v in kwargs.items() if k != name}
+        current, rest, kwargs = first_of(args, kwargs)
         if not isinstance(current, Tensor):
             return
         call = Call(self.order(), current.detach(), rest, kwargs, starts=True)
@@ -284,6 +298,75 @@ class Watch:
             if askable and neuron in source.posts and source.uses:
                 self._locate(source, neuron, spec, current)
 
+    def heard_of_neuron(
+        self,
+        neuron: Neuron,
+        current: Tensor,
+        rest: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: Sequence[Tensor],
+    ) -> None:
+        """The same from inside of a compiled graph, which cannot be asked anything.
+
+        Args:
+            neuron: that is about to be called.
+            current: its input, of any shape.
+            rest: further arguments.
+            kwargs: keyword arguments.
+            state: tensors that the module holds of the steps before.
+        """
+        carried = [v for v in tree_leaves(rest) if isinstance(v, Tensor)] if rest else state
+        starts = not neuron.calls or not any(bool(value.any()) for value in carried)
+        neuron.calls.append(Call(self.order(), current, rest, kwargs, starts))
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn of the neurons in ``module`` what a compiled graph cannot be asked.
+
+        It is run as it is, once, before it is compiled: which neuron each layer drives, whether
+        neurons step through time, and where in memory their inputs lie.  All is afterwards as
+        it was before.
+
+        Args:
+            module: about to be compiled.
+            args: arguments of a forward call.
+            kwargs: keyword arguments of it.
+        """
+        with run_as_eager():
+            if not self.connected:
+                self.connect(module, args, kwargs)
+            if any(self._unlocated(source) for source in self.sources):
+                self._look_once(module, args, kwargs)
+
+    def can_learn(self, module: nn.Module) -> bool:
+        """Whether :meth:`look` at ``module`` would show anything that is not known yet."""
+        waits = [s for s in self.sources if not s.connected or self._unlocated(s)]
+        inside = {id(child) for child in nn.Module.modules(module)} if waits else set()
+        return self.needs_neuron and any(id(source.layer) in inside for source in waits)
+
+    def _unlocated(self, source: Source) -> bool:
+        return bool(source.posts) and source.same_order is None and not source.frozen
+
+    def _look_once(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        step, kept = self._step, [each.put_aside() for each in self._all()]
+        self._step, self._looking, self.run.quiet = self.run.step, True, True
+        try:
+            with gathered_inside(module), preserved(module), torch.enable_grad():
+                module(*tree_map(_leaf, args), **tree_map(_leaf, kwargs))
+        except Exception as error:  # the user's code, called out of its context
+            self.run.warn(
+                "look",
+                f"{type(module).__name__} could not be run before it was compiled "
+                f"({type(error).__name__}: {error}): EID takes it that inputs of neurons lie in "
+                "memory as the outputs of their layers do",
+            )
+        finally:
+            self._step, self._looking, self.run.quiet = step, False, False
+            for each, own in zip(self._all(), kept, strict=True):
+                each.take_back(own)
+
+    def _all(self) -> list[Source | Neuron]:
+        return [*self.sources, *self.neurons.values()]
+
     def _locate(self, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> None:
         if source.same_order is None:
             source.same_order = _same_order(source, neuron, spec, current)
@@ -291,7 +374,8 @@ class Watch:
             return
         slopes = slopes_of(neuron, spec, neuron.calls[-1:])
         outputs = [use.output for use in source.uses if use.output is not None]
-        if slopes is None or not all(y.requires_grad for y in (current, *outputs)):
+        asked = len(outputs) == len(source.uses)
+        if slopes is None or not asked or not all(y.requires_grad for y in (current, *outputs)):
             return
         back = torch.autograd.grad(
             current, outputs, slopes[0].to(current.dtype), retain_graph=True, allow_unused=True
@@ -335,11 +419,12 @@ class Observed:
         one = self._eligibility if self.watch.needs_neuron else _root_rate
         found = [credit for source in self.sources if (credit := one(source)) is not None]
         for source in self.sources:
-            source.uses.clear()
-            source.mapped.clear()
+            source.forget()
         return torch.stack(found).sum(0) if found else None
 
     def _eligibility(self, source: Source) -> Tensor | None:
+        for neuron in source.posts:
+            neuron.catch_up()
         slopes = slopes_at(source) if source.uses and source.posts else None
         if slopes is None:
             return None
@@ -362,6 +447,13 @@ def _root_rate(source: Source) -> Tensor | None:
     return rate.expand(weight.shape)
 
 
+def _leaf(value: Any) -> Any:
+    """A tensor, of any shape, at which a graph begins; all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().requires_grad_(value.requires_grad)
+
+
 def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
     """Whether the state is that of a new sequence: none, empty, or zero everywhere."""
     if spec.step_mode == "multi":
@@ -375,8 +467,8 @@ def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
 def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
     """Ask the graph where three of the neuron's inputs come from; None while it cannot tell."""
     outputs = [use.output for use in source.uses if use.output is not None]
-    if not all(y.requires_grad for y in outputs):
-        return None
+    if len(outputs) < len(source.uses) or not all(y.requires_grad for y in outputs):
+        return None  # inside of a compiled graph, or without one
     total = sum(use.shape.numel() for use in source.uses)
     before = sum(call.current.numel() for call in neuron.calls[:-1])
     if spec.step_mode == "multi" and before + current.numel() != total and len(source.posts) == 1:
@@ -408,120 +500,16 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
     return True
 
 
-def _looks(watch: Watch, module: nn.Module) -> bool:
-    """Whether a hook has anything to do; compiled graphs decide it while they are made.
-
-    Where they may not break (``fullgraph=True``) no hook ever has, and else only in the steps in
-    which credits are due: there are two graphs then, and one of them is whole.
-    """
-    if torch.compiler.is_compiling() and compiles_whole():
-        return False
-    return module.training and watch.awake
-
-
-@dataclass(slots=True, eq=False)
-class _LayerHook:
-    watch: Watch
-    source: Source
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if _looks(self.watch, module):
-            _after_layer(self, module, args, output)
-
-
-@dataclass(slots=True, eq=False)
-class _NeuronHook:
-    watch: Watch
-    neuron: Neuron
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _looks(self.watch, module):
-            _before_neuron(self, module, args, kwargs)
-
-
-@dataclass(slots=True, eq=False)
-class _FirstHook:
-    watch: Watch
-    source: Source
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if _looks(self.watch, module):
-            _before_layer(self, module)
-
-
-@dataclass(slots=True, eq=False)
-class CallHook:
-    """Connects the watch on the first training forward of whatever module is called."""
-
-    watch: Watch
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward of a module that contains watched layers."""
-        if _looks(self.watch, module):
-            _before_call(self, module, args, kwargs)
-
-
-def _outside_of_checkpoints() -> Any:
-    """What is computed inside is not counted among what a checkpointed part saves."""
-    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _graph_can_be_asked() -> bool:
-    """Not inside of a checkpointed part, whose graph is there in the backward pass alone."""
-    return not has_saved_tensor_hooks()
-
-
-@disable_dynamo  # graphs break here, in the steps where credits are measured
-def _after_layer(hook: _LayerHook, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    if args and isinstance(output, Tensor) and hook.watch.recording(module, hook.source):
-        hook.watch.saw_layer(hook.source, args[0], output)
-
-
-@disable_dynamo
-def _before_layer(hook: _FirstHook, module: nn.Module) -> None:
-    if not hook.source.connected and hook.watch.recording(module, hook.source):
-        hook.source.alone = True
-
-
-@disable_dynamo
-def _before_neuron(
-    hook: _NeuronHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    if (args or kwargs) and hook.watch.recording(module, hook.neuron):
-        askable = _graph_can_be_asked()
-        with _outside_of_checkpoints():
-            hook.watch.saw_neuron(hook.neuron, args, kwargs, askable)
-
-
-@disable_dynamo
-def _before_call(
-    hook: CallHook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
-    watch = hook.watch
-    if watch.connected or watch._connecting or not module.training or not (args or kwargs):
-        return
-    if watch.schedule.frozen(watch.run.step):
-        return
-    if not in_functorch():
-        with _outside_of_checkpoints():
-            watch.connect(module, args, kwargs)
-    else:
-        watch.postpone()
-
-
 def hook_neuron(watch: Watch, name: str, module: nn.Module) -> Neuron:
     """Keep what a neuron receives on refresh steps, without looking at any layer."""
     return watch._watched(name, module)
 
 
 def watch_calls(model: nn.Module, watch: Watch) -> None:
-    """Hook every module that contains a watched layer: the loop may call any of them first.
+    """Hook every module that contains a watched layer: the loop may call or compile any of them.
 
-    Not where all modules without children are torch's own, among which there is no neuron.
+    Not where no neuron is behind any layer, nor where all modules without children are torch's own,
+    among which there is none.
 
     Args:
         model: the sparsified model.
@@ -530,28 +518,18 @@ def watch_calls(model: nn.Module, watch: Watch) -> None:
     modules = list(nn.Module.modules(model))
     layers = {id(source.layer) for source in watch.sources}
     leaves = [m for m in modules if not m._modules and id(m) not in layers]
-    if all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
+    if watch.connected:
+        if not any(source.posts for source in watch.sources):
+            return
+    elif all(type(leaf).__module__.startswith("torch.nn.") for leaf in leaves):
         for source in watch.sources:
             source.connected = True
             watch.notes[source.name] = "no neuron behind it: no EID"
         return
     for source in watch.sources:
-        watch.first_look(source)
+        if not source.connected:
+            watch.first_look(source)
     for module in modules:
         inside = (id(child) for child in nn.Module.modules(module) if child is not module)
         if any(child in layers for child in inside):
-            module.register_forward_pre_hook(CallHook(watch), with_kwargs=True)
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Take away every hook of this file."""
-    for module in nn.Module.modules(model):
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            ours = [
-                key
-                for key, hook in hooks.items()
-                if isinstance(hook, _LayerHook | _NeuronHook | _FirstHook | CallHook)
-            ]
-            for key in ours:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module.register_forward_pre_hook(CallHook(watch, module), with_kwargs=True)
