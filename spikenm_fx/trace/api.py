@@ -18,7 +18,8 @@ from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
 from spikenm_fx.trace.execution.values import is_matrix, is_scripted_block
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
-from spikenm_fx.trace.neurons.find import find_neurons
+from spikenm_fx.trace.kept import Seen, keep, kept, look_at
+from spikenm_fx.trace.neurons.find import find_neurons, registered_neurons
 from spikenm_fx.trace.neurons.spec import NeuronSpec
 
 __all__ = ["trace"]
@@ -40,6 +41,12 @@ def trace(
     The model is run on the examples in eval mode from a reset state, and afterwards is as before:
     parameters, buffers, neuron state, gradients, training flags, hooks, random generators.  The
     user's own forward hooks are not run.
+
+    The last reading is kept while its model lives: ``plan``, ``sparsify`` and the other verbs read
+    the same model on the same examples once.  What the forward can reach must be as it was for
+    that (:mod:`spikenm_fx.trace.kept`); state that changes what a forward does and that no module,
+    class, closure or plain global holds is not seen: ``trace(model, x, limits=Limits())`` reads
+    anew.
 
     It takes at most three eager forwards and a second of processor time, and at most twice the
     memory of a forward and 16 KiB: torch's random generator alone has a state of 5 KiB, kept for
@@ -65,6 +72,9 @@ def trace(
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)
+    plainly = bool(args or kwargs) and limits is None and not measure
+    if plainly and (graph := kept(model, _seen(model, args, kwargs))) is not None:
+        return graph
     neurons = find_neurons(inner)
     with _quiet(inner, notes), preserved(inner) as restore:
         if not args and not kwargs:
@@ -78,7 +88,14 @@ def trace(
                 result.route = "fx+execution"
         result.notes[:0] = notes
         graph = build(result)
-        return with_prefix(graph, prefix) if prefix else graph
+        graph = with_prefix(graph, prefix) if prefix else graph
+    if plainly:
+        keep(model, _seen(model, args, kwargs), graph)
+    return graph
+
+
+def _seen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen | None:
+    return look_at(model, args, kwargs, registered_neurons())
 
 
 def _attempts(

@@ -71,6 +71,8 @@ __all__ = ["Failure", "ValueTracer"]
 _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
 
+_DETACHING = frozenset({Tensor.detach_, torch.detach_})
+
 _innermost = threading.local()
 """The tracer that this thread runs; one around it records nothing meanwhile."""
 
@@ -95,7 +97,20 @@ class _Recording(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.tracer.on_function(func, args, kwargs or {})
+        tracer = self.tracer
+        repeats = tracer.repeats
+        aside = tracer.computing or tracer.recorder is not None
+        expected = None if repeats is None or aside else repeats.expected
+        # nearly all of a long sequence goes through the next few lines
+        if expected is not None and expected.of_torch and expected.fits(func, args, kwargs):
+            with disable_torch_dispatch(), DisableTorchFunction():
+                value = func(*args, **kwargs) if kwargs else func(*args)
+                taken = expected.take(value, args)
+            if taken is not None:
+                assert repeats is not None
+                repeats.skip()
+                return taken
+        return tracer.on_function(func, args, kwargs or {})
 
 
 class ValueTracer(fx.Tracer):
@@ -136,7 +151,7 @@ class ValueTracer(fx.Tracer):
         self._count = 0
         self._probing = False
         # values of all steps are asked for: then each is recorded
-        self._repeats = None if measure else Repeats()
+        self.repeats = None if measure else Repeats()
         self._operation: Operation | None = None  # being recorded
         self._repeated: Iterator[fx.Node] | None = None  # what stands for it instead
 
@@ -246,9 +261,9 @@ class ValueTracer(fx.Tracer):
             return self.recorder.call_module(m, forward, args, kwargs)
         if self.computing:
             return self._run_inner(m, forward, args, kwargs)
-        if self._repeats is not None and self._repeats.expected is not None:
+        if self.repeats is not None and self.repeats.expected is not None:
             target = self._names.get(m)
-            if target is not None and self._repeats.expected.fits(target, args, kwargs):
+            if target is not None and self.repeats.expected.fits(target, args, kwargs):
                 return self._repeat_expected(m, target, args, kwargs)
         with self.inside(m):
             try:
@@ -351,10 +366,12 @@ class ValueTracer(fx.Tracer):
         """A torch function is called: compute it, and record it if tensors come out."""
         if self.computing or self.recorder is not None:
             return func(*args, **kwargs)
-        if self._repeats is not None and self._repeats.expected is not None:
+        if func in _DETACHING:
+            return args[0]  # nothing is attached, and a view would refuse
+        if self.repeats is not None and self.repeats.expected is not None:
             if func in OF_SHAPE:
                 return func(*args, **kwargs)
-            if self._repeats.expected.fits(func, args, kwargs):
+            if self.repeats.expected.fits(func, args, kwargs):
                 return self._repeat_expected(None, func, args, kwargs)
         return self._record("call_function", func, args, kwargs)
 
@@ -365,8 +382,8 @@ class ValueTracer(fx.Tracer):
         with self._aside():
             operation = self._operation_of(target, module, args, kwargs)
             known = None
-            if operation is not None and self._repeats is not None:
-                known = self._repeats.seen_before(operation)
+            if operation is not None and self.repeats is not None:
+                known = self.repeats.seen_before(operation)
             call_args, call_kwargs = unwrapped.plain((args, kwargs))
             driven = None
             if known is None and (surrogate or module in self.leaf.unknown):
@@ -385,10 +402,10 @@ class ValueTracer(fx.Tracer):
             made = value if written is None else written
             if known is not None and is_like(made, known.nodes[0].meta["value"]):
                 repeated = self._repeat(known, value, written, unwrapped)
-                if operation is not None and self._repeats is not None:
+                if operation is not None and self.repeats is not None:
                     known.template = template_of(
                         *(target, args, kwargs, repeated),
-                        takes_part=self._repeats.takes_part(operation),
+                        takes_part=self.repeats.takes_part(operation),
                         of_torch=torchs and operation.ordinary,
                     )
                 return repeated
@@ -408,8 +425,8 @@ class ValueTracer(fx.Tracer):
         self, module: nn.Module | None, target: Any, args: Any, kwargs: Any
     ) -> Any:
         """Compute what is known to come: an operation of torch's whose result is one tensor."""
-        assert self._repeats is not None
-        expected = self._repeats.expected
+        assert self.repeats is not None
+        expected = self.repeats.expected
         assert expected is not None
         call = target if module is None else functools.partial(call_module_untraced, module)
         if expected.of_torch:
@@ -418,7 +435,7 @@ class ValueTracer(fx.Tracer):
                 taken = expected.take(value, args)
         else:  # the user's code: what it writes is seen, and it is given ordinary tensors
             plain_args, plain_kwargs = Unwrapped().plain((args, kwargs))
-            with self._aside(), self._in(module):
+            with self._aside(), self._in(module), self._unwatched(module):
                 value = call(*plain_args, **plain_kwargs)
             with disable_torch_dispatch(), DisableTorchFunction():
                 taken = expected.take(value, args)
@@ -426,8 +443,17 @@ class ValueTracer(fx.Tracer):
             kind = "call_function" if module is None else "call_module"
             with self._in(module):
                 return self._record(kind, target, args, kwargs)
-        self._repeats.skip()
+        self.repeats.skip()
         return taken
+
+    @contextlib.contextmanager
+    def _unwatched(self, module: nn.Module | None) -> Iterator[None]:
+        """A framework's neuron whose rule is known in full writes nothing but its state."""
+        if module is None or module in self.leaf.unknown:
+            yield
+            return
+        with disable_torch_dispatch(), DisableTorchFunction():
+            yield
 
     def _in(self, module: nn.Module | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if module is None else self.inside(module)
@@ -436,7 +462,7 @@ class ValueTracer(fx.Tracer):
         self, target: Any, module: nn.Module | None, args: Any, kwargs: Any
     ) -> Operation | None:
         """What is compared with what was recorded, to notice a loop over time."""
-        if self._repeats is None:
+        if self.repeats is None:
             return None
         scope = id(self._scope[-1]) if self._scope else 0
         locus = (target, scope, *place_of_call())
@@ -452,15 +478,15 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self._operation = None
-        if operation is not None and self._repeats is not None:
-            self._repeats.add(operation)
+        if operation is not None and self.repeats is not None:
+            self.repeats.add(operation)
 
     def _repeat(
         self, known: Operation, value: Any, written: Tensor | None, unwrapped: Unwrapped
     ) -> Any:
         """``value`` with the nodes of an earlier step, which has seen its kind of values too."""
-        assert self._repeats is not None
-        self._repeats.skip()
+        assert self.repeats is not None
+        self.repeats.skip()
         self._repeated = iter(known.nodes)
         try:
             node = next(self._repeated)
@@ -550,8 +576,8 @@ class ValueTracer(fx.Tracer):
         """An autograd Function is one operation: usually somebody's spike."""
         if self.computing or self.recorder is not None:
             return NotImplemented
-        if self._repeats is not None and self._repeats.expected is not None:
-            expected = self._repeats.expected
+        if self.repeats is not None and self.repeats.expected is not None:
+            expected = self.repeats.expected
             if expected.fits(SurrogateCall(function), args, kwargs):
                 return self._repeat_expected(None, expected.target, args, kwargs)
         flat = tree_flatten((args, kwargs))[0]
