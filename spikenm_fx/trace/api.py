@@ -15,7 +15,8 @@ from spikenm_fx.state import detach_state, preserved, takes_no_arguments
 from spikenm_fx.trace.analysis.build import build
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.record import Trace
-from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
+from spikenm_fx.trace.execution.tracer import Failure, UnknownTensor, ValueTracer
+from spikenm_fx.trace.execution.unseen import Unseen
 from spikenm_fx.trace.execution.values import is_matrix, is_scripted_block
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
 from spikenm_fx.trace.kept import Seen, keep, kept, look_at
@@ -113,13 +114,14 @@ def _attempts(
     unknown = {model.get_submodule(n) for n, s in neurons.items() if not s.exact}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
+    unseen: Unseen | None = None
     for attempt in range(_ATTEMPTS):
         if attempt:
             restore()
         _start_fresh(model, neurons)
-        tracer = ValueTracer(
-            model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
-        )
+        leaf = LeafRule(modules, opaque, unknown)
+        unseen = None if unseen is None else Unseen()
+        tracer = ValueTracer(model, leaf, limits.again(), measure=measure, unseen=unseen)
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
@@ -127,6 +129,9 @@ def _attempts(
         except TraceLimitReached as error:
             raise _over_limit(error) from error
         except Failure as failure:
+            if unseen is None and isinstance(failure.cause, UnknownTensor):
+                unseen = Unseen()  # again, and looking whether it is a constant
+                continue
             notes.append(_fallback_note(failure))
             failed = failure.module
             if failed is None or failed is model or type(failed) in opaque:

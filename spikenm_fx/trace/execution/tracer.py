@@ -50,6 +50,7 @@ from spikenm_fx.trace.execution.recorder import Recorder
 from spikenm_fx.trace.execution.repeats import Operation, Repeats, place_of_call
 from spikenm_fx.trace.execution.template import template_of
 from spikenm_fx.trace.execution.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
+from spikenm_fx.trace.execution.unseen import HANDING_OUT, Unseen
 from spikenm_fx.trace.execution.values import (
     InnerCall,
     Measured,
@@ -65,7 +66,7 @@ from spikenm_fx.trace.execution.values import (
     write_view,
 )
 
-__all__ = ["Failure", "ValueTracer"]
+__all__ = ["Failure", "UnknownTensor", "ValueTracer"]
 
 
 _TRACING = threading.RLock()
@@ -79,6 +80,10 @@ _innermost = threading.local()
 
 class Untraceable(NotImplementedError):
     """Something happens that this tracer cannot see; the execution trace can."""
+
+
+class UnknownTensor(Untraceable):
+    """A tensor turns up that no recorded operation made."""
 
 
 class Failure(Exception):
@@ -109,7 +114,7 @@ class _Recording(TorchFunctionMode):
             if taken is not None:
                 assert repeats is not None
                 repeats.skip()
-                return taken
+                return taken if tracer.unseen is None else tracer.noted(taken)
         return tracer.on_function(func, args, kwargs or {})
 
 
@@ -121,13 +126,21 @@ class ValueTracer(fx.Tracer):
         leaf: which modules are single nodes.
         limits: when to give up.
         measure: look at the values of every node, not only of inputs and neurons.
+        unseen: watches what is computed where this tracer does not see; slower.
     """
 
     def __init__(
-        self, model: nn.Module, leaf: LeafRule, limits: Limits, *, measure: bool = False
+        self,
+        model: nn.Module,
+        leaf: LeafRule,
+        limits: Limits,
+        *,
+        measure: bool = False,
+        unseen: Unseen | None = None,
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
+        self.unseen = unseen
         self.inner: dict[str, InnerCall] = {}
         self.shown_states: set[str] = set()
         self.computing = False
@@ -203,7 +216,8 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, Tensor):
                 node = self.create_node("placeholder", f"input_{index}", (), {})
                 node.meta["value"] = describe(value, measure=True)
-                value = as_traced(value.clone(), node)  # models write into their input
+                # models write into their input
+                value = self.noted(as_traced(value.clone(), node))
             inputs.append(value)
         args, kwargs = tree_unflatten(inputs, layout)
 
@@ -212,7 +226,8 @@ class ValueTracer(fx.Tracer):
                 out = self._run_opaque(self.model.forward, args, kwargs)
             else:
                 bound = standing_in_for_bound_applies(self._followed(self.model))
-                with bound, watch_applies(self._on_apply), _Recording(self):
+                unseen = self.unseen or contextlib.nullcontext()
+                with bound, unseen, watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
             flat = tree_flatten(out)[0]
@@ -305,6 +320,8 @@ class ValueTracer(fx.Tracer):
             return slice(*(self.create_arg(x) for x in (a.start, a.stop, a.step)))
         if isinstance(a, dict):
             return {str(k): self.create_arg(v) for k, v in a.items()}
+        if getattr(a, "shape", None) == () and hasattr(a, "item"):
+            a = a.item()  # numpy's numbers
         return a if isinstance(a, PLAIN) or a is None or a is ... else type(a).__name__
 
     def constant(self, tensor: Tensor) -> fx.Node:
@@ -315,9 +332,13 @@ class ValueTracer(fx.Tracer):
         """
         tensor = self._stands_for.get(id(tensor), tensor)
         if id(tensor) not in self._constants:
+            same = None if self.unseen is None else self.unseen.node_of(tensor)
+            if same is not None:
+                return same
             known = id(tensor) in self._known or tensor.numel() <= 1 or self.recorder is not None
+            known |= self.unseen is not None and not self.unseen.used
             if not known:
-                raise Untraceable(
+                raise UnknownTensor(
                     f"a tensor of shape {tuple(tensor.shape)} comes from code that cannot be "
                     "followed, for instance a scripted function or numpy"
                 )
@@ -366,6 +387,8 @@ class ValueTracer(fx.Tracer):
         """A torch function is called: compute it, and record it if tensors come out."""
         if self.computing or self.recorder is not None:
             return func(*args, **kwargs)
+        if self.unseen is not None and func in HANDING_OUT:
+            self.unseen.used = True
         if func in _DETACHING:
             return args[0]  # nothing is attached, and a view would refuse
         if self.repeats is not None and self.repeats.expected is not None:
@@ -444,7 +467,7 @@ class ValueTracer(fx.Tracer):
             with self._in(module):
                 return self._record(kind, target, args, kwargs)
         self.repeats.skip()
-        return taken
+        return self.noted(taken)
 
     @contextlib.contextmanager
     def _unwatched(self, module: nn.Module | None) -> Iterator[None]:
@@ -511,8 +534,15 @@ class ValueTracer(fx.Tracer):
             if same is not None:  # in place: the result is the argument
                 self._rebind(same, node)
                 return same
-            return as_traced(value, node, unwrapped.base(value))
+            return self.noted(as_traced(value, node, unwrapped.base(value)))
         return rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
+
+    def noted(self, traced: Any) -> Any:
+        """One tensor of the trace or a tuple of them, known by their memory where that matters."""
+        if self.unseen is not None:
+            for tensor in traced if isinstance(traced, tuple) else (traced,):
+                self.unseen.made(tensor, tensor.node)
+        return traced
 
     def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: Unwrapped) -> Any:
         def described() -> ValueInfo:
@@ -530,6 +560,7 @@ class ValueTracer(fx.Tracer):
         if not isinstance(written, Traced):
             raise Untraceable("the model writes into a tensor that it did not make in this call")
         written.node = node
+        self.noted(written)
         base = written.base
         while base is not None:
             update = (write_view, (base.node, node))
@@ -539,10 +570,16 @@ class ValueTracer(fx.Tracer):
     def _aside(self) -> Iterator[None]:
         """What happens inside is not recorded."""
         before, self.computing = self.computing, True
+        self._look(False)
         try:
             yield
         finally:
             self.computing = before
+            self._look(not before and self.recorder is None)
+
+    def _look(self, looking: bool) -> None:
+        if self.unseen is not None:
+            self.unseen.looking = looking
 
     def _call(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
         if module is not None:
@@ -620,6 +657,7 @@ class ValueTracer(fx.Tracer):
         """Run ``call`` for real under the recorder; its operations join this graph."""
         unwrapped, recorder = Unwrapped(), Recorder(self)
         self.recorder = recorder
+        self._look(False)
         try:
             plain_args, plain_kwargs = unwrapped.plain((args, kwargs))
             for plain, traced in unwrapped:
@@ -628,7 +666,11 @@ class ValueTracer(fx.Tracer):
                 out = call(*plain_args, **plain_kwargs)
                 out = list(out) if inspect.isgenerator(out) else out
             return tree_map(
-                lambda t: as_traced(t, recorder.node_of(t)) if isinstance(t, Tensor) else t, out
+                lambda t: (
+                    self.noted(as_traced(t, recorder.node_of(t))) if isinstance(t, Tensor) else t
+                ),
+                out,
             )
         finally:
             self.recorder = None
+            self._look(not self.computing)
