@@ -247,3 +247,80 @@ def test_a_membrane_compared_again_to_reset_it_is_one_neuron() -> None:
     graph = spikenm_fx.trace(Net(), torch.rand(2, 8))
     assert len(graph.neurons) == 2
     assert [graph.layers[name].post for name in ("one", "two")] == [(n,) for n in graph.neurons]
+
+
+class Local(nn.Module):
+    """A layer with its neuron, reset by the spikes that it sees; its output is the membrane too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.state = layer, None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        refractory, spikes = (0.0, torch.zeros(())) if self.state is None else self.state
+        refractory = 0.6 * refractory - 0.4 * spikes
+        u = self.layer(x) + refractory
+        spikes = Fire.apply(u)
+        self.state = (refractory, spikes)
+        for tensor in self.state:
+            tensor.detach_()
+        return spikes, u
+
+
+class Locally(nn.Module):
+    """Fires from the pooled membranes of two such layers, in a first loop and in a second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lifs = nn.ModuleList([
+            Local(nn.Conv2d(2, 4, 3, padding=1)), Local(nn.Conv2d(4, 4, 3, padding=1))
+        ])  # fmt: skip
+        self.pool = nn.MaxPool2d(2)
+        self.readout = nn.Linear(16, 5)
+
+    def step(self, x: Tensor) -> Tensor:
+        """One step's output."""
+        for lif in self.lifs:
+            _, u = lif(x)
+            x = Fire.apply(self.pool(u)).detach()
+        return self.readout(x.flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for lif in self.lifs:
+            lif.state = None
+        for t in range(2):
+            self.step(x[t])
+        return torch.stack([self.step(x[t]) for t in range(2, len(x))])
+
+
+def test_a_membrane_reset_inside_and_fired_from_outside_is_one_neuron() -> None:
+    """The step inside a layer that only resets it, and the one on its pooled membrane, are one."""
+    graph = spikenm_fx.trace(Locally(), torch.rand(6, 2, 2, 8, 8))
+    assert graph.route == "fx"
+    assert [n.layers for n in graph.neurons.values()] == [("lifs.0.layer",), ("lifs.1.layer",)]
+    assert graph.layers["lifs.1.layer"].input_signal.kind == "spike"
+    assert graph.layers["readout"].input_signal.kind == "spike"
+
+
+def test_two_steps_of_one_membrane_that_both_go_on_are_two_neurons() -> None:
+    """Branches that fire from one current, each to a layer of its own, stay apart."""
+
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(Fire.apply(x))
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.branch, self.last = nn.Linear(8, 8), Branch(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            current = self.first(x)
+            return self.last(Fire.apply(current)) + self.branch(current)[:, :4]
+
+    graph = spikenm_fx.trace(Net(), torch.rand(3, 8))
+    assert len(graph.neurons) == 2

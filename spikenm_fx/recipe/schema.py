@@ -208,8 +208,9 @@ class RuleSpec(Closed):
 
     match: Annotated[str, AfterValidator(_regex)] = Field(
         min_length=1,
-        description="a layer's name, 're:' and a regular expression for the whole name, or "
-        "'class:' and the name of the layer's class or of one of its bases",
+        description="a layer's name (of a raw parameter, its own: see 'raw'), 're:' and a regular "
+        "expression for the whole name, or 'class:' and the name of the layer's class or of one of "
+        "its bases",
     )
     nm: PatternField | None = Field(default=None, description="the pattern, quoted")
     action: Literal["sparsify", "keep_dense", "ignore"] | None = Field(
@@ -277,6 +278,11 @@ class Recipe(Closed):
     )
     method: MethodSpec = Field(default_factory=MethodSpec)
     channels: Channels = Field(default_factory=Channels)
+    raw: bool = Field(
+        default=False,
+        description="also plan raw parameters, as in F.linear(x, self.w): one run on the input "
+        "shows them, and rules may name them, by the parameter's own name",
+    )
     rules: list[RuleSpec] = Field(default_factory=list, description="ordered; the first match wins")
     expected: Expected | None = None
     notes: str = Field(default="", description="what a user of this recipe should know")
@@ -307,7 +313,8 @@ class Recipe(Closed):
             f"input    {inputs.kind} {inputs.shape}, time {inputs.time}"
             + (f" x {inputs.steps}" if inputs.steps else ""),
             f"reset    {self.reset or 'none'}",
-            f"pattern  {self.nm.describe()}, remainder: {self.remainder}",
+            f"pattern  {self.nm.describe()}, remainder: {self.remainder}"
+            + (", raw parameters too" if self.raw else ""),
             f"method   {self.method.name}"
             + "".join(f", {option}: {value}" for option, value in self.method.options.items()),
             *([f"channels {', '.join(steps)}"] if steps else []),
@@ -325,7 +332,8 @@ class Recipe(Closed):
     def plan_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`spikenm_fx.plan`: ``plan(model, **recipe.plan_options())``.
 
-        Rules keep their order; rules of the recipe that match nothing are errors there.
+        Rules keep their order; rules of the recipe that match nothing are errors there.  Where the
+        recipe plans raw parameters (``raw``), it also needs ``example_inputs``.
         """
         return {
             "nm": self.nm,
@@ -339,8 +347,9 @@ class Recipe(Closed):
     def sparsify_options(self) -> dict[str, Any]:
         """Keyword arguments for :func:`spikenm_fx.sparsify`.
 
-        Where the recipe permutes channels, it also needs ``example_inputs``; a share of channels to
-        keep is not among them: see :func:`spikenm_fx.remove_channels`.
+        Where the recipe permutes channels or plans raw parameters, it also needs
+        ``example_inputs``; a share of channels to keep is not among them: see
+        :func:`spikenm_fx.remove_channels`.
         """
         return {
             **self.plan_options(),

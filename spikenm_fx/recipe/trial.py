@@ -184,7 +184,9 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     batch = example_input(recipe.inputs)
     yield "build", "ok"
 
-    decided = plan(model, **recipe.plan_options())
+    # raw parameters show when the model runs
+    shown = batch if recipe.raw else None
+    decided = plan(model, example_inputs=shown, **recipe.plan_options())
     result.layers, result.sparse = len(decided.layers), len(decided.sparse)
     _check_plan(model, decided, recipe)
     yield "plan", "ok"
@@ -197,10 +199,11 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     rouse(model, batch, rates)
     if recipe.channels.keep is not None:
         remove_channels(model, batch, recipe.channels.keep, multiple_of=recipe.block)
-        decided = plan(model, **recipe.plan_options())
+        decided = plan(model, example_inputs=shown, **recipe.plan_options())
     if recipe.channels.permute:
         permute(model, batch, decided)
-    sparsify(model, **{**recipe.sparsify_options(), "permute": False})
+    options = {**recipe.sparsify_options(), "permute": False}
+    sparsify(model, example_inputs=shown, **options)
     verify(model, decided).raise_if_invalid()
     yield "sparsify", "ok"
 

@@ -14,10 +14,12 @@ from spikenm_fx.errors import TraceError, no_module
 from spikenm_fx.state import detach_state, preserved, takes_no_arguments
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.record import Trace
-from spikenm_fx.trace.execution.tracer import Failure, ValueTracer
+from spikenm_fx.trace.execution.tracer import Failure, UnknownTensor, ValueTracer
+from spikenm_fx.trace.execution.unseen import Unseen
 from spikenm_fx.trace.execution.values import is_matrix, is_scripted_block
 from spikenm_fx.trace.graph import Note, Route, SpikingGraph, with_prefix
-from spikenm_fx.trace.neurons.find import find_neurons
+from spikenm_fx.trace.kept import Seen, keep, kept, look_at
+from spikenm_fx.trace.neurons.find import find_neurons, registered_neurons
 from spikenm_fx.trace.neurons.spec import NeuronSpec
 
 __all__ = ["trace"]
@@ -39,6 +41,12 @@ def trace(
     The model is run on the examples in eval mode from a reset state, and afterwards is as before:
     parameters, buffers, neuron state, gradients, training flags, hooks, random generators.  The
     user's own forward hooks are not run.
+
+    The last reading is kept while its model lives: ``plan``, ``sparsify`` and the other verbs read
+    the same model on the same examples once.  What the forward can reach must be as it was for
+    that (:mod:`spikenm_fx.trace.kept`); state that changes what a forward does and that no module,
+    class, closure or plain global holds is not seen: ``trace(model, x, limits=Limits())`` reads
+    anew.
 
     It takes at most three eager forwards and a second of processor time, and at most twice the
     memory of a forward and 16 KiB: torch's random generator alone has a state of 5 KiB, kept for
@@ -66,6 +74,9 @@ def trace(
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)
+    plainly = bool(args or kwargs) and limits is None and not measure
+    if plainly and (graph := kept(model, _seen(model, args, kwargs))) is not None:
+        return graph
     neurons = find_neurons(inner)
     with _quiet(inner, notes), preserved(inner) as restore:
         if not args and not kwargs:
@@ -79,7 +90,14 @@ def trace(
                 result.route = "fx+execution"
         result.notes[:0] = notes
         graph = build(result)
-        return with_prefix(graph, prefix) if prefix else graph
+        graph = with_prefix(graph, prefix) if prefix else graph
+    if plainly:
+        keep(model, _seen(model, args, kwargs), graph)
+    return graph
+
+
+def _seen(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen | None:
+    return look_at(model, args, kwargs, registered_neurons())
 
 
 def _attempts(
@@ -97,13 +115,14 @@ def _attempts(
     unknown = {model.get_submodule(n) for n, s in neurons.items() if not s.exact}
     opaque: set[type[nn.Module]] = set()
     notes: list[Note] = []
+    unseen: Unseen | None = None
     for attempt in range(_ATTEMPTS):
         if attempt:
             restore()
         _start_fresh(model, neurons)
-        tracer = ValueTracer(
-            model, LeafRule(modules, opaque, unknown), limits.again(), measure=measure
-        )
+        leaf = LeafRule(modules, opaque, unknown)
+        unseen = None if unseen is None else Unseen()
+        tracer = ValueTracer(model, leaf, limits.again(), measure=measure, unseen=unseen)
         try:
             graph = tracer.run(args, kwargs)
             route: Route = "fx+execution" if opaque else "fx"
@@ -111,6 +130,9 @@ def _attempts(
         except TraceLimitReached as error:
             raise _over_limit(error) from error
         except Failure as failure:
+            if unseen is None and isinstance(failure.cause, UnknownTensor):
+                unseen = Unseen()  # again, and looking whether it is a constant
+                continue
             notes.append(_fallback_note(failure))
             failed = failure.module
             if failed is None or failed is model or type(failed) in opaque:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import networkx as nx
 from torch import fx, nn
@@ -13,6 +13,7 @@ from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.trace.analysis.chains import find_chains
 from spikenm_fx.trace.analysis.firing import Firing, find_firings
 from spikenm_fx.trace.analysis.flow import Flow
+from spikenm_fx.trace.analysis.grouping import grouped
 from spikenm_fx.trace.analysis.infer import Inference
 from spikenm_fx.trace.analysis.nodes import (
     kind_of_op,
@@ -50,37 +51,6 @@ def build(trace: Trace) -> SpikingGraph:
     if trace.graph is not None:
         builder.read()
     return builder.finish()
-
-
-@dataclass(slots=True)
-class _Group:
-    """Firings of one neuron: of one place in the code, or of one membrane."""
-
-    key: tuple[object, object]
-    places: set[tuple[int, ...]]
-    layers: set[str]
-    sources: set[fx.Node]
-    members: list[Firing]
-
-    def is_with(self, other: _Group) -> bool:
-        """Whether both are the same neuron."""
-        if self.key[0] == other.key[0] and not self.sources.isdisjoint(other.sources):
-            return True  # one membrane, compared once to fire and once more to reset
-        if self.key != other.key:
-            return False
-        here = not self.places.isdisjoint(other.places)
-        driven = not self.layers.isdisjoint(other.layers) or not other.layers
-        return here and driven
-
-    def merged(self, other: _Group) -> _Group:
-        """Both as one."""
-        return _Group(
-            self.key,
-            self.places | other.places,
-            self.layers | other.layers,
-            self.sources | other.sources,
-            self.members + other.members,
-        )
 
 
 class _Builder:
@@ -137,26 +107,16 @@ class _Builder:
     # -- functional neurons -----------------------------------------------------------------------
 
     def _name_firings(self) -> None:
-        """One neuron per call site and driving layer: steps of a loop over time are one neuron."""
-        groups: list[_Group] = []
+        """A name for each neuron that is code: where it fires."""
         for firing in self.firings:
             firing.node.meta["fires"] = True
-        for firing in self.firings:
-            node = firing.node
-            layers = set(self.flow.backward(node)[0])
-            key = (node.meta["scope"], getattr(node.target, "function", None))
-            one = _Group(key, {node.meta.get("at", ())}, layers, {firing.source}, [firing])
-            for other in [group for group in groups if group.is_with(one)]:
-                groups.remove(other)
-                one = other.merged(one)
-            groups.append(one)
         taken: set[str] = set()
-        for group in sorted(groups, key=lambda g: self.nodes.index(g.members[0].node)):
+        for group in grouped(self.firings, self.nodes, self.flow):
             first = group.members[0].node
-            at = first.meta.get("at", ())
-            scope, function = group.key
-            what = getattr(function, "__name__", "Function") if function else op_name(first)
-            name = f"{scope}:{what}@{at[0] if at else '?'}".lstrip(":")
+            at, what = first.meta.get("at", ()), op_name(first)
+            if group.function:
+                what = getattr(group.function, "__name__", "Function")
+            name = f"{group.scope}:{what}@{at[0] if at else '?'}".lstrip(":")
             while name in taken:
                 name += "'"
             taken.add(name)

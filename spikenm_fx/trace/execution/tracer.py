@@ -50,6 +50,7 @@ from spikenm_fx.trace.execution.recorder import Recorder
 from spikenm_fx.trace.execution.repeats import Operation, Repeats, place_of_call
 from spikenm_fx.trace.execution.template import template_of
 from spikenm_fx.trace.execution.traced import Traced, Unwrapped, as_traced, holds_tensors, rebuild
+from spikenm_fx.trace.execution.unseen import HANDING_OUT, Unseen
 from spikenm_fx.trace.execution.values import (
     InnerCall,
     Measured,
@@ -65,11 +66,13 @@ from spikenm_fx.trace.execution.values import (
     write_view,
 )
 
-__all__ = ["Failure", "ValueTracer"]
+__all__ = ["Failure", "UnknownTensor", "ValueTracer"]
 
 
 _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
+
+_DETACHING = frozenset({Tensor.detach_, torch.detach_})
 
 _innermost = threading.local()
 """The tracer that this thread runs; one around it records nothing meanwhile."""
@@ -77,6 +80,10 @@ _innermost = threading.local()
 
 class Untraceable(NotImplementedError):
     """Something happens that this tracer cannot see; the execution trace can."""
+
+
+class UnknownTensor(Untraceable):
+    """A tensor turns up that no recorded operation made."""
 
 
 class Failure(Exception):
@@ -95,7 +102,20 @@ class _Recording(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.tracer.on_function(func, args, kwargs or {})
+        tracer = self.tracer
+        repeats = tracer.repeats
+        aside = tracer.computing or tracer.recorder is not None
+        expected = None if repeats is None or aside else repeats.expected
+        # nearly all of a long sequence goes through the next few lines
+        if expected is not None and expected.of_torch and expected.fits(func, args, kwargs):
+            with disable_torch_dispatch(), DisableTorchFunction():
+                value = func(*args, **kwargs) if kwargs else func(*args)
+                taken = expected.take(value, args)
+            if taken is not None:
+                assert repeats is not None
+                repeats.skip()
+                return taken if tracer.unseen is None else tracer.noted(taken)
+        return tracer.on_function(func, args, kwargs or {})
 
 
 class ValueTracer(fx.Tracer):
@@ -106,13 +126,21 @@ class ValueTracer(fx.Tracer):
         leaf: which modules are single nodes.
         limits: when to give up.
         measure: look at the values of every node, not only of inputs and neurons.
+        unseen: watches what is computed where this tracer does not see; slower.
     """
 
     def __init__(
-        self, model: nn.Module, leaf: LeafRule, limits: Limits, *, measure: bool = False
+        self,
+        model: nn.Module,
+        leaf: LeafRule,
+        limits: Limits,
+        *,
+        measure: bool = False,
+        unseen: Unseen | None = None,
     ) -> None:
         super().__init__(autowrap_modules=())  # type: ignore[arg-type]
         self.model, self.leaf, self.limits, self.measure = model, leaf, limits, measure
+        self.unseen = unseen
         self.inner: dict[str, InnerCall] = {}
         self.shown_states: set[str] = set()
         self.computing = False
@@ -136,7 +164,7 @@ class ValueTracer(fx.Tracer):
         self._count = 0
         self._probing = False
         # values of all steps are asked for: then each is recorded
-        self._repeats = None if measure else Repeats()
+        self.repeats = None if measure else Repeats()
         self._operation: Operation | None = None  # being recorded
         self._repeated: Iterator[fx.Node] | None = None  # what stands for it instead
 
@@ -188,7 +216,8 @@ class ValueTracer(fx.Tracer):
             if isinstance(value, Tensor):
                 node = self.create_node("placeholder", f"input_{index}", (), {})
                 node.meta["value"] = describe(value, measure=True)
-                value = as_traced(value.clone(), node)  # models write into their input
+                # models write into their input
+                value = self.noted(as_traced(value.clone(), node))
             inputs.append(value)
         args, kwargs = tree_unflatten(inputs, layout)
 
@@ -197,7 +226,8 @@ class ValueTracer(fx.Tracer):
                 out = self._run_opaque(self.model.forward, args, kwargs)
             else:
                 bound = standing_in_for_bound_applies(self._followed(self.model))
-                with bound, watch_applies(self._on_apply), _Recording(self):
+                unseen = self.unseen or contextlib.nullcontext()
+                with bound, unseen, watch_applies(self._on_apply), _Recording(self):
                     out = self.model.forward(*args, **kwargs)
                     out = list(out) if inspect.isgenerator(out) else out
             flat = tree_flatten(out)[0]
@@ -246,9 +276,9 @@ class ValueTracer(fx.Tracer):
             return self.recorder.call_module(m, forward, args, kwargs)
         if self.computing:
             return self._run_inner(m, forward, args, kwargs)
-        if self._repeats is not None and self._repeats.expected is not None:
+        if self.repeats is not None and self.repeats.expected is not None:
             target = self._names.get(m)
-            if target is not None and self._repeats.expected.fits(target, args, kwargs):
+            if target is not None and self.repeats.expected.fits(target, args, kwargs):
                 return self._repeat_expected(m, target, args, kwargs)
         with self.inside(m):
             try:
@@ -290,6 +320,8 @@ class ValueTracer(fx.Tracer):
             return slice(*(self.create_arg(x) for x in (a.start, a.stop, a.step)))
         if isinstance(a, dict):
             return {str(k): self.create_arg(v) for k, v in a.items()}
+        if getattr(a, "shape", None) == () and hasattr(a, "item"):
+            a = a.item()  # numpy's numbers
         return a if isinstance(a, PLAIN) or a is None or a is ... else type(a).__name__
 
     def constant(self, tensor: Tensor) -> fx.Node:
@@ -300,9 +332,13 @@ class ValueTracer(fx.Tracer):
         """
         tensor = self._stands_for.get(id(tensor), tensor)
         if id(tensor) not in self._constants:
+            same = None if self.unseen is None else self.unseen.node_of(tensor)
+            if same is not None:
+                return same
             known = id(tensor) in self._known or tensor.numel() <= 1 or self.recorder is not None
+            known |= self.unseen is not None and not self.unseen.used
             if not known:
-                raise Untraceable(
+                raise UnknownTensor(
                     f"a tensor of shape {tuple(tensor.shape)} comes from code that cannot be "
                     "followed, for instance a scripted function or numpy"
                 )
@@ -351,10 +387,14 @@ class ValueTracer(fx.Tracer):
         """A torch function is called: compute it, and record it if tensors come out."""
         if self.computing or self.recorder is not None:
             return func(*args, **kwargs)
-        if self._repeats is not None and self._repeats.expected is not None:
+        if self.unseen is not None and func in HANDING_OUT:
+            self.unseen.used = True
+        if func in _DETACHING:
+            return args[0]  # nothing is attached, and a view would refuse
+        if self.repeats is not None and self.repeats.expected is not None:
             if func in OF_SHAPE:
                 return func(*args, **kwargs)
-            if self._repeats.expected.fits(func, args, kwargs):
+            if self.repeats.expected.fits(func, args, kwargs):
                 return self._repeat_expected(None, func, args, kwargs)
         return self._record("call_function", func, args, kwargs)
 
@@ -365,8 +405,8 @@ class ValueTracer(fx.Tracer):
         with self._aside():
             operation = self._operation_of(target, module, args, kwargs)
             known = None
-            if operation is not None and self._repeats is not None:
-                known = self._repeats.seen_before(operation)
+            if operation is not None and self.repeats is not None:
+                known = self.repeats.seen_before(operation)
             call_args, call_kwargs = unwrapped.plain((args, kwargs))
             driven = None
             if known is None and (surrogate or module in self.leaf.unknown):
@@ -385,10 +425,10 @@ class ValueTracer(fx.Tracer):
             made = value if written is None else written
             if known is not None and is_like(made, known.nodes[0].meta["value"]):
                 repeated = self._repeat(known, value, written, unwrapped)
-                if operation is not None and self._repeats is not None:
+                if operation is not None and self.repeats is not None:
                     known.template = template_of(
                         *(target, args, kwargs, repeated),
-                        takes_part=self._repeats.takes_part(operation),
+                        takes_part=self.repeats.takes_part(operation),
                         of_torch=torchs and operation.ordinary,
                     )
                 return repeated
@@ -408,8 +448,8 @@ class ValueTracer(fx.Tracer):
         self, module: nn.Module | None, target: Any, args: Any, kwargs: Any
     ) -> Any:
         """Compute what is known to come: an operation of torch's whose result is one tensor."""
-        assert self._repeats is not None
-        expected = self._repeats.expected
+        assert self.repeats is not None
+        expected = self.repeats.expected
         assert expected is not None
         call = target if module is None else functools.partial(call_module_untraced, module)
         if expected.of_torch:
@@ -418,7 +458,7 @@ class ValueTracer(fx.Tracer):
                 taken = expected.take(value, args)
         else:  # the user's code: what it writes is seen, and it is given ordinary tensors
             plain_args, plain_kwargs = Unwrapped().plain((args, kwargs))
-            with self._aside(), self._in(module):
+            with self._aside(), self._in(module), self._unwatched(module):
                 value = call(*plain_args, **plain_kwargs)
             with disable_torch_dispatch(), DisableTorchFunction():
                 taken = expected.take(value, args)
@@ -426,8 +466,17 @@ class ValueTracer(fx.Tracer):
             kind = "call_function" if module is None else "call_module"
             with self._in(module):
                 return self._record(kind, target, args, kwargs)
-        self._repeats.skip()
-        return taken
+        self.repeats.skip()
+        return self.noted(taken)
+
+    @contextlib.contextmanager
+    def _unwatched(self, module: nn.Module | None) -> Iterator[None]:
+        """A framework's neuron whose rule is known in full writes nothing but its state."""
+        if module is None or module in self.leaf.unknown:
+            yield
+            return
+        with disable_torch_dispatch(), DisableTorchFunction():
+            yield
 
     def _in(self, module: nn.Module | None) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if module is None else self.inside(module)
@@ -436,7 +485,7 @@ class ValueTracer(fx.Tracer):
         self, target: Any, module: nn.Module | None, args: Any, kwargs: Any
     ) -> Operation | None:
         """What is compared with what was recorded, to notice a loop over time."""
-        if self._repeats is None:
+        if self.repeats is None:
             return None
         scope = id(self._scope[-1]) if self._scope else 0
         locus = (target, scope, *place_of_call())
@@ -452,15 +501,15 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self._operation = None
-        if operation is not None and self._repeats is not None:
-            self._repeats.add(operation)
+        if operation is not None and self.repeats is not None:
+            self.repeats.add(operation)
 
     def _repeat(
         self, known: Operation, value: Any, written: Tensor | None, unwrapped: Unwrapped
     ) -> Any:
         """``value`` with the nodes of an earlier step, which has seen its kind of values too."""
-        assert self._repeats is not None
-        self._repeats.skip()
+        assert self.repeats is not None
+        self.repeats.skip()
         self._repeated = iter(known.nodes)
         try:
             node = next(self._repeated)
@@ -485,8 +534,15 @@ class ValueTracer(fx.Tracer):
             if same is not None:  # in place: the result is the argument
                 self._rebind(same, node)
                 return same
-            return as_traced(value, node, unwrapped.base(value))
+            return self.noted(as_traced(value, node, unwrapped.base(value)))
         return rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
+
+    def noted(self, traced: Any) -> Any:
+        """One tensor of the trace or a tuple of them, known by their memory where that matters."""
+        if self.unseen is not None:
+            for tensor in traced if isinstance(traced, tuple) else (traced,):
+                self.unseen.made(tensor, tensor.node)
+        return traced
 
     def _item(self, node: fx.Node, key: Any, item: Any, unwrapped: Unwrapped) -> Any:
         def described() -> ValueInfo:
@@ -504,6 +560,7 @@ class ValueTracer(fx.Tracer):
         if not isinstance(written, Traced):
             raise Untraceable("the model writes into a tensor that it did not make in this call")
         written.node = node
+        self.noted(written)
         base = written.base
         while base is not None:
             update = (write_view, (base.node, node))
@@ -513,10 +570,16 @@ class ValueTracer(fx.Tracer):
     def _aside(self) -> Iterator[None]:
         """What happens inside is not recorded."""
         before, self.computing = self.computing, True
+        self._look(False)
         try:
             yield
         finally:
             self.computing = before
+            self._look(not before and self.recorder is None)
+
+    def _look(self, looking: bool) -> None:
+        if self.unseen is not None:
+            self.unseen.looking = looking
 
     def _call(self, module: nn.Module | None, target: Any, args: Any, kwargs: Any) -> Any:
         if module is not None:
@@ -550,8 +613,8 @@ class ValueTracer(fx.Tracer):
         """An autograd Function is one operation: usually somebody's spike."""
         if self.computing or self.recorder is not None:
             return NotImplemented
-        if self._repeats is not None and self._repeats.expected is not None:
-            expected = self._repeats.expected
+        if self.repeats is not None and self.repeats.expected is not None:
+            expected = self.repeats.expected
             if expected.fits(SurrogateCall(function), args, kwargs):
                 return self._repeat_expected(None, expected.target, args, kwargs)
         flat = tree_flatten((args, kwargs))[0]
@@ -594,6 +657,7 @@ class ValueTracer(fx.Tracer):
         """Run ``call`` for real under the recorder; its operations join this graph."""
         unwrapped, recorder = Unwrapped(), Recorder(self)
         self.recorder = recorder
+        self._look(False)
         try:
             plain_args, plain_kwargs = unwrapped.plain((args, kwargs))
             for plain, traced in unwrapped:
@@ -602,7 +666,11 @@ class ValueTracer(fx.Tracer):
                 out = call(*plain_args, **plain_kwargs)
                 out = list(out) if inspect.isgenerator(out) else out
             return tree_map(
-                lambda t: as_traced(t, recorder.node_of(t)) if isinstance(t, Tensor) else t, out
+                lambda t: (
+                    self.noted(as_traced(t, recorder.node_of(t))) if isinstance(t, Tensor) else t
+                ),
+                out,
             )
         finally:
             self.recorder = None
+            self._look(not self.computing)

@@ -24,7 +24,7 @@ from spikenm_fx.trace.neurons.adapters import ADAPTERS
 from spikenm_fx.trace.neurons.adapters.adapter import scalar
 from spikenm_fx.trace.neurons.spec import NeuronSpec, Scalar
 
-__all__ = ["find_neurons", "neuron_spec", "register_neuron"]
+__all__ = ["find_neurons", "neuron_spec", "register_neuron", "registered_neurons"]
 
 N = TypeVar("N", bound=type[nn.Module])
 SpecReader: TypeAlias = Callable[[nn.Module], NeuronSpec]
@@ -56,6 +56,12 @@ def register_neuron(cls: N, read: SpecReader | None = None) -> N:
     with _lock:
         _registered[cls] = read
     return cls
+
+
+def registered_neurons() -> dict[type[nn.Module], SpecReader | None]:
+    """What :func:`register_neuron` was told so far."""
+    with _lock:
+        return dict(_registered)
 
 
 def neuron_spec(module: nn.Module) -> NeuronSpec | None:
