@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.check.agreement import Agreement
-from spikenm_fx.pack.check.forced import NeuronDifference, difference, first_margin
+from spikenm_fx.pack.check.difference import NeuronDifference, difference, first_margin
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.lower import Lowered, Probe

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import BatchNormBase
+from spikenm_fx.pack.eligible import computes_torchs, hooked, why_not_packable
 from spikenm_fx.pack.engine.norms import affine_of
-from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern
 from spikenm_fx.pattern import NM
@@ -61,7 +61,7 @@ class Layers:
         Raises:
             NotLowered: for a layer that has no packed form, or on an input that it cannot read.
         """
-        reason = why_layer_kept(module, None)
+        reason = why_not_packable(module, None)
         if reason:
             raise NotLowered(name, reason)
         if hooked(module) or not computes_torchs(module):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from spikenm_fx.pack.kept import hooked
+from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
