@@ -53,7 +53,7 @@ def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> A
     """
     _, time, free = engine._net.input()
     batch = next((n for i, n in enumerate(x.shape) if free[i] and i != time), None)
-    sizes = x.shape[time] if time >= 0 else 1, batch
+    sizes = x.shape[time] if time >= 0 else max(1, lowered.program.fixed_steps), batch
     neurons = [op for op in lowered.program.ops if op.code is Code.NEURON]
     calls = CALLS if any(not op.settings[FORGETS] for op in neurons) else 1
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}

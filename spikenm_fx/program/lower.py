@@ -20,9 +20,10 @@ from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
+from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
 from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
-from spikenm_fx.program.functions import FUNCTIONS, Call
+from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
@@ -146,7 +147,7 @@ class _Lowering:
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
-        atoms = ref.atoms
+        atoms = ref.renewed().atoms
         first = [time] if time in atoms else []
         pixels = [a for a in (layout.height, layout.width) if a in atoms]
         order = [*first, *self._batch(), *pixels, *(layout.channels or ())]
@@ -191,7 +192,7 @@ class _Lowering:
 
     def _values(self, arg: Any) -> Any:
         if isinstance(arg, fx.Node):
-            return self.env[arg]
+            return _renewed(self.env[arg])
         if isinstance(arg, tuple | list):
             items = [self._values(a) for a in arg]
             return items if isinstance(arg, list) else tuple(items)
@@ -231,11 +232,13 @@ class _Lowering:
             assert call.shape is not None
             return self.layers.layer(name, module, call.ref(), call.shape)
         family = module_family(module)
-        if family == "norm":
+        if family == "norm" and not isinstance(module, nn.LayerNorm):
             alone = len(readers(node.all_input_nodes[0])) == 1
             return self.layers.norm(name, module, call.ref(), alone=alone)
         if hooked(module):
             raise NotLowered(name, "hooks see what it takes or gives; remove them")
+        if isinstance(module, nn.LayerNorm):
+            family = "layer_norm"
         if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
             raise NotLowered(name, f"a {type(module).__name__} has no operation")
         call.kwargs |= {key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)}
@@ -303,8 +306,8 @@ class _Lowering:
                 raise NotLowered("", "a value inside it has not the batch axes of its input")
             timed = time is not None and time in value.layout.lead
             types.append(ValueType(value.bits, timed, *value.layout.size))
-        outputs = tuple(self._axes(ref, batch, output=True) for ref in self.outputs)
-        port = self._axes(self.input, batch, output=False)
+        outputs = tuple(self._axes(ref.renewed(), batch, output=True) for ref in self.outputs)
+        port = self._axes(self.input.renewed(), batch, output=False)
         used = {number for op in self.draft.ops for number in op.inputs}
         used |= {port.value for port in outputs}
         for op in self.draft.ops:
@@ -342,7 +345,20 @@ class _Lowering:
         return Axis(role, atom.size, joined)
 
 
+def _renewed(found: Any) -> Any:
+    """What an operation gave, in the atoms that axes were split into since."""
+    if isinstance(found, Ref):
+        return found.renewed()
+    if isinstance(found, Returned):
+        state = found.state.renewed() if isinstance(found.state, Ref) else found.state
+        return Returned(found.spikes.renewed(), state)
+    if isinstance(found, list | tuple):
+        return type(found)(map(_renewed, found))
+    return found
+
+
 _SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
     *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
+    *("scale_factor", "size", "mode", "normalized_shape", "weight", "bias", "eps"),
 )
