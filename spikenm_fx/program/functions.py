@@ -92,6 +92,13 @@ def _transpose(call: Call) -> Ref:
     return replace(ref, axes=tuple(axes))
 
 
+def _movedim(call: Call) -> Ref:
+    ref = call.ref()
+    moved = torch.empty(tuple(range(2, 2 + len(ref.axes))), device="meta")
+    moved = moved.movedim(call.get(1, "source"), call.get(2, "destination"))
+    return replace(ref, axes=tuple(ref.axes[size - 2] for size in moved.shape))
+
+
 # -- time -----------------------------------------------------------------------------------------
 
 
@@ -107,11 +114,13 @@ def _getitem(call: Call) -> Lowered:
     places = index if isinstance(index, tuple) else (index,)
     if Ellipsis in places:
         raise call.refuse("it selects with an ellipsis; write x[t] or x[:, t]")
-    if None in places:
-        raise call.refuse("it adds an axis while it selects; write unsqueeze")
-    result = ref
-    for axis, place in reversed(list(enumerate(places))):
+    result, taken = ref, [place for place in places if place is not None]
+    for axis, place in reversed(list(enumerate(taken))):
         result = _one_place(call, result, axis, place)
+    kept = [place for place in places if not isinstance(place, int)]
+    for axis, place in enumerate(kept):
+        if place is None:
+            result = replace(result, axes=(*result.axes[:axis], (), *result.axes[axis:]))
     return result
 
 
@@ -157,11 +166,19 @@ def _take(call: Call) -> Ref:
 def _stack(call: Call) -> Ref:
     members, axis = call.args[0], call.get(1, "dim", 0)
     time = call.draft.time
-    if not members or not all(isinstance(m, Ref) for m in members) or time is None:
+    if not members or not all(isinstance(m, Ref) for m in members):
         raise call.refuse("it stacks what are no time steps")
     first = members[0]
-    whole = [m.step for m in members] == list(range(time.size))
-    if not whole or any(m.value is not first.value or m.axes != first.axes for m in members):
+    if all(m == first for m in members) and first.step is None and time is None:
+        call.draft.time, call.draft.constant_steps = Atom(len(members), "time"), len(members)
+        axis %= len(first.axes) + 1
+        return replace(first, axes=(*first.axes[:axis], (call.draft.time,), *first.axes[axis:]))
+    whole = time is not None and [m.step for m in members] == list(range(time.size))
+    if (
+        time is None
+        or not whole
+        or any(m.value is not first.value or m.axes != first.axes for m in members)
+    ):
         raise call.refuse("it stacks something else than all time steps of one value, in order")
     axis %= len(first.axes) + 1
     return Ref(first.value, (*first.axes[:axis], (time,), *first.axes[axis:]))
@@ -421,7 +438,8 @@ FUNCTIONS: dict[str, Function] = {
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
     "permute": _permute,
-    "transpose": _transpose,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     "getitem": _getitem,
     **PRODUCTS,
     "select": _take,

@@ -199,7 +199,7 @@ def _split(call: Call) -> list[Ref]:
 
 def _parts(call: Call, ref: Ref, axis: int, size: int) -> list[Ref]:
     starts = range(0, size_of(ref.axes[axis]), size)
-    return [sliced(call, ref, axis, start, size).renewed() for start in starts]
+    return [sliced(call, ref.renewed(), axis, start, size) for start in starts]
 
 
 def _expand(call: Call) -> Ref:
