@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import pytest
@@ -120,11 +121,13 @@ def test_attention_runs_natively(kind: str) -> None:
 class Made(nn.Module):
     """A stem with spikes, an operation, and a layer behind it."""
 
-    def __init__(self, operation: Callable[[Tensor], Tensor], width: int) -> None:
+    def __init__(self, operation: Callable[[Tensor], Tensor] | None, width: int) -> None:
         super().__init__()
-        self.operation = operation
+        self.operation = operation or (lambda y: self.norm(y.movedim(2, -1)))
         self.stem, self.fire = nn.Conv2d(2, 8, 3, padding=1), RuleNeuron(LIF)
         self.norm = nn.LayerNorm(8)
+        self.norm.weight.data.uniform_(0.5, 2)
+        self.norm.bias.data.uniform_(-1, 1)
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -163,14 +166,7 @@ def test_an_image_repeated_over_time_is_not_copied(how: str) -> None:
             torch.testing.assert_close(engine(y), model(y), rtol=1e-4, atol=1e-4)
 
 
-FACTORS = torch.linspace(0.5, 2, 8)
-
-
-def per_pixel(y: Tensor) -> Tensor:
-    return nn.functional.layer_norm(y.movedim(2, -1), (8,), FACTORS, FACTORS / 4)
-
-
-OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor] | None, int]] = {
     "voting": (lambda y: nn.functional.avg_pool1d(y.flatten(3).sum(-1), 4), 2),
     "enlarged": (
         lambda y: nn.functional.interpolate(y.flatten(0, 1), scale_factor=2).unflatten(
@@ -187,7 +183,7 @@ OPERATIONS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "mask of channels": (lambda y: y * y.mean((3, 4), keepdim=True), 128),
     "pixels first": (lambda y: y.movedim(2, -1), 128),
     "other order": (lambda y: y.transpose(-1, -2), 128),
-    "layer norm": (per_pixel, 128),
+    "layer norm": (None, 128),
 }
 
 
@@ -202,3 +198,72 @@ def test_operations_along_any_axis_run_natively(name: str) -> None:
             engine.reset()
             reset(model)
             torch.testing.assert_close(engine(y), model(y), rtol=1e-4, atol=1e-4)
+
+
+class Raw(nn.Module):
+    """Layers by function, with parameters of the model; gains, shifts and places of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(8, 2, 3, 3)), nn.Parameter(torch.rand(8))
+        self.places, self.gain = nn.Parameter(torch.rand(1, 8, 4, 5)), nn.Parameter(torch.rand(8))
+        self.fire, self.head = RuleNeuron(LIF), nn.Parameter(torch.randn(5, 160))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.conv2d(x.flatten(0, 1), self.weight, self.bias, padding=1) + self.places
+        y = (1 - self.places[:, :1]) * y / (0.5 + self.gain[:, None, None])
+        y = self.fire(y.unflatten(0, x.shape[:2])).movedim(2, -1) * self.gain - self.bias
+        return nn.functional.linear(y.flatten(2), self.head)
+
+
+def test_raw_parameters_run_natively() -> None:
+    """By their names; what is the same for every token is one operation."""
+    torch.manual_seed(0)
+    model, x = Raw().eval(), 2 * torch.rand(T, B, 2, 4, 5)
+    engine = program(model, x)
+    assert engine.operations[0] == "layer weight"
+    with torch.no_grad():
+        reset(model)
+        torch.testing.assert_close(engine(x), model(x))
+
+
+def test_norse_models_that_return_their_state() -> None:
+    """The engine keeps the states, and gives None in their place."""
+    norse = pytest.importorskip("norse.torch")
+    torch.manual_seed(0)
+    for cells, x in ((norse.LIFCell, torch.rand(B, 10)), (norse.LIF, torch.rand(T, B, 10))):
+        body = (nn.Linear(10, 16), cells(), nn.Linear(16, 4), cells())
+        model = norse.SequentialState(*body).eval()
+        model[0].weight.data.mul_(20)
+        engine = program(model, x)
+        out, state = engine(x)
+        with torch.no_grad():
+            torch.testing.assert_close(out, model(x)[0])
+        assert state is None
+
+
+SMALL = {"T": 2, "num_classes": 5, "mlp_ratio": 2.0}
+JELLY = {
+    "spikformer:Spikformer": {
+        **SMALL, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16,
+        "num_heads": 2, "depths": 1,
+    },
+    "qkformer:QKFormer": {**SMALL, "embed_dims": 32, "num_heads": (1, 2, 2), "depths": (1, 1, 1)},
+    "spike_driven_transformer:SpikeDrivenTransformer": {
+        **SMALL, "embed_dims": 32, "num_heads": 2, "depths": 1,
+    },
+    "maxformer:MaxFormer": {**SMALL, "embed_dims": 32, "depths": (1, 1, 1), "cifar": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JELLY)
+def test_transformers_of_spikingjelly(name: str) -> None:
+    """As it builds them: images repeated over time, q, k and v from one layer, voting."""
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    file, _, cls = name.partition(":")
+    module = importlib.import_module(f"spikingjelly.activation_based.model.{file}")
+    model, x = lively(getattr(module, cls)(**JELLY[name])), 2 * torch.rand(1, 3, 32, 32)
+    engine = program(model, x)
+    with torch.no_grad():
+        functional.reset_net(model)
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-3, atol=1e-3)

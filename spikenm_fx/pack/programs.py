@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.pack.summary import (
     PackedLayerReport,
@@ -30,6 +31,8 @@ from spikenm_fx.state import preserved
 from spikenm_fx.trace import trace
 
 __all__ = ["made_program"]
+
+OTHERWISE = "the model returns something else than tensors, and its states, in a tuple or list"
 
 
 def made_program(
@@ -80,10 +83,18 @@ def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
         out = model(x)
     if isinstance(out, Tensor):
         return "tensor"
-    plain = isinstance(out, tuple | list) and all(isinstance(each, Tensor) for each in out)
-    if not plain or len(out) != len(lowered.program.outputs) or hasattr(out, "_fields"):
-        raise NotLowered("", "the model returns something else than tensors in a tuple or list")
-    return "list" if isinstance(out, list) else "tuple"
+    if not isinstance(out, tuple | list) or hasattr(out, "_fields"):
+        raise NotLowered("", OTHERWISE)
+    left, places = list(lowered.returns), []
+    for each in out:
+        tensors = [leaf for leaf in tree_flatten(each)[0] if isinstance(leaf, Tensor)]
+        kept, left = left[: len(tensors)], left[len(tensors) :]
+        if any(kept) and not isinstance(each, Tensor):
+            raise NotLowered("", OTHERWISE)
+        places.append("output" if any(kept) else "state")
+    if left or places.count("output") != len(lowered.program.outputs):
+        raise NotLowered("", OTHERWISE)
+    return f"{'list' if isinstance(out, list) else 'tuple'} {' '.join(places)}"
 
 
 def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> None:

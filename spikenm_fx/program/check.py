@@ -170,9 +170,11 @@ def _bits(address: int, tokens: int, size: int) -> Tensor:
 
 
 def _relative(given: Any, wanted: Any) -> float:
-    pairs = zip(*(v if isinstance(v, tuple | list) else (v,) for v in (given, wanted)), strict=True)
+    many = (v if isinstance(v, tuple | list) else (v,) for v in (given, wanted))
     worst = 0.0
-    for found, right in pairs:
+    for found, right in zip(*many, strict=True):
+        if found is None:  # a state, which the engine keeps
+            continue
         if found.shape != right.shape:
             return float("inf")
         off = float((found - right).norm() / right.norm().clamp_min(1e-12))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function, Lowered
@@ -14,7 +15,7 @@ from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Partial, Ref, State, Value
 from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.neurons import Returned
-from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed
+from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed, with_constant
 
 __all__ = ["FUNCTIONS"]
 
@@ -241,6 +242,9 @@ def _add(call: Call) -> Lowered:
         a, b = b, a
     if isinstance(b, int | float):
         return a if b == 0 else _scaled(call, a, 1.0, float(b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        own, ref = (a, b) if isinstance(a, Tensor) else (b, a)
+        return with_constant(call, ref, 1.0, own)
     added = _accumulated(call, a, b)
     return added if added is not None else _joined(call, 0)
 
@@ -265,6 +269,10 @@ def _sub(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if call.kwargs.get("alpha", 1) != 1:
         raise call.refuse("it subtracts a multiple (alpha=)")
+    if isinstance(b, Tensor):
+        return with_constant(call, a, 1.0, -b)
+    if isinstance(a, Tensor):
+        return with_constant(call, b, -1.0, a)
     if isinstance(b, int | float):
         return _scaled(call, a, 1.0, -float(b))
     if isinstance(a, int | float):
@@ -280,11 +288,16 @@ def _mul(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if isinstance(a, int | float):
         a, b = b, a
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        own, ref = (a, b) if isinstance(a, Tensor) else (b, a)
+        return with_constant(call, ref, own, 0.0)
     return _scaled(call, a, float(b), 0.0) if isinstance(b, int | float) else _joined(call, 2)
 
 
 def _div(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
+    if isinstance(b, Tensor) and bool((b != 0).all()) and not call.kwargs.get("rounding_mode"):
+        return with_constant(call, a, 1.0 / b, 0.0)
     if not isinstance(b, int | float) or not b or call.kwargs.get("rounding_mode"):
         raise call.refuse("it divides by something else than a number")
     if isinstance(a, Ref) and call.draft.time is not None and b == call.draft.time.size:
@@ -294,7 +307,7 @@ def _div(call: Call) -> Lowered:
     return _scaled(call, a, 1.0 / b, 0.0)
 
 
-def _scaled(call: Call, given: Any, factor: float, shift: float) -> Ref:
+def _scaled(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
     if not isinstance(given, Ref):
         raise call.refuse("it works on what is no value of the program")
     step = call.draft.step_of(call.where, given)

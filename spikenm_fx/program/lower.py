@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM, is_weight_layer
@@ -32,6 +33,8 @@ from spikenm_fx.trace.analysis.ops import module_family, op_name
 
 __all__ = ["Lowered", "Probe", "lower"]
 
+_PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
+_LAYERS = ("linear", "conv1d", "conv2d")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 
 
@@ -80,6 +83,8 @@ class Lowered:
         packed: the weights, by layer.
         tensors: biases, scales and neuron parameters, by name.
         probes: what each neuron is given, by the number of its operation.
+        returns: of each thing that the model returns whether it is an output; the others are
+            states, which a program keeps itself.
     """
 
     def __init__(
@@ -88,8 +93,10 @@ class Lowered:
         packed: dict[str, PackedWeight],
         tensors: dict[str, Tensor],
         probes: dict[int, Probe],
+        returns: tuple[bool, ...],
     ) -> None:
         self.program, self.packed, self.tensors, self.probes = program, packed, tensors, probes
+        self.returns = returns
 
 
 def lower(
@@ -131,6 +138,7 @@ class _Lowering:
         self.env: dict[fx.Node, Any] = {}
         self.input: Ref | None = None
         self.outputs: list[Ref] = []
+        self.returns: list[bool] = []
 
     def run(self) -> Lowered:
         if hooked(self.model):
@@ -143,7 +151,8 @@ class _Lowering:
         self.layers.store()
         program = self._program()
         probes = {number: self._probe(*seen) for number, seen in self.neurons.inputs.items()}
-        return Lowered(program, self.layers.packed, self.draft.tensors, probes)
+        tensors, returns = self.draft.tensors, tuple(self.returns)
+        return Lowered(program, self.layers.packed, tensors, probes, returns)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
@@ -177,22 +186,64 @@ class _Lowering:
             )
         if name in _ZEROS:
             return REST
+        constant = self._constant(node)
+        if constant is not None:
+            return constant
+        if name in _LAYERS:
+            return self._functional(self._call(node, where), name)
         if name not in FUNCTIONS:
             if not node.users:
                 return None
             raise NotLowered(where, "this operation has none in a program")
         return FUNCTIONS[name](self._call(node, where))
 
+    def _constant(self, node: fx.Node) -> Any:
+        """What comes of tensors of the model alone, such as a view of a parameter; else None."""
+        args, kwargs = self._values(node.args), self._values(node.kwargs)
+        leaves = tree_flatten((args, kwargs))[0]
+        known = all(x is None or x is Ellipsis or isinstance(x, _PLAIN) for x in leaves)
+        if not known or not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
+        if not callable(node.target) or "rand" in op_name(node):
+            return None
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def _functional(self, call: Call, kind: str) -> Ref:
+        """``F.linear`` or ``F.conv`` with a parameter of the model."""
+        weight, bias = call.get(1, "weight"), call.get(2, "bias")
+        names = {id(p): n for n, p in self.model.named_parameters(remove_duplicate=False)}
+        if not isinstance(weight, nn.Parameter) or id(weight) not in names:
+            raise call.refuse("its weight is no parameter of the model as it is")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise call.refuse("its bias is computed in the forward")
+        layer: Any
+        if kind == "linear":
+            layer = nn.Linear(1, 1, bias=bias is not None)
+        else:
+            make = nn.Conv1d if kind == "conv1d" else nn.Conv2d
+            options = ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)
+            given = {n: call.get(i, n, d) for i, (n, d) in enumerate(options, 3)}
+            out, inner, *kernel = weight.shape
+            size: Any = tuple(kernel)
+            layer = make(inner * given["groups"], out, size, bias=bias is not None, **given)
+        layer.weight = weight
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        assert call.shape is not None
+        return self.layers.layer(names[id(weight)], layer.eval(), call.ref(), call.shape)
+
     def _call(self, node: fx.Node, where: str) -> Call:
         info = node.meta.get("value")
         shape = None if info is None else info.shape
         args = tuple(self._values(arg) for arg in node.args)
-        kwargs = {key: self._values(value) for key, value in node.kwargs.items()}
-        return Call(self.draft, node, where, args, kwargs, shape)
+        return Call(self.draft, node, where, args, self._values(node.kwargs), shape)
 
     def _values(self, arg: Any) -> Any:
         if isinstance(arg, fx.Node):
             return _renewed(self.env[arg])
+        if isinstance(arg, dict):
+            return {key: self._values(value) for key, value in arg.items()}
         if isinstance(arg, tuple | list):
             items = [self._values(a) for a in arg]
             return items if isinstance(arg, list) else tuple(items)
@@ -218,7 +269,8 @@ class _Lowering:
         found: Any = self.model
         for part in target.split("."):
             found = getattr(found, part, None)
-        if isinstance(found, Tensor) and not bool(found.any()):
+        is_state = isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
+        if is_state and not bool(found.any()):
             return REST
         return found
 
@@ -253,7 +305,11 @@ class _Lowering:
             given = (given.spikes, given.state)
         many = isinstance(given, tuple | list)
         for each in given if many else (given,):
-            self.outputs.append(self._port(each))
+            self.returns.append(not (many and _is_state(each)))
+            if self.returns[-1]:
+                self.outputs.append(self._port(each))
+        if not self.outputs:
+            raise NotLowered("", "the model returns nothing but states")
 
     def _port(self, given: Any) -> Ref:
         if isinstance(given, State):
@@ -343,6 +399,13 @@ class _Lowering:
             else Role.CHANNEL
         )
         return Axis(role, atom.size, joined)
+
+
+def _is_state(given: Any) -> bool:
+    """States, lists of them, and places where there is none."""
+    if isinstance(given, tuple | list):
+        return all(map(_is_state, given))
+    return given is None or isinstance(given, State)
 
 
 def _renewed(found: Any) -> Any:

@@ -12,15 +12,67 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from spikenm_fx.program.axes import Atom, Axes, Layout, regrouped, size_of
+from spikenm_fx.program.axes import Atom, Axes, Layout, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Ref, Value
 from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.strided import COPY, MULTIPLY, Group, distances, laid_out, nested, strided
 
-__all__ = ["PRODUCTS", "broadcast", "summed"]
+__all__ = ["PRODUCTS", "broadcast", "sliced", "summed", "with_constant"]
+
+
+def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
+    """``factor * given + shift`` with tensors of the model, which are the same in every token.
+
+    Args:
+        call: the operation.
+        given: a value of the program.
+        factor: a number, or a tensor that torch would broadcast with ``given``.
+        shift: alike.
+    """
+    if not isinstance(given, Ref):
+        raise call.refuse("it works on what is no value of the program")
+    if given.value.layout.channels is None:
+        raise call.refuse("it comes before any layer, so that its channels are not known")
+    step = call.draft.step_of(call.where, given)
+    rows = [_per_number(call, given, torch.as_tensor(x)) for x in (factor, shift)]
+    size = max(row.numel() for row in rows)
+    if size > 1:
+        whole = math.prod(given.value.layout.size)
+        rows = [row.expand(size) if row.numel() == 1 else row for row in rows]
+        rows = [r if r.numel() == size else r.repeat(whole // r.numel()) for r in rows]
+    return Ref(call.draft.scaled(given, *rows), given.axes, step)
+
+
+def _per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
+    """One number, one for each channel, or one for each number of a token, as these lie."""
+    constant = constant.detach().float()
+    if constant.numel() == 1:
+        return constant.reshape(1)
+    layout = ref.value.layout
+    if constant.dim() > len(ref.axes):
+        raise call.refuse("a tensor of the model has more axes than what it works on")
+    constant = constant.reshape((1,) * (len(ref.axes) - constant.dim()) + tuple(constant.shape))
+    atoms = [a for g in ref.axes for a in g if a in layout.features]
+    seen: set[Atom] = set()
+    sizes: list[int] = []
+    for group, size in zip(ref.axes, constant.shape, strict=True):
+        inner = [a for a in group if a in layout.features]
+        if size != 1 and (len(inner) != len(group) or size != size_of(group)):
+            raise call.refuse("a tensor of the model differs between time steps or samples")
+        seen |= set(inner) if size != 1 else set()
+        sizes += [a.size if size != 1 else 1 for a in inner]
+    pixels = [a for a in (layout.height, layout.width) if a in atoms]
+    moves = pixels if seen & set(pixels) else []
+    order = [*moves, *(a for a in layout.channels or () if a in atoms)]
+    table = constant.reshape(sizes)
+    whole = [a.size if a in order else 1 for a in atoms]
+    rest = [a for a in atoms if a not in order]
+    places = [atoms.index(a) for a in (*order, *rest)]
+    return table.expand(whole).permute(places).reshape(-1)
 
 
 def matmul(call: Call) -> Ref:
@@ -163,8 +215,7 @@ def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
         return ref
     if start % size or whole % size:
         raise call.refuse("it selects a part of an axis that is none of several equal ones")
-    shape = tuple(size_of(g) for g in (*ref.axes[:axis], *ref.axes[axis + 1 :]))
-    cut = regrouped(ref.axes, (*shape[:axis], whole // size, size, *shape[axis:]), call.draft.split)
+    cut = unflattened(ref.axes, axis, (whole // size, size), call.draft.split)
     if cut is None:
         raise call.refuse("it selects a part of an axis of pixels")
     step = call.draft.step_of(call.where, ref)
@@ -245,8 +296,7 @@ def _mean_of_neighbours(call: Call) -> Ref:
         raise call.refuse("its windows overlap, or do not cover the axis")
     if ref.value.layout.channels is None:
         see_features(call.where, ref, 1)
-    shape = tuple(map(size_of, ref.axes[:-1]))
-    cut = regrouped(ref.axes, (*shape, whole // kernel, kernel), call.draft.split)
+    cut = unflattened(ref.axes, -1, (whole // kernel, kernel), call.draft.split)
     if cut is None:
         raise call.refuse("it takes the mean over a part of an axis of pixels")
     return summed(call, replace(ref.renewed(), axes=cut), [len(cut) - 1], mean=True, keep=False)
