@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.zoo import ZOO, Case
 from spikenm_fx.pack import PackedLayer, native_status, pack, pack_weight
 from spikenm_fx.pack.check.agreement import OUTPUT, ROUNDING, TIES, Agreement, agreement
-from spikenm_fx.pack.check.forced import NeuronDifference
+from spikenm_fx.pack.check.difference import NeuronDifference
 from spikenm_fx.pattern import NM
 
 native = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")

@@ -68,6 +68,23 @@ def test_the_tutorial_in_c_classifies_a_stream(tmp_path: Path) -> None:
     assert int(done.stdout) == int(votes.argmax())
 
 
+def test_the_tutorial_in_c_takes_frames_and_classes_of_any_number(tmp_path: Path) -> None:
+    """More of both than any array of a fixed size would hold."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), RuleNeuron(STEP)).eval()
+    frames = torch.rand(3, 1, 1, 200, 400)
+    engine = program(model, frames[0])
+    engine.save(tmp_path / "net.snm")
+    votes = sum(engine.step(frame) for frame in frames)
+    assert isinstance(votes, Tensor)
+    assert votes.numel() > 1 << 16
+    out = compiled(TUTORIAL, tmp_path / "stream", "-x", "c", "-std=c99", "-Wall", "-Werror")
+    done = subprocess.run(
+        [out, tmp_path / "net.snm"], input=frames.numpy().tobytes(), capture_output=True, check=True
+    )
+    assert int(done.stdout) == int(votes.flatten().argmax())
+
+
 def saved(tmp_path: Path) -> tuple[Engine, Tensor]:
     engine, x = program(sequence(LIF), torch.rand(5, 2, 20)), torch.rand(5, 2, 20)
     engine.save(tmp_path / "net.snm")

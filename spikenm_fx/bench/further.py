@@ -32,7 +32,7 @@ from spikenm_fx.bench.tracing import measure
 from spikenm_fx.bench.zoo import Case
 from spikenm_fx.errors import PlanError
 from spikenm_fx.pack import packing
-from spikenm_fx.pack.check.forced import difference
+from spikenm_fx.pack.check.difference import difference
 
 __all__ = ["FurtherRow", "main", "row_of"]
 

@@ -60,19 +60,30 @@ engine and model neuron by neuron, each on the model's own spikes, and tells suc
 products in it run packed (:mod:`spikenm_fx.pack.engine.products`).
 """
 
-from spikenm_fx.native.library import NativeStatus, native_status
-from spikenm_fx.pack.api import pack, packing
-from spikenm_fx.pack.engine.layer import PackedLayer
-from spikenm_fx.pack.summary import (
-    PackedLayerReport,
-    PackedNeuronReport,
-    PackReport,
-    Proof,
-    WholeForward,
-)
-from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
-from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
-from spikenm_fx.pack.weights.models import save_packed_model, tightest_plan, unpacked_state
+from typing import TYPE_CHECKING
+
+from spikenm_fx._lazy import attach
+
+if TYPE_CHECKING:
+    from spikenm_fx.native.library import NativeStatus, native_status
+    from spikenm_fx.pack.api import pack, packing
+    from spikenm_fx.pack.engine.layer import PackedLayer
+    from spikenm_fx.pack.summary import (
+        PackedLayerReport,
+        PackedNeuronReport,
+        PackReport,
+        PartReport,
+        Proof,
+        WholeForward,
+    )
+    from spikenm_fx.pack.weights.files import is_packed, load_packed, save_packed
+    from spikenm_fx.pack.weights.format import (
+        LayerGeometry,
+        PackedWeight,
+        pack_weight,
+        unpack_weight,
+    )
+    from spikenm_fx.pack.weights.models import save_packed_model, tightest_plan, unpacked_state
 
 __all__ = [
     "LayerGeometry",
@@ -82,6 +93,7 @@ __all__ = [
     "PackedLayerReport",
     "PackedNeuronReport",
     "PackedWeight",
+    "PartReport",
     "Proof",
     "WholeForward",
     "is_packed",
@@ -96,3 +108,14 @@ __all__ = [
     "unpack_weight",
     "unpacked_state",
 ]
+
+_HOMES = {
+    "native.library": "NativeStatus native_status",
+    "pack.api": "pack packing",
+    "pack.engine.layer": "PackedLayer",
+    "pack.summary": "PackReport PackedLayerReport PackedNeuronReport PartReport Proof WholeForward",
+    "pack.weights.files": "is_packed load_packed save_packed",
+    "pack.weights.format": "LayerGeometry PackedWeight pack_weight unpack_weight",
+    "pack.weights.models": "save_packed_model tightest_plan unpacked_state",
+}
+attach(__name__, {n: f"spikenm_fx.{home}" for home, names in _HOMES.items() for n in names.split()})

@@ -3,31 +3,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.masks.attach import masked_weights
-from spikenm_fx.pack.builder import EngineBuilder
-from spikenm_fx.pack.check.proof import prove
-from spikenm_fx.pack.copying import copy_at_rest, unregister
-from spikenm_fx.pack.engine.choose import choose
-from spikenm_fx.pack.engine.layer import PackedLayer
-from spikenm_fx.pack.forms import Forms
-from spikenm_fx.pack.summary import PackReport, Proof
+from spikenm_fx.pack.summary import PackReport
 from spikenm_fx.pattern import NM, PatternLike, quantised_weights
-from spikenm_fx.state import preserved_records
 
 __all__ = ["pack", "packing"]
-
-NO_EXAMPLES = (
-    "No example inputs were given: nothing was measured, fused or compared, and every layer runs "
-    "dense; call pack(model, example_inputs)."
-)
 
 
 def pack(
@@ -38,7 +26,7 @@ def pack(
     dtype: torch.dtype | None = None,
     nm: PatternLike | None = None,
     check: bool = True,
-    program: bool = False,
+    program: bool | Literal["auto"] = False,
 ) -> nn.Module:
     """An inference copy of ``model`` that runs on packed weights.
 
@@ -79,11 +67,16 @@ def pack(
         nm: refuse layers that the model sparsified to another pattern: each layer that is not
             entirely dense must be ``nm``.
         check: compare the engine with the model on the examples.
-        program: lower the whole network to one native program, an
+        program: ``True`` lowers the whole network to one native program, an
             :class:`~spikenm_fx.program.engine.Engine` with ``step``, ``reset`` and ``save``, which
-            keeps its states itself and is no longer of the model's class; ``backend`` does not
-            matter then.  Where a part has no operation (see :mod:`spikenm_fx.program`), the engine
-            is the one without ``program``, and a warning and the report's note say which and why.
+            keeps its states itself; ``backend`` does not matter then.  It is no instance of the
+            model's class, has none of its attributes, and the framework's own reset does not reach
+            it: that is why it is not the default.  Where a part has no operation (see
+            :mod:`spikenm_fx.program`), the engine is the one without ``program`` in which the
+            largest parts that have one are programs
+            (:class:`~spikenm_fx.program.part.ProgramPart`); a warning and the report's ``parts``
+            say which, why, and what each costs.  ``"auto"`` makes both where it can, and returns
+            whichever gains more on the examples, without a warning.
 
     Returns:
         The copy, in eval mode, or the program; :func:`packing` gives its report.
@@ -94,73 +87,16 @@ def pack(
     """
     _refuse(model)
     args = _arguments(example_inputs)
-    why = ""
-    if program:
-        from spikenm_fx.pack.programs import program_of, without_program
+    pattern = None if nm is None else NM.parse(nm)
+    if program is True or (program == "auto" and args is not None and backend == "auto"):
+        from spikenm_fx.pack.chosen import with_program
 
-        pattern = None if nm is None else NM.parse(nm)
-        made, why = program_of(model, args, dtype=dtype, nm=pattern, check=check)
-        if made is not None:
-            return made
-    engine = copy_at_rest(model)
-    with preserved_records(model, engine):
-        report = _build(model, engine, args, backend, dtype, nm, check=check)
-    engine.__dict__["_spikenm_packing"] = without_program(report, why) if why else report
-    return engine
+        auto = program == "auto"
+        return with_program(model, args, backend, dtype, pattern, check=check, auto=auto)
+    # what runs without a program need not be imported where there is one
+    from spikenm_fx.pack.copied import packed_copy
 
-
-def _build(
-    model: nn.Module,
-    engine: nn.Module,
-    args: tuple[Any, ...] | None,
-    backend: str | Mapping[str, str],
-    dtype: torch.dtype | None,
-    nm: PatternLike | None,
-    *,
-    check: bool,
-) -> PackReport:
-    builder = EngineBuilder(engine, args, dtype, None if nm is None else NM.parse(nm))
-    builder.replace_layers()
-    if args is None:
-        choose(engine, None, builder.layers, backend)
-        return replace(builder.report(), note=NO_EXAMPLES)
-    builder.fuse()
-    builder.put_back_unmultiplied()
-    reference = copy_at_rest(model)
-    try:
-        if dtype is not None:
-            builder.round_alike(reference)
-        return _settle(builder, reference, args, backend, check=check)
-    finally:
-        unregister(reference)
-
-
-def _settle(
-    builder: EngineBuilder,
-    reference: nn.Module,
-    args: tuple[Any, ...],
-    backend: str | Mapping[str, str],
-    *,
-    check: bool,
-) -> PackReport:
-    """Choose how each layer runs, prove the engine right, and let its fastest form run."""
-    engine, forms, auto = builder.engine, Forms(builder), backend == "auto"
-    proof: Proof | None = None
-    try:
-        choose(engine, args, builder.layers, backend)
-    except Exception as error:  # the forward does not run with what became of its layers
-        if not (check and auto) or not builder.layers:
-            raise
-        proof = prove(builder, reference, args)
-        if not proof.put_back:
-            raise error
-        choose(engine, args, builder.layers, backend)
-    if check:
-        proof = prove(builder, reference, args, before=proof)
-    whole = forms.fastest(reference, args) if auto else None
-    forms.finish()
-    note = "" if auto else "The backend was given, so that the whole forward was not timed."
-    return replace(builder.report(), whole=whole, proof=proof, note=note)
+    return packed_copy(model, args, backend, dtype, pattern, check=check)
 
 
 def packing(engine: nn.Module) -> PackReport:
@@ -189,7 +125,10 @@ def _refuse(model: nn.Module) -> None:
             "N:M floats to pack; pack the folded model before torch quantises it, with "
             "dtype=torch.int8 for weights of 8 bits"
         )
-    packed = next((n for n, m in model.named_modules() if isinstance(m, PackedLayer)), None)
+    known = sys.modules.get("spikenm_fx.pack.engine.layer")  # else nobody has packed anything
+    packed = next(
+        (n for n, m in model.named_modules() if known and isinstance(m, known.PackedLayer)), None
+    )
     if packed is not None:
         raise PackError(f"{packed} is packed already; pack the model that this engine was made of")
     for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spikenm_fx import surgery
 from spikenm_fx.errors import PackError, TraceError
+from spikenm_fx.pack.eligible import computes_torchs, hooked
 from spikenm_fx.pack.engine.choose import LayerDraft
 from spikenm_fx.pack.engine.fused import fuse_neuron, release_neuron
 from spikenm_fx.pack.engine.layer import PackedLayer
@@ -22,7 +23,7 @@ from spikenm_fx.pack.engine.norms import (
     norms_behind_layers,
 )
 from spikenm_fx.pack.engine.products import PackedProducts
-from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept, why_neuron_kept
+from spikenm_fx.pack.kept import why_layer_kept, why_neuron_kept
 from spikenm_fx.pack.summary import PackedLayerReport, PackedNeuronReport, PackReport
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern

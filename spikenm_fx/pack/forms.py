@@ -7,8 +7,7 @@ at each view of them, which small networks do not win back.  So the whole forwar
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import tree_map
-from spikenm_fx.pack.engine.choose import typical
 from spikenm_fx.pack.engine.fused import fuse_neuron, release_neuron
 from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
-from spikenm_fx.pack.engine.meter import Meter
 from spikenm_fx.pack.summary import GAINS, WholeForward
+from spikenm_fx.pack.turns import rounds, runs_of, spent_in, typical
 from spikenm_fx.state import preserved
 
 if TYPE_CHECKING:
     from spikenm_fx.pack.builder import EngineBuilder
 
-__all__ = ["Forms", "take_turns"]
+__all__ = ["Forms"]
 
-ROUNDS = 3
-MOST_ROUNDS = 40
-SECONDS = 0.4  # for more rounds than ROUNDS
-TURN = 0.004  # seconds that a turn takes at least: small networks run several times in it
-MOST_RUNS = 12
 LONG = 0.05  # seconds of a forward that does not show whether caches were warm before
 MODEL = "model"
 
@@ -111,7 +104,7 @@ class Forms:
         engine, ways = self.builder.engine, (MODEL, *forms)
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         runs, slow = 0, 0.0
-        for counted in _rounds():
+        for counted in rounds():
             for way in ways:
                 if way != MODEL:
                     rest()  # state lies in memory as the form that made it left it
@@ -119,8 +112,8 @@ class Forms:
                 module = reference if way == MODEL else engine
                 if slow < LONG:
                     module(*args)  # caches are warm, as in any loop over batches
-                runs = runs or _runs(module, args)
-                spent = _spent(module, args, runs)
+                runs = runs or runs_of(module, args)
+                spent = spent_in(module, args, runs)
                 slow = max(slow, spent)
                 if counted:
                     seconds[way].append(spent)
@@ -159,51 +152,6 @@ class Forms:
             if draft.neuron:
                 draft.note = f"Its neuron {draft.neuron} is not fused with it. {reason}"
             draft.neuron = ""
-
-
-def take_turns(ways: Mapping[str, nn.Module], args: tuple[Any, ...]) -> dict[str, float]:
-    """Seconds of one forward of each module, taking turns.
-
-    Args:
-        ways: modules by name; the first says how many forwards a turn has.
-        args: of each forward.
-    """
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    runs = 0
-    for counted in _rounds():
-        for way, module in ways.items():
-            module(*args)
-            runs = runs or _runs(module, args)
-            spent = _spent(module, args, runs)
-            if counted:
-                seconds[way].append(spent)
-    return {way: typical(spent) for way, spent in seconds.items()}
-
-
-def _rounds() -> Iterator[bool]:
-    """Whether each round counts: not the first."""
-    yield False
-    start = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= ROUNDS and time.perf_counter() - start > SECONDS:
-            return
-        yield True
-
-
-def _runs(module: nn.Module, args: tuple[Any, ...]) -> int:
-    return max(1, min(MOST_RUNS, int(TURN / max(_spent(module, args, 1), 1e-6))))
-
-
-def _spent(module: nn.Module, args: tuple[Any, ...], runs: int) -> float:
-    """Seconds of one forward, of several in a row."""
-    meter = Meter()
-
-    def call() -> None:
-        for _ in range(runs):
-            module(*args)
-
-    meter.measure(call)
-    return meter.seconds / runs
 
 
 def _plain_outputs(_engine: nn.Module, _args: Any, output: Any) -> Any:

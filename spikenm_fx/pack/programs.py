@@ -1,20 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``pack(model, x, program=True)``: lower, compare, measure; or say why there is no program."""
+"""A model as a program: lowered, compared with the model, and measured beside it."""
 
 from __future__ import annotations
 
 import math
 import time
-import warnings
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.errors import PackError, SpikeNMWarning, TraceError
-from spikenm_fx.pack.copying import copy_at_rest, unregister
-from spikenm_fx.pack.forms import take_turns
+from spikenm_fx._torch import tree_flatten
+from spikenm_fx.errors import PackError, TraceError
 from spikenm_fx.pack.summary import (
     PackedLayerReport,
     PackedNeuronReport,
@@ -22,6 +19,7 @@ from spikenm_fx.pack.summary import (
     Proof,
     WholeForward,
 )
+from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pack.weights.format import PackedWeight, unpack_weight
 from spikenm_fx.pattern import NM
 from spikenm_fx.program.check import compared
@@ -32,43 +30,12 @@ from spikenm_fx.program.lower import Lowered, lower
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import trace
 
-__all__ = ["program_of"]
+__all__ = ["made_program"]
+
+OTHERWISE = "the model returns something else than tensors, and its states, in a tuple or list"
 
 
-def program_of(
-    model: nn.Module,
-    args: tuple[Any, ...] | None,
-    *,
-    dtype: torch.dtype | None,
-    nm: NM | None,
-    check: bool,
-) -> tuple[Engine | None, str]:
-    """The engine that is a program, with its report; or None, and why there is none.
-
-    Args:
-        model: folded, on the CPU; it is left as it is.
-        args: the example inputs.
-        dtype: of the stored weights, or None.
-        nm: what each layer must be that is not dense, or None.
-        check: compare the program with the model.
-
-    Raises:
-        PackError: for weights that cannot be packed, or no examples.
-    """
-    if args is None:
-        raise PackError("a program is made from example inputs: pack(model, x, program=True)")
-    copied = copy_at_rest(model)
-    try:
-        return _made(copied, args, dtype, nm, check=check), ""
-    except NotLowered as error:
-        why = f"There is no program of this network. {error}"
-        warnings.warn(f"pack: {why} It runs without one.", SpikeNMWarning, stacklevel=3)
-        return None, why
-    finally:
-        unregister(copied)
-
-
-def _made(
+def made_program(
     model: nn.Module,
     args: tuple[Any, ...],
     dtype: torch.dtype | None,
@@ -76,6 +43,19 @@ def _made(
     *,
     check: bool,
 ) -> Engine:
+    """The engine of a model with its report.
+
+    Args:
+        model: folded, on the CPU, at rest; it is left so.
+        args: the example inputs.
+        dtype: of the stored weights, or None.
+        nm: what each layer must be that is not dense, or None.
+        check: compare the program with the model.
+
+    Raises:
+        NotLowered: where there is none, and why.
+        PackError: for weights that cannot be packed.
+    """
     if len(args) != 1 or not isinstance(args[0], Tensor):
         raise NotLowered("", "the model takes more than one tensor; a program takes one")
     x = args[0]
@@ -103,10 +83,18 @@ def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
         out = model(x)
     if isinstance(out, Tensor):
         return "tensor"
-    plain = isinstance(out, tuple | list) and all(isinstance(each, Tensor) for each in out)
-    if not plain or len(out) != len(lowered.program.outputs) or hasattr(out, "_fields"):
-        raise NotLowered("", "the model returns something else than tensors in a tuple or list")
-    return "list" if isinstance(out, list) else "tuple"
+    if not isinstance(out, tuple | list) or hasattr(out, "_fields"):
+        raise NotLowered("", OTHERWISE)
+    left, places = list(lowered.returns), []
+    for each in out:
+        tensors = [leaf for leaf in tree_flatten(each)[0] if isinstance(leaf, Tensor)]
+        kept, left = left[: len(tensors)], left[len(tensors) :]
+        if any(kept) and not isinstance(each, Tensor):
+            raise NotLowered("", OTHERWISE)
+        places.append("output" if any(kept) else "state")
+    if left or places.count("output") != len(lowered.program.outputs):
+        raise NotLowered("", OTHERWISE)
+    return f"{'list' if isinstance(out, list) else 'tuple'} {' '.join(places)}"
 
 
 def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> None:
@@ -170,8 +158,3 @@ def _row(name: str, packed: PackedWeight, neuron: str) -> PackedLayerReport:
         packed_bytes=packed.nbytes,
         resident_bytes=packed.nbytes + dense,
     )
-
-
-def without_program(report: PackReport, why: str) -> PackReport:
-    """The report of an engine that was to be a program and is none."""
-    return replace(report, note=" ".join(part for part in (report.note, why) if part))

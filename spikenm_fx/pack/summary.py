@@ -14,6 +14,7 @@ __all__ = [
     "PackReport",
     "PackedLayerReport",
     "PackedNeuronReport",
+    "PartReport",
     "Proof",
     "WholeForward",
 ]
@@ -86,7 +87,7 @@ class WholeForward:
         engine: milliseconds of the engine, alike.
         form: which form of the engine was fastest: ``"fused"``, ``"unfused"`` (packed layers, and
             neurons as they were) or ``"torch"`` (every layer dense); ``"program"`` where the
-            engine is one (see :mod:`spikenm_fx.program`).
+            engine is one (see :mod:`spikenm_fx.program`), ``"parts"`` where parts of it are.
     """
 
     model: float
@@ -97,6 +98,31 @@ class WholeForward:
     def gain(self) -> float:
         """How many times faster the engine is."""
         return self.model / self.engine
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """A part of an engine that is a program, or that is none.
+
+    Attributes:
+        names: of the modules that it is, or stands for; ``""`` is the whole model.
+        reason: why it has no program; "" where it is one.
+        milliseconds: that one forward spends in it, other parts inside it not counted.
+        gain: how many times faster the program is than the modules were; None where there is none.
+    """
+
+    names: tuple[str, ...]
+    reason: str
+    milliseconds: float
+    gain: float | None = None
+
+    def __str__(self) -> str:
+        name = self.names[0] or "the rest of the model"
+        name += f" and {len(self.names) - 1} more behind it" if len(self.names) > 1 else ""
+        spent = f"{self.milliseconds:.3g} ms of a forward"
+        if not self.reason:
+            return f"{name}: a program, {self.gain:.2f}x as fast as before; {spent}."
+        return f"{name}: no program, as {self.reason}; {spent}."
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +150,8 @@ class PackReport:
         whole: times of the whole forward; None where they were not measured.
         proof: of the comparison with the model; None where there was none.
         note: what was not done, and why.
+        parts: which parts run as programs, and why others do not; empty where that was not asked
+            for, or where all is one program.
     """
 
     layers: tuple[PackedLayerReport, ...]
@@ -131,6 +159,7 @@ class PackReport:
     whole: WholeForward | None = None
     proof: Proof | None = None
     note: str = ""
+    parts: tuple[PartReport, ...] = ()
 
     @property
     def choices(self) -> dict[str, str]:
@@ -146,6 +175,7 @@ class PackReport:
             "whole": None if whole is None else asdict(whole) | {"gain": whole.gain},
             "proof": None if self.proof is None else asdict(self.proof),
             "note": self.note,
+            "parts": [asdict(part) for part in self.parts],
         }
 
     @property
@@ -169,6 +199,7 @@ class PackReport:
             lines.append(
                 f"Compared with the model {proof.rounds} time(s), in {proof.seconds:.2g} s{back}."
             )
+        lines += map(str, self.parts)
         lines += [f"{n.name}: {n.note}" for n in self.neurons if n.note]
         return lines
 

@@ -9,10 +9,21 @@ of one size runs on other sizes.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeAlias
 
-__all__ = ["Atom", "Axes", "Layout", "flattened", "regrouped", "size_of", "unflattened"]
+__all__ = [
+    "Atom",
+    "Axes",
+    "Layout",
+    "Split",
+    "flattened",
+    "fresh",
+    "regrouped",
+    "size_of",
+    "unflattened",
+]
 
 
 @dataclass(eq=False, slots=True)
@@ -22,12 +33,16 @@ class Atom:
     Attributes:
         size: in the example.
         label: for messages.
+        parts: what it was split into after all, outermost first.
     """
 
     size: int
     label: str = ""
+    parts: tuple[Atom, ...] = ()
 
 
+Split: TypeAlias = Callable[["Atom", int], bool]
+"""Cuts an atom, whose outer part gets a size; False where the atom must stay whole."""
 Axes: TypeAlias = tuple[tuple[Atom, ...], ...]
 """The axes of a tensor, each a group of atoms; an empty group is an axis of size 1."""
 
@@ -79,15 +94,29 @@ def flattened(axes: Axes, start: int, end: int) -> Axes:
     return (*axes[:start], joined, *axes[end + 1 :])
 
 
-def unflattened(axes: Axes, at: int, sizes: tuple[int, ...]) -> Axes | None:
+def fresh(group: tuple[Atom, ...]) -> tuple[Atom, ...]:
+    """The same axis in the atoms that some of its atoms were split into since."""
+    return tuple(part for a in group for part in (fresh(a.parts) if a.parts else (a,)))
+
+
+def unflattened(
+    axes: Axes, at: int, sizes: tuple[int, ...], split: Split | None = None
+) -> Axes | None:
     """``axes`` with one of them split into axes of ``sizes``; None where that cuts an atom."""
     at %= len(axes)
-    parts = regrouped((axes[at],), sizes)
+    parts = regrouped((axes[at],), sizes, split)
+    axes = tuple(map(fresh, axes))
     return None if parts is None else (*axes[:at], *parts, *axes[at + 1 :])
 
 
-def regrouped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
-    """The same atoms in the same order as axes of ``shape``; None where that cuts an atom."""
+def regrouped(axes: Axes, shape: tuple[int, ...], split: Split | None = None) -> Axes | None:
+    """The same atoms in the same order as axes of ``shape``; None where that cuts an atom.
+
+    Args:
+        axes: as they are.
+        shape: as they shall be.
+        split: cuts an atom into an outer and an inner part, or says that it must stay whole.
+    """
     atoms = [atom for group in axes for atom in group]
     found: list[tuple[Atom, ...]] = []
     for size in shape:
@@ -96,6 +125,16 @@ def regrouped(axes: Axes, shape: tuple[int, ...]) -> Axes | None:
             group.append(atoms.pop(0))
         while size_of(tuple(group)) < size and atoms:
             group.append(atoms.pop(0))
+        if size_of(tuple(group)) != size:
+            last = group.pop() if group else None
+            outer = size // max(1, size_of(tuple(group)))
+            if last is None or split is None or not outer or last.size % outer:
+                return None
+            if not split(last, outer):
+                return None
+            first, *rest = last.parts
+            group.append(first)
+            atoms[:0] = rest
         if size_of(tuple(group)) != size:
             return None
         found.append(tuple(group))

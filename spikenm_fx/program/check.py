@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.check.agreement import Agreement
-from spikenm_fx.pack.check.forced import NeuronDifference, difference, first_margin
+from spikenm_fx.pack.check.difference import NeuronDifference, difference, first_margin
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.lower import Lowered, Probe
@@ -53,7 +53,7 @@ def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> A
     """
     _, time, free = engine._net.input()
     batch = next((n for i, n in enumerate(x.shape) if free[i] and i != time), None)
-    sizes = x.shape[time] if time >= 0 else 1, batch
+    sizes = x.shape[time] if time >= 0 else max(1, lowered.program.fixed_steps), batch
     neurons = [op for op in lowered.program.ops if op.code is Code.NEURON]
     calls = CALLS if any(not op.settings[FORGETS] for op in neurons) else 1
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
@@ -170,9 +170,11 @@ def _bits(address: int, tokens: int, size: int) -> Tensor:
 
 
 def _relative(given: Any, wanted: Any) -> float:
-    pairs = zip(*(v if isinstance(v, tuple | list) else (v,) for v in (given, wanted)), strict=True)
+    many = (v if isinstance(v, tuple | list) else (v,) for v in (given, wanted))
     worst = 0.0
-    for found, right in pairs:
+    for found, right in zip(*many, strict=True):
+        if found is None:  # a state, which the engine keeps
+            continue
         if found.shape != right.shape:
             return float("inf")
         off = float((found - right).norm() / right.norm().clamp_min(1e-12))

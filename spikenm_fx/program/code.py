@@ -56,6 +56,10 @@ class Code(IntEnum):
     JOIN: - mode (0 a + b, 1 a - b, 2 a * b, 3 (1 - a) * b).
     AFFINE: a factor and a shift.  RELU.  CONCAT: of channels.
     REDUCE: over time - mode (0 sum, 1 mean, 2 last step).
+    STRIDED: nested loops over numbers of a token (:mod:`spikenm_fx.program.strided`) - mode (as of
+    JOIN; 4 copies one operand), loops, five of (size, and how far output and operands move), offset
+    of the first operand.
+    NORM: over the channels of each pixel, as torch's layer norm: weight, bias and epsilon.
     """
 
     LAYER = 1
@@ -66,6 +70,8 @@ class Code(IntEnum):
     RELU = 6
     CONCAT = 7
     REDUCE = 8
+    STRIDED = 9
+    NORM = 10
 
 
 class Role(IntEnum):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.program.axes import Atom, Axes, Layout
+from spikenm_fx.program.axes import Atom, Axes, Layout, fresh
 from spikenm_fx.program.code import Code, Op
 
 __all__ = ["REST", "Draft", "NotLowered", "Partial", "Ref", "Rest", "State", "Value"]
@@ -57,6 +57,11 @@ class Ref:
     value: Value
     axes: Axes
     step: int | None = None
+
+    def renewed(self) -> Ref:
+        """The same, in the atoms that its atoms were split into since."""
+        axes = tuple(map(fresh, self.axes))
+        return self if axes == self.axes else replace(self, axes=axes)
 
     @property
     def atoms(self) -> tuple[Atom, ...]:
@@ -118,6 +123,22 @@ class Draft:
         made = Value(len(self.values), layout, bits)
         self.values.append(made)
         return made
+
+    def split(self, atom: Atom, outer: int) -> bool:
+        """Cut an axis of channels in two everywhere; False where it is another axis.
+
+        Args:
+            atom: to cut.
+            outer: size of its outer part.
+        """
+        layouts = {id(v.layout): v.layout for v in self.values if atom in v.layout.atoms}
+        if any(atom not in (layout.channels or ()) for layout in layouts.values()):
+            return False
+        first, last = Atom(outer, atom.label), Atom(atom.size // outer, atom.label)
+        atom.parts = (first, last)
+        for layout in layouts.values():
+            layout.atoms, layout.channels = fresh(layout.atoms), fresh(layout.channels or ())
+        return True
 
     def once(
         self, key: Hashable, make: Callable[[], tuple[Value, ...]], *refs: Ref

@@ -36,7 +36,8 @@ class Engine(nn.Module):
         self._content = content
         self._net = Net(content, name)
         about = _metadata(content)
-        self._result = about.get("result", "tensor")
+        self._result, _, places = about.get("result", "tensor").partition(" ")
+        self._places = [place == "output" for place in places.split()]
         self._operations: list[str] = json.loads(about["operations"])
         super().train(False)
 
@@ -62,7 +63,8 @@ class Engine(nn.Module):
             x: fp32 on the CPU, of the example's shape but for the number of steps and the batch.
 
         Returns:
-            What the model returns: a tensor, or a tuple or list of them.
+            What the model returns: a tensor, or a tuple or list of them; None in the place of
+            states, which the engine keeps itself.
 
         Raises:
             PackError: for an input that it does not take, by name.
@@ -111,7 +113,12 @@ class Engine(nn.Module):
         found = self._net.call(x, step=step, threads=torch.get_num_threads())
         if self._result == "tensor":
             return found[0]
-        return tuple(found) if self._result == "tuple" else found
+        if not all(self._places):  # a state that the model returns, and the engine keeps
+            outputs = iter(found)
+            given = [next(outputs) if is_output else None for is_output in self._places]
+        else:
+            given = list(found)
+        return tuple(given) if self._result == "tuple" else given
 
     def train(self, mode: bool = True) -> Engine:
         """Engines only run.

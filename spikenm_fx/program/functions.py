@@ -3,71 +3,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
-from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, unflattened
+from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
+from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import Code
-from spikenm_fx.program.draft import Draft, NotLowered, Partial, Ref, State, Value
+from spikenm_fx.program.draft import Partial, Ref, State, Value
 from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.neurons import Returned
+from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed, with_constant
 
-__all__ = ["FUNCTIONS", "Call"]
-
-
-class Call:
-    """One recorded operation with its operands.
-
-    Args:
-        draft: of the program.
-        node: as recorded.
-        where: for messages.
-        args: positional arguments, tensors as :class:`Ref`.
-        kwargs: the others.
-        shape: of the result; None where it is no tensor.
-    """
-
-    def __init__(
-        self,
-        draft: Draft,
-        node: fx.Node,
-        where: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        shape: tuple[int, ...] | None,
-    ) -> None:
-        self.draft, self.node, self.where, self.shape = draft, node, where, shape
-        self.args, self.kwargs = args, kwargs
-
-    def get(self, place: int, name: str, default: Any = None) -> Any:
-        """An argument by its place or its name."""
-        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
-
-    def refuse(self, why: str) -> NotLowered:
-        """The error for this operation."""
-        return NotLowered(self.where, why)
-
-    def ref(self, place: int = 0) -> Ref:
-        """A tensor argument.
-
-        Raises:
-            NotLowered: if it is something else.
-        """
-        given = self.args[place] if len(self.args) > place else None
-        if isinstance(given, Returned):
-            given = given.spikes
-        if not isinstance(given, Ref):
-            what = "a parameter or constant" if isinstance(given, Tensor) else repr(given)
-            raise self.refuse(f"it works on {what}, which is no value of the program")
-        return given
-
-
-Lowered: TypeAlias = Any
-Function: TypeAlias = Callable[[Call], Lowered]
+__all__ = ["FUNCTIONS"]
 
 
 def _same(call: Call) -> Lowered:
@@ -96,13 +46,13 @@ def _unflatten(call: Call) -> Ref:
     assert call.shape is not None
     count = len(call.shape) - len(ref.axes) + 1
     sizes = call.shape[at % len(ref.axes) : at % len(ref.axes) + count]
-    return _with(call, ref, unflattened(ref.axes, at, sizes))
+    return _with(call, ref, unflattened(ref.axes, at, sizes, call.draft.split))
 
 
 def _view(call: Call) -> Ref:
     ref = call.ref()
     assert call.shape is not None
-    return _with(call, ref, regrouped(ref.axes, call.shape))
+    return _with(call, ref, regrouped(ref.axes, call.shape, call.draft.split))
 
 
 def _with(call: Call, ref: Ref, axes: Axes | None) -> Ref:
@@ -143,6 +93,13 @@ def _transpose(call: Call) -> Ref:
     return replace(ref, axes=tuple(axes))
 
 
+def _movedim(call: Call) -> Ref:
+    ref = call.ref()
+    moved = torch.empty(tuple(range(2, 2 + len(ref.axes))), device="meta")
+    moved = moved.movedim(call.get(1, "source"), call.get(2, "destination"))
+    return replace(ref, axes=tuple(ref.axes[size - 2] for size in moved.shape))
+
+
 # -- time -----------------------------------------------------------------------------------------
 
 
@@ -158,13 +115,31 @@ def _getitem(call: Call) -> Lowered:
     places = index if isinstance(index, tuple) else (index,)
     if Ellipsis in places:
         raise call.refuse("it selects with an ellipsis; write x[t] or x[:, t]")
-    result = ref
-    for axis, place in reversed(list(enumerate(places))):
-        if isinstance(place, int):
-            result = _select(call, result, axis, place)
-        elif place != slice(None):
-            raise call.refuse("it selects a part of an axis; only single time steps are supported")
+    result, taken = ref, [place for place in places if place is not None]
+    for axis, place in reversed(list(enumerate(taken))):
+        result = _one_place(call, result, axis, place)
+    kept = [place for place in places if not isinstance(place, int)]
+    for axis, place in enumerate(kept):
+        if place is None:
+            result = replace(result, axes=(*result.axes[:axis], (), *result.axes[axis:]))
     return result
+
+
+def _one_place(call: Call, ref: Ref, axis: int, place: Any) -> Ref:
+    group = ref.axes[axis]
+    of_token = bool(group) and all(atom in ref.value.layout.features for atom in group)
+    if isinstance(place, int) and of_token:
+        part = sliced(call, ref, axis, place % size_of(group), 1).renewed()
+        return replace(part, axes=(*part.axes[:axis], *part.axes[axis + 1 :]))
+    if isinstance(place, int):
+        return _select(call, ref, axis, place)
+    if place == slice(None):
+        return ref
+    if isinstance(place, slice) and of_token:
+        start, stop, by = place.indices(size_of(group))
+        if by == 1:
+            return sliced(call, ref, axis, start, stop - start).renewed()
+    raise call.refuse("it selects a part of an axis; time steps and equal parts of channels work")
 
 
 def _select(call: Call, ref: Ref, axis: int, index: int) -> Ref:
@@ -185,17 +160,26 @@ def _unbind(call: Call) -> list[Ref]:
 
 
 def _take(call: Call) -> Ref:
-    return _select(call, call.ref(), call.get(1, "dim"), call.get(2, "index"))
+    ref = call.ref()
+    return _one_place(call, ref, call.get(1, "dim") % len(ref.axes), call.get(2, "index"))
 
 
 def _stack(call: Call) -> Ref:
     members, axis = call.args[0], call.get(1, "dim", 0)
     time = call.draft.time
-    if not members or not all(isinstance(m, Ref) for m in members) or time is None:
+    if not members or not all(isinstance(m, Ref) for m in members):
         raise call.refuse("it stacks what are no time steps")
     first = members[0]
-    whole = [m.step for m in members] == list(range(time.size))
-    if not whole or any(m.value is not first.value or m.axes != first.axes for m in members):
+    if all(m == first for m in members) and first.step is None and time is None:
+        call.draft.time, call.draft.constant_steps = Atom(len(members), "time"), len(members)
+        axis %= len(first.axes) + 1
+        return replace(first, axes=(*first.axes[:axis], (call.draft.time,), *first.axes[axis:]))
+    whole = time is not None and [m.step for m in members] == list(range(time.size))
+    if (
+        time is None
+        or not whole
+        or any(m.value is not first.value or m.axes != first.axes for m in members)
+    ):
         raise call.refuse("it stacks something else than all time steps of one value, in order")
     axis %= len(first.axes) + 1
     return Ref(first.value, (*first.axes[:axis], (time,), *first.axes[axis:]))
@@ -231,9 +215,11 @@ def _over(call: Call, *, mean: bool) -> Ref:
     gone = {atom for d in dims for atom in ref.axes[d]}
     if mean and pixels and gone == pixels:
         return _global_mean(call, ref, dims, keep=keep)
+    if ref.value.layout.channels is not None and gone <= set(ref.value.layout.features):
+        return summed(call, ref, dims, mean=mean, keep=keep)
     group = ref.axes[dims[0]]
     if len(dims) > 1 or len(group) != 1 or group[0] not in ref.value.layout.lead:
-        raise call.refuse("it reduces other axes than time, or all pixels")
+        raise call.refuse("it reduces other axes than time, or those of a token")
     if group[0] is not call.draft.time:
         call.draft.set_time(group[0], call.where)
     return _reduced(call, ref, 1 if mean else 0, keep=keep, axis=dims[0])
@@ -256,6 +242,9 @@ def _add(call: Call) -> Lowered:
         a, b = b, a
     if isinstance(b, int | float):
         return a if b == 0 else _scaled(call, a, 1.0, float(b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        own, ref = (a, b) if isinstance(a, Tensor) else (b, a)
+        return with_constant(call, ref, 1.0, own)
     added = _accumulated(call, a, b)
     return added if added is not None else _joined(call, 0)
 
@@ -280,6 +269,10 @@ def _sub(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if call.kwargs.get("alpha", 1) != 1:
         raise call.refuse("it subtracts a multiple (alpha=)")
+    if isinstance(b, Tensor):
+        return with_constant(call, a, 1.0, -b)
+    if isinstance(a, Tensor):
+        return with_constant(call, b, -1.0, a)
     if isinstance(b, int | float):
         return _scaled(call, a, 1.0, -float(b))
     if isinstance(a, int | float):
@@ -295,11 +288,16 @@ def _mul(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
     if isinstance(a, int | float):
         a, b = b, a
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        own, ref = (a, b) if isinstance(a, Tensor) else (b, a)
+        return with_constant(call, ref, own, 0.0)
     return _scaled(call, a, float(b), 0.0) if isinstance(b, int | float) else _joined(call, 2)
 
 
 def _div(call: Call) -> Lowered:
     a, b = call.args[0], call.args[1]
+    if isinstance(b, Tensor) and bool((b != 0).all()) and not call.kwargs.get("rounding_mode"):
+        return with_constant(call, a, 1.0 / b, 0.0)
     if not isinstance(b, int | float) or not b or call.kwargs.get("rounding_mode"):
         raise call.refuse("it divides by something else than a number")
     if isinstance(a, Ref) and call.draft.time is not None and b == call.draft.time.size:
@@ -309,7 +307,7 @@ def _div(call: Call) -> Lowered:
     return _scaled(call, a, 1.0 / b, 0.0)
 
 
-def _scaled(call: Call, given: Any, factor: float, shift: float) -> Ref:
+def _scaled(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
     if not isinstance(given, Ref):
         raise call.refuse("it works on what is no value of the program")
     step = call.draft.step_of(call.where, given)
@@ -320,7 +318,7 @@ def _joined(call: Call, mode: int) -> Ref:
     a, b = call.ref(0), call.ref(1)
     step = call.draft.step_of(call.where, a, b)
     if not _alike(a, b):
-        raise call.refuse("its operands differ in shape or in the order of their axes")
+        return broadcast(call, mode)
     wide = a if len(a.value.layout.atoms) >= len(b.value.layout.atoms) else b
     made = call.draft.apply(Code.JOIN, wide.value.layout, a, b, settings=(mode,))
     return Ref(made, wide.axes, step)
@@ -453,8 +451,10 @@ FUNCTIONS: dict[str, Function] = {
     "squeeze": _squeeze,
     "unsqueeze": _unsqueeze,
     "permute": _permute,
-    "transpose": _transpose,
+    **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
+    **dict.fromkeys(("movedim", "moveaxis"), _movedim),
     "getitem": _getitem,
+    **PRODUCTS,
     "select": _take,
     "unbind": _unbind,
     "stack": _stack,

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import BatchNormBase
+from spikenm_fx.pack.eligible import computes_torchs, hooked, why_not_packable
 from spikenm_fx.pack.engine.norms import affine_of
-from spikenm_fx.pack.kept import computes_torchs, hooked, why_layer_kept
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight
 from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern
 from spikenm_fx.pattern import NM
 from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
+from spikenm_fx.program.strided import COPY, strided
 
 __all__ = ["Layers", "see_features"]
 
@@ -61,27 +62,30 @@ class Layers:
         Raises:
             NotLowered: for a layer that has no packed form, or on an input that it cannot read.
         """
-        reason = why_layer_kept(module, None)
+        reason = why_not_packable(module, None)
         if reason:
             raise NotLowered(name, reason)
         if hooked(module) or not computes_torchs(module):
             raise NotLowered(name, "its own forward, or a hook, does more than torch's layer")
         geometry = LayerGeometry.of_layer(module, name=name)
         step = self.draft.step_of(name, ref)
+        outputs = int(module.weight.shape[0])
         if geometry.kind == "linear":
-            lead = ref.axes[:-1]
-            flat = _flat(name, ref)
-            channels: tuple[Atom, ...] = (Atom(module.weight.shape[0], f"outputs of {name}"),)
-            axes: Axes = (*lead, channels)
-            new = Layout((*ref.value.layout.lead, *channels), channels)
+            ref, flat = _flat(self.draft, name, ref)
+            channels: tuple[Atom, ...] = (Atom(outputs, f"outputs of {name}"),)
+            axes: Axes = (*ref.axes[:-1], channels)
+            new = _each_pixel(ref, channels) if not flat else _one_pixel(ref, channels)
+        elif _keeps_pixels(geometry, tuple(module.weight.shape[2:]), ref):
+            flat, channels = 0, (Atom(outputs, f"channels of {name}"),)
+            axes = (*ref.axes[:-2], channels, ref.axes[-1])
+            new = _each_pixel(ref, channels)
         else:
             flat = 0
-            lead = ref.axes[: -1 - geometry.spatial]
             see_features(name, ref, geometry.spatial)
-            channels = (Atom(module.weight.shape[0], f"channels of {name}"),)
+            channels = (Atom(outputs, f"channels of {name}"),)
             pixels = tuple(Atom(n, f"pixels of {name}") for n in shape[-geometry.spatial :])
             height, width = pixels if len(pixels) == 2 else (None, pixels[0])
-            axes = (*lead, channels, *((p,) for p in pixels))
+            axes = (*ref.axes[: -1 - geometry.spatial], channels, *((p,) for p in pixels))
             new = Layout((*ref.value.layout.lead, *channels, *pixels), channels, height, width)
 
         def make() -> tuple[Value, ...]:
@@ -181,20 +185,47 @@ def _settings(packed: PackedWeight, flat: int) -> tuple[int, ...]:
     )
 
 
-def _flat(name: str, ref: Ref) -> int:
-    """How a Linear reads its input: 1 as it lies, 2 as channel, height, width."""
+def _one_pixel(ref: Ref, channels: tuple[Atom, ...]) -> Layout:
+    return Layout((*ref.value.layout.lead, *channels), channels)
+
+
+def _each_pixel(ref: Ref, channels: tuple[Atom, ...]) -> Layout:
+    """The same pixels with other channels."""
+    old = ref.value.layout
+    pixels = (a for a in (old.height, old.width) if a is not None)
+    return Layout((*old.lead, *channels, *pixels), channels, old.height, old.width)
+
+
+def _keeps_pixels(geometry: LayerGeometry, kernel: tuple[int, ...], ref: Ref) -> bool:
+    """A Conv1d of one tap on all pixels of an image in a row."""
+    layout = ref.value.layout
+    return (
+        len(kernel) == 1
+        and len(ref.axes) > 1
+        and layout.channels == ref.axes[-2]
+        and ref.axes[-1] == (layout.height, layout.width)
+        and (kernel, geometry.stride, geometry.padding) == ((1,), (1,), (0,))
+    )
+
+
+def _flat(draft: Draft, name: str, ref: Ref) -> tuple[Ref, int]:
+    """How a Linear reads its input: 0 pixel by pixel, 1 as it lies, 2 as channel, height, width."""
     layout, given = ref.value.layout, ref.axes[-1]
     if layout.channels is None:
         layout.channels = given
     seen = tuple(atom for atom in given if atom.size != 1)
     channels = tuple(a for a in layout.channels if a.size != 1)
     pixels = tuple(a for a in (layout.height, layout.width) if a is not None and a.size != 1)
-    if seen == channels and not pixels:
-        return 1
+    if seen == channels:
+        return ref, 0 if pixels else 1
     if seen == (*channels, *pixels):
-        return 2
+        return ref, 2
     if seen == (*pixels, *channels):
-        return 1
+        return ref, 1
+    if set(seen) == {*channels, *pixels}:
+        new = Layout((*layout.lead, *seen), seen)
+        copied = strided(draft, name, COPY, new, [((a,), (a,), ()) for a in seen], ref)
+        return Ref(copied, (*ref.axes[:-1], seen), ref.step), 1
     raise NotLowered(name, "its input mixes channels with other axes than those of one token")
 
 
@@ -238,5 +269,10 @@ def _channels(name: str, ref: Ref) -> tuple[Atom, ...]:
 
 def _as_made(axes: Axes, new: Layout, made: Layout) -> Axes:
     """``axes`` in the atoms of the value that was made at the first step."""
-    same = dict(zip(new.atoms, made.atoms, strict=True))
-    return tuple(tuple(same.get(atom, atom) for atom in group) for group in axes)
+    left, same = list(made.atoms), {}
+    for atom in new.atoms:
+        parts = [left.pop(0)]
+        while size_of(tuple(parts)) < atom.size:  # it was split since
+            parts.append(left.pop(0))
+        same[atom] = tuple(parts)
+    return tuple(tuple(p for atom in g for p in same.get(atom, (atom,))) for g in axes)

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from spikenm_fx.pack.kept import hooked
+from spikenm_fx._torch import tree_flatten
+from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
+from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
 from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
-from spikenm_fx.program.functions import FUNCTIONS, Call
+from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
@@ -31,6 +33,8 @@ from spikenm_fx.trace.analysis.ops import module_family, op_name
 
 __all__ = ["Lowered", "Probe", "lower"]
 
+_PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
+_LAYERS = ("linear", "conv1d", "conv2d")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 
 
@@ -79,6 +83,8 @@ class Lowered:
         packed: the weights, by layer.
         tensors: biases, scales and neuron parameters, by name.
         probes: what each neuron is given, by the number of its operation.
+        returns: of each thing that the model returns whether it is an output; the others are
+            states, which a program keeps itself.
     """
 
     def __init__(
@@ -87,8 +93,10 @@ class Lowered:
         packed: dict[str, PackedWeight],
         tensors: dict[str, Tensor],
         probes: dict[int, Probe],
+        returns: tuple[bool, ...],
     ) -> None:
         self.program, self.packed, self.tensors, self.probes = program, packed, tensors, probes
+        self.returns = returns
 
 
 def lower(
@@ -130,6 +138,7 @@ class _Lowering:
         self.env: dict[fx.Node, Any] = {}
         self.input: Ref | None = None
         self.outputs: list[Ref] = []
+        self.returns: list[bool] = []
 
     def run(self) -> Lowered:
         if hooked(self.model):
@@ -142,11 +151,12 @@ class _Lowering:
         self.layers.store()
         program = self._program()
         probes = {number: self._probe(*seen) for number, seen in self.neurons.inputs.items()}
-        return Lowered(program, self.layers.packed, self.draft.tensors, probes)
+        tensors, returns = self.draft.tensors, tuple(self.returns)
+        return Lowered(program, self.layers.packed, tensors, probes, returns)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
-        atoms = ref.atoms
+        atoms = ref.renewed().atoms
         first = [time] if time in atoms else []
         pixels = [a for a in (layout.height, layout.width) if a in atoms]
         order = [*first, *self._batch(), *pixels, *(layout.channels or ())]
@@ -176,22 +186,64 @@ class _Lowering:
             )
         if name in _ZEROS:
             return REST
+        constant = self._constant(node)
+        if constant is not None:
+            return constant
+        if name in _LAYERS:
+            return self._functional(self._call(node, where), name)
         if name not in FUNCTIONS:
             if not node.users:
                 return None
             raise NotLowered(where, "this operation has none in a program")
         return FUNCTIONS[name](self._call(node, where))
 
+    def _constant(self, node: fx.Node) -> Any:
+        """What comes of tensors of the model alone, such as a view of a parameter; else None."""
+        args, kwargs = self._values(node.args), self._values(node.kwargs)
+        leaves = tree_flatten((args, kwargs))[0]
+        known = all(x is None or x is Ellipsis or isinstance(x, _PLAIN) for x in leaves)
+        if not known or not any(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
+        if not callable(node.target) or "rand" in op_name(node):
+            return None
+        with torch.no_grad():
+            return node.target(*args, **kwargs)
+
+    def _functional(self, call: Call, kind: str) -> Ref:
+        """``F.linear`` or ``F.conv`` with a parameter of the model."""
+        weight, bias = call.get(1, "weight"), call.get(2, "bias")
+        names = {id(p): n for n, p in self.model.named_parameters(remove_duplicate=False)}
+        if not isinstance(weight, nn.Parameter) or id(weight) not in names:
+            raise call.refuse("its weight is no parameter of the model as it is")
+        if bias is not None and not isinstance(bias, Tensor):
+            raise call.refuse("its bias is computed in the forward")
+        layer: Any
+        if kind == "linear":
+            layer = nn.Linear(1, 1, bias=bias is not None)
+        else:
+            make = nn.Conv1d if kind == "conv1d" else nn.Conv2d
+            options = ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)
+            given = {n: call.get(i, n, d) for i, (n, d) in enumerate(options, 3)}
+            out, inner, *kernel = weight.shape
+            size: Any = tuple(kernel)
+            layer = make(inner * given["groups"], out, size, bias=bias is not None, **given)
+        layer.weight = weight
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+        assert call.shape is not None
+        return self.layers.layer(names[id(weight)], layer.eval(), call.ref(), call.shape)
+
     def _call(self, node: fx.Node, where: str) -> Call:
         info = node.meta.get("value")
         shape = None if info is None else info.shape
         args = tuple(self._values(arg) for arg in node.args)
-        kwargs = {key: self._values(value) for key, value in node.kwargs.items()}
-        return Call(self.draft, node, where, args, kwargs, shape)
+        return Call(self.draft, node, where, args, self._values(node.kwargs), shape)
 
     def _values(self, arg: Any) -> Any:
         if isinstance(arg, fx.Node):
-            return self.env[arg]
+            return _renewed(self.env[arg])
+        if isinstance(arg, dict):
+            return {key: self._values(value) for key, value in arg.items()}
         if isinstance(arg, tuple | list):
             items = [self._values(a) for a in arg]
             return items if isinstance(arg, list) else tuple(items)
@@ -217,7 +269,8 @@ class _Lowering:
         found: Any = self.model
         for part in target.split("."):
             found = getattr(found, part, None)
-        if isinstance(found, Tensor) and not bool(found.any()):
+        is_state = isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
+        if is_state and not bool(found.any()):
             return REST
         return found
 
@@ -231,11 +284,13 @@ class _Lowering:
             assert call.shape is not None
             return self.layers.layer(name, module, call.ref(), call.shape)
         family = module_family(module)
-        if family == "norm":
+        if family == "norm" and not isinstance(module, nn.LayerNorm):
             alone = len(readers(node.all_input_nodes[0])) == 1
             return self.layers.norm(name, module, call.ref(), alone=alone)
         if hooked(module):
             raise NotLowered(name, "hooks see what it takes or gives; remove them")
+        if isinstance(module, nn.LayerNorm):
+            family = "layer_norm"
         if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
             raise NotLowered(name, f"a {type(module).__name__} has no operation")
         call.kwargs |= {key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)}
@@ -250,7 +305,11 @@ class _Lowering:
             given = (given.spikes, given.state)
         many = isinstance(given, tuple | list)
         for each in given if many else (given,):
-            self.outputs.append(self._port(each))
+            self.returns.append(not (many and _is_state(each)))
+            if self.returns[-1]:
+                self.outputs.append(self._port(each))
+        if not self.outputs:
+            raise NotLowered("", "the model returns nothing but states")
 
     def _port(self, given: Any) -> Ref:
         if isinstance(given, State):
@@ -303,8 +362,8 @@ class _Lowering:
                 raise NotLowered("", "a value inside it has not the batch axes of its input")
             timed = time is not None and time in value.layout.lead
             types.append(ValueType(value.bits, timed, *value.layout.size))
-        outputs = tuple(self._axes(ref, batch, output=True) for ref in self.outputs)
-        port = self._axes(self.input, batch, output=False)
+        outputs = tuple(self._axes(ref.renewed(), batch, output=True) for ref in self.outputs)
+        port = self._axes(self.input.renewed(), batch, output=False)
         used = {number for op in self.draft.ops for number in op.inputs}
         used |= {port.value for port in outputs}
         for op in self.draft.ops:
@@ -342,7 +401,27 @@ class _Lowering:
         return Axis(role, atom.size, joined)
 
 
+def _is_state(given: Any) -> bool:
+    """States, lists of them, and places where there is none."""
+    if isinstance(given, tuple | list):
+        return all(map(_is_state, given))
+    return given is None or isinstance(given, State)
+
+
+def _renewed(found: Any) -> Any:
+    """What an operation gave, in the atoms that axes were split into since."""
+    if isinstance(found, Ref):
+        return found.renewed()
+    if isinstance(found, Returned):
+        state = found.state.renewed() if isinstance(found.state, Ref) else found.state
+        return Returned(found.spikes.renewed(), state)
+    if isinstance(found, list | tuple):
+        return type(found)(map(_renewed, found))
+    return found
+
+
 _SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
     *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
+    *("scale_factor", "size", "mode", "normalized_shape", "weight", "bias", "eps"),
 )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.engine.neuron import NeuronRule
-from spikenm_fx.pack.kept import hooked
 from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest, State, Value

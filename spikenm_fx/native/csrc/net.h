@@ -10,16 +10,17 @@
 #include "spikenm.h"
 
 enum NetOpCode : int64_t {
-  kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kOpCodes
+  kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kStrided, kNorm, kOpCodes
 };
 enum NetRole : int64_t { kTime, kBatch, kChannel, kHeight, kWidth, kRoles };
 enum NetEmits : int64_t { kSpikes, kMembrane, kCounts };
 enum NetPool : int64_t { kMax, kAverage, kAdaptiveMax, kAdaptiveAverage };
-enum NetJoin : int64_t { kAdd, kSub, kMul, kAndNot };
+enum NetJoin : int64_t { kAdd, kSub, kMul, kAndNot, kCopy };
 enum NetReduce : int64_t { kSum, kMean, kLast };
 
 constexpr int64_t kNetVersion = 1, kOpWords = 32, kNoValue = -1;
 constexpr int64_t kLanesMost = 16;  // floats of the widest vector
+constexpr int64_t kStridedLoops = 5;
 
 // Words of an operation; those beyond kBias depend on the code.
 enum NetWord {
@@ -30,7 +31,7 @@ enum NetWord {
   kNeuronState,
   kPoolMode = 9, kPoolKernel, kPoolStride = 12, kPoolPadding = 14, kPoolDilation = 16,
   kPoolCountsPadding = 18, kPoolDivisor,
-  kMode = 9,
+  kMode = 9, kStridedCount, kStridedLoop, kStridedOffset = kStridedLoop + 4 * kStridedLoops,
 };
 
 struct NetValue {

@@ -139,7 +139,8 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
   const int64_t last = static_cast<int64_t>(values.size()) - 1;
   if (!within(w[kCode], 1, kOpCodes - 1))
     return (*fail)("operation %lld is of an unknown kind", static_cast<long long>(index));
-  const bool two = w[kCode] == kJoin || w[kCode] == kConcat;
+  const bool two = w[kCode] == kJoin || w[kCode] == kConcat ||
+                   (w[kCode] == kStrided && w[kMode] != kCopy);
   for (int k = kIn0; k <= kIn1; ++k) {
     if (k == kIn1 && !two) continue;
     if (!within(w[k], 0, last) || !(*written)[static_cast<size_t>(w[k])])
@@ -159,6 +160,8 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
   else if (w[kCode] == kNeuron) well = check_neuron(image, index, op, fail);
   else if (w[kCode] == kPool) well = check_pool(*op, fail);
   else if (w[kCode] == kAffine) well = check_affine(image, op, fail);
+  else if (w[kCode] == kStrided) well = check_strided(*op);
+  else if (w[kCode] == kNorm) well = check_norm(image, op, fail);
   else well = check_others(*op, fail);
   if (!well)
     return (*fail)("operation %lld does not fit its values", static_cast<long long>(index));
@@ -213,7 +216,7 @@ bool NetModel::spread(const NetTensor *t, int64_t rows, const NetValue &v, NetOp
                       NetFailure *fail) {
   if (!t || t->dtype != 0 || t->rank != 2 || t->shape[0] != rows) return false;
   const int64_t n = t->shape[1];
-  if (n != 1 && n != v.c) return false;
+  if (n != 1 && n != v.c && n != v.size) return false;
   op->wide = n == 1 ? kLanesMost : round_up(v.size, 64) + 64;
   if (!memory.back().take(rows * op->wide * 4)) return (*fail)("there is no memory for it");
   float *to = memory.back().floats();
@@ -280,6 +283,37 @@ bool NetModel::check_affine(const NetImage &image, NetOp *op, NetFailure *fail) 
   const NetValue &out = values[static_cast<size_t>(op->word[kOut0])];
   if (out.bits || in.size != out.size || in.c != out.c || in.timed != out.timed) return false;
   return spread(tensor(image, op->word[kTensor0]), 2, out, op, fail);
+}
+
+bool NetModel::check_norm(const NetImage &image, NetOp *op, NetFailure *fail) {
+  const NetValue &in = values[static_cast<size_t>(op->word[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(op->word[kOut0])];
+  if (out.bits || in.size != out.size || in.c != out.c || in.timed != out.timed) return false;
+  return spread(tensor(image, op->word[kTensor0]), 3, out, op, fail);
+}
+
+// No loop leads out of any token.
+bool NetModel::check_strided(const NetOp &op) const {
+  const int64_t *w = op.word;
+  const bool one = w[kMode] == kCopy;
+  const NetValue *of[3] = {&values[static_cast<size_t>(w[kOut0])],
+                           &values[static_cast<size_t>(w[kIn0])],
+                           &values[static_cast<size_t>(w[one ? kIn0 : kIn1])]};
+  if (!within(w[kMode], 0, kCopy) || !within(w[kStridedCount], 1, kStridedLoops) || of[0]->bits ||
+      !within(w[kStridedOffset], 0, of[1]->size - 1) || of[0]->timed != (of[1]->timed | of[2]->timed))
+    return false;
+  int64_t last[3] = {0, w[kStridedOffset], 0}, turns = 1;
+  for (int64_t i = 0; i < w[kStridedCount]; ++i) {
+    const int64_t *loop = w + kStridedLoop + 4 * i;
+    if (!within(loop[0], 1, kMostValues) || __builtin_mul_overflow(turns, loop[0], &turns) ||
+        turns > (1ll << 40))
+      return false;
+    for (int k = 0; k < 3; ++k) {
+      if (!within(loop[1 + k], 0, kMostValues)) return false;
+      last[k] += (loop[0] - 1) * loop[1 + k];
+    }
+  }
+  return last[0] < of[0]->size && last[1] < of[1]->size && (one || last[2] < of[2]->size);
 }
 
 bool NetModel::check_others(const NetOp &op, NetFailure *) const {

@@ -54,6 +54,8 @@ struct NetModel {
   bool check_pool(const NetOp &op, NetFailure *fail) const;
   bool check_affine(const NetImage &image, NetOp *op, NetFailure *fail);
   bool check_others(const NetOp &op, NetFailure *fail) const;
+  bool check_strided(const NetOp &op) const;
+  bool check_norm(const NetImage &image, NetOp *op, NetFailure *fail);
   const NetTensor *tensor(const NetImage &image, int64_t id) const;
   // Rows of parameters, one number or one per channel, spread over the numbers of a value.
   bool spread(const NetTensor *t, int64_t rows, const NetValue &v, NetOp *op, NetFailure *fail);

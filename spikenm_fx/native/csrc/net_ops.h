@@ -195,6 +195,12 @@ SNM_INLINE vf joined(int64_t mode, vf a, vf b) {
   return (splat(1.0f) - a) * b;  // SEW's "iand"
 }
 
+}  // namespace
+
+#include "net_strided.h"
+
+namespace {
+
 SNM_INLINE void join(int64_t mode, const float *a, const float *b, float *y, int64_t size) {
   for (int64_t i = 0; i < size; i += VW) storeu(y + i, joined(mode, loadu(a + i), loadu(b + i)));
 }

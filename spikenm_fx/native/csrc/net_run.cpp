@@ -48,6 +48,8 @@ struct NetStep {
       case kAffine: return affine(op, floats(kIn0, index, 0), y, to->size);
       case kRelu: return relu(floats(kIn0, index, 0), y, to->size);
       case kConcat: return concat(index);
+      case kStrided: return strided(index, y);
+      case kNorm: return normalize(op, to, floats(kIn0, index, 0), y);
       case kReduce: return reduce(index);
       default: return;
     }
@@ -89,6 +91,13 @@ struct NetStep {
     pool.floats(floats(kIn0, token, 0), static_cast<float *>(out(token)));
   }
 
+  void strided(int64_t token, float *y) const {
+    const float *x = floats(kIn0, token, 0) + op->word[kStridedOffset];
+    const float *z = op->word[kMode] == kCopy ? x : floats(kIn1, token, 1);
+    memset(y, 0, sizeof(float) * static_cast<size_t>(value(kOut0)->stride));
+    Strided(op->word).run(x, z, y);
+  }
+
   void concat(int64_t token) const {
     const NetValue *a = value(kIn0), *b = value(kIn1);
     if (value(kOut0)->bits) {
@@ -122,6 +131,9 @@ struct NetStep {
     const NetValue *from = value(kIn0), *to = value(kOut0);
     int64_t work = items * (by_image ? run->steps : 1) * most(from->size, to->size);
     if (op->word[kCode] == kLayer) work *= most(1, op->taps * op->group_outputs / 8);
+    if (op->word[kCode] == kStrided)
+      for (int64_t i = 0; i < op->word[kStridedCount]; ++i)
+        if (!op->word[kStridedLoop + 4 * i + 1]) work *= op->word[kStridedLoop + 4 * i];
     const int64_t threads = work < kWorthThreads ? 1 : run->threads;
     const bool sliced = op->word[kCode] == kLayer && items < threads &&
                         op->word[kLayerGroups] == 1 && op->group_outputs == op->group_stride;

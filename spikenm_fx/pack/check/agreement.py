@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx.pack.check.forced import ROUNDING, NeuronDifference, forced
+from spikenm_fx.pack.check.difference import ROUNDING, NeuronDifference
 
 __all__ = ["OUTPUT", "ROUNDING", "TIES", "Agreement", "agreement"]
 
@@ -107,6 +107,7 @@ def agreement(
         run: calls a module on the sample and gives one tensor of any shape; twice on each.
         reset: forgets a module's state; both are at rest afterwards.
     """
+    from spikenm_fx.pack.check.forced import forced  # it knows tensors that programs do without
 
     def rest() -> None:
         reset(model)

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from spikenm_fx._torch import tree_flatten, tree_map
 from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.pack.check.agreement import OUTPUT, Agreement
-from spikenm_fx.pack.check.forced import ROUNDING, difference, forced
+from spikenm_fx.pack.check.difference import ROUNDING, difference
+from spikenm_fx.pack.check.forced import forced
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.summary import Proof
 from spikenm_fx.state import preserved, uncompiled

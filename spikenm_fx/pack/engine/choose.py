@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from spikenm_fx.pack.engine.layer import Choice, PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
 from spikenm_fx.pack.engine.products import PackedProducts
+from spikenm_fx.pack.turns import typical
 from spikenm_fx.state import preserved, uncompiled
 from spikenm_fx.trace.execution.values import kind_of_values
 
-__all__ = ["LayerDraft", "choose", "typical"]
+__all__ = ["LayerDraft", "choose"]
 
 ROUNDS = 4
 MOST_ROUNDS = 40  # of models that run in microseconds
@@ -132,11 +132,6 @@ def _rounds() -> Iterator[bool]:
         if done >= ROUNDS and time.perf_counter() - start > SECONDS:
             return
         yield True
-
-
-def typical(runs: list[float]) -> float:
-    """The median of the faster half: other work on the machine only ever adds time."""
-    return statistics.median(sorted(runs)[: (len(runs) + 1) // 2])
 
 
 def _look_at_inputs(

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine that is a copy of the model: built, compared with it, and in its fastest form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from spikenm_fx.pack.builder import EngineBuilder
+from spikenm_fx.pack.check.proof import prove
+from spikenm_fx.pack.copying import copy_at_rest, unregister
+from spikenm_fx.pack.engine.choose import choose
+from spikenm_fx.pack.forms import Forms
+from spikenm_fx.pack.summary import PackReport, Proof
+from spikenm_fx.pattern import NM
+from spikenm_fx.state import preserved_records
+
+__all__ = ["packed_copy"]
+
+NO_EXAMPLES = (
+    "No example inputs were given: nothing was measured, fused or compared, and every layer runs "
+    "dense; call pack(model, example_inputs)."
+)
+
+
+def packed_copy(
+    model: nn.Module,
+    args: tuple[Any, ...] | None,
+    backend: str | Mapping[str, str],
+    dtype: torch.dtype | None,
+    nm: NM | None,
+    *,
+    check: bool,
+) -> nn.Module:
+    """An instance of the model's class whose layers are packed; its report is with it.
+
+    Args:
+        model: folded, on the CPU; it is left as it is.
+        args: the example inputs, or None.
+        backend: as :func:`~spikenm_fx.pack.api.pack` takes it.
+        dtype: of the stored weights, or None.
+        nm: what each layer must be that is not dense, or None.
+        check: compare the engine with the model.
+
+    Raises:
+        PackError: for weights that cannot be packed, or a backend that does not exist.
+    """
+    engine = copy_at_rest(model)
+    with preserved_records(model, engine):
+        report = _build(model, engine, args, backend, dtype, nm, check=check)
+    engine.__dict__["_spikenm_packing"] = report
+    return engine
+
+
+def _build(
+    model: nn.Module,
+    engine: nn.Module,
+    args: tuple[Any, ...] | None,
+    backend: str | Mapping[str, str],
+    dtype: torch.dtype | None,
+    nm: NM | None,
+    *,
+    check: bool,
+) -> PackReport:
+    builder = EngineBuilder(engine, args, dtype, nm)
+    builder.replace_layers()
+    if args is None:
+        choose(engine, None, builder.layers, backend)
+        return replace(builder.report(), note=NO_EXAMPLES)
+    builder.fuse()
+    builder.put_back_unmultiplied()
+    reference = copy_at_rest(model)
+    try:
+        if dtype is not None:
+            builder.round_alike(reference)
+        return _settle(builder, reference, args, backend, check=check)
+    finally:
+        unregister(reference)
+
+
+def _settle(
+    builder: EngineBuilder,
+    reference: nn.Module,
+    args: tuple[Any, ...],
+    backend: str | Mapping[str, str],
+    *,
+    check: bool,
+) -> PackReport:
+    """Choose how each layer runs, prove the engine right, and let its fastest form run."""
+    engine, forms, auto = builder.engine, Forms(builder), backend == "auto"
+    proof: Proof | None = None
+    try:
+        choose(engine, args, builder.layers, backend)
+    except Exception as error:  # the forward does not run with what became of its layers
+        if not (check and auto) or not builder.layers:
+            raise
+        proof = prove(builder, reference, args)
+        if not proof.put_back:
+            raise error
+        choose(engine, args, builder.layers, backend)
+    if check:
+        proof = prove(builder, reference, args, before=proof)
+    whole = forms.fastest(reference, args) if auto else None
+    forms.finish()
+    note = "" if auto else "The backend was given, so that the whole forward was not timed."
+    return replace(builder.report(), whole=whole, proof=proof, note=note)

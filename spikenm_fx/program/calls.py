@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One recorded operation with its operands, for those that lower it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from torch import Tensor, fx
+
+from spikenm_fx.program.draft import Draft, NotLowered, Ref
+from spikenm_fx.program.neurons import Returned
+
+__all__ = ["Call", "Function", "Lowered"]
+
+
+class Call:
+    """One recorded operation with its operands.
+
+    Args:
+        draft: of the program.
+        node: as recorded.
+        where: for messages.
+        args: positional arguments, tensors as :class:`Ref`.
+        kwargs: the others.
+        shape: of the result; None where it is no tensor.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        node: fx.Node,
+        where: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        shape: tuple[int, ...] | None,
+    ) -> None:
+        self.draft, self.node, self.where, self.shape = draft, node, where, shape
+        self.args, self.kwargs = args, kwargs
+
+    def get(self, place: int, name: str, default: Any = None) -> Any:
+        """An argument by its place or its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+    def refuse(self, why: str) -> NotLowered:
+        """The error for this operation."""
+        return NotLowered(self.where, why)
+
+    def ref(self, place: int = 0) -> Ref:
+        """A tensor argument.
+
+        Raises:
+            NotLowered: if it is something else.
+        """
+        given = self.args[place] if len(self.args) > place else None
+        if isinstance(given, Returned):
+            given = given.spikes
+        if not isinstance(given, Ref):
+            what = "a parameter or constant" if isinstance(given, Tensor) else repr(given)
+            raise self.refuse(f"it works on {what}, which is no value of the program")
+        return given
+
+
+Lowered: TypeAlias = Any
+Function: TypeAlias = Callable[[Call], Lowered]
