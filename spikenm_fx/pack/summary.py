@@ -164,7 +164,7 @@ class PackReport:
 
     @property
     def memory(self) -> str:
-        """What the packed layers' weights take in memory, in a sentence; "" where there are none."""
+        """What packed weights take in memory, in a sentence; "" where there are none."""
         packed = [layer for layer in self.layers if layer.pattern]
         dense, stored, resident = (
             sum(getattr(layer, f"{kind}_bytes") for layer in packed)
