@@ -22,6 +22,7 @@ KERNEL_TESTS = (
     "tests/test_permute_search.py",
     "tests/test_program.py",
     "tests/test_program_file.py",
+    "tests/test_small.py",
 )
 WHEEL_TESTS = ("tests/test_pack_kernels.py", "tests/test_native_sampler.py")  # no framework needed
 PROJECT = nox.project.load_toml("pyproject.toml")
@@ -221,17 +222,33 @@ def without_compiler(session: nox.Session) -> None:
 
 @nox.session
 def aarch64(session: nox.Session) -> None:
-    """Cross-compile the kernels for 64-bit Arm; needs Debian's g++-aarch64-linux-gnu."""
+    """Cross-compile for 64-bit Arm, and compare what it computes with x86, bit for bit.
+
+    Needs Debian's g++-aarch64-linux-gnu, and qemu-user to run it; prints how many instructions the
+    hot loops take.
+    """
     session.install("cmake", "ninja")
-    (build,) = empty_folders(session, "aarch64")
+    install_with_frameworks(session)
+    build, prefix = empty_folders(session, "aarch64", "aarch64-installed")
     source = Path("spikenm_fx/native").resolve()
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={source / 'aarch64-linux-gnu.cmake'}"
-    session.run("cmake", "-G", "Ninja", "-S", str(source), "-B", str(build), toolchain)
+    options = ("-G", "Ninja", "-DSPIKENM_RUNTIME=ON", toolchain)
+    session.run("cmake", "-S", str(source), "-B", str(build), *options)
     session.run("cmake", "--build", str(build))
-    header = (build / "libspikenm_kernels.so").read_bytes()[:20]
+    session.run("cmake", "--install", str(build), "--prefix", str(prefix))
+    library = prefix / "lib" / "libspikenm.so"
+    header = library.read_bytes()[:20]
     elf_class, machine = header[4], int.from_bytes(header[18:20], "little")
     if header[:4] != b"\x7fELF" or (elf_class, machine) != (2, 183):
         session.error(f"not a 64-bit Arm library: class {elf_class}, machine {machine}")
+    compiler = ("aarch64-linux-gnu-g++", "-std=c++17", "-O2", "-Wall", "-Werror")
+    driver = ("tests/kernel_driver.cpp", f"-I{source / 'csrc'}", f"-L{prefix / 'lib'}")
+    link = ("-lspikenm", "-Wl,-rpath,$ORIGIN/../lib", "-o", str(prefix / "bin" / "kernel_driver"))
+    session.run(*compiler, *driver, *link, external=True)
+    found = ONE_THREAD | {"SPIKENM_FX_AARCH64": str((prefix / "bin").resolve())}
+    tests = session.posargs or ("tests/test_aarch64.py",)
+    session.run("python", "-m", "pytest", "-q", *tests, env=found)
+    session.run("python", "-m", "spikenm_fx.bench", "instructions", str(library))
 
 
 @nox.session

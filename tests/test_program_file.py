@@ -109,7 +109,7 @@ def refused(content: bytes) -> str:
 
 def test_other_files_are_refused_by_what_they_are(engine: Engine, tmp_path: Path) -> None:
     """Empty, truncated, not of ours, of a newer version, of another byte order."""
-    content = engine._content
+    content = engine.content
     assert "too short" in refused(b"")
     assert "truncated" in refused(content[: len(content) // 8])
     assert "header is damaged" in refused(content[:-8])
@@ -130,7 +130,7 @@ def unsealed(content: bytes) -> bytes:
 
 def test_damaged_files_are_refused(engine: Engine) -> None:
     """Any byte changed, cut or put in anywhere: one error."""
-    content, dice = engine._content, random.Random(0)
+    content, dice = engine.content, random.Random(0)
     for _ in range(MUTATIONS // 2):
         wrong = bytearray(content)
         at = dice.randrange(len(wrong))
@@ -145,7 +145,7 @@ def test_damaged_files_are_refused(engine: Engine) -> None:
 
 def test_a_wrong_program_with_a_right_digest_is_refused_or_runs(engine: Engine) -> None:
     """Every word of the program may be anything, and every byte of the header: no crash."""
-    content, dice = unsealed(engine._content), random.Random(1)
+    content, dice = unsealed(engine.content), random.Random(1)
     header = 8 + struct.unpack("<Q", content[:8])[0]
     words = program_place(content)
     outcomes = {"refused": 0, "runs": 0}

@@ -69,6 +69,7 @@ class EngineBuilder:
         nm: NM | None,
     ) -> None:
         self.engine, self.args, self.dtype, self.nm = engine, args, dtype, nm
+        self.small = False  # layers keep nothing but their packed weights
         self.layers: dict[str, LayerDraft] = {}
         self.skipped: dict[str, tuple[tuple[int, ...], str]] = {}
         self.neurons: dict[str, str] = {}
@@ -184,7 +185,7 @@ class EngineBuilder:
             weight = weight * factor.view(-1, *[1] * (weight.dim() - 1))
             bias = shift if bias is None else bias * factor + shift
         packed = self._packed_weight(weight, name, LayerGeometry.of_layer(layer, name=name))
-        return PackedLayer(packed, bias, name=name)
+        return PackedLayer(packed, bias, name=name, small=self.small)
 
     def _packed_weight(self, weight: Tensor, name: str, geometry: LayerGeometry) -> PackedWeight:
         pattern = tightest_pattern(weight)

@@ -25,6 +25,9 @@ NO_EXAMPLES = (
     "No example inputs were given: nothing was measured, fused or compared, and every layer runs "
     "dense; call pack(model, example_inputs)."
 )
+SMALL = (
+    "Layers keep no more than their stored weights in memory (memory='small'), and were not timed."
+)
 
 
 def packed_copy(
@@ -35,6 +38,7 @@ def packed_copy(
     nm: NM | None,
     *,
     check: bool,
+    memory: str = "fast",
 ) -> nn.Module:
     """An instance of the model's class whose layers are packed; its report is with it.
 
@@ -45,13 +49,14 @@ def packed_copy(
         dtype: of the stored weights, or None.
         nm: what each layer must be that is not dense, or None.
         check: compare the engine with the model.
+        memory: whether layers keep no more than their stored weights.
 
     Raises:
         PackError: for weights that cannot be packed, or a backend that does not exist.
     """
     engine = copy_at_rest(model)
     with preserved_records(model, engine):
-        report = _build(model, engine, args, backend, dtype, nm, check=check)
+        report = _build(model, engine, args, backend, dtype, nm, check=check, memory=memory)
     engine.__dict__["_spikenm_packing"] = report
     return engine
 
@@ -65,9 +70,13 @@ def _build(
     nm: NM | None,
     *,
     check: bool,
+    memory: str,
 ) -> PackReport:
     builder = EngineBuilder(engine, args, dtype, nm)
+    builder.small = memory == "small"
     builder.replace_layers()
+    if builder.small:
+        backend = {name: draft.packed.choice for name, draft in builder.layers.items()}
     if args is None:
         choose(engine, None, builder.layers, backend)
         return replace(builder.report(), note=NO_EXAMPLES)
@@ -107,4 +116,5 @@ def _settle(
     whole = forms.fastest(reference, args) if auto else None
     forms.finish()
     note = "" if auto else "The backend was given, so that the whole forward was not timed."
+    note = SMALL if builder.small else note
     return replace(builder.report(), whole=whole, proof=proof, note=note)

@@ -25,6 +25,7 @@ from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
+from spikenm_fx.program.held import Memory
 from spikenm_fx.program.part import ProgramPart
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import NeuronSpec, find_neurons
@@ -71,6 +72,7 @@ class _Parts:
         dtype: of stored weights, or None.
         nm: what layers must be that are not dense, or None.
         check: compare each part with its modules.
+        memory: whether weights stay packed in memory.
     """
 
     def __init__(
@@ -82,9 +84,10 @@ class _Parts:
         nm: NM | None,
         *,
         check: bool,
+        memory: Memory,
     ) -> None:
         self.reference, self.engine, self.args = reference, engine, args
-        self.dtype, self.nm, self.check = dtype, nm, check
+        self.dtype, self.nm, self.check, self.memory = dtype, nm, check, memory
         self.neurons = find_neurons(reference)
         self.seen = _calls(reference, args)
         self.parts: list[_Part] = []
@@ -142,7 +145,9 @@ class _Parts:
                 raise NotLowered("", f"the reset of {spec.framework} does not reach a program")
         modules = [self.reference.get_submodule(name) for name in names]
         part = modules[0] if len(names) == 1 else nn.Sequential(*modules).eval()
-        program = made_program(part, (seen[0].given,), self.dtype, self.nm, check=self.check)
+        program = made_program(
+            *(part, (seen[0].given,), self.dtype, self.nm), check=self.check, memory=self.memory
+        )
         here = [self.engine.get_submodule(name) for name in names]
         now = here[0] if len(names) == 1 else nn.Sequential(*here).eval()
         with torch.no_grad(), preserved(now, guarded=False):
@@ -164,6 +169,7 @@ def run_parts_as_programs(
     dtype: torch.dtype | None,
     nm: NM | None,
     check: bool,
+    memory: Memory,
 ) -> PackReport:
     """Put programs in the place of the parts of an engine that have one.
 
@@ -176,11 +182,12 @@ def run_parts_as_programs(
         dtype: of stored weights, or None.
         nm: what layers must be that are not dense, or None.
         check: compare each part with its modules.
+        memory: whether weights stay packed in memory.
 
     Returns:
         The report with its parts.
     """
-    parts = _Parts(reference, engine, args, dtype, nm, check=check)
+    parts = _Parts(reference, engine, args, dtype, nm, check=check, memory=memory)
     parts.find()
     for part in parts.parts:
         _set(engine, part.names[0], ProgramPart(part.engine, part.names))

@@ -20,11 +20,12 @@ from spikenm_fx.pack.summary import (
     WholeForward,
 )
 from spikenm_fx.pack.turns import take_turns
-from spikenm_fx.pack.weights.format import PackedWeight, unpack_weight
+from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM
 from spikenm_fx.program.check import compared
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
+from spikenm_fx.program.held import Memory
 from spikenm_fx.program.image import image_of
 from spikenm_fx.program.lower import Lowered, lower
 from spikenm_fx.state import preserved
@@ -42,6 +43,7 @@ def made_program(
     nm: NM | None,
     *,
     check: bool,
+    memory: Memory = "fast",
 ) -> Engine:
     """The engine of a model with its report.
 
@@ -51,6 +53,7 @@ def made_program(
         dtype: of the stored weights, or None.
         nm: what each layer must be that is not dense, or None.
         check: compare the program with the model.
+        memory: whether weights stay packed in memory.
 
     Raises:
         NotLowered: where there is none, and why.
@@ -65,15 +68,15 @@ def made_program(
         raise PackError(f"the model does not run on the examples: {error}") from error
     lowered = lower(model, graph, dtype=dtype, nm=nm)
     result = _result(model, x, lowered)
-    engine = Engine(image_of(lowered, result))
+    engine = Engine(image_of(lowered, result, memory))
     proof = None
     if check and dtype is None:  # rounded weights would differ from the model's
         start = time.perf_counter()
         _prove(model, engine, lowered, x)
         proof = Proof(1, time.perf_counter() - start)
-        engine = Engine(image_of(lowered, result))
+        engine = Engine(image_of(lowered, result, memory))
     whole = _measured(model, engine, x)
-    engine.__dict__["_spikenm_packing"] = _report(model, lowered, whole, proof)
+    engine.__dict__["_spikenm_packing"] = _report(engine, lowered, whole, proof)
     return engine
 
 
@@ -131,13 +134,18 @@ def _measured(model: nn.Module, engine: Engine, x: Tensor) -> WholeForward:
 
 
 def _report(
-    model: nn.Module, lowered: Lowered, whole: WholeForward, proof: Proof | None
+    engine: Engine, lowered: Lowered, whole: WholeForward, proof: Proof | None
 ) -> PackReport:
     ops = lowered.program.ops
+    held = engine.layer_bytes
+    resident: dict[str, int] = {}
+    for op, size in zip(ops, held, strict=True):
+        resident[op.name] = resident.get(op.name, 0) + size
     readers = {op.inputs[0]: op.name for op in ops if op.code.name == "NEURON"}
     driven = {op.name: readers.get(op.outputs[0], "") for op in ops if op.code.name == "LAYER"}
     layers = tuple(
-        _row(name, packed, driven.get(name, "")) for name, packed in lowered.packed.items()
+        _row(name, packed, driven.get(name, ""), resident.get(name, 0), small=engine.small)
+        for name, packed in lowered.packed.items()
     )
     neurons = tuple(
         PackedNeuronReport(p.name, next((n for n, d in driven.items() if d == p.name), ""))
@@ -146,8 +154,10 @@ def _report(
     return PackReport(layers, neurons, whole, proof)
 
 
-def _row(name: str, packed: PackedWeight, neuron: str) -> PackedLayerReport:
-    dense = unpack_weight(packed).numel() * 4
+def _row(
+    name: str, packed: PackedWeight, neuron: str, layout: int, *, small: bool
+) -> PackedLayerReport:
+    dense = math.prod(packed.shape) * 4
     return PackedLayerReport(
         name,
         packed.shape,
@@ -156,5 +166,5 @@ def _row(name: str, packed: PackedWeight, neuron: str) -> PackedLayerReport:
         neuron=neuron,
         dense_bytes=dense,
         packed_bytes=packed.nbytes,
-        resident_bytes=packed.nbytes + dense,
+        resident_bytes=layout + (0 if small else packed.nbytes),
     )

@@ -173,6 +173,7 @@ class PackReport:
             "layers": [asdict(layer) | {"gain": layer.gain} for layer in self.layers],
             "neurons": [asdict(neuron) for neuron in self.neurons],
             "whole": None if whole is None else asdict(whole) | {"gain": whole.gain},
+            "memory": self.memory,
             "proof": None if self.proof is None else asdict(self.proof),
             "note": self.note,
             "parts": [asdict(part) for part in self.parts],
@@ -191,8 +192,28 @@ class PackReport:
             )
         return f"The whole forward gains {self.whole.gain:.2f}x: {model} became {engine}."
 
+    @property
+    def memory(self) -> str:
+        """What packed weights take in memory, in a sentence; "" where there are none."""
+        packed = [layer for layer in self.layers if layer.pattern]
+        dense, stored, resident = (
+            sum(getattr(layer, f"{kind}_bytes") for layer in packed)
+            for kind in ("dense", "packed", "resident")
+        )
+        if not dense:
+            return ""
+        share = f"{resident / dense:.2f} of dense fp32"
+        line = f"Packed weights take {resident:,} bytes in memory, {share} ({dense:,} bytes)"
+        if resident <= stored * 1.2:
+            return line + ": they stay as they are stored."
+        return (
+            f"{line}: {resident - stored:,} of them are layouts for speed; with memory='small' "
+            f"about {stored:,} remain."
+        )
+
     def _lines(self) -> list[str]:
         lines = [self.verdict] if self.verdict else []
+        lines += [self.memory] if self.memory else []
         if self.proof is not None:
             proof = self.proof
             back = f"; put back: {some_of(proof.put_back)}" if proof.put_back else ""

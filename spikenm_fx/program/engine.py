@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import PackedFileError, PackError
+from spikenm_fx.program.held import Held, metadata_of
 from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
@@ -33,11 +34,12 @@ class Engine(nn.Module):
 
     def __init__(self, content: bytes, name: str = "the engine") -> None:
         super().__init__()
-        self._content = content
         self._net = Net(content, name)
-        about = _metadata(content)
+        self._held = Held(content, self._net.stored)
+        about = metadata_of(content)
         self._result, _, places = about.get("result", "tensor").partition(" ")
         self._places = [place == "output" for place in places.split()]
+        self._small = about.get("memory") == "small"
         self._operations: list[str] = json.loads(about["operations"])
         super().train(False)
 
@@ -53,8 +55,26 @@ class Engine(nn.Module):
 
     @property
     def resident_bytes(self) -> int:
-        """Bytes that it keeps in memory: the file, execution layouts, and what calls reuse."""
-        return len(self._content) + sum(self._net.nbytes())
+        """Bytes that it keeps in memory: layouts, what calls reuse, and what of its file they lack.
+
+        With ``memory="small"`` the layouts are all that there is of the weights.
+        """
+        return self._held.nbytes + sum(self._net.nbytes())
+
+    @property
+    def content(self) -> bytes:
+        """The bytes of its file."""
+        return self._held.content()
+
+    @property
+    def small(self) -> bool:
+        """Whether its weights stay packed in memory."""
+        return self._small
+
+    @property
+    def layer_bytes(self) -> list[int]:
+        """Bytes of each operation's layout, in the order of :attr:`operations`."""
+        return self._net.op_bytes(len(self._operations))
 
     def forward(self, x: Tensor) -> Any:
         """Run the network on a whole input, as the model takes it.
@@ -100,7 +120,7 @@ class Engine(nn.Module):
         Raises:
             CheckpointError: if the disk refuses.
         """
-        write_atomically(Path(path), lambda part: part.write_bytes(self._content))
+        write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
     def _call(self, x: Tensor, *, step: bool) -> Any:
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -132,25 +152,18 @@ class Engine(nn.Module):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """Another engine of the same weights, at rest."""
-        copied = Engine(self._content)
+        copied = Engine(self.content)
         copied.__dict__ |= {k: v for k, v in self.__dict__.items() if k == "_spikenm_packing"}
         memo[id(self)] = copied
         return copied
 
     def __reduce__(self) -> Any:
         """Its bytes: pickled engines come back at rest."""
-        return Engine, (self._content,)
+        return Engine, (self.content,)
 
     def extra_repr(self) -> str:
         """Shown by print(engine)."""
-        return f"{len(self._operations)} operations, {len(self._content)} bytes"
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """What a file says of itself; the library has checked the file before."""
-    size = int.from_bytes(content[:8], "little")
-    found: dict[str, str] = json.loads(content[8 : 8 + size])["__metadata__"]
-    return found
+        return f"{len(self._operations)} operations, {self._held.size} bytes"
 
 
 def load_engine(path: str | os.PathLike[str]) -> Engine:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from spikenm_fx.errors import PackedFileError
 from spikenm_fx.pack.weights.files import packed_bytes
 from spikenm_fx.program.code import VERSION
+from spikenm_fx.program.held import Memory
 
 if TYPE_CHECKING:
     from spikenm_fx.program.lower import Lowered
@@ -27,12 +28,13 @@ PROGRAM = "::program"
 DIGEST = "0" * 64
 
 
-def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
+def image_of(lowered: Lowered, result: str = "tensor", memory: Memory = "fast") -> bytes:
     """Everything that an engine is, as the bytes of its file.
 
     Args:
         lowered: the program, its packed weights and tensors.
         result: how the model returns its outputs: ``"tensor"``, ``"tuple"`` or ``"list"``.
+        memory: how whoever opens the file keeps the weights.
 
     Raises:
         PackedFileError: for a name that a file cannot hold.
@@ -47,6 +49,7 @@ def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
         "program": "".join(f"{name}\n" for name in names),
         "program_version": str(VERSION),
         "result": result,
+        "memory": memory,
         "operations": json.dumps(
             [f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]
         ),

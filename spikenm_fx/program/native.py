@@ -135,6 +135,27 @@ class Net:
         self._library.snm_net_bytes(self._handle, ctypes.byref(layouts), ctypes.byref(plan))
         return layouts.value, plan.value
 
+    def op_bytes(self, count: int) -> list[int]:
+        """Bytes of the layouts of each operation.
+
+        Args:
+            count: how many operations there are.
+        """
+        return [self._library.snm_net_op_bytes(self._handle, op) for op in range(count)]
+
+    def stored(self, tensor: int) -> bytes | None:
+        """The bytes of a tensor of the file, where weights stay packed; None for any other one.
+
+        Args:
+            tensor: by its number in the program.
+        """
+        size = self._library.snm_net_stored(self._handle, tensor, None)
+        if size < 0:
+            return None
+        found = ctypes.create_string_buffer(size)
+        self._library.snm_net_stored(self._handle, tensor, found)
+        return found.raw
+
     def observe(self, observer: Observer | None) -> None:
         """Let somebody see, and change, what each operation gives.
 
@@ -163,6 +184,10 @@ def _declared(library: Any) -> Any:
         library.snm_net_call.argtypes = [_ptr, _ptr, _ptr, _i32, _i32, _i64, _ptr, _text]
         library.snm_net_level.argtypes = [_ptr, _i32]
         library.snm_net_bytes.argtypes = [_ptr] * 3
+        library.snm_net_op_bytes.argtypes = [_ptr, _i64]
+        library.snm_net_op_bytes.restype = _i64
+        library.snm_net_stored.argtypes = [_ptr, _i64, _ptr]
+        library.snm_net_stored.restype = _i64
         library.snm_net_observe.argtypes = [_ptr, _Observe, _ptr]
         library.snm_net_observe.restype = library.snm_net_bytes.restype = None
         library.spikenm_open_bytes.argtypes = [_text, ctypes.c_size_t, _text]

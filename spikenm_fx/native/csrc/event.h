@@ -95,6 +95,7 @@ struct Event {
   static void item(void *self, int64_t index) { static_cast<const Event *>(self)->run(index); }
 
   int32_t start() {
+    if (!blocks_fit(call, EVENT_INPUTS, 1, 1) || (kInteger && !call->scale)) return -1;
     snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }

@@ -3,10 +3,12 @@
 // [input channel][token] that fits L1; two output rows share the loads of a register tile.
 #pragma once
 #include "epilogue.h"
+#include "half.h"
+#include "net.h"
 
 namespace {
 
-#if defined(__AVX512BW__)
+#if defined(__AVX512BW__) || defined(__ARM_NEON)
 constexpr int NV = 8;  // vectors of tokens per register tile: 2 * NV accumulators
 #else
 constexpr int NV = 4;
@@ -55,16 +57,22 @@ struct Fma {
     group_nonzeros = last[3] + nonzeros(last);
   }
 
-  // kind = keep << 16 | of
+  // kind = stored << 32 | keep << 16 | of
   int64_t nonzeros(const int64_t *block) const {
-    return ceil_div(block[2], call->kind & 0xffff) * (call->kind >> 16);
+    return ceil_div(block[2], of()) * keep();
   }
+
+  int64_t of() const { return call->kind & 0xffff; }
+  int64_t keep() const { return call->kind >> 16 & 0xffff; }
+  // Not 0: weights are a file's values and codes its indices, as they are stored: 1 + NetType.
+  int64_t stored() const { return call->kind >> 32; }
 
   static void item(void *self, int64_t index) { static_cast<const Fma *>(self)->run(index); }
 
   int32_t start() {
-    for (int64_t b = 0; b < call->n_blocks; ++b)
-      if (call->blocks[5 * b + 2] > FMA_MAX_BLOCK) return -1;
+    if (of() < 1 || of() > FMA_MAX_BLOCK || keep() < 1 || keep() > of() || stored() > 1 + kI8 ||
+        !blocks_fit(call, FMA_MAX_BLOCK, of(), keep()))
+      return -1;
     snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }
@@ -94,20 +102,57 @@ struct Fma {
     const int64_t n = nonzeros(block);
     // Values and picks: [group][block][output pair][non-zero][2]
     const int64_t at = (group * group_nonzeros + block[3]) * pairs * 2 + o0 / 2 * n * 2;
-    const float *values = call->weights + at;
-    const uint8_t *picks = static_cast<const uint8_t *>(call->codes) + at;
+    const float *values = stored() ? nullptr : call->weights + at;
+    const uint8_t *picks = stored() ? nullptr : static_cast<const uint8_t *>(call->codes) + at;
     int64_t offset[NV];
     for (int j = 0; j < NV; ++j) {
       const int64_t token = k0 + j * VW;
       offset[j] = token / TILE * padded * TILE + token % TILE;
     }
-    for (int64_t o = 0; o < outputs; o += 2, values += 2 * n, picks += 2 * n) {
+    alignas(64) float own_values[2 * FMA_MAX_BLOCK];
+    uint8_t own_picks[2 * FMA_MAX_BLOCK];
+    for (int64_t o = 0; o < outputs; o += 2) {
+      if (stored()) {
+        values = own_values, picks = own_picks;
+        for (int64_t side = 0; side < 2; ++side)
+          unpack(group, o0 + o + side, block, n, own_values + side, own_picks + side);
+      }
       float *out[2] = {y + o * TILE, y + (o + 1) * TILE};  // rows are padded to an even number
       if (count == FMA_TOKENS)
         fma_pair<NV>(panel, values, picks, n, out, offset, first);
       else
         fma_pair<NV / 2>(panel, values, picks, n, out, offset, first);
+      if (!stored()) values += 2 * n, picks += 2 * n;
     }
+  }
+
+  // Values and picks of one row of a block, every second place; a row beyond the last is zeros.
+  void unpack(int64_t group, int64_t output, const int64_t *block, int64_t n, float *values,
+              uint8_t *picks) const {
+    const snm_geometry *g = call->geometry;
+    for (int64_t i = 0; i < n && output >= g->og; ++i) values[2 * i] = 0.0f, picks[2 * i] = 0;
+    if (output >= g->og) return;
+    const int64_t per_tap = ceil_div(g->cg, of()) * keep(), count = g->kh * g->kw * per_tap;
+    const int64_t bits = position_bits(of()), row = group * g->og + output;
+    const int64_t at = block[0] * per_tap + block[1] / of() * keep();
+    const uint8_t *codes = static_cast<const uint8_t *>(call->codes) + row * ((count * bits + 7) / 8);
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t position = 0;
+      for (int64_t b = 0; b < bits; ++b) {
+        const int64_t bit = (at + i) * bits + b;
+        position |= static_cast<int64_t>(codes[bit / 8] >> (bit % 8) & 1) << b;
+      }
+      picks[2 * i] = static_cast<uint8_t>(i / keep() * of() + position);
+      values[2 * i] = stored_value(row * count + at + i);
+    }
+  }
+
+  float stored_value(int64_t at) const {
+    if (stored() == 1 + kF32) return call->weights[at];
+    if (stored() == 1 + kI8)
+      return static_cast<float>(reinterpret_cast<const int8_t *>(call->weights)[at]);
+    const uint16_t half = reinterpret_cast<const uint16_t *>(call->weights)[at];
+    return stored() == 1 + kF16 ? from_half(half) : from_brain(half);
   }
 
   // panel[channel][token] for the channels of one block; channels beyond the last are zero.
@@ -136,7 +181,7 @@ struct Fma {
     }
     // Filled-up slots of a shorter last block may pick a channel beyond it: its value is zero, but
     // zero times a stale NaN would not be.
-    const int64_t of = call->kind & 0xffff, whole = ceil_div(block[2], of) * of;
+    const int64_t whole = ceil_div(block[2], of()) * of();
     for (int64_t c = ceil_div(block[2], VW) * VW; c < whole; ++c)
       memset(panel + c * FMA_TOKENS, 0, sizeof(float) * FMA_TOKENS);
   }

@@ -155,6 +155,30 @@ SNM_INLINE void lut_row(const uint8_t *planes, const float *tables, const uint16
     }
     for (int b = 0; b < 4; ++b) _mm256_store_ps(y + h + b * 8, a[b]);
   }
+#elif defined(__ARM_NEON)
+  // A table of 16 floats is 64 bytes, which one look-up of bytes reaches.
+  const uint32x4_t low_byte = vdupq_n_u32(0xff), four = vdupq_n_u32(0x04040404);
+  const uint32x4_t bytes = vdupq_n_u32(0x03020100);
+  if (first) memset(y, 0, sizeof(float) * TILE);
+  for (int u = 0; u < units; ++u) {
+    const float *halves = tables + u * HALVES;
+    const float32x4_t base = vld1q_f32(halves);
+    uint8x16x4_t table;
+    for (int k = 0; k < 4; ++k)
+      table.val[k] = vreinterpretq_u8_f32(vaddq_f32(base, vdupq_n_f32(halves[4 + k])));
+    const uint8_t *low = plane_of<S>(planes, u, codes[u * S::codes]);
+    const uint8_t *high = plane_of<S>(planes, u, codes[u * S::codes + S::codes - 1]);
+    for (int h = 0; h < TILE; h += 16) {
+      const uint8x16_t both = vorrq_u8(vld1q_u8(low + h), vld1q_u8(high + h));
+      uint32x4_t index = vreinterpretq_u32_u8(vandq_u8(both, vdupq_n_u8(15)));
+      for (int b = 0; b < 4; ++b, index = vshrq_n_u32(index, 8)) {
+        const uint32x4_t at = vmlaq_u32(bytes, vandq_u32(index, low_byte), four);
+        float *to = y + h + 4 * b;
+        vst1q_f32(to, vaddq_f32(vld1q_f32(to), vreinterpretq_f32_u8(vqtbl4q_u8(
+                                                   table, vreinterpretq_u8_u32(at)))));
+      }
+    }
+  }
 #else
   if (first) memset(y, 0, sizeof(float) * TILE);
   for (int u = 0; u < units; ++u) {
@@ -216,6 +240,7 @@ struct Lut {
   static void item(void *self, int64_t index) { static_cast<const Lut *>(self)->run(index); }
 
   int32_t start() {
+    if (!blocks_fit(call, S::block, S::inputs, 1)) return -1;
     snm_parallel(s.items(call->geometry), call->threads, item, this);
     return 0;
   }

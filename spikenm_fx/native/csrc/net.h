@@ -34,6 +34,13 @@ enum NetWord {
   kMode = 9, kStridedCount, kStridedLoop, kStridedOffset = kStridedLoop + 4 * kStridedLoops,
 };
 
+enum NetType : int32_t { kF32, kF16, kBF16, kI8, kU8, kI64 };
+
+// Bits of a position in a block of `of` inputs.
+static inline int64_t position_bits(int64_t of) {
+  return of > 1 ? 64 - __builtin_clzll(static_cast<uint64_t>(of - 1)) : 0;
+}
+
 struct NetValue {
   int64_t bits, timed, h, w, c;
   int64_t size;    // h * w * c
@@ -52,16 +59,26 @@ struct NetPort {
 struct NetTensor {
   const uint8_t *data;
   int64_t bytes, rank, shape[SPIKENM_RANK];
-  int32_t dtype;  // 0 F32, 1 F16, 2 BF16, 3 I8, 4 U8, 5 I64
+  int32_t dtype;  // see NetType
 };
+
+// How the weights of a layer lie in memory; each row of taps from its end, so that neighbouring
+// outputs read neighbouring rows.
+//   kDenseRows, kDense8Rows: [group][input][tap][group_stride] floats, or int8.
+//   kPackedRows: [group][block of inputs][tap][kept][group_outputs] values as they are stored, and
+//   beside each value its position in the block: packed bits, eight outputs to a whole byte.
+enum NetForm : int64_t { kDenseRows, kDense8Rows, kPackedRows };
 
 struct NetOp {
   const int64_t *word;  // kOpWords of them
   float *memory;        // what was derived from the file's tensors, or null
-  // Layer: weights [group][input][tap][group_stride] in memory, each row of taps from its end, and
-  // the biases behind them.
+  // Layer: see NetForm for the weights in memory; biases and the factors of int8 lie behind them.
   int64_t taps, group_outputs, group_stride, inputs;
   const float *bias;
+  const float *scale;  // of int8 weights: [kernel width][group][group_stride]; else null
+  int64_t form, type;    // NetForm, and the NetType of packed values
+  const uint8_t *codes;  // of packed rows
+  int64_t code_bytes;    // of one packed row
   // Neuron and affine: rows of parameters, each `wide` long: 16 equal ones, or one per number.
   int64_t wide;
   int64_t state_stride;  // of a neuron: floats of one image's membranes

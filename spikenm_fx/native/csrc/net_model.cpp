@@ -5,8 +5,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "net_weights.h"
-
 namespace {
 
 constexpr int64_t kMostValues = 1 << 24;  // numbers of a token: 64 MiB
@@ -30,6 +28,13 @@ bool NetMemory::take(int64_t bytes) {
 }
 
 bool NetModel::build(const NetImage &image, NetFailure *fail) {
+  const auto memory_kind = image.metadata.find("memory");
+  if (memory_kind != image.metadata.end()) {
+    small = memory_kind->second == "small";
+    if (!small && memory_kind->second != "fast")
+      return (*fail)("it asks for memory %.20s; this release knows fast and small",
+                     memory_kind->second.c_str());
+  }
   const NetTensor *program = image.order[0];
   const int64_t n = program->bytes / 8;
   if (program->dtype != 5 || n < kHeadWords) return (*fail)("its program is no list of integers");
@@ -166,8 +171,6 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
   if (!well)
     return (*fail)("operation %lld does not fit its values", static_cast<long long>(index));
   op->memory = memory.back().floats();
-  if (w[kCode] == kLayer)
-    op->bias = op->memory + op->inputs * op->taps * op->group_stride * w[kLayerGroups];
   return true;
 }
 
@@ -199,17 +202,45 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
   op->group_stride = round_up(op->group_outputs, kLanesMost);
   const int64_t row = op->group_stride * w[kLayerGroups];
   if (out.h * out.w * row > 8 * kMostValues) return (*fail)("a layer of its program is too large");
-  StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
+  const StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
                          tensor(image, w[kTensor2]), tensor(image, w[kTensor3]),
                          w[kLayerKeep], w[kLayerOf], out.c, op->inputs, op->taps,
-                         w[kLayerGroups], w[kLayerKernel + 1], in.h * in.w, w[kLayerFlat] == 2 ? in.c : 0};
+                         w[kLayerGroups], w[kLayerKernel + 1], in.h * in.w,
+                         w[kLayerFlat] == 2 ? in.c : 0};
   if (!stored.fits()) return (*fail)("the weights of a layer are not what its program says");
-  int64_t floats = 0;
-  if (__builtin_mul_overflow(op->inputs * op->taps + 1, row, &floats) || floats > (1ll << 36) ||
-      !memory.back().take(floats * 4))
+  NetLayerMemory at = {};
+  if (!stored.plan(small, op->group_stride, &at) || !memory.back().take(at.size))
     return (*fail)("there is no memory for the weights of a layer");
-  return stored.lay_out(memory.back().floats(), op->group_stride) ||
-         (*fail)("the weights of a layer are not N:M, or not finite");
+  char *to = memory.back().bytes();
+  op->form = at.form;
+  op->type = stored.values->dtype;
+  op->codes = reinterpret_cast<const uint8_t *>(to) + at.codes;
+  op->code_bytes = at.code_bytes;
+  op->bias = reinterpret_cast<const float *>(to + at.bias);
+  op->scale = at.scale ? reinterpret_cast<const float *>(to + at.scale) : nullptr;
+  if (!stored.lay_out(to, at, op->group_stride))
+    return (*fail)("the weights of a layer are not N:M, or not finite");
+  if (!small) return true;
+  packed.push_back({*stored.values, stored, at, op - ops.data()});
+  NetPacked &kept = packed.back();
+  kept.values.data = nullptr;  // the file is gone when this is read
+  kept.weight = {&kept.values, nullptr, nullptr, nullptr, stored.keep, stored.of, stored.outputs,
+                 stored.inputs, stored.taps, stored.groups, stored.kw, 0, 0};
+  return true;
+}
+
+int64_t NetModel::stored(int64_t tensor, uint8_t *to) const {
+  for (const NetPacked &kept : packed) {
+    const int64_t *w = ops[static_cast<size_t>(kept.op)].word;
+    const bool values = w[kTensor0] == tensor;
+    if (!values && w[kTensor1] != tensor) continue;
+    const char *from = memory[static_cast<size_t>(kept.op)].bytes();
+    const int64_t bytes = values ? kept.values.bytes : kept.weight.index_bytes();
+    if (to) memset(to, 0, static_cast<size_t>(bytes));
+    if (to) kept.weight.read_back(from, kept.at, values ? to : nullptr, values ? nullptr : to);
+    return bytes;
+  }
+  return -1;
 }
 
 bool NetModel::spread(const NetTensor *t, int64_t rows, const NetValue &v, NetOp *op,

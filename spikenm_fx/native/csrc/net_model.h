@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // A network as it was read and checked, with the layouts that its operations run on.
 #pragma once
+#include <list>
+
 #include "net_file.h"
+#include "net_weights.h"
 
 // Memory of one purpose, aligned for every vector; null where there was none to be had.
 class NetMemory {
@@ -31,6 +34,14 @@ struct NetState {
   std::vector<float> initial;  // one, or one per number
 };
 
+// Packed rows that are all there is of two of the file's tensors.
+struct NetPacked {
+  NetTensor values;
+  StoredWeight weight;
+  NetLayerMemory at;
+  int64_t op;
+};
+
 struct NetModel {
   std::vector<int64_t> code;
   std::vector<NetValue> values;
@@ -42,8 +53,13 @@ struct NetModel {
   std::vector<NetState> states;
   int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
   int64_t only_steps = 0, only_images = 0;  // 0: any; else the model itself takes no other
+  bool small = false;                        // weights stay packed in memory
+  std::list<NetPacked> packed;
 
   bool build(const NetImage &image, NetFailure *fail);
+  // Values or indices as they were in the file, where weights stay packed: fills `to` if it is not
+  // null, and returns how many bytes they are; -1 for any other tensor.
+  int64_t stored(int64_t tensor, uint8_t *to) const;
 
  private:
   bool read_values(const int64_t *w, int64_t n, NetFailure *fail);

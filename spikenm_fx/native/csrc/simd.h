@@ -7,6 +7,8 @@
 #include <cstring>
 #if defined(__AVX2__) || defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define SNM_INLINE static inline __attribute__((always_inline, unused))
@@ -45,6 +47,9 @@ SNM_INLINE uint32_t lanes(vi mask) {
   return static_cast<uint32_t>(_mm256_movemask_ps(reinterpret_cast<__m256>(mask)));
 #elif defined(__SSE2__)
   return static_cast<uint32_t>(_mm_movemask_ps(reinterpret_cast<__m128>(mask)));
+#elif defined(__ARM_NEON)
+  const uint32x4_t weights = {1, 2, 4, 8};
+  return vaddvq_u32(vandq_u32(reinterpret_cast<uint32x4_t>(mask), weights));
 #else
   uint32_t bits = 0;
   for (int i = 0; i < VW; ++i) bits |= (mask[i] ? 1u : 0u) << i;
@@ -67,6 +72,8 @@ SNM_INLINE vf madd(vf a, vf b, vf c) {
   return reinterpret_cast<vf>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a),
                                               reinterpret_cast<__m256>(b),
                                               reinterpret_cast<__m256>(c)));
+#elif defined(__ARM_NEON)
+  return vfmaq_f32(c, a, b);
 #else
   return a * b + c;
 #endif
@@ -116,6 +123,14 @@ SNM_INLINE void transpose_rows(Row row, float *dst, int64_t dst_stride) {
   for (int k = 0; k < 4; ++k) {
     _mm256_storeu_ps(dst + k * dst_stride, _mm256_permute2f128_ps(r[k], r[4 + k], 0x20));
     _mm256_storeu_ps(dst + (4 + k) * dst_stride, _mm256_permute2f128_ps(r[k], r[4 + k], 0x31));
+  }
+#elif defined(__ARM_NEON)
+  const float32x4x2_t a = vtrnq_f32(vld1q_f32(row(0)), vld1q_f32(row(1)));
+  const float32x4x2_t b = vtrnq_f32(vld1q_f32(row(2)), vld1q_f32(row(3)));
+  for (int k = 0; k < 2; ++k) {
+    vst1q_f32(dst + k * dst_stride, vcombine_f32(vget_low_f32(a.val[k]), vget_low_f32(b.val[k])));
+    vst1q_f32(dst + (2 + k) * dst_stride,
+              vcombine_f32(vget_high_f32(a.val[k]), vget_high_f32(b.val[k])));
   }
 #else
   for (int i = 0; i < VW; ++i)

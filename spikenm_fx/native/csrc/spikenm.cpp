@@ -269,6 +269,18 @@ SNM_EXPORT int32_t snm_net_level(spikenm_net *net, int32_t level) {
   return 0;
 }
 
+// Of an engine that keeps its weights packed: the bytes of a tensor of its file, by its number,
+// into `to` unless that is null.  Returns how many; -1 for a tensor that it does not keep so.
+SNM_EXPORT int64_t snm_net_stored(const spikenm_net *net, int64_t tensor, void *to) {
+  return net->model.stored(tensor, static_cast<uint8_t *>(to));
+}
+
+// Bytes of what an operation runs on; 0 for one that does not exist.
+SNM_EXPORT int64_t snm_net_op_bytes(const spikenm_net *net, int64_t op) {
+  const bool there = op >= 0 && op < static_cast<int64_t>(net->model.memory.size());
+  return there ? net->model.memory[static_cast<size_t>(op)].size() : 0;
+}
+
 // Bytes: of all layouts that operations run on; of the plan of the last call.
 SNM_EXPORT void snm_net_bytes(const spikenm_net *net, int64_t *layouts, int64_t *plan) {
   *layouts = *plan = 0;

@@ -2,8 +2,7 @@
 // Sums for one token at a time: the numbers that are not zero, as a list, and for each of them one
 // row of weights.  Weights lie input by input, so that silent inputs cost nothing, not even reads.
 #pragma once
-#include "net.h"
-#include "simd.h"
+#include "packed_rows.h"
 
 namespace {
 
@@ -61,11 +60,11 @@ SNM_INLINE Events events_of(const NetValue *value, const void *token) {
 }
 
 // y[0..width) += rows of w, one after another, kRows at a time: the order of summation is that of
-// the events, whatever their number.
-template <int kRows, bool kValued>
-SNM_INLINE void add_some(const float *w, int64_t stride, const int32_t *index, int64_t base,
-                         const float *value, float *y, int64_t width, bool fresh) {
-  const float *row[kRows];
+// the events, whatever their number.  Integers times their output's factor are the weights.
+template <int kRows, bool kValued, class W>
+SNM_INLINE void add_some(const W *w, const float *scale, int64_t stride, const int32_t *index,
+                         int64_t base, const float *value, float *y, int64_t width, bool fresh) {
+  const W *row[kRows];
   vf factor[kRows];
   for (int k = 0; k < kRows; ++k) {
     row[k] = w + (index[k] - base) * stride;
@@ -73,35 +72,59 @@ SNM_INLINE void add_some(const float *w, int64_t stride, const int32_t *index, i
   }
   for (int64_t o = 0; o < width; o += VW) {
     vf sum = fresh ? vf{} : load(y + o);
+    const vf of_output = sizeof(W) == 1 ? loadu(scale + o) : vf{};
 #pragma GCC unroll 8
-    for (int k = 0; k < kRows; ++k)
-      sum = kValued ? madd(factor[k], load(row[k] + o), sum) : sum + load(row[k] + o);
+    for (int k = 0; k < kRows; ++k) {
+      vf weight = weights_at(row[k] + o);
+      if (sizeof(W) == 1) weight = weight * of_output;
+      sum = kValued ? madd(factor[k], weight, sum) : sum + weight;
+    }
     store(y + o, sum);
   }
 }
 
 // Rows index - base of w, for `count` events; y is set where `fresh`, else added to.
-template <bool kValued>
-void add_rows_of(const float *w, int64_t stride, const int32_t *index, int64_t base,
-                 const float *value, int64_t count, float *y, int64_t width, bool fresh) {
+template <bool kValued, class W>
+void add_rows_of(const W *w, const float *scale, int64_t stride, const int32_t *index,
+                 int64_t base, const float *value, int64_t count, float *y, int64_t width,
+                 bool fresh) {
   int64_t k = 0;
   if (fresh && count == 0)
     for (int64_t o = 0; o < width; o += VW) store(y + o, vf{});
   for (; k + 8 <= count; k += 8, fresh = false)
-    add_some<8, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+    add_some<8, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
   for (; k + 2 <= count; k += 2, fresh = false)
-    add_some<2, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+    add_some<2, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
   for (; k < count; ++k, fresh = false)
-    add_some<1, kValued>(w, stride, index + k, base, value + k, y, width, fresh);
+    add_some<1, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
 }
 
-SNM_INLINE void stream_rows(const float *w, int64_t stride, const Events &e, int64_t first,
-                            int64_t count, int64_t base, float *y, int64_t width, bool fresh) {
-  if (e.ones)
-    add_rows_of<false>(w, stride, e.index + first, base, e.value, count, y, width, fresh);
-  else
-    add_rows_of<true>(w, stride, e.index + first, base, e.value + first, count, y, width, fresh);
-}
+// Rows of a layer from the row `from` on; `scale` is where the factors of its outputs start.
+struct DenseRows {
+  const NetOp *op;
+  int64_t from, stride;
+  const float *scale;
+
+  void add(const Events &e, int64_t first, int64_t count, int64_t base, float *y, int64_t width,
+           bool fresh) const {
+    if (op->form == kDense8Rows)
+      add_to(reinterpret_cast<const int8_t *>(op->memory), e, first, count, base, y, width, fresh);
+    else
+      add_to(op->memory, e, first, count, base, y, width, fresh);
+  }
+
+ private:
+  template <class W>
+  void add_to(const W *w, const Events &e, int64_t first, int64_t count,
+                                int64_t base, float *y, int64_t width, bool fresh) const {
+    const int32_t *index = e.index + first;
+    if (e.ones)
+      add_rows_of<false>(w + from, scale, stride, index, base, e.value, count, y, width, fresh);
+    else
+      add_rows_of<true>(w + from, scale, stride, index, base, e.value + first, count, y, width,
+                        fresh);
+  }
+};
 
 // Everything a layer needs to know of one call.
 struct StreamLayer {
@@ -122,49 +145,106 @@ struct StreamLayer {
     flat = w[kLayerFlat] != 0;
   }
 
+  const float *factors(int64_t from) const { return op->scale ? op->scale + from : nullptr; }
+  bool packed() const { return op->form == kPackedRows; }
+
   // Sums of the padded outputs [o0, o0 + width) of one group; `width` of the whole row if flat.
   void sums(const Events &e, float *y, int64_t o0, int64_t width) const {
-    const float *w = op->memory + o0;
-    if (flat) return stream_rows(w, op->group_stride, e, 0, e.count, 0, y + o0, width, true);
-    const int64_t channels = in->c / groups, w_stride = op->taps * op->group_stride;
+    if (flat && !packed())
+      return DenseRows{op, o0, op->group_stride, factors(o0)}.add(e, 0, e.count, 0, y + o0, width,
+                                                                  true);
     for (int64_t p = 0; p < out->h * out->w; ++p)
       for (int64_t g = 0; g < groups; ++g)
         for (int64_t o = 0; o < width; o += VW)
           store(y + p * row + g * op->group_stride + o0 + o, vf{});
+    if (flat) return flat_packed(e, y, o0, width);
+    const int64_t channels = in->c / groups;
     for (int64_t k = 0; k < e.count;) {
       // Events of one pixel and group lie side by side.
       const int64_t block = e.index[k] / channels, base = block * channels;
-      const int64_t pixel = block / groups, group = block % groups;
       int64_t n = 1;
       while (k + n < e.count && e.index[k + n] < base + channels) ++n;
-      const float *of_group = w + group * channels * w_stride;
-      scatter(e, k, n, base, pixel, of_group, w_stride, y + group * op->group_stride + o0, width);
+      const Place at = {block / groups, block % groups, base, o0, width};
+      if (packed())
+        scatter_packed(e, k, n, at, y);
+      else
+        scatter(e, k, n, at, y);
       k += n;
     }
   }
 
-  // To every output pixel that reads this input pixel, tap by tap.
-  void scatter(const Events &e, int64_t first, int64_t n, int64_t base, int64_t pixel,
-               const float *w, int64_t w_stride, float *y, int64_t width) const {
+  // Events of one pixel and group, their first channel's index, and the outputs that are wanted.
+  struct Place {
+    int64_t pixel, group, base, o0, width;
+  };
+
+  // Of all inputs, in the order in which blocks hold them.
+  void flat_packed(const Events &e, float *y, int64_t o0, int64_t width) const {
+    const bool turned = op->word[kLayerFlat] == 2 && in->h * in->w > 1 && in->c > 1;
+    const Events ordered = turned ? by_channel(e) : e;
+    const ActiveBlocks active = active_blocks(ordered.index, ordered.value, ordered.count, 0,
+                                              op->word[kLayerOf], ordered.ones);
+    add_packed(op, 0, 0, o0, active, y + o0, width);
+  }
+
+  // Events of pixel after pixel as those of channel after channel.
+  Events by_channel(const Events &e) const {
+    const int64_t pixels = in->h * in->w, size = in->size;
+    const size_t bytes = sizeof(float) * static_cast<size_t>(2 * size + 128);
+    float *values = static_cast<float *>(snm_scratch(5, bytes));
+    memset(values, 0, sizeof(float) * static_cast<size_t>(size + 64));
+    for (int64_t k = 0; k < e.count; ++k)
+      values[e.index[k] % in->c * pixels + e.index[k] / in->c] = e.ones ? 1.0f : e.value[k];
+    Events turned = {e.index, values + size + 64, 0, true};
+    events_of_floats(values, size, &turned);
+    return turned;
+  }
+
+  // visit(tap, output pixel) for every output pixel of a row of taps that reads a pixel.
+  template <class Visit>
+  void each_tap(int64_t pixel, Visit visit) const {
     const int64_t iy = pixel / in->w + ph, ix = pixel % in->w + pw;
     for (int64_t ky = 0; ky < kh; ++ky) {
       const int64_t dy = iy - ky * dh;
       if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
-      if (sw == 1 && dw == 1 && width == row) {
-        // Neighbouring taps go to neighbouring pixels: one run of both.
-        const int64_t from = most(0, ix - kw + 1), to = least(out->w - 1, ix);
-        const int64_t first_tap = ky * kw + from - (ix - kw + 1);
-        if (from <= to)
-          stream_rows(w + first_tap * row, w_stride, e, first, n, base,
-                      y + (dy / sh * out->w + from) * row, (to - from + 1) * row, false);
-        continue;
-      }
       for (int64_t kx = 0; kx < kw; ++kx) {
         const int64_t dx = ix - kx * dw;
         if (dx < 0 || dx % sw || dx / sw >= out->w) continue;
-        stream_rows(w + (ky * kw + kw - 1 - kx) * op->group_stride, w_stride, e, first, n, base,
-                    y + (dy / sh * out->w + dx / sw) * row, width, false);
+        visit(ky * kw + kw - 1 - kx, dy / sh * out->w + dx / sw);
       }
+    }
+  }
+
+  void scatter_packed(const Events &e, int64_t first, int64_t n, const Place &at, float *y) const {
+    const ActiveBlocks active = active_blocks(e.index + first, e.value + first, n, at.base,
+                                              op->word[kLayerOf], e.ones);
+    each_tap(at.pixel, [&](int64_t tap, int64_t to) {
+      add_packed(op, at.group, tap, at.o0, active,
+                 y + to * row + at.group * op->group_stride + at.o0, at.width);
+    });
+  }
+
+  // To every output pixel that reads this input pixel, tap by tap.
+  void scatter(const Events &e, int64_t first, int64_t n, const Place &at, float *y) const {
+    const int64_t w_stride = op->taps * op->group_stride, outs = at.group * op->group_stride + at.o0;
+    const int64_t of_group = at.group * (in->c / groups) * w_stride + at.o0;
+    if (sw == 1 && dw == 1 && at.width == row) return scatter_runs(e, first, n, at, y);
+    each_tap(at.pixel, [&](int64_t tap, int64_t to) {
+      DenseRows{op, of_group + tap * op->group_stride, w_stride, factors(outs)}.add(
+          e, first, n, at.base, y + to * row + outs, at.width, false);
+    });
+  }
+
+  // Neighbouring taps go to neighbouring pixels: one run of both.
+  void scatter_runs(const Events &e, int64_t first, int64_t n, const Place &at, float *y) const {
+    const int64_t iy = at.pixel / in->w + ph, ix = at.pixel % in->w + pw;
+    const int64_t from = most(0, ix - kw + 1), to = least(out->w - 1, ix);
+    for (int64_t ky = 0; ky < kh && from <= to; ++ky) {
+      const int64_t dy = iy - ky * dh;
+      if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
+      const int64_t first_tap = ky * kw + from - (ix - kw + 1);
+      DenseRows{op, first_tap * row, op->taps * row, op->scale}.add(
+          e, first, n, at.base, y + (dy / sh * out->w + from) * row, (to - from + 1) * row, false);
     }
   }
 

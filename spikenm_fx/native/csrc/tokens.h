@@ -45,6 +45,31 @@ struct Tokens {
   }
 };
 
+// Whether a call's sizes belong together and its blocks lie inside of the weight: `most` channels of
+// one tap each, from a whole word of spikes on, laid out one after another in units of `unit`
+// channels that are `each` long.
+SNM_INLINE bool blocks_fit(const snm_call *call, int64_t most_channels, int64_t unit,
+                           int64_t each) {
+  const snm_geometry *g = call->geometry;
+  const int64_t least_one[] = {g->steps, g->h, g->w, g->oh, g->ow, g->kh, g->kw, g->sh, g->sw,
+                               g->dh, g->dw, g->groups, g->cg, g->og};
+  for (int64_t size : least_one)
+    if (size < 1) return false;
+  const bool inside = g->images >= 0 && g->ph >= 0 && g->pw >= 0 &&
+                      (g->oh - 1) * g->sh + (g->kh - 1) * g->dh < g->h + 2 * g->ph &&
+                      (g->ow - 1) * g->sw + (g->kw - 1) * g->dw < g->w + 2 * g->pw;
+  if (!inside || call->n_blocks < 1 || !call->blocks || !call->input || !call->weights) return false;
+  int64_t offset = 0;
+  for (int64_t b = 0; b < call->n_blocks; ++b) {
+    const int64_t *block = call->blocks + 5 * b;
+    if (block[0] < 0 || block[0] >= g->kh * g->kw || block[1] < 0 || block[2] < 1 ||
+        block[2] > most_channels || block[1] > g->cg - block[2] || block[3] != offset)
+      return false;
+    offset += ceil_div(block[2], unit) * each;
+  }
+  return true;
+}
+
 // A row of zeros for padding, in this thread's scratch.
 SNM_INLINE const uint8_t *zero_row(int64_t bytes) {
   void *row = snm_scratch(5, static_cast<size_t>(bytes) + 64);

@@ -45,6 +45,7 @@ class PackedLayer(nn.Module):
         bias: ``(O,)`` or None.
         name: qualified name, for messages.
         choice: how to run; change it with :meth:`choose`.
+        small: keep nothing in memory but the packed weight, and run from that.
     """
 
     values: Tensor
@@ -59,12 +60,14 @@ class PackedLayer(nn.Module):
         *,
         name: str = "layer",
         choice: Choice = "dense",
+        small: bool = False,
     ) -> None:
         super().__init__()
         self.name = name
         self.nm = packed.nm
         self.weight_shape = packed.shape
         self.geometry = packed.geometry
+        self.small = small
         self.waits = False  # for a neuron that is fused with it
         self.meter: Meter | None = None  # while choices are measured
         # parameters, as forwards ask next(self.parameters()) for a device
@@ -79,7 +82,7 @@ class PackedLayer(nn.Module):
         self._kind = 0
         self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
         self.choice: Choice = "dense"
-        self.choose(choice)
+        self.choose(self.candidates()[0] if small else choice)
         super().train(False)
 
     def stand_for(self, layer: nn.Module, mixin: type[PackedLayer] | None = None) -> PackedLayer:
@@ -135,11 +138,15 @@ class PackedLayer(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
         counting = sum(layout.nbytes for layout in self._counting.values())
-        held = (*self.parameters(), *self.buffers())
-        return counting + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in self.parameters()}
+        held |= {t.data_ptr(): t.numel() * t.element_size() for t in self.buffers()}
+        return counting + sum(held.values())
 
     def candidates(self) -> list[Choice]:
-        """Ways to run this layer here."""
+        """Ways to run this layer here; the first one always is one."""
+        if self.small:
+            native_fma = kernels() is not None and supports("fma", self.packed)
+            return ["fma"] if native_fma else ["reference"]
         native: list[Choice] = []
         if kernels() is not None:
             native = [k for k in available_kernels() if supports(k, self.packed)]
@@ -155,7 +162,8 @@ class PackedLayer(nn.Module):
             raise PackError(
                 f"{self.name}: backend {choice!r}; known are {', '.join(get_args(Choice))}"
             )
-        if choice not in ("dense", "reference") and choice not in self.candidates():
+        anyway = () if self.small else ("dense", "reference")
+        if choice not in anyway and choice not in self.candidates():
             raise PackError(
                 f"{self.name} {self.weight_shape} at {self.nm} cannot run as {choice!r}; "
                 f"possible here: {', '.join(self.candidates())}"
@@ -178,7 +186,7 @@ class PackedLayer(nn.Module):
             self._dense = dense.clone(memory_format=torch.channels_last)
 
     def _lay_out(self) -> None:
-        layout = layout_for(_kernel(self.choice), self.packed)
+        layout = layout_for(_kernel(self.choice), self.packed, small=self.small)
         self._weights, self._codes = layout.weights, layout.codes
         self._blocks, self._row_scale = layout.blocks, layout.scale
         self._kind = layout.kind

@@ -56,7 +56,8 @@ class Layout:
         weights: fp32 tables or values, or int16 weights for ``event8``.
         codes: uint8 or int16 positions; empty for the event kernels.
         blocks: int64 ``(n, 5)``: kernel position, first channel, channels, offset, ends a segment.
-        kind: scheme (LUT) or ``keep << 16 | of`` (FMA).
+        kind: scheme (LUT) or ``stored << 32 | keep << 16 | of`` (FMA), where ``stored`` is not 0 if
+            weights and codes are those of the packed weight.
         scale: fp32 ``(O,)`` that int8 sums are multiplied by, or None.
     """
 
@@ -86,11 +87,18 @@ def supports(kernel: Kernel, packed: PackedWeight) -> bool:
     return kernel == "event" or packed.scale is not None
 
 
-def layout_for(kernel: Kernel, packed: PackedWeight) -> Layout:
+def layout_for(kernel: Kernel, packed: PackedWeight, *, small: bool = False) -> Layout:
     """Derive the layout of ``kernel``; call :func:`supports` first.
 
     int8 weights run dequantised to fp32, but for ``event8`` and ``amx8``, which add the integers.
+
+    Args:
+        kernel: that is to run.
+        packed: the weight.
+        small: of ``fma``: the stored values and indices themselves, which take no more memory.
     """
+    if small:
+        return _stored(packed)
     make = {
         "fma": _fma,
         "lut": _lut,
@@ -209,6 +217,16 @@ def _fma(packed: PackedWeight) -> Layout:
         nm.keep << 16 | nm.of,
         None,
     )
+
+
+def _stored(packed: PackedWeight) -> Layout:
+    nm = packed.nm
+    size = max(nm.of, 64 // nm.of * nm.of)
+    blocks = _blocks(packed, size, nm.of, nm.keep)
+    types = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+    stored = 1 + types.index(packed.values.dtype)
+    kind = stored << 32 | nm.keep << 16 | nm.of
+    return Layout("fma", packed.values, packed.indices, blocks, kind, packed.scale)
 
 
 def _paired(flat: Tensor, sizes: list[int], groups: int) -> Tensor:
