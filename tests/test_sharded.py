@@ -6,6 +6,8 @@ All claims are measured in one launch of four processes, of which each case uses
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -44,7 +46,11 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 CASES: dict[str, dict[str, Any]] = {
     "long, Adam": {"ranks": (0, 1), "steps": LONG, "root": True},
     "long, SGD": {"ranks": (2, 3), "steps": LONG, "root": True, "by": "SGD", "nm": "1:4"},
+    "DDP, Adam": {"ranks": (0, 1), "steps": LONG, "ddp": True},
+    "DDP, SGD": {"ranks": (2, 3), "steps": LONG, "ddp": True, "by": "SGD", "nm": "1:4"},
+    "DDP, accumulated": {"ranks": (0, 1, 2), "ddp": True, "accumulate": 2, "eid": None},
     "by block, later": {"ranks": (0, 1), "after": True},
+    "by some blocks": {"ranks": (0, 1), "blocks": (0, 2)},
     "uneven": {"ranks": (0, 1, 2), "root": True, "nm": "1:4", "after": True},
     "kept gathered": {"ranks": (2, 3), "options": {"reshard_after_forward": False}},
     "always resharded": {"ranks": (2, 3), "options": {"reshard_after_forward": True}},
@@ -106,18 +112,33 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {key: whole(value).clone() for key, value in model.state_dict().items()}
 
 
-def sharded(model: nn.Module, mesh: DeviceMesh, *, root: bool = False, **options: Any) -> nn.Module:
-    for block in () if root else model:
-        if list(block.parameters()):
+def sharded(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    root: bool = False,
+    blocks: tuple[int, ...] | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Block by block, all of them or those that are named, or as one."""
+    for number, block in () if root else enumerate(model):
+        if list(block.parameters()) and (blocks is None or number in blocks):
             fully_shard(block, mesh=mesh, **options)
     return fully_shard(model, mesh=mesh, **options)
 
 
-def one_process(case: dict[str, Any]) -> dict[str, Any]:
-    model = sparse(net(), case.get("nm", "2:4"), eid=case.get("eid", EID(every=5)))
-    optimizer = OPTIMIZERS[case.get("by", "Adam")](model.parameters())
+def setting(case: dict[str, Any]) -> tuple[str, int, str, Any]:
+    """What a run in one process depends on."""
+    by, steps, nm = case.get("by", "Adam"), case.get("steps", SHORT), case.get("nm", "2:4")
+    return by, steps, nm, case.get("eid", EID(every=5))
+
+
+@functools.cache
+def one_process(by: str, steps: int, nm: str, eid: EID | None) -> dict[str, Any]:
+    model = sparse(net(), nm, eid=eid)
+    optimizer = OPTIMIZERS[by](model.parameters())
     used = []
-    for x in batches(case.get("steps", SHORT)):
+    for x in batches(steps):
         used.append(in_use(model))
         optimizer.zero_grad()
         loss_of(model, x).backward()
@@ -134,16 +155,22 @@ def answer(model: nn.Module) -> Tensor:
 
 def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -> dict[str, Any]:
     """Train as the case says; where masks were other than one process's, and how far states are."""
-    model, nm, eid = net(), case.get("nm", "2:4"), case.get("eid", EID(every=5))
+    model, (by, steps, nm, eid), ddp = net(), setting(case), case.get("ddp", False)
     if not case.get("after"):
         sparse(model, nm, eid=eid)
-    sharded(model, mesh, root=case.get("root", False), **case.get("options", {}))
+    parallel: Any = model
+    if ddp:
+        parallel = nn.parallel.DistributedDataParallel(model, process_group=mesh.get_group())
+    else:
+        cut = {key: case[key] for key in ("root", "blocks") if key in case}
+        sharded(model, mesh, **cut, **case.get("options", {}))
     if case.get("after"):
         sparse(model, nm, eid=eid)
-    optimizer = OPTIMIZERS[case.get("by", "Adam")](model.parameters())
-    ranks, parts, copies = case["ranks"], case.get("accumulate", 1), case.get("copies", 1)
+    optimizer = OPTIMIZERS[by](model.parameters())
+    ranks, parts = case["ranks"], case.get("accumulate", 1)
+    copies = len(ranks) if ddp else case.get("copies", 1)
     other = []
-    for step, x in enumerate(batches(case.get("steps", SHORT))):
+    for step, x in enumerate(batches(steps)):
         here = (ranks.index(rank) % (len(ranks) // copies), len(ranks) // copies)
         if any(
             not torch.equal(m, part_of(expected["used"][step][n], here))
@@ -153,8 +180,11 @@ def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -
         optimizer.zero_grad()
         own = x[:, ranks.index(rank) :: len(ranks)].chunk(parts, dim=1)
         for number, part in enumerate(own):
-            model.set_requires_gradient_sync(number == parts - 1)
-            (loss_of(model, part) / parts).backward()
+            last = number == parts - 1
+            if not ddp:
+                model.set_requires_gradient_sync(last)
+            with contextlib.nullcontext() if last or not ddp else parallel.no_sync():
+                (loss_of(parallel, part) / parts).backward()
         optimizer.step()
         if step % 7 == 3:  # an evaluation, after which FSDP may keep what it has gathered
             answer(model)
@@ -408,7 +438,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the four ranks found, all cases in one launch."""
     folder: Path = tmp_path_factory.mktemp("ranks")
     for name, case in CASES.items():
-        torch.save(one_process(case), folder / f"{name}.pt")
+        torch.save(one_process(*setting(case)), folder / f"{name}.pt")
     torch.multiprocessing.spawn(_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
@@ -423,6 +453,7 @@ def test_parts_are_one_process(ranks: list[dict[str, Any]], case: str) -> None:
         found = ranks[rank][case]
         assert found["other"] == [], "steps with other masks than one process"
         assert found["keys"]
+        assert max((v for k, v in found["far"].items() if "_" not in k), default=0.0) < 1e-12
         assert max(found["far"].values(), default=0.0) < 1e-6, found["far"]
         assert found["answer"] < 1e-9
         assert found["step"] == CASES[case].get("steps", SHORT)
