@@ -124,15 +124,16 @@ class Group:
         Rounded at the end alone, so that weights in parts have the numbers of whole ones.
         """
         counts = [max(member.numbers_of_scores, 1) ** -0.5 for member in self.members]
-        factor = counts[0] if len(set(counts)) == 1 else self.numbers(counts)
+        # of 64 bits either way: which weights happen to lie in one group must not decide a bit
+        factor = counts[0] if len(set(counts)) == 1 else self.numbers(counts, torch.float64)
         roots = torch.empty(len(counts), dtype=torch.float32, device=norms.device)
         return torch.mul(norms, factor, out=roots)
 
-    def numbers(self, values: Sequence[float]) -> Tensor:
+    def numbers(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         """One number a member from the host, without waiting for the device."""
         if len(set(values)) == 1:
-            return torch.full((len(values),), values[0], dtype=torch.float32, device=self.device)
-        host = torch.tensor(values, dtype=torch.float32, device="cpu")
+            return torch.full((len(values),), values[0], dtype=dtype, device=self.device)
+        host = torch.tensor(values, dtype=dtype, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
