@@ -538,14 +538,17 @@ def test_a_wrapped_model_may_become_sparse(ranks: list[dict[str, Any]], what: st
 
 
 def test_masks_travel_for_free(ranks: list[dict[str, Any]]) -> None:
-    """An ordinary step sends at most 1.01 of the dense bytes, in two vectors more.
+    """A step sends at most 1.01 of the dense bytes, on average over the steps between refreshes.
 
-    A refresh of the credits sends each masked weight once more, and one vector.
+    An ordinary one has two vectors more; a refresh of the credits sends half of each masked weight,
+    and one vector.
     """
     for rank in range(2):
         found = ranks[rank]["communicated"]
         calls, sent = found["sparse, ordinary"]
         dense_calls, dense_sent = found["dense, ordinary"]
         assert calls == dense_calls + 2
-        assert sent <= 1.01 * dense_sent
         assert found["sparse, refresh"][0] <= calls + 4
+        every = EID().every
+        average = ((every - 1) * sent + found["sparse, refresh"][1]) / every
+        assert sent <= average <= 1.01 * dense_sent

@@ -25,7 +25,7 @@ from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, sto
 from spikenm_fx.masks.computed import ComputedWeight
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
-from spikenm_fx.masks.shard import is_sharded
+from spikenm_fx.masks.shard import is_sharded, refuse_whole
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
@@ -101,10 +101,15 @@ class MaskedLayer(StoredMask):
         """As of any module; to what shards parameters over ranks scores and priors do not show.
 
         They are cut as their weight is, along blocks, once it is a DTensor.
+
+        Raises:
+            PlanError: to what shards them, before it does, if the method needs whole weights.
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         if not _caller(1).startswith(SHARDING):
             return found
+        for mask in self._nm_masks.values():
+            refuse_whole(mask)
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
         return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
 

@@ -89,7 +89,7 @@ class Group:
         return values.index_select(0, self._member_of_row()).view(-1, 1, 1)
 
     def _member_of_row(self) -> Tensor:
-        """Int64 ``[lead]``; it stays with the run, as every step asks for the same."""
+        """Int32 ``[lead]``; it stays with the run, as every step asks for the same."""
         known = self.first.run.member_of_row
         key = (self.device, *self._leads)
         if key not in known:
@@ -99,7 +99,8 @@ class Group:
             leads = leads.to(self.device, non_blocking=True)
             if len(known) >= _MOST_KNOWN:
                 known.clear()
-            known[key] = torch.repeat_interleave(leads, output_size=sum(self._leads))
+            rows = torch.repeat_interleave(leads, output_size=sum(self._leads))
+            known[key] = rows.to(torch.int32)  # a byte a weight at n:4, not two
         return known[key]
 
     def split(self, blocks: Tensor) -> list[Tensor]:

@@ -143,6 +143,12 @@ class MaskedWeight:
             self.own = weight
         return weight
 
+    def is_one_of(self, held: set[int]) -> bool:
+        """Whether the parameter is among those with these ids; nobody else's are looked into."""
+        there = self.layer._parameters.get(self.key)
+        near = id(there) in held or (self.own is not None and id(self.own) in held)
+        return near and id(self.dense) in held
+
     def _is_own(self, weight: Tensor) -> bool:
         """Whether a DTensor is the parameter; else it is gathered, on a mesh of fewer axes."""
         assert self.shard is not None

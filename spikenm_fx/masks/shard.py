@@ -51,7 +51,17 @@ if TYPE_CHECKING:
 
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["Shard", "blocked", "is_sharded", "laid_out", "part_of", "shard_of", "total", "whole_of"]
+__all__ = [
+    "Shard",
+    "blocked",
+    "is_sharded",
+    "laid_out",
+    "part_of",
+    "refuse_whole",
+    "shard_of",
+    "total",
+    "whole_of",
+]
 
 
 _REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second one is older
@@ -339,13 +349,22 @@ def shard_of(mask: MaskedWeight, sharded: DTensor) -> Shard:
     Raises:
         PlanError: if blocks would lie on two ranks, or its method needs whole weights.
     """
+    refuse_whole(mask)
+    return Shard(mask.name, sharded, mask.whole)
+
+
+def refuse_whole(mask: MaskedWeight) -> None:
+    """Let through a mask that can be made part by part.
+
+    Raises:
+        PlanError: if its method needs whole weights.
+    """
     if mask.method.remembers or mask.method.guided:
         raise PlanError(
-            f"{mask.name} {mask.whole.shape} is sharded, and its method "
-            f"{type(mask.method).__name__} goes by the whole weight: use 'spikenm', 'srste' or "
-            "'magnitude', or do not shard it"
+            f"{mask.name} {mask.whole.shape} is sharded, and its method {mask.method.name!r} goes "
+            "by the whole weight: use 'spikenm', 'srste', 'magnitude' or 'cyclical', or do not "
+            "shard it"
         )
-    return Shard(mask.name, sharded, mask.whole)
 
 
 def whole_of(tensor: Tensor) -> Tensor:
