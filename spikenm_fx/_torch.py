@@ -108,6 +108,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "written_arguments",
+    "zeros_for_none",
 ]
 
 
@@ -389,6 +390,14 @@ def node_outputs(node: Any) -> int:
             "which EID does not look into graphs under fully_shard: use SpikeNM(eid=None) there"
         )
     return len(found)
+
+
+def zeros_for_none(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients as a node of a graph expects them, zeros where there are none."""
+    return [
+        torch.zeros(about.shape, dtype=about.dtype, device=about.device) if grad is None else grad
+        for grad, about in zip(grads, node._input_metadata, strict=True)
+    ]
 
 
 def is_scripted(value: object) -> bool:

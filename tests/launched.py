@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from loops import masks, refused, sequences, spiking_net, step_of
+from loops import refused, sequences, spiking_net, step_of
 from strategies import ALL_LAYERS
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
@@ -248,7 +248,7 @@ def jelly(mode: str) -> dict[str, Any]:
             dp_size=RANKS,
             dp_group=None,
             dp_mesh=init_device_mesh("cpu", (RANKS,)),
-            fsdp_roots=("0", "3"),
+            fsdp_roots=("0", "1", "3"),
         )
         return model, parallel
 

@@ -80,7 +80,7 @@ def test_the_strategy_for_fsdp1_is_refused(found: list[dict[str, Any]]) -> None:
 
 
 def test_spikingjellys_tensor_parallel_layers(found: list[dict[str, Any]]) -> None:
-    """Built of a masked layer they are refused; built before, each rank's part is N:M and learns."""
+    """Built of a masked layer they are refused; built before, each part is N:M and learns."""
     for rank in _of(found, "SpikingJelly, in tensors"):
         for text in rank["refused"]:
             assert text is not None

@@ -18,26 +18,43 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from loops import heard, masked_modules, refused, sequences, spiking_net, step_of
-from strategies import ALL_LAYERS
+from loops import masked_modules, refused, sequences, spiking_net, step_of
+from parts import (
+    answer,
+    batches,
+    in_use,
+    loss_of,
+    net,
+    sharded,
+    sparse,
+    state_of,
+    train_part,
+)
+from parts_cases import (
+    communicated,
+    ended,
+    launched,
+    memory,
+    neighbours,
+    transposed,
+    unlike,
+    without_values,
+)
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
     parallelize_module,
 )
 
-import spikenm_fx
-from spikenm_fx._torch import TorchDispatchMode, tree_leaves
 from spikenm_fx.masks import EID
-from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 pytestmark = pytest.mark.slow
 
-RANKS, SIZE, SEED = 4, 12, 5  # samples of a joint batch: 1, 2, 3 and 4 ranks share them evenly
+RANKS, SEED = 4, 5
 LONG, SHORT = 200, 8
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
@@ -65,31 +82,6 @@ Accumulated without EID, whose credits are those of the first micro-batch of a s
 """
 
 
-def net(*, seed: int = 0) -> nn.Module:
-    return spiking_net(20, seed=seed).double()
-
-
-def sparse(model: nn.Module, nm: str = "2:4", **options: Any) -> nn.Module:
-    """EID on, masks that freeze after 85 % of ``total_steps``; 1:4 fades before."""
-    method = options.pop("method", SpikeNM(eid=options.pop("eid", EID(every=5))))
-    options = {"total_steps": 220, "method": method, **options}
-    return spikenm_fx.sparsify(model, nm, rules=ALL_LAYERS, **options).train()
-
-
-def batches(steps: int) -> list[Tensor]:
-    return [x.double() for x in sequences(steps, size=SIZE)]
-
-
-def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return model(x).mean(0).square().mean()
-
-
-def in_use(model: nn.Module) -> dict[str, Tensor]:
-    """The masks in use, whole, read off what layers hand out of themselves."""
-    weights = {n: m.weight.detach() for n, m in masked_modules(model).items()}
-    return {n: whole(w) != 0 for n, w in weights.items()}
-
-
 def mine(model: nn.Module, here: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
     """The masks in use of this rank's parts; after an evaluation FSDP may keep whole weights."""
     for name, module in masked_modules(model).items():
@@ -102,29 +94,6 @@ def part_of(mask: Tensor, here: tuple[int, int]) -> Tensor:
     """What FSDP gives to rank ``here[0]`` of ``here[1]``."""
     chunks = mask.chunk(here[1])
     return chunks[here[0]] if here[0] < len(chunks) else mask[:0]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {key: whole(value).clone() for key, value in model.state_dict().items()}
-
-
-def sharded(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    *,
-    root: bool = False,
-    blocks: tuple[int, ...] | None = None,
-    **options: Any,
-) -> nn.Module:
-    """Block by block, all of them or those that are named, or as one."""
-    for number, block in () if root else enumerate(model):
-        if list(block.parameters()) and (blocks is None or number in blocks):
-            fully_shard(block, mesh=mesh, **options)
-    return fully_shard(model, mesh=mesh, **options)
 
 
 def setting(case: dict[str, Any]) -> tuple[str, int, str, Any]:
@@ -144,13 +113,6 @@ def one_process(by: str, steps: int, nm: str, eid: EID | None) -> dict[str, Any]
         loss_of(model, x).backward()
         optimizer.step()
     return {"used": used, "state": state_of(model), "answer": answer(model)}
-
-
-def answer(model: nn.Module) -> Tensor:
-    with torch.no_grad(), heard():
-        found = model.eval()(sequences(1, seed=7)[0].double())
-    model.train()
-    return found
 
 
 def in_parts(case: dict[str, Any], rank: int, mesh: DeviceMesh, expected: Any) -> dict[str, Any]:
@@ -206,11 +168,11 @@ def checkpointed(rank: int, meshes: dict[Any, DeviceMesh], folder: str) -> dict[
     data = batches(10)
     if rank < 2:
         model, optimizer = _fresh(meshes[0, 1], seed=0)
-        _train(model, optimizer, data[:7], rank, 2)
+        train_part(model, optimizer, data[:7], rank, 2)
         _save(model, optimizer, f"{folder}/two", meshes[0, 1])
         found["answer"], found["masks"] = answer(model), _final(model)
         found["names"] = sorted(states.get_model_state_dict(model)) == sorted(model.state_dict())
-        _train(model, optimizer, data[7:], rank, 2)
+        train_part(model, optimizer, data[7:], rank, 2)
         found["through"] = state_of(model)
     dist.barrier()
     for mesh in ([0], [0, 1], [0, 1, 2], [0, 1, 2, 3]):
@@ -223,7 +185,7 @@ def checkpointed(rank: int, meshes: dict[Any, DeviceMesh], folder: str) -> dict[
             )
             found[f"step on {len(mesh)}"] = step_of(model)
             if len(mesh) == 2:
-                _train(model, optimizer, data[7:], rank, 2)
+                train_part(model, optimizer, data[7:], rank, 2)
                 found["resumed"] = state_of(model)
             if len(mesh) == 4:
                 _save(model, optimizer, f"{folder}/four", meshes[tuple(mesh)])
@@ -243,13 +205,6 @@ def checkpointed(rank: int, meshes: dict[Any, DeviceMesh], folder: str) -> dict[
 def _fresh(mesh: DeviceMesh, *, seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = sharded(sparse(net(seed=seed), seed=seed), mesh)
     return model, torch.optim.Adam(model.parameters(), lr=0.01)
-
-
-def _train(model: nn.Module, optimizer: Any, data: list[Tensor], rank: int, ranks: int) -> None:
-    for x in data:
-        optimizer.zero_grad()
-        loss_of(model, x[:, rank::ranks]).backward()
-        optimizer.step()
 
 
 def _final(model: nn.Module) -> dict[str, Tensor]:
@@ -364,41 +319,9 @@ def wrapped_first(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
         parallel = nn.parallel.DistributedDataParallel(net(), process_group=mesh.get_group())
         sparse(parallel if name == "model" else parallel.module)
         optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
-        _train(parallel, optimizer, batches(6), rank, 2)
+        train_part(parallel, optimizer, batches(6), rank, 2)
         found[name] = {k: v for k, v in parallel.module.state_dict().items() if v.dim()}
     return found
-
-
-class Bytes(TorchDispatchMode):
-    """Counts what this rank gives to collectives meanwhile."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls, self.sent = 0, 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.calls += 1
-            self.sent += sum(
-                t.numel() * t.itemsize for t in tree_leaves(args) if isinstance(t, Tensor)
-            )
-        return func(*args, **(kwargs or {}))
-
-
-def communicated(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
-    """Calls and bytes of a step between refreshes of the credits, and of one with them."""
-    found = {}
-    for name, masked in (("dense", False), ("sparse", True)):
-        model = spiking_net(64)
-        model = sharded(sparse(model) if masked else model, mesh)
-        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        data = [x.float() for x in batches(12)]
-        _train(model, optimizer, data[:9], rank, 2)
-        for kind, x in (("ordinary", data[9]), ("refresh", data[10])):
-            with Bytes() as counted:
-                _train(model, optimizer, [x], rank, 2)
-            found[name, kind] = (counted.calls, counted.sent)
-    return {f"{name}, {kind}": value for (name, kind), value in found.items()}
 
 
 # -- what each rank does --------------------------------------------------------------------------
@@ -420,12 +343,20 @@ def _rank(rank: int, folder: str) -> None:
             found[name] = in_parts(case, rank, mesh, expected)
     dist.barrier()
     found["checkpoints"] = checkpointed(rank, meshes, folder)
+    found["launched"] = launched(meshes[0, 1, 2, 3])
+    found["memory"] = {4: memory(meshes[0, 1, 2, 3])}
+    mesh = meshes[0, 1] if rank < 2 else meshes[2, 3]
+    found["memory"][2] = memory(mesh)
     if rank < 2:
-        mesh = meshes[0, 1]
+        found["ended"] = ended(rank, mesh)
+        found["transposed"] = transposed(rank, mesh)
+        found["without values"] = without_values(rank, mesh)
         found["refused"] = refusals(rank, mesh)
         found["wrapped"] = wrapped_first(rank, mesh)
         found["communicated"] = communicated(rank, mesh)
     else:
+        found["neighbours"] = neighbours(rank, mesh)
+        found["unlike"] = unlike(rank, mesh)
         found["in tensors"] = parallel_in_tensors(meshes[2, 3])
         found["mixed"] = mixed(meshes[2, 3])
     torch.save(found, f"{folder}/{rank}.pt")
@@ -535,6 +466,101 @@ def test_a_wrapped_model_may_become_sparse(ranks: list[dict[str, Any]], what: st
     one, other = (ranks[rank]["wrapped"][what] for rank in range(2))
     assert any(key.endswith("_logits") for key in one)
     assert all(torch.equal(value, other[key]) for key, value in one.items())
+
+
+@pytest.mark.parametrize("method", ["cyclical", "uticket", "regrow", "activity"])
+def test_neighbours_on_two_ranks_are_one_process(ranks: list[dict[str, Any]], method: str) -> None:
+    """Masks equal at every step, data parallel, and in parts where each part is enough."""
+    for rank in (2, 3):
+        found = ranks[rank]["neighbours"]
+        for way in ("DDP", "before", "after"):
+            assert found.get(f"{method}, {way}", []) == []
+
+
+@pytest.mark.parametrize("method", ["regrow", "activity"])
+def test_methods_that_need_whole_weights_are_refused(
+    ranks: list[dict[str, Any]], method: str
+) -> None:
+    """By ``fully_shard`` before it cuts anything, and by ``sparsify`` after it."""
+    for rank in (2, 3):
+        found = ranks[rank]["neighbours"]
+        assert f"{method!r} goes by the whole weight" in found[f"{method}, refused before"]
+        assert found[f"{method}, whole"]
+        assert "'regrow' goes by the whole weight" in found["regrow, refused after"]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [("loaded before", "step"), ("loaded after", "step"), ("plan", "sparsify")],
+)
+def test_one_rank_alone_is_refused_on_all(
+    ranks: list[dict[str, Any]], what: str, words: str
+) -> None:
+    """A checkpoint loaded by one rank, before or after DDP, and plans of other layers."""
+    for rank in (2, 3):
+        assert ranks[rank]["unlike"][what] is not None, "trained without a word"
+        assert words in ranks[rank]["unlike"][what]
+
+
+def test_ranks_end_together_where_one_runs_out_of_data(ranks: list[dict[str, Any]]) -> None:
+    """``join(throw_on_early_termination=True)``: torch's error, after as many steps of masks."""
+    for rank in (2, 3):
+        assert "exhausted" in ranks[rank]["unlike"]["out of data"]
+        assert ranks[rank]["unlike"]["steps"] == 2
+
+
+def test_models_in_parts_fold_and_verify(ranks: list[dict[str, Any]]) -> None:
+    """Outputs stay bit-identical, keys are the dense ones, weights those of one process."""
+    for rank in range(2):
+        found = ranks[rank]["ended"]
+        assert found["same"]
+        assert found["verified"]
+        assert found["keys"]
+        assert found["far"] < 1e-12
+
+
+@pytest.mark.parametrize("verb", ["trace", "plan", "sparsify", "report", "pack", "adopt"])
+def test_what_needs_a_whole_model_says_how_to_get_one(
+    ranks: list[dict[str, Any]], verb: str
+) -> None:
+    """One error of ours that names parameters in parts, and what to do."""
+    for rank in range(2):
+        text = ranks[rank]["ended"]["refused"][verb]
+        assert text is not None
+        assert all(word in text for word in ("0.layer.weight", "before fully_shard", "full_state"))
+
+
+def test_transposed_and_grouped_convolutions_in_parts(ranks: list[dict[str, Any]]) -> None:
+    """Whole blocks on each rank, the masks of one process."""
+    for rank in range(2):
+        found = ranks[rank]["transposed"]
+        assert len(found) == 4
+        assert all(all(equal) for equal in found.values()), found
+
+
+def test_models_without_values_are_refused_until_they_have_some(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """All on the meta device, or one layer of it; ``to_empty`` and initialising make it work."""
+    for rank in range(2):
+        found = ranks[rank]["without values"]
+        assert "0.layer (20, 8) is on the meta device" in found["meta"]
+        assert "2.layer (20, 20) is on the meta device" in found["mixed"]
+        assert found["steps"] == 2
+
+
+def test_layers_start_no_kernels_of_their_own(ranks: list[dict[str, Any]]) -> None:
+    """What masks of parts add to a step of the optimizer is the same for any number of layers."""
+    for found in (rank["launched"] for rank in ranks):
+        few, many = (found[f"sparse, {n}"] - found[f"dense, {n}"] for n in (2, 6))
+        assert 0 < few == many
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_memory_of_a_rank(ranks: list[dict[str, Any]], parts: int) -> None:
+    """Weights, gradients, Adam; logits, momentum, credits, masks: at most 1.9 of dense FSDP2."""
+    for found in (rank["memory"][parts] for rank in ranks):
+        assert found["dense"] < found["sparse"] <= 1.9 * found["dense"], found
 
 
 def test_masks_travel_for_free(ranks: list[dict[str, Any]]) -> None:

@@ -115,9 +115,7 @@ class Group:
 
     def norms(self, parts: Sequence[Tensor]) -> Tensor:
         """Norm of each member's part, float64 ``[members]``."""
-        if self.first.shard is None:
-            return torch.stack(foreach("norm", list(parts), 2, dtype=torch.float64))
-        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in parts])
+        return torch.stack(foreach("norm", list(parts), 2, dtype=torch.float64))
 
     def root_mean(self, norms: Tensor) -> Tensor:
         """Root mean square of each member's scores or gradient, of its whole norm ``[members]``.
@@ -234,7 +232,8 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
         devices[group.device].append(index)
     found: dict[int, Tensor] = {}
     for device, indices in devices.items():
-        for index in [i for i in indices if groups[i].apart]:
+        starts = {i: [m.noise_start() for m in groups[i].members] for i in indices}
+        for index in [i for i in indices if None in starts[i]]:
             parts = [m.noise(m.key_at(step)) for m in groups[index].members]
             found[index] = torch.cat(parts) if len(parts) > 1 else parts[0]
         indices = [index for index in indices if index not in found]
@@ -242,7 +241,8 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
             continue
         members = [m for index in indices for m in groups[index].members]
         counts = [0 if m.scores is None else m.scores.numel() for m in members]
-        noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device)
+        first = [start or 0 for index in indices for start in starts[index]]
+        noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device, first)
         sizes = [
             sum(0 if m.scores is None else m.scores.numel() for m in groups[index].members)
             for index in indices

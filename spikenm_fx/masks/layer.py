@@ -271,6 +271,14 @@ class MaskedWeight:
         k = self.view.nm.of if self.scores is None else self.scores.shape[1]
         return self.shard.noise(key, k, self.mask.device)
 
+    def noise_start(self) -> int | None:
+        """The counter of its first noise if the rest follows one by one, else None."""
+        if self.shard is None:
+            return 0
+        return self.shard.noise_start(
+            self.view.nm.of if self.scores is None else self.scores.shape[1]
+        )
+
     def credit(self) -> Tensor | None:
         """What a method that is guided goes by, in blocks; None before it is known."""
         if not self.method.guided or self.guide is None or self.guide.average is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spikenm_fx._torch import is_fsdp_node, node_outputs
+from spikenm_fx._torch import is_fsdp_node, node_outputs, zeros_for_none
 
 __all__ = ["gradients_without_hooks"]
 
@@ -58,11 +58,20 @@ def gradients_without_hooks(
 
 
 def _called(node: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients of what the node's operation was given, in the order of ``next_functions``."""
     if is_fsdp_node(node):  # hands its inputs on as they are
-        return (None, *grads)
+        return tuple(grads)
     if _COMPILED in node.name():
         raise RuntimeError("a compiled graph is not walked node by node")
-    made = node(*grads)
+    if callable(node):
+        return _as_tuple(node(*grads))
+    # a torch.autograd.Function, whose arguments that are no tensors have gradients as well: None
+    made = _as_tuple(node.apply(*zeros_for_none(node, grads)))
+    needed = (own for own, asked in zip(made, node.needs_input_grad, strict=True) if asked)
+    return tuple(None if before is None else next(needed) for before, _ in node.next_functions)
+
+
+def _as_tuple(made: Any) -> tuple[Tensor | None, ...]:
     return made if isinstance(made, tuple) else (made,)
 
 
