@@ -41,6 +41,7 @@ name here                   torch's                                            w
 ``shard_offsets``           ``distributed.tensor._utils.compute_local_...``    error: sharded masks
 ``is_fsdp_managed``         ``Module._is_fsdp_managed_module``                 False
 ``fsdp_has_run``            ``FSDPModule._get_fsdp_state()._is_root``          False
+``is_fsdp_module``          ``FSDPModule._get_fsdp_state``                     False
 ``joins_uneven``            ``DistributedDataParallel._join_config``           False
 ``node_outputs``            ``autograd.graph.Node._input_metadata``            error: EID, sharded
 ==========================  =================================================  =====================
@@ -87,6 +88,7 @@ __all__ = [
     "in_backward",
     "in_functorch",
     "is_fsdp_managed",
+    "is_fsdp_module",
     "is_fsdp_node",
     "is_functorch_tensor",
     "is_scripted",
@@ -369,6 +371,11 @@ def fsdp_has_run(module: nn.Module) -> bool:
     """Whether ``module`` is under ``fully_shard``, and has gathered parameters already."""
     state: Any = getattr(module, "_get_fsdp_state", lambda: None)()
     return getattr(state, "_is_root", None) is not None
+
+
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called of ``module`` itself."""
+    return hasattr(module, "_get_fsdp_state")
 
 
 def is_fsdp_managed(module: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.masks.eid.walk import gradients_without_hooks
 
+
 class TwoOfThree(torch.autograd.Function):
     """Takes a number between two tensors, and gives two."""
 

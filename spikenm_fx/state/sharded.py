@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from spikenm_fx._torch import is_fsdp_module
 from spikenm_fx.errors import some_of
 
 __all__ = ["advice_if_sharded"]
@@ -12,7 +13,9 @@ __all__ = ["advice_if_sharded"]
 
 def advice_if_sharded(model: nn.Module) -> str:
     """A sentence for errors about ``model``, led in by a blank; empty if it is whole here."""
-    names = [name for name, p in nn.Module.named_parameters(model) if hasattr(p, "device_mesh")]
+    gathered = any(map(is_fsdp_module, nn.Module.modules(model)))  # perhaps, by a failed forward
+    parameters = nn.Module.named_parameters(model)
+    names = [name for name, p in parameters if gathered or hasattr(p, "device_mesh")]
     if not names:
         return ""
     return (
