@@ -47,7 +47,9 @@ name here                   torch's                                            w
 ``shard_offsets``           ``distributed.tensor._utils.compute_local_...``    error: sharded masks
 ``is_fsdp_managed``         ``Module._is_fsdp_managed_module``                 False
 ``fsdp_has_run``            ``FSDPModule._get_fsdp_state()._is_root``          False
+``is_fsdp_module``          ``FSDPModule._get_fsdp_state``                     False
 ``joins_uneven``            ``DistributedDataParallel._join_config``           False
+``node_outputs``            ``autograd.graph.Node._input_metadata``            error: EID, sharded
 ==========================  =================================================  =====================
 
 The dictionaries that every module carries (``_parameters``, ``_buffers``, ``_modules``, its hooks)
@@ -71,6 +73,7 @@ from torch import Tensor, nn
 from spikenm_fx.errors import TorchVersionError
 
 __all__ = [
+    "CHECKPOINTS",
     "FSDP1",
     "SHARDING",
     "BatchNormBase",
@@ -94,6 +97,8 @@ __all__ = [
     "in_backward",
     "in_functorch",
     "is_fsdp_managed",
+    "is_fsdp_module",
+    "is_fsdp_node",
     "is_functorch_tensor",
     "is_scripted",
     "is_stacked_by_vmap",
@@ -103,6 +108,7 @@ __all__ = [
     "make_wrapper",
     "may_alias",
     "no_torch_function",
+    "node_outputs",
     "operator_name",
     "quiet_triton",
     "run_as_eager",
@@ -117,6 +123,7 @@ __all__ = [
     "tree_map",
     "tree_unflatten",
     "written_arguments",
+    "zeros_for_none",
 ]
 
 
@@ -428,6 +435,9 @@ def shard_offsets(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 SHARDING = ("torch.distributed.fsdp._fully_shard", "torch.distributed.tensor")
 """Modules of torch that make DTensors of the parameters of others."""
 
+CHECKPOINTS = "torch.distributed.checkpoint.state_dict"
+"""The module of torch that gives out and takes state dicts of models on many ranks."""
+
 FSDP1 = ("torch.distributed.fsdp._dynamo_utils",)
 """By which FullyShardedDataParallel, before it flattens parameters, marks their modules."""
 
@@ -438,9 +448,38 @@ def fsdp_has_run(module: nn.Module) -> bool:
     return getattr(state, "_is_root", None) is not None
 
 
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called of ``module`` itself."""
+    return hasattr(module, "_get_fsdp_state")
+
+
 def is_fsdp_managed(module: nn.Module) -> bool:
     """Whether ``fully_shard`` takes care of the parameters of ``module``."""
     return bool(getattr(module, "_is_fsdp_managed_module", False))
+
+
+def is_fsdp_node(node: Any) -> bool:
+    """Whether a node of a graph is FSDP2's, which reduces gradients when they pass through it."""
+    return bool(node.name().startswith("RegisterPostBackwardFunction"))
+
+
+def node_outputs(node: Any) -> int:
+    """How many tensors the operation gave that a node of a graph differentiates."""
+    found = getattr(node, "_input_metadata", None)
+    if found is None:
+        raise TorchVersionError(
+            f"torch {torch.__version__} does not tell how many outputs {node.name()} has, without "
+            "which EID does not look into graphs under fully_shard: use SpikeNM(eid=None) there"
+        )
+    return len(found)
+
+
+def zeros_for_none(node: Any, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients as a node of a graph expects them, zeros where there are none."""
+    return [
+        torch.zeros(about.shape, dtype=about.dtype, device=about.device) if grad is None else grad
+        for grad, about in zip(grads, node._input_metadata, strict=True)
+    ]
 
 
 def is_scripted(value: object) -> bool:

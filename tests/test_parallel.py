@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from collections import Counter
@@ -29,6 +30,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "bool": 1}
+"""Of a number, by what the profiler calls its type."""
+
 METHODS = {"own initial weights": "spikenm", "own magnitudes": "magnitude"}
 """Methods of ranks that start from weights of their own, until DDP gives them those of rank 0."""
 FOREIGN: dict[str, list[dict[str, Any]]] = {
@@ -49,7 +53,7 @@ def build(*, masked: bool = True, eid: bool = True, nm: str = "2:4") -> nn.Modul
 
 
 def collectives(run: Any) -> Counter[str]:
-    """What goes over the network meanwhile: calls and elements by name, Python or C++."""
+    """What goes over the network meanwhile: calls by name, Python or C++, and their bytes."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
@@ -58,6 +62,9 @@ def collectives(run: Any) -> Counter[str]:
     for event in profiler.events():
         if event.name.startswith(("c10d::", "gloo:")):
             found[event.name] += 1
+        if event.name.startswith("gloo:"):
+            pairs = zip(event.input_shapes, event.input_dtypes, strict=True)
+            found["bytes"] += sum(math.prod(shape) * BYTES[kind] for shape, kind in pairs)
     return found
 
 
@@ -164,8 +171,10 @@ def test_masks_learn_on_every_rank(ranks: list[dict[str, Any]], case: str) -> No
 def test_masks_cost_no_communication(ranks: list[dict[str, Any]], case: str) -> None:
     """The collectives of a step are those of the dense model, one by one; none is for masks.
 
-    Credits of EID are of each rank's own activations: their refresh may cost one more.
+    Credits of EID are of each rank's own activations: their refresh may cost one more, with half of
+    each masked weight, which are 2.5 % of the bytes where every 20th step has one.
     """
+    every = EID().every
     for found in ranks:
         (refresh, ordinary), (dense, other) = found[case]["sent"], found[case]["dense"]
         assert sum(dense.values()) == sum(other.values()) > 0
@@ -173,6 +182,8 @@ def test_masks_cost_no_communication(ranks: list[dict[str, Any]], case: str) -> 
         more = {name: refresh.get(name, 0) - dense.get(name, 0) for name in refresh | dense}
         assert min(more.values()) >= 0
         assert sum(n for name, n in more.items() if name.startswith("c10d::")) <= 1
+        average = ((every - 1) * ordinary["bytes"] + refresh["bytes"]) / every
+        assert dense["bytes"] < average <= 1.025 * dense["bytes"]
 
 
 @pytest.mark.parametrize("case", FOREIGN)

@@ -33,6 +33,7 @@ from spikenm_fx.masks.sparsify import refuse_if_sparse, sparsify
 from spikenm_fx.masks.start import start
 from spikenm_fx.pattern import NM, BlockView, PatternLike, is_weight_layer, torch_class
 from spikenm_fx.plan import LayerPlan, Plan
+from spikenm_fx.state import advice_if_sharded
 
 __all__ = ["Adopted", "PackedBits", "adopt"]
 
@@ -138,12 +139,17 @@ def adopt(
     Raises:
         PatternError: for a malformed pattern.
         PlanError: if a given mask is not N:M along the input channels, does not fit or names no
-            layer; if no weight is N:M; if the model carries masks of ours.  The model is then as it
-            was.
+            layer; if no weight is N:M; if the model carries masks of ours, or is sharded over
+            ranks.  The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise PlanError(no_module("adopt", model))
     refuse_if_sparse(model)
+    if advice_if_sharded(model):
+        raise PlanError(
+            f"adopt counts the zeros of whole weights of {type(model).__name__}:"
+            + advice_if_sharded(model)
+        )
     pattern = _ours(NM.parse(nm), n_means)
     found = _find(model, pattern, dict(masks or {}), mask_axis)
     chosen = [entry for entry in found if _fits(entry, pattern)]

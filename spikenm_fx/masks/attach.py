@@ -10,6 +10,7 @@ the difference by that subclass, so no hook is ever installed.  A raw parameter,
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx import surgery
-from spikenm_fx._torch import FSDP1, SHARDING
+from spikenm_fx._torch import CHECKPOINTS, FSDP1, SHARDING
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.checkpoint import StoredMask, meta_of, stored_credits, stored_momentum
 from spikenm_fx.masks.computed import ComputedWeight
 from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
-from spikenm_fx.masks.shard import is_sharded
+from spikenm_fx.masks.shard import is_sharded, refuse_whole
 from spikenm_fx.masks.start import loaded
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
@@ -67,7 +68,7 @@ class MaskedLayer(StoredMask):
         if hasattr(plain, _ROCKPOOL_LIST):
             properties[_ROCKPOOL_LIST] = _listing_dense(getattr(plain, _ROCKPOOL_LIST))
         for key in keys:
-            properties |= _properties(key)
+            properties |= _properties(key, copies=plain.__module__.startswith(_COPIERS))
         return properties
 
     @property
@@ -100,12 +101,40 @@ class MaskedLayer(StoredMask):
         """As of any module; to what shards parameters over ranks scores and priors do not show.
 
         They are cut as their weight is, along blocks, once it is a DTensor.
+
+        Raises:
+            PlanError: to what shards them, before it does, if the method needs whole weights.
         """
         found = super().named_parameters(prefix, recurse, remove_duplicate)
         if not _caller(1).startswith(SHARDING):
             return found
+        for mask in self._nm_masks.values():
+            refuse_whole(mask)
         own = {k + ending for k in self._nm_masks for ending in (LOGITS, PRIOR)}
         return ((name, each) for name, each in found if name.rpartition(".")[2] not in own)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """As of any module; torch's functions for checkpoints see what a mask adds to state dicts.
+
+        They rename and spread over ranks what they know of, and would leave the rest as it is.
+        """
+        found = super().named_buffers(prefix, recurse, remove_duplicate)
+        if recurse or not _caller(1).startswith(CHECKPOINTS):
+            return found
+        return itertools.chain(found, self._stored_beside())
+
+    def _stored_beside(self) -> Iterator[tuple[str, Tensor]]:
+        for key, mask in self._nm_masks.items():
+            if not mask.there:
+                continue
+            yield key + DENSE, mask.dense.detach()
+            yield key + META, meta_of(mask).to(mask.mask.device)
+            if mask.learns:
+                yield key + MOMENTUM, stored_momentum(mask)
+            if mask.guide is not None:
+                yield key + EID_KEY, stored_credits(mask)
 
     def _replicate_for_data_parallel(self) -> Any:
         raise PlanError(
@@ -240,12 +269,14 @@ def masked_weights(model: nn.Module) -> Iterator[tuple[str, MaskedLayer, MaskedW
             yield f"{name}.{key}".lstrip(".") if raw else name, layer, mask
 
 
-def _properties(key: str) -> dict[str, property]:
+def _properties(key: str, *, copies: bool) -> dict[str, property]:
+    """Those of one weight; ``copies``: whether the class is one of those that copy others'."""
+
     def masked(layer: MaskedLayer) -> Tensor:
         there = layer._parameters.get(key)
         if there is not None and not torch.compiler.is_compiling():
             reader = _caller(1)
-            if reader.startswith(_COPIERS):
+            if reader.startswith(_COPIERS) and not copies:
                 raise _copied(layer._nm_masks[key])
             if reader.startswith("torch.distributed.") and reader != __name__:
                 return layer._nm_masks[key].as_stored(there)

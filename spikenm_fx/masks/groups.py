@@ -89,7 +89,7 @@ class Group:
         return values.index_select(0, self._member_of_row()).view(-1, 1, 1)
 
     def _member_of_row(self) -> Tensor:
-        """Int64 ``[lead]``; it stays with the run, as every step asks for the same."""
+        """Int32 ``[lead]``; it stays with the run, as every step asks for the same."""
         known = self.first.run.member_of_row
         key = (self.device, *self._leads)
         if key not in known:
@@ -99,7 +99,8 @@ class Group:
             leads = leads.to(self.device, non_blocking=True)
             if len(known) >= _MOST_KNOWN:
                 known.clear()
-            known[key] = torch.repeat_interleave(leads, output_size=sum(self._leads))
+            rows = torch.repeat_interleave(leads, output_size=sum(self._leads))
+            known[key] = rows.to(torch.int32)  # a byte a weight at n:4, not two
         return known[key]
 
     def split(self, blocks: Tensor) -> list[Tensor]:
@@ -114,9 +115,7 @@ class Group:
 
     def norms(self, parts: Sequence[Tensor]) -> Tensor:
         """Norm of each member's part, float64 ``[members]``."""
-        if self.first.shard is None:
-            return torch.stack(foreach("norm", list(parts), 2, dtype=torch.float64))
-        return torch.stack([torch.linalg.vector_norm(p, dtype=torch.float64) for p in parts])
+        return torch.stack(foreach("norm", list(parts), 2, dtype=torch.float64))
 
     def root_mean(self, norms: Tensor) -> Tensor:
         """Root mean square of each member's scores or gradient, of its whole norm ``[members]``.
@@ -124,15 +123,16 @@ class Group:
         Rounded at the end alone, so that weights in parts have the numbers of whole ones.
         """
         counts = [max(member.numbers_of_scores, 1) ** -0.5 for member in self.members]
-        factor = counts[0] if len(set(counts)) == 1 else self.numbers(counts)
+        # of 64 bits either way: which weights happen to lie in one group must not decide a bit
+        factor = counts[0] if len(set(counts)) == 1 else self.numbers(counts, torch.float64)
         roots = torch.empty(len(counts), dtype=torch.float32, device=norms.device)
         return torch.mul(norms, factor, out=roots)
 
-    def numbers(self, values: Sequence[float]) -> Tensor:
+    def numbers(self, values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
         """One number a member from the host, without waiting for the device."""
         if len(set(values)) == 1:
-            return torch.full((len(values),), values[0], dtype=torch.float32, device=self.device)
-        host = torch.tensor(values, dtype=torch.float32, device="cpu")
+            return torch.full((len(values),), values[0], dtype=dtype, device=self.device)
+        host = torch.tensor(values, dtype=dtype, device="cpu")
         if self.device.type == "cuda":
             host = host.pin_memory()
         return host.to(self.device, non_blocking=True)
@@ -232,7 +232,8 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
         devices[group.device].append(index)
     found: dict[int, Tensor] = {}
     for device, indices in devices.items():
-        for index in [i for i in indices if groups[i].apart]:
+        starts = {i: [m.noise_start() for m in groups[i].members] for i in indices}
+        for index in [i for i in indices if None in starts[i]]:
             parts = [m.noise(m.key_at(step)) for m in groups[index].members]
             found[index] = torch.cat(parts) if len(parts) > 1 else parts[0]
         indices = [index for index in indices if index not in found]
@@ -240,7 +241,8 @@ def noise_of(groups: Sequence[Group], step: int) -> list[Tensor]:
             continue
         members = [m for index in indices for m in groups[index].members]
         counts = [0 if m.scores is None else m.scores.numel() for m in members]
-        noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device)
+        first = [start or 0 for index in indices for start in starts[index]]
+        noise = gumbel_of_layers(counts, [m.key_at(step) for m in members], device, first)
         sizes = [
             sum(0 if m.scores is None else m.scores.numel() for m in groups[index].members)
             for index in indices

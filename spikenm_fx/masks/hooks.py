@@ -290,7 +290,7 @@ def _shares(optimizer: Optimizer) -> list[tuple[Run, list[MaskedWeight]]]:
         if not weights:
             continue
         held = _held(optimizer) if held is None else held
-        share = [mask for mask in weights if mask.there and id(mask.dense) in held]
+        share = [mask for mask in weights if mask.there and mask.is_one_of(held)]
         if share or _steps_the_rest(run, weights, held):
             found.append((run, share))
     return found

@@ -143,6 +143,12 @@ class MaskedWeight:
             self.own = weight
         return weight
 
+    def is_one_of(self, held: set[int]) -> bool:
+        """Whether the parameter is among those with these ids; nobody else's are looked into."""
+        there = self.layer._parameters.get(self.key)
+        near = id(there) in held or (self.own is not None and id(self.own) in held)
+        return near and id(self.dense) in held
+
     def _is_own(self, weight: Tensor) -> bool:
         """Whether a DTensor is the parameter; else it is gathered, on a mesh of fewer axes."""
         assert self.shard is not None
@@ -264,6 +270,14 @@ class MaskedWeight:
         assert self.shard is not None
         k = self.view.nm.of if self.scores is None else self.scores.shape[1]
         return self.shard.noise(key, k, self.mask.device)
+
+    def noise_start(self) -> int | None:
+        """The counter of its first noise if the rest follows one by one, else None."""
+        if self.shard is None:
+            return 0
+        return self.shard.noise_start(
+            self.view.nm.of if self.scores is None else self.scores.shape[1]
+        )
 
     def credit(self) -> Tensor | None:
         """What a method that is guided goes by, in blocks; None before it is known."""

@@ -101,6 +101,14 @@ class Piece:
         """Of the momentum of the scores."""
         return self._leads(self.owner.momentum_now())
 
+    def noise_start(self) -> int | None:
+        """As of a whole weight."""
+        scores = self.scores
+        assert scores is not None
+        if self.shard is not None:
+            return self.shard.noise_start(scores.shape[1], (self.first, self.end))
+        return self.first * (scores.numel() // (self.end - self.first))
+
     def noise(self, key: Key) -> Tensor:
         """Of the Gumbel noise of the weight, the very bits."""
         scores = self.scores
@@ -108,6 +116,7 @@ class Piece:
         if self.shard is not None:
             rows = (self.first, self.end)
             return self.shard.noise(key, scores.shape[1], scores.device, rows)
-        row = scores.numel() // (self.end - self.first)
-        noise = gumbel_of_runs(self.first * row, 1, scores.numel(), 0, key, scores.device)
+        start = self.noise_start()
+        assert start is not None
+        noise = gumbel_of_runs(start, 1, scores.numel(), 0, key, scores.device)
         return noise.view(scores.shape)

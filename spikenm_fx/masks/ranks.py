@@ -56,10 +56,11 @@ def meet(run: Run, ranks: Any) -> None:
     differ = [name for name, a, b in zip(settings, largest, -smallest, strict=True) if a != b]
     if differ:
         run.ranks_met = False
+        here = ", ".join(f"{name}={_shown(settings[name])}" for name in differ)
         raise PlanError(
             f"the ranks of this data parallel model differ in {', '.join(differ)} of their masks, "
-            f"here {', '.join(f'{name}={settings[name]}' for name in differ)}: call sparsify with "
-            "the same arguments on every rank, and load a checkpoint on every rank"
+            f"here {here}: call sparsify with the same arguments on every rank, and load a "
+            "checkpoint on every rank"
         )
     for weight in weights if ranks is not None else ():
         loaded(weight)
@@ -73,6 +74,11 @@ def _ranks_of(weights: list[MaskedWeight]) -> list[Any]:
 
 def _described(method: Any) -> str:
     return repr(method) if is_dataclass(method) else str(method.name)
+
+
+def _shown(value: object) -> str:
+    """What most weights have in common is said once."""
+    return str(list(dict.fromkeys(map(str, value)))) if isinstance(value, list) else str(value)
 
 
 def _number(value: object) -> int:

@@ -51,7 +51,17 @@ if TYPE_CHECKING:
 
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["Shard", "blocked", "is_sharded", "laid_out", "part_of", "shard_of", "total", "whole_of"]
+__all__ = [
+    "Shard",
+    "blocked",
+    "is_sharded",
+    "laid_out",
+    "part_of",
+    "refuse_whole",
+    "shard_of",
+    "total",
+    "whole_of",
+]
 
 
 _REDUCE_SCATTERS = ("reduce_scatter_single", "reduce_scatter_tensor")  # the second one is older
@@ -211,20 +221,26 @@ class Shard:
             device: where to make it.
             rows: of some of its output channels alone, from the first to before the second.
         """
+        inner = self.view.blocked_shape[2]
+        return gumbel_of_runs(*self._runs(k, rows), key, device).view(-1, k, inner)
+
+    def noise_start(self, k: int, rows: tuple[int, int] | None = None) -> int | None:
+        """The counter of the first number of :meth:`noise`, if the others follow one by one."""
+        start, runs, run, stride = self._runs(k, rows)
+        return start if runs < 2 or run == stride else None
+
+    def _runs(self, k: int, rows: tuple[int, int] | None) -> tuple[int, int, int, int]:
+        """Where the noise of this part lies in that of the whole: start, runs, length, stride."""
         lead, _, inner = self.view.blocked_shape
         wide = self.whole.blocked_shape[2]
         if self.whole.transposed:
             kernel = wide // max(self.whole.shape[1], 1)
             start = self._first_block * k * wide + self.first[1] * kernel
-            runs, run, stride = lead * k, inner, wide
-        else:
-            row = _blocks(self.whole) * k * wide
-            start = self.first[0] * row + self.first[1] // self.whole.nm.of * k * wide
-            begin, end = rows or (0, self.view.shape[0])
-            start += begin * row
-            lead = (end - begin) * _blocks(self.view)
-            runs, run, stride = end - begin, _blocks(self.view) * k * inner, row
-        return gumbel_of_runs(start, runs, run, stride, key, device).view(lead, k, inner)
+            return start, lead * k, inner, wide
+        row = _blocks(self.whole) * k * wide
+        start = self.first[0] * row + self.first[1] // self.whole.nm.of * k * wide
+        begin, end = rows or (0, self.view.shape[0])
+        return start + begin * row, end - begin, _blocks(self.view) * k * inner, row
 
     def sum_parts(self, whole: Tensor) -> Tensor:
         """What the ranks of the mesh have measured of the whole weight, added up: this part of it.
@@ -339,13 +355,22 @@ def shard_of(mask: MaskedWeight, sharded: DTensor) -> Shard:
     Raises:
         PlanError: if blocks would lie on two ranks, or its method needs whole weights.
     """
+    refuse_whole(mask)
+    return Shard(mask.name, sharded, mask.whole)
+
+
+def refuse_whole(mask: MaskedWeight) -> None:
+    """Let through a mask that can be made part by part.
+
+    Raises:
+        PlanError: if its method needs whole weights.
+    """
     if mask.method.remembers or mask.method.guided:
         raise PlanError(
-            f"{mask.name} {mask.whole.shape} is sharded, and its method "
-            f"{type(mask.method).__name__} goes by the whole weight: use 'spikenm', 'srste' or "
-            "'magnitude', or do not shard it"
+            f"{mask.name} {mask.whole.shape} is sharded, and its method {mask.method.name!r} goes "
+            "by the whole weight: use 'spikenm', 'srste', 'magnitude' or 'cyclical', or do not "
+            "shard it"
         )
-    return Shard(mask.name, sharded, mask.whole)
 
 
 def whole_of(tensor: Tensor) -> Tensor:

@@ -322,7 +322,10 @@ def _settle(weights: Sequence[MaskedWeight]) -> None:
         if group.priors() is not None:
             own = [m.scores.detach() for m in group.members if m.scores is not None]
             foreach("copy_", own, group.split(logits))
-            foreach("zero_", [m.prior.detach() for m in group.members if m.prior is not None])
+    # not before all pieces of a weight, which may lie in several groups, have taken it in
+    priors = [weight.prior.detach() for weight in weights if weight.prior is not None]
+    if priors:
+        foreach("zero_", priors)
     for weight, mask in final_masks(weights).items():
         weight.mask.copy_(mask)
         weight.settled = True

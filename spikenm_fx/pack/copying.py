@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.state import reset_to_rest
+from spikenm_fx.state import advice_if_sharded, reset_to_rest
 from spikenm_fx.trace import find_neurons
 
 __all__ = ["copy_at_rest", "unregister"]
@@ -41,7 +41,8 @@ def copy_at_rest(model: nn.Module) -> nn.Module:
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "
-            "works on a copy.deepcopy of the model: make that work, or remove what prevents it"
+            "works on a copy.deepcopy of the model: make that work, or remove what prevents it."
+            + advice_if_sharded(model)
         ) from error
     _register(model, copied)
     with torch.no_grad():

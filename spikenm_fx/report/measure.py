@@ -29,7 +29,7 @@ from spikenm_fx.report.neurons import NeuronWatch
 from spikenm_fx.report.raw import RawProducts
 from spikenm_fx.report.synops import LayerCounter
 from spikenm_fx.report.view import Report
-from spikenm_fx.state import preserved_in_eval, reset_to_rest
+from spikenm_fx.state import advice_if_sharded, preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import trace
 from spikenm_fx.trace.graph import SpikingGraph
 
@@ -253,7 +253,7 @@ def _run(run: Forward, model: nn.Module, batch: Any, index: int) -> None:
         raise ReportError(
             f"batch {index} (input {shape}) does not run through {type(model).__name__}: "
             f"{type(error).__name__}: {error}\n  a model that needs another call, or a loop over "
-            "time, takes forward=lambda model, batch: ..."
+            "time, takes forward=lambda model, batch: ..." + advice_if_sharded(model)
         ) from error
 
 

@@ -6,7 +6,8 @@ tree holds; parameters are copied only when something is about to write into the
 (:mod:`~spikenm_fx.state.guard`).  :func:`preserved_in_eval`, :func:`uncompiled` and
 :func:`reset_to_rest` are for measuring (:mod:`~spikenm_fx.state.rest`).  :func:`read_parameter`
 lets a module that hands out a computed parameter tell whoever looks which parameter that was
-(:mod:`~spikenm_fx.state.parameters`).
+(:mod:`~spikenm_fx.state.parameters`);
+:func:`advice_if_sharded` tells of models in parts.
 """
 
 from spikenm_fx.state.parameters import ParameterReader, is_reading, read_parameter, reading
@@ -17,11 +18,13 @@ from spikenm_fx.state.rest import (
     takes_no_arguments,
     uncompiled,
 )
+from spikenm_fx.state.sharded import advice_if_sharded
 from spikenm_fx.state.snapshot import detach_state, preserved, preserved_records
 
 __all__ = [
     "RESET_METHODS",
     "ParameterReader",
+    "advice_if_sharded",
     "detach_state",
     "is_reading",
     "preserved",

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from spikenm_fx._torch import is_scripted, tree_flatten
 from spikenm_fx.errors import TraceError, no_module
-from spikenm_fx.state import detach_state, preserved, takes_no_arguments
+from spikenm_fx.state import advice_if_sharded, detach_state, preserved, takes_no_arguments
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
 from spikenm_fx.trace.execution.record import Trace
 from spikenm_fx.trace.execution.tracer import Failure, UnknownTensor, ValueTracer
@@ -151,7 +151,7 @@ def _attempts(
             f"{failure.cause} at {failure.line}"
             + (f" (in {failure.name})" if failure.name else "")
             + f"; given: {_shapes(args, kwargs)}. model(*example_inputs) must run as it stands. "
-            "The model was left as it was."
+            "The model was left as it was." + advice_if_sharded(model)
         ) from failure.cause
     return _result(tracer, graph, neurons, "execution", notes)
 

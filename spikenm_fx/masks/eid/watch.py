@@ -40,6 +40,7 @@ from spikenm_fx.masks.eid.slopes import (
     slopes_at,
     slopes_of,
 )
+from spikenm_fx.masks.eid.walk import gradients_without_hooks
 from spikenm_fx.masks.gather import gathered_inside
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
@@ -369,7 +370,7 @@ class Watch:
 
     def _locate(self, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> None:
         if source.same_order is None:
-            source.same_order = _same_order(source, neuron, spec, current)
+            source.same_order = _same_order(self, source, neuron, spec, current)
         if source.same_order or spec.step_mode != "multi":
             return
         slopes = slopes_of(neuron, spec, neuron.calls[-1:])
@@ -377,12 +378,21 @@ class Watch:
         asked = len(outputs) == len(source.uses)
         if slopes is None or not asked or not all(y.requires_grad for y in (current, *outputs)):
             return
-        back = torch.autograd.grad(
-            current, outputs, slopes[0].to(current.dtype), retain_graph=True, allow_unused=True
-        )
+        try:
+            back = self.gradients(current, slopes[0].to(current.dtype), outputs)
+        except RuntimeError:  # a compiled graph; a norm whose weight FSDP has let go of
+            return
         source.mapped = [
             torch.zeros_like(y) if g is None else g for y, g in zip(outputs, back, strict=True)
         ]
+
+    def gradients(
+        self, of: Tensor, grad: Tensor, wanted: Sequence[Tensor]
+    ) -> Sequence[Tensor | None]:
+        """Of what was computed just now, by the graph that stays there for the backward pass."""
+        if any(weight.shard is not None for weight in self.run.weights):
+            return gradients_without_hooks(of, grad, wanted)
+        return torch.autograd.grad(of, wanted, grad, retain_graph=True, allow_unused=True)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_step": -1, "_order": 0, "ranks": None}
@@ -464,7 +474,9 @@ def _starts(module: nn.Module, spec: NeuronSpec, rest: tuple[Any, ...]) -> bool:
     return not any(bool(value.detach().any()) for value in tensors)
 
 
-def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor) -> bool | None:
+def _same_order(
+    watch: Watch, source: Source, neuron: Neuron, spec: NeuronSpec, current: Tensor
+) -> bool | None:
     """Ask the graph where three of the neuron's inputs come from; None while it cannot tell."""
     outputs = [use.output for use in source.uses if use.output is not None]
     if len(outputs) < len(source.uses) or not all(y.requires_grad for y in outputs):
@@ -480,10 +492,10 @@ def _same_order(source: Source, neuron: Neuron, spec: NeuronSpec, current: Tenso
     )
     places = index.tolist()
     for place in {int(share * current.numel()) for share in _PROBES}:
+        one = torch.zeros(current.shape, dtype=current.dtype, device=current.device)
+        one.view(-1)[place] = 1.0
         try:
-            grads = torch.autograd.grad(
-                current.flatten()[place], outputs, retain_graph=True, allow_unused=True
-            )
+            grads = watch.gradients(current, one, outputs)
         except RuntimeError:  # a compiled graph, an output that was overwritten
             return None
         flat = [

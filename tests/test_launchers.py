@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two real processes under ``torchrun``, and the trainers of others: the model of one process.
+
+What the processes do is in ``launched.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import launched
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TRAINED = ["torchrun", "accelerate", "Lightning, DDP", "Lightning, FSDP2"]
+JELLY = ["SpikingJelly, DDP", "SpikingJelly, FSDP2"]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What both processes found, all in one launch."""
+    pytest.importorskip("spikingjelly")
+    pytest.importorskip("pytorch_lightning")
+    pytest.importorskip("accelerate")
+    folder = tmp_path_factory.mktemp("launched")
+    script = Path(launched.__file__)
+    paths = [str(script.parent), str(script.parent.parent), os.environ.get("PYTHONPATH", "")]
+    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launched.RANKS}")
+    ended = subprocess.run(
+        [sys.executable, *launch, str(script), str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    return [json.loads((folder / f"{r}.json").read_text()) for r in range(launched.RANKS)]
+
+
+def _of(found: list[dict[str, Any]], check: str) -> list[dict[str, Any]]:
+    for rank in found:
+        assert "failed" not in rank[check], rank[check]["failed"]
+    return [rank[check] for rank in found]
+
+
+@pytest.mark.parametrize("check", [*TRAINED, *JELLY])
+def test_launched_ranks_are_one_process(found: list[dict[str, Any]], check: str) -> None:
+    """The masks of one process on the joint batch, its state to rounding, each step counted."""
+    for rank in _of(found, check):
+        assert rank["masks"], "other masks than one process"
+        assert rank["far"] < 1e-12
+        assert rank["keys"]
+        assert rank["moved"], "masks have not learnt"
+        assert rank["steps"] == [launched.STEPS] * 2
+
+
+@pytest.mark.parametrize("check", JELLY)
+def test_full_checkpoints_go_back_and_forth(found: list[dict[str, Any]], check: str) -> None:
+    """``StateDictOptions(full_state_dict=True)``, as SpikingJelly saves: bit by bit."""
+    assert all(rank["back"] for rank in _of(found, check))
+
+
+def test_accelerate_hands_the_model_back(found: list[dict[str, Any]]) -> None:
+    """``unwrap_model`` gives the sparse model itself, which can be folded."""
+    assert all(rank["unwrapped"] for rank in _of(found, "accelerate"))
+
+
+def test_the_strategy_for_fsdp1_is_refused(found: list[dict[str, Any]]) -> None:
+    """One error that names the layer and the successor."""
+    for rank in _of(found, "Lightning, FSDP1"):
+        assert rank["refused"] is not None
+        assert all(word in rank["refused"] for word in ("0.layer (16, 8)", "fully_shard"))
+
+
+def test_spikingjellys_tensor_parallel_layers(found: list[dict[str, Any]]) -> None:
+    """Built of a masked layer they are refused; built before, each part is N:M and learns."""
+    for rank in _of(found, "SpikingJelly, in tensors"):
+        for text in rank["refused"]:
+            assert text is not None
+            assert all(word in text for word in ("3 (8, 8, 3, 3)", "sparsify afterwards"))
+        assert rank["fullest"] == 2
+        assert rank["moved"] == ["0.weight_logits", "2.weight_logits", "5.weight_logits"]
