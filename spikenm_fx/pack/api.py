@@ -14,13 +14,14 @@ from spikenm_fx.errors import PackError
 from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.pack.builder import EngineBuilder
 from spikenm_fx.pack.check.proof import prove
-from spikenm_fx.pack.copying import copy_at_rest, unregister
+from spikenm_fx.pack.copying import copy_at_rest, own_memory, shared_weights, unregister
 from spikenm_fx.pack.engine.choose import choose
 from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.forms import Forms
 from spikenm_fx.pack.summary import PackReport, Proof
 from spikenm_fx.pattern import NM, PatternLike, quantised_weights
 from spikenm_fx.state import preserved_records
+from spikenm_fx.state.guard import Watched, watching
 
 __all__ = ["pack", "packing"]
 
@@ -50,10 +51,10 @@ def pack(
     **It is compared with the model** on the examples before it is returned, layer by layer on the
     same spikes (see :mod:`spikenm_fx.pack.check.proof`).  What differs beyond rounding and ties is
     put back to the model's own, with a :class:`~spikenm_fx.errors.SpikeNMWarning` that names it.
-    That costs a second copy of the model while packing, and one forward of each of the two where
-    nothing differs, at most :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations
-    are kept meanwhile.  Where ``dtype`` rounds weights, the model is compared with the same rounded
-    weights.  ``packing(engine).proof`` says what it took.
+    That costs one forward of each of the two where nothing differs, at most
+    :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations are kept meanwhile.
+    Where ``dtype`` rounds weights, the model is compared with the same rounded weights.
+    ``packing(engine).proof`` says what it took.
 
     **It is not slower than the model**: with ``backend="auto"`` the whole forward of the model and
     of the engine's forms (fused; with neurons as they were; all torch's) take turns on the
@@ -102,9 +103,10 @@ def pack(
         made, why = program_of(model, args, dtype=dtype, nm=pattern, check=check)
         if made is not None:
             return made
-    engine = copy_at_rest(model)
+    engine = copy_at_rest(model, share=True)
     with preserved_records(model, engine):
         report = _build(model, engine, args, backend, dtype, nm, check=check)
+    own_memory(engine, model)
     engine.__dict__["_spikenm_packing"] = without_program(report, why) if why else report
     return engine
 
@@ -119,14 +121,19 @@ def _build(
     *,
     check: bool,
 ) -> PackReport:
-    builder = EngineBuilder(engine, args, dtype, None if nm is None else NM.parse(nm))
+    shared = [Watched(weight) for weight in shared_weights(engine, model)]
+    with watching(shared):
+        builder = EngineBuilder(engine, args, dtype, None if nm is None else NM.parse(nm))
+    share = not any(weight.written for weight in shared)
+    if not share:  # its forward writes into its weights, which must not be those of the model
+        own_memory(engine, model)
     builder.replace_layers()
     if args is None:
         choose(engine, None, builder.layers, backend)
         return replace(builder.report(), note=NO_EXAMPLES)
     builder.fuse()
     builder.put_back_unmultiplied()
-    reference = copy_at_rest(model)
+    reference = copy_at_rest(model, share=share)
     try:
         if dtype is not None:
             builder.round_alike(reference)
