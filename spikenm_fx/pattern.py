@@ -28,6 +28,7 @@ __all__ = [
     "Remainder",
     "WeightLayer",
     "is_weight_layer",
+    "not_finite",
     "quantised_weights",
     "tightest",
     "torch_class",
@@ -321,6 +322,18 @@ def tightest(
         if fullest[nm.of] <= nm.keep:
             return nm
     return None
+
+
+def not_finite(tensor: Tensor) -> int:
+    """How many numbers are NaN or infinite; a finite sum says at once that none is.
+
+    Args:
+        tensor: of any shape; integers and tensors without memory have none.
+    """
+    plain = tensor.detach()
+    if not plain.is_floating_point() or plain.is_meta or bool(plain.sum().isfinite()):
+        return 0
+    return int(torch.count_nonzero(~plain.isfinite()))
 
 
 def _fullest_block(weight: Tensor, view: BlockView) -> int:

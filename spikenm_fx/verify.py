@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from spikenm_fx.errors import PlanError, VerificationError, no_module, some_of
-from spikenm_fx.pattern import NM, PatternLike, is_weight_layer, quantised_weights
+from spikenm_fx.pattern import NM, PatternLike, is_weight_layer, not_finite, quantised_weights
 from spikenm_fx.plan import LayerPlan, Plan
 from spikenm_fx.plan.weights import RAW
 from spikenm_fx.table import html_table
@@ -236,7 +236,7 @@ def _of_model(model: nn.Module) -> dict[str, _Weight]:
         nm = None if meta is None else NM(*meta.tolist()[1:3])
         # of a computed weight only where it is not zero: all of them are held at once
         counted = weight.detach() if isinstance(weight, nn.Parameter) else weight != 0
-        weights[name] = _Weight(counted, transposed, groups, nm, _not_finite(weight))
+        weights[name] = _Weight(counted, transposed, groups, nm, not_finite(weight))
     return weights | _masked_parameters(model)
 
 
@@ -261,21 +261,13 @@ def _planned(model: nn.Module | Mapping[str, Tensor], entry: LayerPlan) -> dict[
         tensor = getattr(owner, key, None)
     if not isinstance(tensor, Tensor):
         return {}
-    odd = _not_finite(tensor)
+    odd = not_finite(tensor)
     return {entry.name: _Weight(tensor.detach(), entry.axis == 0, entry.groups, None, odd)}
 
 
 def _by_meta(tensor: Tensor, meta: Tensor) -> _Weight:
     _, keep, of, _, _, axis, groups, *_ = meta.tolist()
-    return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), _not_finite(tensor))
-
-
-def _not_finite(weight: Tensor) -> int:
-    """How many are NaN or infinite; a sum that is finite says at once that there is none."""
-    plain = weight.detach()
-    if not plain.is_floating_point() or plain.is_meta or bool(plain.sum().isfinite()):
-        return 0
-    return int((~plain.isfinite()).sum())
+    return _Weight(tensor.detach(), axis == 0, groups, NM(keep, of), not_finite(tensor))
 
 
 def _weight_of(layer: nn.Module) -> Tensor | None:
@@ -300,7 +292,7 @@ def _of_state_dict(state: Mapping[str, Tensor]) -> dict[str, _Weight]:
         if last != "weight":  # a raw parameter: only a mask tells it from others
             weights |= {} if meta is None else {key: _by_meta(tensor, meta)}
         else:
-            plain = _Weight(tensor.detach(), not_finite=_not_finite(tensor))
+            plain = _Weight(tensor.detach(), not_finite=not_finite(tensor))
             weights[name] = plain if meta is None else _by_meta(tensor, meta)
     return weights
 
@@ -330,7 +322,7 @@ def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:
     if required is not None:
         counts = _count(nonzero, required.of)
         over = counts > required.keep
-        blocks, violations = counts.numel(), int(over.sum())
+        blocks, violations = counts.numel(), int(torch.count_nonzero(over))
         where = over.nonzero()[:_SHOWN].tolist() if violations else []
         first = tuple((*index, int(counts[tuple(index)])) for index in where)
     return LayerCheck(
@@ -338,7 +330,7 @@ def _check(name: str, weight: _Weight, required: NM | None) -> LayerCheck:
         shape=tuple(weight.tensor.shape),
         required=required,
         found=_tightest(nonzero),
-        density=int(nonzero.sum()) / total if total else 0.0,
+        density=int(torch.count_nonzero(nonzero)) / total if total else 0.0,
         blocks=blocks,
         violations=violations,
         first=first,

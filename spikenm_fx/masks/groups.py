@@ -212,13 +212,13 @@ def grouped(weights: Iterable[MaskedWeight]) -> list[Group]:
 
 
 def _at_once(members: Sequence[MaskedWeight | Piece]) -> list[list[MaskedWeight | Piece]]:
-    most = most_at_once(members[0].mask.device)
+    device = members[0].mask.device
     found: list[list[MaskedWeight | Piece]] = [[]]
     size = 0
     for member in members:
         lead, m, inner = member.view.blocked_shape
         size += lead * m * inner
-        if found[-1] and size > most:
+        if found[-1] and size > most_at_once(device, cut=member.owner is not member):
             found.append([])
             size = lead * m * inner
         found[-1].append(member)

@@ -30,6 +30,7 @@ from spikenm_fx.masks.keys import LOGITS, PRIOR
 from spikenm_fx.masks.methods import Draw, Method, kept
 from spikenm_fx.masks.multiply import multiply, multiply_anywhere
 from spikenm_fx.masks.noise import noise_key
+from spikenm_fx.masks.piece import Piece, pieces_of, rows_of
 from spikenm_fx.masks.ranks import meet
 from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
@@ -303,15 +304,9 @@ class MaskedWeight:
         """The final mask of what weight and scores hold now, computed afresh."""
         if self.method.fixed:
             return self.mask
-        prior = self.prior
-        draw = Draw(
-            self.view.nm,
-            prior=0.0 if prior is None else prior.detach(),
-            present=self.view.present(self.mask.device),
-            credit=self.credit(),
-        )
-        blocks = self.view.to_blocks(self.values)
-        return self.view.from_blocks(self.method.final_mask(blocks, self.logits(draw), draw))
+        parts = [self] if torch.compiler.is_compiling() else pieces_of([self])
+        masks = [_final(part) for part in parts]
+        return masks[0] if len(masks) == 1 else torch.cat(masks)
 
     @torch.no_grad()
     def final_weight(self) -> Tensor:
@@ -499,10 +494,10 @@ class MaskedWeight:
     @torch.no_grad()
     def bake(self, mask: Tensor) -> None:
         """Write zeros into the parameter where ``mask``, bool of the shape held here, is False."""
-        if self.shard is None:
-            self.dense.data.copy_(kept(self.dense.data, mask))
-        else:
-            self.values.copy_(kept(self.values, mask))
+        values = self.dense.data if self.shard is None else self.values
+        for part, there in rows_of(values, mask):
+            part.copy_(kept(part, there))
+        if self.shard is not None:
             release(self)
 
     def forget_handed(self) -> None:
@@ -545,6 +540,20 @@ class MaskedWeight:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.run.add(self)
+
+
+def _final(part: MaskedWeight | Piece) -> Tensor:
+    """The final mask of a weight or of a piece of it."""
+    prior, scores = part.prior, part.scores
+    draw = Draw(
+        part.view.nm,
+        prior=0.0 if prior is None else prior.detach(),
+        present=part.view.present(part.mask.device),
+        credit=part.credit(),
+    )
+    blocks = part.view.to_blocks(part.values)
+    logits = None if scores is None else part.method.logits(blocks, scores, draw)
+    return part.view.from_blocks(part.method.final_mask(blocks, logits, draw))
 
 
 def _uneven(weight: MaskedWeight) -> PlanError:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +15,31 @@ from spikenm_fx.masks.noise import Key, gumbel_of_runs
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
 
-__all__ = ["Piece", "most_at_once", "pieces_of"]
+__all__ = ["Piece", "most_at_once", "pieces_of", "rows_of"]
 
 _ON_CPU, _ELSEWHERE = 2**21, 2**24
+_PIECES = 4  # that the most of a pass is cut into, where a weight is cut at all
 
 
-def most_at_once(device: torch.device) -> int:
-    """How many scores one pass handles: a pass needs about 60 bytes a score."""
-    return _ON_CPU if device.type == "cpu" else _ELSEWHERE
+def most_at_once(device: torch.device, *, cut: bool = False) -> int:
+    """How many scores one pass handles: a pass needs about 60 bytes a score.
+
+    Args:
+        device: where it runs.
+        cut: of pieces of a weight; they are smaller, as a large weight takes much memory itself.
+    """
+    most = _ON_CPU if device.type == "cpu" else _ELSEWHERE
+    return most // _PIECES if cut else most
+
+
+def rows_of(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors of one shape ``(rows, ...)`` some rows at a time; small ones as they are."""
+    first = tensors[0]
+    if first.numel() <= most_at_once(first.device):
+        yield tensors
+        return
+    rows = max(most_at_once(first.device, cut=True) * len(first) // first.numel(), 1)
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def pieces_of(weights: Iterable[MaskedWeight]) -> list[Any]:
@@ -36,7 +53,7 @@ def pieces_of(weights: Iterable[MaskedWeight]) -> list[Any]:
         if scores is None or rows < 2 or scores.numel() <= most or whole:
             found.append(weight)
             continue
-        step = max(most * rows // scores.numel(), 1)
+        step = max(most_at_once(weight.mask.device, cut=True) * rows // scores.numel(), 1)
         found += [Piece(weight, r, min(r + step, rows)) for r in range(0, rows, step)]
     return found
 

@@ -27,7 +27,14 @@ from spikenm_fx.masks.run import Run
 from spikenm_fx.masks.schedule import Schedule
 from spikenm_fx.masks.shard import is_sharded, shard_of, whole_of
 from spikenm_fx.masks.start import initial_scores, start
-from spikenm_fx.pattern import NM, BlockView, PatternLike, Remainder, is_weight_layer
+from spikenm_fx.pattern import (
+    NM,
+    BlockView,
+    PatternLike,
+    Remainder,
+    is_weight_layer,
+    not_finite,
+)
 from spikenm_fx.plan import LayerPlan, Plan, Rule, plan
 from spikenm_fx.plan.rules import ordered_rules
 from spikenm_fx.trace import SpikingGraph, trace
@@ -233,11 +240,17 @@ def _refuse_unusable(model: nn.Module, decided: Plan) -> None:
                 "masks could start: give the model memory and values (to_empty, then load or "
                 "initialise) before sparsify"
             )
-        if not bool(whole_of(torch.isfinite(weight.detach()).all())):
+        if not _is_finite(weight.detach()):
             raise PlanError(
                 f"{entry.name} {entry.shape} holds NaN or infinity; masks cannot be learnt from "
                 "it: load or initialise finite weights first"
             )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    if is_sharded(weight):
+        return bool(whole_of(torch.isfinite(weight).all()))
+    return not_finite(weight) == 0
 
 
 def _apply(

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from spikenm_fx.errors import PlanError
-from spikenm_fx.masks.methods import Draw
+from spikenm_fx.masks.methods import Draw, kept
+from spikenm_fx.masks.piece import rows_of
 from spikenm_fx.masks.shard import total, whole_of
 from spikenm_fx.masks.update import draw_masks
+from spikenm_fx.pattern import not_finite
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -88,10 +91,10 @@ def initial_scores(mask: MaskedWeight) -> Tensor | None:
     return scores if mask.shard is None or scores is None else mask.shard.part_of_scores(scores)
 
 
-def _square(mask: MaskedWeight, part: Tensor) -> Tensor:
-    """The sum of squares over the whole weight, float64 ``[1]``."""
-    own = torch.linalg.vector_norm(part, dtype=torch.float64).square().view(1)
-    return total([mask], own)
+def _square(mask: MaskedWeight, parts: Iterable[Tensor]) -> Tensor:
+    """The sum of squares over the whole weight, float64 ``[1]``, of the parts that are here."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return total([mask], torch.stack(norms).square_().sum().view(1))
 
 
 def _fix(mask: MaskedWeight) -> None:
@@ -112,14 +115,18 @@ def keep_norm(mask: MaskedWeight) -> None:
         return
     if mask.dense.is_inference():
         return  # it may not be written to
-    sums = [_square(mask, w) for w in (mask.values, mask.final_weight())]
+    values, final = mask.values, mask.final()
+    sums = [
+        _square(mask, (part for (part,) in rows_of(values))),
+        _square(mask, (kept(part, there) for part, there in rows_of(values, final))),
+    ]
     factor = (sums[0] / sums[1]).sqrt().float()
     if mask.shard is not None:
         if torch.isfinite(factor):
             mask.values.mul_(factor.to(mask.dense.dtype))
         return
     scaled = mask.dense.data * factor.to(mask.dense.dtype)
-    if torch.isfinite(factor) and torch.isfinite(scaled).all():
+    if torch.isfinite(factor) and not not_finite(scaled):
         # .data: a state left from an earlier forward may hold a graph through this weight; and
         # not in place: the values may be those of a checkpoint that was loaded by assigning
         mask.dense.data = scaled

@@ -8,6 +8,7 @@ kept.  After: the next masks.
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -78,19 +79,31 @@ def learn(groups: Sequence[Group], step: int, sign: int = 1) -> None:
     few = _few(groups)
     noise = noise_of(groups, step) if few else [None] * len(groups)
     tasks, norms, pulls = [], [], []
+    room = {} if few else _room(groups)
     for group, own in zip(groups, noise, strict=True):
         task, norm, pulled = _directions(group, step, own, pulling=few)
-        tasks.append(task)
+        tasks.append(task if few else room[group.device].popleft().view_as(task).copy_(task))
         norms.append(norm)
         pulls.append(pulled)
     for index, norm in enumerate(_over_ranks(groups, norms)):
         group = groups[index]
         pulled = pulls[index] if few else _pull(group, step)
         _move(group, tasks[index], group.root_mean(norm), pulled, sign)
-        tasks[index] = _NOTHING
 
 
-_NOTHING = torch.empty(0, dtype=torch.float32, device="cpu")
+def _room(groups: Sequence[Group]) -> dict[torch.device, deque[Tensor]]:
+    """Memory for a float32 number a score, of all groups of a device together, in their order.
+
+    What passes leave behind must not lie between what they free again: the gaps would be lost.
+    """
+    sizes: dict[torch.device, list[int]] = defaultdict(list)
+    for group in groups:
+        scores = [member.scores for member in group.members]
+        sizes[group.device].append(sum(s.numel() for s in scores if s is not None))
+    return {
+        device: deque(torch.empty(sum(each), dtype=torch.float32, device=device).split(each))
+        for device, each in sizes.items()
+    }
 
 
 def _few(groups: Sequence[Group]) -> bool:

@@ -39,10 +39,10 @@ def pack(
     **It is compared with the model** on the examples before it is returned, layer by layer on the
     same spikes (see :mod:`spikenm_fx.pack.check.proof`).  What differs beyond rounding and ties is
     put back to the model's own, with a :class:`~spikenm_fx.errors.SpikeNMWarning` that names it.
-    That costs a second copy of the model while packing, and one forward of each of the two where
-    nothing differs, at most :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations
-    are kept meanwhile.  Where ``dtype`` rounds weights, the model is compared with the same rounded
-    weights.  ``packing(engine).proof`` says what it took.
+    That costs one forward of each of the two where nothing differs, at most
+    :data:`~spikenm_fx.pack.check.proof.ROUNDS` of each; their activations are kept meanwhile.
+    Where ``dtype`` rounds weights, the model is compared with the same rounded weights.
+    ``packing(engine).proof`` says what it took.
 
     **It is not slower than the model**: with ``backend="auto"`` the whole forward of the model and
     of the engine's forms (fused; with neurons as they were; all torch's) take turns on the
@@ -103,7 +103,9 @@ def pack(
         from spikenm_fx.pack.chosen import with_program
 
         auto = program == "auto"
-        return with_program(model, args, backend, dtype, pattern, check=check, auto=auto, memory=memory)
+        return with_program(
+            *(model, args, backend, dtype, pattern), check=check, auto=auto, memory=memory
+        )
     # what runs without a program need not be imported where there is one
     from spikenm_fx.pack.copied import packed_copy
 

@@ -120,6 +120,10 @@ class EngineBuilder:
             if draft.norm is not None:
                 _replace(reference, reference.get_submodule(draft.norm[0]), nn.Identity())
 
+    def fixed_tensors(self) -> list[Tensor]:
+        """What the packed layers hold and no forward writes into."""
+        return [t for draft in self.layers.values() for t in draft.packed.fixed_tensors()]
+
     def _record(self, name: str) -> LayerRecord | None:
         return self.graph.layers.get(name) if self.graph is not None else None
 

@@ -12,12 +12,13 @@ from torch import nn
 
 from spikenm_fx.pack.builder import EngineBuilder
 from spikenm_fx.pack.check.proof import prove
-from spikenm_fx.pack.copying import copy_at_rest, unregister
+from spikenm_fx.pack.copying import copy_at_rest, own_memory, shared_weights, unregister
 from spikenm_fx.pack.engine.choose import choose
 from spikenm_fx.pack.forms import Forms
 from spikenm_fx.pack.summary import PackReport, Proof
 from spikenm_fx.pattern import NM
 from spikenm_fx.state import preserved_records
+from spikenm_fx.state.guard import Watched, watching
 
 __all__ = ["packed_copy"]
 
@@ -54,9 +55,10 @@ def packed_copy(
     Raises:
         PackError: for weights that cannot be packed, or a backend that does not exist.
     """
-    engine = copy_at_rest(model)
+    engine = copy_at_rest(model, share=True)
     with preserved_records(model, engine):
         report = _build(model, engine, args, backend, dtype, nm, check=check, memory=memory)
+    own_memory(engine, model)
     engine.__dict__["_spikenm_packing"] = report
     return engine
 
@@ -72,7 +74,12 @@ def _build(
     check: bool,
     memory: str,
 ) -> PackReport:
-    builder = EngineBuilder(engine, args, dtype, nm)
+    shared = [Watched(weight) for weight in shared_weights(engine, model)]
+    with watching(shared):
+        builder = EngineBuilder(engine, args, dtype, nm)
+    share = not any(weight.written for weight in shared)
+    if not share:  # its forward writes into its weights, which must not be those of the model
+        own_memory(engine, model)
     builder.small = memory == "small"
     builder.replace_layers()
     if builder.small:
@@ -82,7 +89,7 @@ def _build(
         return replace(builder.report(), note=NO_EXAMPLES)
     builder.fuse()
     builder.put_back_unmultiplied()
-    reference = copy_at_rest(model)
+    reference = copy_at_rest(model, share=share)
     try:
         if dtype is not None:
             builder.round_alike(reference)

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
+from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import advice_if_sharded, reset_to_rest
 from spikenm_fx.trace import find_neurons
 
-__all__ = ["copy_at_rest", "unregister"]
+__all__ = ["copy_at_rest", "own_memory", "shared_weights", "unregister"]
 
 _DEPTH = 5
+_LARGE = 2**18  # numbers of a weight from which on sharing it is worth while
 
 
-def copy_at_rest(model: nn.Module) -> nn.Module:
+def copy_at_rest(model: nn.Module, *, share: bool = False) -> nn.Module:
     """A copy in eval mode without gradients, its neurons reset.
 
     State that hangs on an autograd graph, as right after training, is copied detached.
+
+    Args:
+        model: any model.
+        share: large weights of layers use the model's memory, until :func:`own_memory`.
 
     Raises:
         PackError: for a model that cannot be copied.
@@ -36,6 +42,11 @@ def copy_at_rest(model: nn.Module) -> nn.Module:
         for tensor in _tensors_in(vars(module), _DEPTH, seen):
             if tensor.grad_fn is not None:
                 memo[id(tensor)] = tensor.detach().clone()
+    if share:
+        for module in nn.Module.modules(model):
+            weight = module._parameters.get("weight") if is_weight_layer(module) else None
+            if type(weight) is nn.Parameter and weight.numel() >= _LARGE:
+                memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
     try:
         copied = copy.deepcopy(model, memo).eval().requires_grad_(False)
     except Exception as error:  # a module's own __deepcopy__ may raise anything
@@ -49,6 +60,18 @@ def copy_at_rest(model: nn.Module) -> nn.Module:
         for name in find_neurons(copied):
             _reset(copied.get_submodule(name))
     return copied
+
+
+def shared_weights(copied: nn.Module, model: nn.Module) -> list[nn.Parameter]:
+    """Parameters of a copy that use the memory of the model."""
+    held = {p.data_ptr() for p in nn.Module.parameters(model) if p.numel()}
+    return [p for p in nn.Module.parameters(copied) if p.numel() and p.data_ptr() in held]
+
+
+def own_memory(copied: nn.Module, model: nn.Module) -> None:
+    """Give a copy memory of its own for what it shares with the model."""
+    for parameter in shared_weights(copied, model):
+        parameter.data = parameter.data.clone()
 
 
 def unregister(copied: nn.Module) -> None:

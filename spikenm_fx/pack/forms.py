@@ -62,7 +62,8 @@ class Forms:
         """
         forms, seconds = self._forms(), {}
         engine = self.builder.engine
-        with torch.no_grad(), preserved(engine, guarded=False) as rest:
+        fixed = self.builder.fixed_tensors()
+        with torch.no_grad(), preserved(engine, guarded=False, leave=fixed) as rest:
             seconds = self._take_turns(forms, reference, args, rest)
         milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds.items()}
         best = min(forms, key=milliseconds.__getitem__)
@@ -83,7 +84,7 @@ class Forms:
         quiet = dict.fromkeys(layers, False)
         now = {}
         for name, layer in layers.items():
-            now[name] = PackedLayer(layer.packed, layer.bias)
+            now[name] = PackedLayer(layer.packed, layer.bias, choice="reference")
             now[name].adopt(layer)
         dense = {name: PackedLayer(layer.packed, layer.bias) for name, layer in layers.items()}
         plainly = {n: dense[n] if now[n].choice == "dense" else now[n] for n in layers}

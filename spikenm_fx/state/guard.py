@@ -41,6 +41,11 @@ class Watched:
         self._alias = tensor.detach()
         self._copy: Tensor | None = None
 
+    @property
+    def written(self) -> bool:
+        """Whether anything was about to write into it."""
+        return self._copy is not None
+
     def save(self) -> None:
         """Copy the values, once, before the first write."""
         if self._copy is None:

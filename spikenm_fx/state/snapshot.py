@@ -8,7 +8,7 @@ import functools
 import random
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module, *, guarded: bool = True) -> Iterator[Callable[[], None]]:
+def preserved(
+    model: nn.Module, *, guarded: bool = True, leave: Iterable[Tensor] = ()
+) -> Iterator[Callable[[], None]]:
     """Restore ``model`` and the random generators on leaving, whatever happened inside.
 
     Tensors keep their identity and, unless the block wrote into them, their version; containers
@@ -38,11 +40,13 @@ def preserved(model: nn.Module, *, guarded: bool = True) -> Iterator[Callable[[]
         model: any model.
         guarded: look out for writes into parameters, which costs tens of microseconds for each
             operation; without, what is written into them stays, and times can be measured.
+        leave: buffers of any shape that nothing writes into, of which no copies are made.
 
     Yields:
         A function that restores at once, for another try inside the block.
     """
     undo = _Undo()
+    undo.leave(list(leave))
     with torch.no_grad():
         for module in list(nn.Module.modules(model)):
             undo.remember(module, _DEPTH)

@@ -146,8 +146,9 @@ def _differences(
 
     try:
         # both are copies, and measuring writes into them as well: no guard for each operation
-        left = preserved(reference, guarded=False), preserved(builder.engine, guarded=False)
-        with torch.no_grad(), left[0], left[1], uncompiled():
+        left = preserved(reference, guarded=False)
+        engine = preserved(builder.engine, guarded=False, leave=builder.fixed_tensors())
+        with torch.no_grad(), left, engine, uncompiled():
             wanted, given, neurons = forced(reference, builder.engine, run)
     except Exception as error:  # the user's forward may raise anything where a layer is another
         return found or {"": f"its forward raises {type(error).__name__}: {error}"}

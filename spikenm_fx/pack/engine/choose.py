@@ -28,6 +28,7 @@ SECONDS = 0.3  # for more rounds than ROUNDS
 MARGIN = 0.95  # a kernel must beat dense by five per cent, more than timing noise
 CHANNELS_LAST = "dense channels_last"
 DENSE = ("dense", CHANNELS_LAST)
+LARGE = 2**26  # bytes of fp32 weights from which on no more than two ways are ready at a time
 
 
 @dataclass(slots=True, eq=False)
@@ -95,33 +96,99 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
 
     Neurons that are fused, conversions of the input and what lies in the caches all count.
     """
-    with torch.no_grad(), preserved(engine, guarded=False), uncompiled():
+    fixed = [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
+    with torch.no_grad(), preserved(engine, guarded=False, leave=fixed), uncompiled():
         _look_at_inputs(engine, args, layers)
-        prepared = {name: _candidates(layer) for name, layer in layers.items()}
-        seconds: dict[str, dict[str, list[float]]] = {
-            name: {way: [] for way in ways} for name, ways in prepared.items()
-        }
-        every = list(dict.fromkeys(way for ways in prepared.values() for way in ways))
+    ways = {name: _ways(layer) for name, layer in layers.items()}
+    if sum(layer.dense_bytes for layer in layers.values()) < LARGE:
+        prepared = {n: {w: _candidate(layers[n], w) for w in own} for n, own in ways.items()}
+        found = _times(engine, args, layers, prepared)
+        chosen = {n: prepared[n][_fastest(milliseconds)] for n, milliseconds in found.items()}
+    else:
+        chosen, found = _by_pairs(engine, args, layers, ways)
+    # Only now: what is preserved meanwhile would take a choice back as well.
+    for name, layer in layers.items():
+        layer.packed.adopt(chosen[name])
+        layer.packed.expect_counts()
+        # The two memory formats of torch's layer are one choice.
+        for way, value in found[name].items():
+            choice = "dense" if way in DENSE else way
+            layer.milliseconds[choice] = min(value, layer.milliseconds.get(choice, value))
+
+
+def _by_pairs(
+    engine: nn.Module,
+    args: tuple[Any, ...],
+    layers: Mapping[str, LayerDraft],
+    ways: Mapping[str, list[str]],
+) -> tuple[dict[str, PackedLayer], dict[str, dict[str, float]]]:
+    """The fastest way of each layer, where all ways at once would take too much memory.
+
+    The fastest so far of each layer meets one other after the other, and times are scaled to what
+    it took first.
+
+    Returns:
+        By layer the way to run it, and milliseconds by name of the way.
+    """
+    found: dict[str, dict[str, float]] = {name: {} for name in layers}
+    best = {name: own[0] for name, own in ways.items()}
+    holders = {name: _candidate(layer, best[name]) for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.packed.choose("reference")  # hold nothing else
+    every = list(dict.fromkeys(way for own in ways.values() for way in own))
+    for way in [way for way in every if way != "dense"] or every:
+        pairs = {name: {best[name]: holder} for name, holder in holders.items()}
+        for name, own in ways.items():
+            if way in own:
+                pairs[name].setdefault(way, _candidate(layers[name], way))
+        for name, milliseconds in _times(engine, args, layers, pairs).items():
+            now = milliseconds.get(best[name])
+            if now is None:
+                continue  # it does not run
+            known = found[name].setdefault(best[name], now)
+            if way in milliseconds:
+                found[name][way] = milliseconds[way] * known / now
+            if found[name].get(way, known) < known:
+                best[name], holders[name] = way, pairs[name][way]
+        pairs.clear()
+    for name, milliseconds in found.items():
+        fastest = _fastest(milliseconds)
+        if fastest != best[name]:
+            del holders[name]
+            holders[name] = _candidate(layers[name], fastest)
+    return holders, found
+
+
+def _times(
+    engine: nn.Module,
+    args: tuple[Any, ...],
+    layers: Mapping[str, LayerDraft],
+    prepared: Mapping[str, Mapping[str, PackedLayer]],
+) -> dict[str, dict[str, float]]:
+    """Milliseconds of each layer by way, of those that ran."""
+    seconds: dict[str, dict[str, list[float]]] = {
+        name: {way: [] for way in ways} for name, ways in prepared.items()
+    }
+    every = list(dict.fromkeys(way for ways in prepared.values() for way in ways))
+    fixed = [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
+    with torch.no_grad(), preserved(engine, guarded=False, leave=fixed), uncompiled():
         for counted in _rounds():
             for way in every:  # in turn, so that drifts of the machine hit all alike
                 timed = {n: Meter() for n, ways in prepared.items() if way in ways}
                 for name, layer in layers.items():
-                    layer.packed.adopt(prepared[name].get(way, prepared[name]["dense"]))
+                    ways = prepared[name]
+                    layer.packed.adopt(ways[way] if way in ways else next(iter(ways.values())))
                     layer.packed.meter = timed.get(name)
                 engine(*args)
                 for name, meter in timed.items():
                     if counted and meter.seconds:
                         seconds[name][way].append(meter.seconds)
-    # Only now: what is preserved above would take a choice back as well.
-    for name, layer in layers.items():
+    for layer in layers.values():
         layer.packed.meter = None
-        milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds[name].items() if runs}
-        layer.packed.adopt(prepared[name][_fastest(milliseconds)])
-        layer.packed.expect_counts()
-        # The two memory formats of torch's layer are one choice.
-        for way, value in milliseconds.items():
-            choice = prepared[name][way].choice
-            layer.milliseconds[choice] = min(value, layer.milliseconds.get(choice, value))
+    return {
+        name: {way: 1e3 * typical(runs) for way, runs in ways.items() if runs}
+        for name, ways in seconds.items()
+    }
 
 
 def _rounds() -> Iterator[bool]:
@@ -170,20 +237,22 @@ def _keeping(inputs: dict[str, Tensor], name: str) -> Any:
     return lambda _module, args: inputs.__setitem__(name, args[0])
 
 
-def _candidates(layer: LayerDraft) -> dict[str, PackedLayer]:
-    """Ways to run the layer, by name: its choices, torch's dense layer in both memory formats."""
-    packed = layer.packed
-    choices = packed.candidates()
+def _ways(layer: LayerDraft) -> list[str]:
+    """Ways to run the layer: its choices, torch's dense layer in both memory formats."""
+    choices: list[str] = list(layer.packed.candidates())
     if layer.rate is None:
         choices = [choice for choice in choices if choice in ("dense", "fma")]
-    found: dict[str, PackedLayer] = {
-        choice: PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
-        for choice in choices
-    }
-    if packed.geometry.spatial == 2:
-        found[CHANNELS_LAST] = PackedLayer(packed.packed, packed.bias, name=packed.name)
-        found[CHANNELS_LAST].prefer_channels_last()
-    return found
+    return [*choices, CHANNELS_LAST] if layer.packed.geometry.spatial == 2 else choices
+
+
+def _candidate(layer: LayerDraft, way: str) -> PackedLayer:
+    """The layer, ready to run one way."""
+    packed = layer.packed
+    choice: Any = "dense" if way in DENSE else way
+    made = PackedLayer(packed.packed, packed.bias, name=packed.name, choice=choice)
+    if way == CHANNELS_LAST:
+        made.prefer_channels_last()
+    return made
 
 
 def _fastest(milliseconds: Mapping[str, float]) -> str:

@@ -172,8 +172,7 @@ class PackedLayer(nn.Module):
         self._forget(*PARTS)
         self._counting = {}
         if choice == "dense":
-            # A copy, as strides of length-1 axes decide the format that torch computes in.
-            self._dense = self.weight.clone(memory_format=torch.contiguous_format)
+            self._dense = unpack_weight(self.packed).float()
             if self.waits:  # its output is wanted pixel by pixel
                 self.prefer_channels_last()
         elif choice != "reference":
@@ -184,6 +183,14 @@ class PackedLayer(nn.Module):
         dense = self._buffers["_dense"]
         if dense is not None and dense.dim() == 4:
             self._dense = dense.clone(memory_format=torch.channels_last)
+
+    def fixed_tensors(self) -> list[Tensor]:
+        """Packed weight and what was derived of it: no forward writes into them."""
+        held = [
+            self.values,
+            *(self._buffers.get(key) for key in ("indices", "scale", "_own", *PARTS)),
+        ]
+        return [tensor for tensor in held if tensor is not None]
 
     def _lay_out(self) -> None:
         layout = layout_for(_kernel(self.choice), self.packed, small=self.small)

@@ -7,7 +7,8 @@ kernel that reads it addresses it (``csrc/*.h``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ EVENT_INPUTS = 64
 AMX_INPUTS = 256
 SMALLEST_SPLIT = 2.0**-100  # below, the third bf16 term of a weight would be flushed to zero
 INT16_MAX = 32767
+PIECE = 2**19  # weights that are laid out at once, of those that have more than twice as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +101,52 @@ def layout_for(kernel: Kernel, packed: PackedWeight, *, small: bool = False) -> 
     """
     if small:
         return _stored(packed)
-    make = {
-        "fma": _fma,
-        "lut": _lut,
-        "event": _event,
-        "event8": _event8,
-        "amx": _amx,
-        "amx8": _amx8,
-    }
-    return make[kernel](packed)
+    plan = _PLANS[kernel]
+    if packed.taps * packed.group_channels * packed.out_channels <= 2 * PIECE:
+        made = plan.make(packed)
+    else:
+        made = _in_pieces(plan, packed)
+    if kernel == "event8":
+        return replace(made, blocks=_segmented(made.blocks, _integers(packed)))
+    return made
+
+
+def _in_pieces(plan: _Plan, packed: PackedWeight) -> Layout:
+    """The same made of some rows at a time, as what that takes meanwhile is many times a layout."""
+    groups, rows = packed.geometry.groups, packed.out_channels // packed.geometry.groups
+    at_once = max(1, PIECE // (packed.taps * packed.group_channels) // plan.unit) * plan.unit
+    whole: Layout | None = None
+    for group in range(groups):
+        for first in range(0, rows, at_once):
+            end = min(first + at_once, rows)
+            made = plan.make(packed.rows(group * rows + first, group * rows + end))
+            if whole is None:
+                many, few = groups * plan.padded(rows), plan.padded(end - first)
+                whole = replace(
+                    made,
+                    weights=made.weights.new_empty(made.weights.numel() // few * many),
+                    codes=made.codes.new_empty(made.codes.numel() // few * many),
+                    scale=None if made.scale is None else _scale(packed),
+                )
+            at = (plan.padded(first), plan.padded(end - first), plan.padded(rows))
+            sizes = plan.sizes(packed, made.blocks)
+            for name in ("weights", "codes"):
+                part = getattr(whole, name).chunk(groups)[group]
+                _place(part, getattr(made, name), sizes, *at)
+    assert whole is not None
+    return whole
+
+
+def _place(
+    whole: Tensor, part: Tensor, sizes: list[int], first: int, rows: int, all_rows: int
+) -> None:
+    """Write rows ``[block][rows of the part][...]`` to where they are in ``[block][row][...]``."""
+    width, taken, there = part.numel() // (rows * sum(sizes)), 0, 0
+    for size in sizes:
+        line = size * width
+        start = there + first * line
+        whole[start : start + rows * line] = part[taken : taken + rows * line]
+        taken, there = taken + rows * line, there + all_rows * line
 
 
 def _implies(nm: NM, scheme: NM) -> bool:
@@ -131,6 +170,11 @@ def _blocks(packed: PackedWeight, size: int, units_of: int, per_unit: int = 1) -
             offset += -(-channels // units_of) * per_unit
     rows[-1][4] = 1
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def _units(blocks: Tensor, units_of: int, per_unit: int = 1) -> list[int]:
+    """How many units each block has."""
+    return [-(-channels // units_of) * per_unit for channels in blocks[:, 2].tolist()]
 
 
 def _by_group_and_block(packed: PackedWeight, parts: Tensor, sizes: list[int]) -> Tensor:
@@ -162,7 +206,7 @@ def _lut(packed: PackedWeight) -> Layout:
     zero = torch.zeros_like(w[..., 0])
     tables = torch.stack([zero, w[..., 0], w[..., 1], w[..., 0] + w[..., 1]], dim=-1)
     blocks = _blocks(packed, scheme.block, scheme.inputs)
-    sizes = [-(-channels // scheme.inputs) for channels in blocks[:, 2].tolist()]
+    sizes = _units(blocks, scheme.inputs)
     codes = _plane_offsets(at, scheme).flatten(1, 2)
     return Layout(
         "lut",
@@ -206,7 +250,7 @@ def _fma(packed: PackedWeight) -> Layout:
     nm, groups = packed.nm, packed.geometry.groups
     size = max(nm.of, (128 if nm.density <= 1 / 8 else 64) // nm.of * nm.of)
     blocks = _blocks(packed, size, nm.of, nm.keep)
-    sizes = [-(-channels // nm.of) * nm.keep for channels in blocks[:, 2].tolist()]
+    sizes = _units(blocks, nm.of, nm.keep)
     local = torch.arange(packed.blocks, device="cpu") % (size // nm.of) * nm.of
     picks = (packed.positions().to(torch.int64) + local[:, None]).to(torch.uint8)
     return Layout(
@@ -247,12 +291,16 @@ def _event(packed: PackedWeight) -> Layout:
 
 
 def _event8(packed: PackedWeight) -> Layout:
-    assert packed.scale is not None
-    integers = _integers(packed)
-    blocks = _segmented(_blocks(packed, EVENT_INPUTS, 1), integers)
-    weights = _input_major(integers.to(torch.int16), packed, outputs=256, granule=32)
+    integers = _integers(packed).to(torch.int16)
+    weights = _input_major(integers, packed, outputs=256, granule=32)
     empty = torch.empty(0, dtype=torch.uint8, device="cpu")
-    return Layout("event8", weights, empty, blocks, 0, packed.scale.contiguous())
+    blocks = _blocks(packed, EVENT_INPUTS, 1)
+    return Layout("event8", weights, empty, blocks, 0, _scale(packed))
+
+
+def _scale(packed: PackedWeight) -> Tensor:
+    assert packed.scale is not None
+    return packed.scale.contiguous()
 
 
 def _integers(packed: PackedWeight) -> Tensor:
@@ -282,11 +330,10 @@ def _amx(packed: PackedWeight) -> Layout:
 
 
 def _amx8(packed: PackedWeight) -> Layout:
-    assert packed.scale is not None
     tiles = _tiles(_integers(packed).to(torch.int8), packed, channels=64, depth=4)
     empty = torch.empty(0, dtype=torch.uint8, device="cpu")
     blocks = _blocks(packed, AMX_INPUTS, 64)
-    return Layout("amx8", tiles.flatten().contiguous(), empty, blocks, 0, packed.scale.contiguous())
+    return Layout("amx8", tiles.flatten().contiguous(), empty, blocks, 0, _scale(packed))
 
 
 def _tiles(dense: Tensor, packed: PackedWeight, *, channels: int, depth: int) -> Tensor:
@@ -333,3 +380,50 @@ def _segmented(blocks: Tensor, integers: Tensor) -> Tensor:
         high, low = high + up, low + down
     blocks[-1, 4] = 1
     return blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How the layout of one kernel is made.
+
+    Attributes:
+        make: the layout of a whole weight, or of some rows of one group.
+        granule: rows are padded to a multiple of it.
+        unit: rows that must be laid out together; a multiple of the granule.
+        units_of: input channels by which the parts of a row are counted that lie beside those of
+            other rows, block by block; None where rows lie one after the other.
+    """
+
+    make: Callable[[PackedWeight], Layout]
+    granule: int
+    unit: int
+    units_of: Callable[[NM], int] | None = None
+
+    def padded(self, rows: int) -> int:
+        """Rows with the padding."""
+        return -(-rows // self.granule) * self.granule
+
+    def sizes(self, packed: PackedWeight, blocks: Tensor) -> list[int]:
+        """Relative lengths of a row's parts, of which those of all rows lie side by side.
+
+        Args:
+            packed: the weight.
+            blocks: of the layout.
+        """
+        return [1] if self.units_of is None else _units(blocks, self.units_of(packed.nm))
+
+
+def _inputs_of_look_ups(nm: NM) -> int:
+    scheme = _scheme_for(nm)
+    assert scheme is not None
+    return scheme.inputs
+
+
+_PLANS: dict[Kernel, _Plan] = {
+    "fma": _Plan(_fma, 2, 2, lambda nm: nm.of),
+    "lut": _Plan(_lut, 1, 1, _inputs_of_look_ups),
+    "event": _Plan(_event, 16, 128),
+    "event8": _Plan(_event8, 32, 256),
+    "amx": _Plan(_amx, 32, 32),
+    "amx8": _Plan(_amx8, 32, 32),
+}

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
-from spikenm_fx.pattern import NM, PatternLike
+from spikenm_fx.pattern import NM, PatternLike, not_finite
 
 __all__ = ["LayerGeometry", "LayerKind", "PackedWeight", "pack_weight", "unpack_weight"]
 
@@ -30,7 +30,7 @@ LayerKind = Literal["linear", "conv1d", "conv2d"]
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 """What the kept values may be stored as; int8 carries one fp32 scale per row."""
 
-PIECE = 2**20  # weights that are packed at once
+PIECE = 2**18  # weights that are packed at once: indices of all would take many times the memory
 
 INT8_MAX = 127  # symmetric: -128 is never used, so that negation stays in range
 
@@ -185,6 +185,23 @@ class PackedWeight:
         tensors = (self.values, self.indices, self.scale)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
+    def rows(self, first: int, end: int) -> Self:
+        """Some output channels of one group, by themselves; they share the memory.
+
+        Args:
+            first: output channel.
+            end: after the last one.
+        """
+        scale = None if self.scale is None else self.scale[first:end]
+        return replace(
+            self,
+            shape=(end - first, *self.shape[1:]),
+            geometry=replace(self.geometry, groups=1),
+            values=self.values[first:end],
+            indices=self.indices[first:end],
+            scale=scale,
+        )
+
     def positions(self) -> Tensor:
         """Indices unpacked: uint8/int64 positions inside the block, ``(O, taps, blocks, keep)``."""
         count = self.taps * self.blocks * self.nm.keep
@@ -301,28 +318,29 @@ def pack_weight(
     dtype = dtype or weight.dtype
     if dtype not in VALUE_DTYPES:
         raise PackError(f"{name}: dtype {dtype}; values can be fp32, fp16, bf16 or int8")
-    # Row by row in pieces: indices of a large weight would take many times its memory.
-    pieces = [
-        _pack_rows(rows, pattern, dtype, name, first, tuple(weight.shape))
-        for first, rows in _row_pieces(weight)
-    ]
-    scales = [scale for _, _, scale in pieces if scale is not None]
-    packed = PackedWeight(
-        pattern,
-        tuple(weight.shape),
-        geometry,
-        torch.cat([values for values, _, _ in pieces]),
-        torch.cat([indices for _, indices, _ in pieces]),
-        torch.cat(scales) if scales else None,
-    )
+    shape = tuple(weight.shape)
+    values: Tensor | None = None
+    for first, end in _row_pieces(weight):
+        made = _pack_rows(weight[first:end], pattern, dtype, name, first, shape)
+        if values is None:  # all at once, not piece by piece: memory in between would be lost
+            values, indices, scale = (
+                None if part is None else part.new_empty(shape[0], *part.shape[1:]) for part in made
+            )
+        for whole, part in zip((values, indices, scale), made, strict=True):
+            if whole is not None and part is not None:
+                whole[first:end] = part
+    assert values is not None
+    assert indices is not None
+    packed = PackedWeight(pattern, shape, geometry, values, indices, scale)
     _check_fields(packed, name)
     return packed
 
 
-def _row_pieces(weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-    rows = max(1, PIECE // weight[0].numel())
+def _row_pieces(weight: Tensor) -> Iterator[tuple[int, int]]:
+    """First and last rows of what is worked on at once."""
+    rows = max(1, PIECE // max(1, weight[:1].numel()))
     for first in range(0, weight.shape[0], rows):
-        yield first, weight[first : first + rows]
+        yield first, min(first + rows, weight.shape[0])
 
 
 def _pack_rows(
@@ -342,15 +360,19 @@ def unpack_weight(packed: PackedWeight) -> Tensor:
 
     int8 values come back dequantised to fp32.
     """
-    kept, positions = packed.kept(), packed.positions()
-    o, taps, blocks, _ = kept.shape
-    dense = kept.new_zeros(o, taps, blocks, packed.nm.of)
-    for first, rows in _row_pieces(kept):
-        at = positions[first : first + rows.shape[0]].long()
-        dense[first : first + rows.shape[0]].scatter_(-1, at, rows)
-    dense = dense.view(o, taps, blocks * packed.nm.of)[..., : packed.group_channels]
-    result: Tensor = dense.transpose(1, 2).reshape(packed.shape).contiguous()
-    return result
+    dtype = packed.values.dtype if packed.scale is None else torch.float32
+    dense = torch.empty(packed.shape, dtype=dtype, device=packed.values.device)
+    for first, end in _row_pieces(dense):
+        dense[first:end] = _unpack_rows(packed.rows(first, end))
+    return dense
+
+
+def _unpack_rows(packed: PackedWeight) -> Tensor:
+    kept = packed.kept()
+    dense = kept.new_zeros(*kept.shape[:3], packed.nm.of)
+    dense.scatter_(-1, packed.positions().long(), kept)
+    channels_last = dense.flatten(2)[..., : packed.group_channels]
+    return channels_last.transpose(1, 2).reshape(packed.shape)
 
 
 def _default_geometry(weight: Tensor, name: str) -> LayerGeometry:
@@ -368,8 +390,8 @@ def _check_weight(weight: Tensor, name: str) -> None:
         raise PackError(f"{name} is {weight.dtype}; fp32, fp16 or bf16 is required")
     if weight.numel() == 0:
         raise PackError(f"{name} of shape {tuple(weight.shape)} is empty; there is nothing to pack")
-    if not bool(weight.isfinite().all()):
-        bad = int((~weight.isfinite()).sum())
+    bad = not_finite(weight)
+    if bad:
         raise PackError(f"{name} {tuple(weight.shape)} holds {bad} NaN or infinite values")
 
 
@@ -437,8 +459,8 @@ def _unpack_bits(packed: Tensor, count: int, bits: int) -> Tensor:
     place = torch.arange(8, device=packed.device, dtype=torch.uint8)
     out = torch.empty(packed.shape[0], count, dtype=dtype, device=packed.device)
     powers = (1 << torch.arange(bits, device=packed.device)).to(dtype)
-    for first, rows in _row_pieces(packed):
-        flat = ((rows[..., None] >> place) & 1).flatten(1)[:, : count * bits]
-        flat = flat.view(rows.shape[0], count, bits).to(dtype)
-        out[first : first + rows.shape[0]] = (flat * powers).sum(-1, dtype=dtype)
+    for first, end in _row_pieces(packed):
+        flat = ((packed[first:end, :, None] >> place) & 1).flatten(1)[:, : count * bits]
+        flat = flat.view(end - first, count, bits).to(dtype)
+        out[first:end] = (flat * powers).sum(-1, dtype=dtype)
     return out
