@@ -37,6 +37,7 @@ name here                   torch's                                            w
 ``autograd_inside_...``     ``_C._ForceDispatchKeyGuard``                      some credits missing
 ``keep_in_order``           ``CustomOpDef.register_effect``                    credits may be lost
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
+``dynamo_is_imported``      ``_dynamo``, among the imported modules            False
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
 ``is_stacked_by_vmap``      ``_C._functorch.is_batchedtensor``, ...            False
@@ -90,6 +91,7 @@ __all__ = [
     "disable_current_modes",
     "disable_dynamo",
     "disable_torch_dispatch",
+    "dynamo_is_imported",
     "foreach",
     "fsdp_has_run",
     "global_hooks",
@@ -226,7 +228,7 @@ class DispatchMode(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         cls = type(self)
-        if "torch._dynamo" in sys.modules and not cls._is_never_compiled:
+        if dynamo_is_imported() and not cls._is_never_compiled:
             cls.__torch_dispatch__ = disable_dynamo(cls.__torch_dispatch__)  # type: ignore[method-assign]
             cls._is_never_compiled = True
         return super().__enter__()
@@ -234,6 +236,11 @@ class DispatchMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False
+
+
+def dynamo_is_imported() -> bool:
+    """Whether anything can have been compiled; the import itself takes seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 def runs_while_compiling(function: Any) -> Any:

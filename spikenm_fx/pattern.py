@@ -339,17 +339,22 @@ def not_finite(tensor: Tensor) -> int:
 def _fullest_block(weight: Tensor, view: BlockView) -> int:
     """Non-zeros of the fullest block, a few million weights at a time."""
     if view.transposed:
-        return _most(view.to_blocks(weight))
+        return _most(view.to_blocks(weight != 0))
     most = 0
     for rows in weight.split(max(1, 2**22 // max(1, weight[:1].numel()))):
-        most = max(most, _most(BlockView(view.nm, tuple(rows.shape)).to_blocks(rows)))
+        most = max(most, _most(BlockView(view.nm, tuple(rows.shape)).to_blocks(rows != 0)))
         if most == view.nm.of:
             break
     return most
 
 
-def _most(blocks: Tensor) -> int:
-    return int((blocks != 0).sum(1).amax()) if blocks.numel() else 0
+def _most(nonzero: Tensor) -> int:
+    if not nonzero.numel():
+        return 0
+    counts = torch.zeros_like(nonzero[:, 0], dtype=torch.int16)
+    for position in range(nonzero.shape[1]):  # faster than a sum over a short axis
+        counts += nonzero[:, position]
+    return int(counts.amax())
 
 
 def _pad_axis1(tensor: Tensor, padding: int, fill: float) -> Tensor:

@@ -127,7 +127,11 @@ def _isolated(setting: str, part: str) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
+    import loops  # noqa: F401  # what every fork needs before its setting holds
+    import networkx  # noqa: F401
+    import strategies  # noqa: F401
     import torch
+    import torch._dynamo  # by every optimizer's first step
 
     torch.set_num_threads(1)  # a fork has no threads but the one that forks
     for setting in ("float32", *sys.argv[1:]):

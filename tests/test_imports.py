@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -56,10 +57,15 @@ def sources() -> Iterator[tuple[str, Path]]:
 MODULES = dict(sources())
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
 def imports_of(path: Path, *, types: bool = True) -> set[str]:
     """The modules of this package that a file imports, anywhere in it; ``types``: for them too."""
     found = set()
-    for node in _walk(ast.parse(path.read_text("utf-8")), types):
+    for node in _walk(parsed(path), types):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -86,20 +92,31 @@ def _own(name: str) -> str:
     return name.removeprefix("spikenm_fx").removeprefix(".")
 
 
-GRAPH = {name: imports_of(path) - {name, ""} for name, path in MODULES.items() if name}
-RUNNING = {name: imports_of(MODULES[name], types=False) for name in GRAPH}
+NAMES = sorted(MODULES.keys() - {""})
+
+
+@functools.cache
+def graph() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {name: imports_of(MODULES[name]) - {name, ""} for name in NAMES}
+
+
+@functools.cache
+def running() -> dict[str, set[str]]:
+    """The same without what only types need."""
+    return {name: imports_of(MODULES[name], types=False) for name in NAMES}
 
 
 def package(module: str) -> str:
     return module.split(".", maxsplit=1)[0]
 
 
-@pytest.mark.parametrize("name", sorted(RANK.keys() & {package(m) for m in GRAPH}))
+@pytest.mark.parametrize("name", sorted(RANK.keys() & {package(m) for m in NAMES}))
 def test_no_arrow_runs_up(name: str) -> None:
     """A package imports only what lies below it, for types too."""
     up = [
         f"{module} -> {target}"
-        for module, targets in GRAPH.items()
+        for module, targets in graph().items()
         if package(module) == name
         for target in sorted(targets)
         if RANK[package(target)] > RANK[name]
@@ -109,7 +126,7 @@ def test_no_arrow_runs_up(name: str) -> None:
 
 def test_every_package_has_its_place() -> None:
     """A new package must be put into the order."""
-    assert {package(module) for module in GRAPH} - {"__main__"} <= RANK.keys()
+    assert {package(module) for module in NAMES} - {"__main__"} <= RANK.keys()
 
 
 def _first_circle(graph: dict[str, set[str]]) -> list[str]:
@@ -126,11 +143,11 @@ def test_no_circle_among_modules() -> None:
     Among modules of one package a type-only import may point back, as a part names the whole that
     it is given: it does not exist when the program runs.
     """
-    graph = {
-        name: {t for t in targets if t in RUNNING[name] or package(t) != package(name)}
-        for name, targets in GRAPH.items()
+    found = {
+        name: {t for t in targets if t in running()[name] or package(t) != package(name)}
+        for name, targets in graph().items()
     }
-    assert _first_circle(graph) == []
+    assert _first_circle(found) == []
 
 
 def _code(path: Path) -> Iterator[str]:

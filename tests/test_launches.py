@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,10 +89,35 @@ def _totals(counted: Any) -> list[int]:
     return [sum(counted.kernels.values()), sum(counted.syncs.values())]
 
 
+BOTH = [*((case, "plain") for case in CASES), ("2:4", "neurons")]
+
+
+def _forked(case: str, kind: str) -> None:
+    """One case in a fork, which writes a line of what it found; torch is imported for all."""
+    child = os.fork()
+    if not child:
+        try:
+            found = _child(*CASES[case], neurons=kind == "neurons")
+        except BaseException:
+            found = {"failed": traceback.format_exc()[-3000:]}
+        sys.stdout.write(json.dumps({"case": [case, kind], "found": found}) + "\n")
+        sys.stdout.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
-    case, kind = sys.argv[1:]
-    sys.stdout.write(json.dumps(_child(*CASES[case], neurons=kind == "neurons")))
+    import strategies  # noqa: F401  # what every fork needs
+    import torch
+    import torch._dynamo
+
+    import spikenm_fx.bench.worker
+    import spikenm_fx.masks.methods.spikenm  # noqa: F401
+
+    torch.set_num_threads(1)  # a fork has no threads but the one that forks
+    for each in BOTH:
+        _forked(*each)
 
 
 # -- in the tests ---------------------------------------------------------------------------------
@@ -99,8 +125,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
-    """Runs a case once, in a child that cannot find or compile the kernels."""
-    cache: dict[tuple[str, str], dict[str, Any]] = {}
+    """What each case found, in a child that cannot find or compile the kernels."""
     root = Path(__file__).parent.parent
     environment = {
         **os.environ,
@@ -109,22 +134,17 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], di
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
     }
+    command = [sys.executable, __file__]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    found = {tuple(line["case"]): line["found"] for line in lines}
 
     def of(case: str, kind: str) -> dict[str, Any]:
-        if (case, kind) not in cache:
-            command = [sys.executable, __file__, case, kind]
-            ran = subprocess.run(
-                command, env=environment, capture_output=True, text=True, check=False
-            )
-            failed = {"failed": ran.stderr[-3000:]}
-            cache[case, kind] = failed if ran.returncode else json.loads(ran.stdout)
-        assert "failed" not in cache[case, kind], cache[case, kind]["failed"]
-        return cache[case, kind]
+        seen = found.get((case, kind), {"failed": ran.stderr[-3000:]})
+        assert "failed" not in seen, seen["failed"]
+        return seen
 
     return of
-
-
-BOTH = [*((case, "plain") for case in CASES), ("2:4", "neurons")]
 
 
 def _ordinary(found: dict[str, Any]) -> list[tuple[list[int], list[int]]]:

@@ -17,13 +17,14 @@ from spikenm_fx.report.data import ReportData, changes
 __all__ = ["Comparison", "Report", "compare"]
 
 
-@dataclass(frozen=True, slots=True)
 class Report(ReportData):
     """What a model costs and where its zeros are.
 
     ``print(report)`` shows a table, :meth:`to_dict` and :meth:`to_json` the figures,
     :meth:`to_html` a page of its own; notebooks show the page's body.
     """
+
+    __slots__ = ()
 
     def to_html(self, path: str | Path | None = None) -> str:
         """One self-contained page: no network, no scripts.

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
+from spikenm_fx._torch import dynamo_is_imported
 from spikenm_fx.state.snapshot import preserved, preserved_records
 
 __all__ = [
@@ -44,7 +44,7 @@ def uncompiled() -> Iterator[None]:
     Compiled code does not look whether a module has got hooks since (dynamo's
     ``skip_nnmodule_hook_guards``), and then a watched layer seems not to run.
     """
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+    if not dynamo_is_imported():  # nothing is compiled
         yield
         return
     with torch.compiler.set_stance("force_eager"):
