@@ -413,8 +413,8 @@ class Soft(nn.Module):
 
 def _soft() -> nn.Module:
     torch.manual_seed(0)
-    layers = OverTime(nn.Linear(8, 16)), Soft(), OverTime(nn.Linear(16, 4)), Soft()
-    return nn.Sequential(*layers)
+    layers = [OverTime(nn.Linear(8, 16)), Soft(), OverTime(nn.Linear(16, 16)), Soft()]
+    return nn.Sequential(*layers, OverTime(nn.Linear(16, 4)))
 
 
 def _traced(net: nn.Module, x: Tensor) -> Tensor:
@@ -463,16 +463,18 @@ def test_transforms_where_credits_are_due(kind: str, examples: bool) -> None:
     ]
     plain = _soft()
     with torch.no_grad():
-        for name in ("0.layer", "2.layer"):
+        for name in ("0.layer", "2.layer", "4.layer"):
             weight = models[0].get_submodule(name).weight
             plain.get_submodule(name).weight.copy_(weight)
     x = sequences(1)[0]
+    expected = TRANSFORMS[kind](plain, x)
+    assert bool(expected.any())
     with heard(), or_says_fold():
-        found = TRANSFORMS[kind](models[0], x)
-        torch.testing.assert_close(found, TRANSFORMS[kind](plain, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(TRANSFORMS[kind](models[0], x), expected, rtol=1e-4, atol=1e-5)
     for model in models:
-        with heard():
-            train(model, torch.optim.SGD(model.parameters(), lr=0.05), sequences(2, seed=3))
+        with heard():  # the first pass of a step is what its credits are of
+            data = [x, *sequences(2, seed=3)]
+            train(model, torch.optim.SGD(model.parameters(), lr=0.05), data)
     close(models[0].state_dict(), models[1].state_dict())
 
 
