@@ -39,6 +39,7 @@ name here                   torch's                                            w
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``dynamo_is_imported``      ``_dynamo``, among the imported modules            False
 ``in_functorch``            ``_C._functorch.peek_interpreter_stack``           False
+``is_captured``             ``fx.experimental.proxy_tensor.get_proxy_mode``    not by make_fx
 ``is_functorch_tensor``     ``_C._functorch.is_functorch_wrapped_tensor``      False
 ``is_stacked_by_vmap``      ``_C._functorch.is_batchedtensor``, ...            False
 ``in_backward``             ``_C._current_graph_task_id``                      False
@@ -98,6 +99,7 @@ __all__ = [
     "has_saved_tensor_hooks",
     "in_backward",
     "in_functorch",
+    "is_captured",
     "is_fsdp_managed",
     "is_fsdp_module",
     "is_fsdp_node",
@@ -497,6 +499,13 @@ def is_scripted(value: object) -> bool:
 def in_functorch() -> bool:
     """Whether ``torch.func`` transforms what runs now."""
     return _transforms is not None and _transforms() is not None
+
+
+def is_captured() -> bool:
+    """Whether ``torch.func`` transforms what runs now, or a tracer makes a graph of it."""
+    proxies = sys.modules.get("torch.fx.experimental.proxy_tensor")
+    mode = None if proxies is None else getattr(proxies, "get_proxy_mode", lambda: None)()
+    return in_functorch() or mode is not None or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def is_functorch_tensor(tensor: Tensor) -> bool:

@@ -169,6 +169,19 @@ def test_an_average_goes_on_training() -> None:
     spikenm_fx.verify(model).raise_if_invalid()
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_copy_that_is_trained_itself_counts_its_own_steps(steps: int) -> None:
+    """The model it was made of has gone on meanwhile: the copy is no average of it."""
+    model, fresh = sparse(total_steps=TOTAL), sparse(total_steps=TOTAL)
+    copied = twin(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.05), batches(TOTAL - 2))
+    for one in (copied, fresh):
+        train(one, torch.optim.SGD(one.parameters(), lr=0.05), batches(steps))
+    assert step_of(copied) == step_of(fresh) == steps
+    assert same(fresh.state_dict(), copied.state_dict())
+    assert same(masks(fresh.train()), masks(copied.train()))
+
+
 @pytest.mark.parametrize("how", ["pointers", "values", "state dicts"])
 @pytest.mark.parametrize("steps", [6, TOTAL], ids=["annealing", "frozen"])
 def test_swapped_for_validation(how: str, steps: int) -> None:

@@ -7,6 +7,7 @@ Each setting runs in a process of its own, as a buffer of the wrong size or plac
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ STAGES = {
 }
 WHERE = ("all", "every other")
 SETTINGS = ("float64", "bfloat16", "float16", "meta")
+LEARNING = ("float64", "bfloat16", "float16")
 
 
 # -- in the child ---------------------------------------------------------------------------------
@@ -110,6 +112,48 @@ def _run(setting: str, where: str, part: str) -> None:
         sys.stdout.flush()
 
 
+def _learnt(native: bool) -> None:
+    """What every method learns in some steps whose backward passes and steps run under defaults."""
+    import torch
+    from loops import sequences, spiking_net
+    from strategies import ALL_LAYERS
+
+    import spikenm_fx
+    import spikenm_fx.native.build
+    from spikenm_fx.bench.nets.handwritten import SequenceLIF
+    from spikenm_fx.masks.methods import METHODS
+    from spikenm_fx.masks.methods.activity import Activity
+    from spikenm_fx.native.library import native_status
+    from spikenm_fx.trace import NeuronSpec, register_neuron
+
+    if not native:
+        spikenm_fx.native.__path__ = []  # an install would bring its own kernels
+    assert native_status().available is native
+    known = NeuronSpec("here", "SequenceLIF", kind="lif", decay=0.5, gain=0.5, state=())
+    known = dataclasses.replace(known, exact=True, time_axis=0, step_mode="multi")
+    register_neuron(SequenceLIF, lambda _: known)  # activity asks for a rule
+    data = sequences(3)
+    for method in sorted(METHODS):
+        for setting in ("float32", *LEARNING):
+            model = spiking_net(width=32)
+            options = {} if method != "activity" else {"example_inputs": data[0]}
+            chosen = Activity(growth=0.0) if method == "activity" else method
+            spikenm_fx.sparsify(
+                model, "2:4", method=chosen, rules=ALL_LAYERS, total_steps=200, **options
+            ).train()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+            for x in data:
+                with _setting(setting):
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+            seen = {
+                key: [str(value.dtype), value.detach().double().flatten().tolist()]
+                for key, value in model.state_dict().items()
+            }
+            sys.stdout.write(json.dumps({"stage": f"{method}, {setting}", "seen": seen}) + "\n")
+
+
 def _isolated(setting: str, part: str) -> None:
     """One setting in a fork, as it may die; torch is imported once for all of them."""
     child = os.fork()
@@ -134,6 +178,9 @@ if __name__ == "__main__":
     import torch._dynamo  # by every optimizer's first step
 
     torch.set_num_threads(1)  # a fork has no threads but the one that forks
+    if sys.argv[1] in ("native", "torch"):
+        _learnt(sys.argv[1] == "native")
+        sys.exit()
     for setting in ("float32", *sys.argv[1:]):
         for part in STAGES:
             _isolated(setting, part)
@@ -142,21 +189,47 @@ if __name__ == "__main__":
 # -- in the tests ---------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def lives() -> dict[str, Any]:
-    """What came of each stage under torch's own defaults and under every other setting."""
+def _lived(*arguments: str, **environment: str) -> dict[str, Any]:
+    """What a child has seen at each stage, and what it said."""
     root = Path(__file__).parent.parent
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     ran = subprocess.run(
-        [sys.executable, __file__, *SETTINGS],
-        env=environment,
+        [sys.executable, __file__, *arguments],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
     return {"said": ran.stderr, "seen": {line["stage"]: line["seen"] for line in lines}}
+
+
+@pytest.fixture(scope="module")
+def lives() -> dict[str, Any]:
+    """What came of each stage under torch's own defaults and under every other setting."""
+    return _lived(*SETTINGS)
+
+
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_what_is_learnt_does_not_depend_on_the_default_dtype(kernels: str, tmp_path: Path) -> None:
+    """Of every method: weights, logits, momenta (the logits' gradients) and credits are the same.
+
+    With the compiled kernels and without; the defaults are others during backward and step alone.
+    """
+    off = {"SPIKENM_FX_BUILD": "0", "SPIKENM_FX_CACHE": str(tmp_path)}
+    found = _lived(kernels, **(off if kernels == "torch" else {}))
+    methods = {stage.partition(",")[0] for stage in found["seen"]}
+    assert {"spikenm", "maskllm", "srste", "magnitude"} <= methods, found["said"][-6000:]
+    for method in methods:
+        expected = found["seen"][f"{method}, float32"]
+        if method == "spikenm":
+            assert any(any(v) for k, (_, v) in expected.items() if k.endswith("_momentum"))
+        for setting in LEARNING:
+            seen = found["seen"].get(f"{method}, {setting}")
+            assert seen is not None, f"{method}, {setting}: {found['said'][-6000:]}"
+            for key, (dtype, values) in expected.items():
+                assert seen[key][0] == dtype, (method, setting, key)
+                assert seen[key][1] == pytest.approx(values, rel=1e-4, abs=1e-6), (method, key)
 
 
 def _life(setting: str, part: str, lives: dict[str, Any]) -> dict[str, Any]:

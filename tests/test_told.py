@@ -230,6 +230,20 @@ def test_an_average_of_another_pattern_of_the_same_blocks_is_told() -> None:
     model.eval()(batches(1)[0])
 
 
+def test_a_copy_of_logits_of_another_pattern_is_refused() -> None:
+    """Where the numbers are the other model's own there is no doubt, and it is an error."""
+    gc.collect()
+    model, other = sparse("2:4"), sparse("1:4", seed=5)
+    train(model, sgd(model), batches(2))
+    with torch.no_grad():
+        for mine, theirs in zip(other.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs)
+    for _ in range(2):
+        with pytest.raises(SpikeNMError, match=r"masked 1:4.* copied .* masks 2:4"):
+            other.eval()(batches(1)[0])
+    model.eval()(batches(1)[0])
+
+
 def test_models_of_two_patterns_live_side_by_side() -> None:
     """Trained, loaded, reported, averaged with their like: none is taken for another's average."""
     model, other, like = sparse("2:4"), sparse("1:4"), sparse("1:4", seed=3)

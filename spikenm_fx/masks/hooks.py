@@ -152,6 +152,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = None) -> None:
     """What comes before the step, for what has a gradient; scores learn once a step."""
+    run.about_to_step()
     ready = [mask for mask in share if mask.there and mask.dense.grad is not None]
     fresh = [mask for mask in ready if id(mask) not in run.prepared]
     ranks = None if run.watch is None else run.watch.ranks

@@ -6,6 +6,12 @@ One number of state a weight, no learning rate of the user's, no group in an opt
 under every optimizer alike, and neither the scale of the loss nor the number of micro-batches
 matters.  As masks are drawn from scores in units of their spread, which grows, each step moves them
 less and less.
+
+``weight_logits.grad`` is None, also after ``backward()``: the gradient is made in the optimizer's
+pre-hook and used up there.  Anything that gave the attribute a value, be it computed on access,
+would be read by ``clip_grad_norm_``, ``GradScaler.unscale_``, the reducers of data parallelism and
+the user's own optimizer over ``model.parameters()``, and cost one more weight of memory; what is
+learnt shows in ``weight_logits`` and ``weight_momentum`` after the step.
 """
 
 from __future__ import annotations

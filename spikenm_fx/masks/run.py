@@ -123,6 +123,11 @@ class Run:
         self.step = self.shown_step
         self._source = None
 
+    def about_to_step(self) -> None:
+        """An optimizer has gradients of this model: a copy that nobody wrote to follows nobody."""
+        if self._source is not None and not self.averaged:
+            self._source = None
+
     def set(self, *, seed: int, step: int) -> None:
         """Continue from a checkpoint."""
         self.seed, self.step, self._source = seed, step, None

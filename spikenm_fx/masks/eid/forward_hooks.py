@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import disable_dynamo, has_saved_tensor_hooks, in_functorch
+from spikenm_fx._torch import disable_dynamo, has_saved_tensor_hooks, is_captured
 from spikenm_fx.masks.eid.operators import (
     Numbered,
     bring_slopes_back,
@@ -132,7 +132,7 @@ def _before_call(
 ) -> None:
     if watch.connected or watch.busy:
         return
-    if not in_functorch():
+    if not is_captured():
         with _outside_of_checkpoints():
             watch.connect(module, args, kwargs)
     else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spikenm_fx._torch import (
     data_parallel_group,
     in_backward,
-    in_functorch,
+    is_captured,
     run_as_eager,
     tree_leaves,
     tree_map,
@@ -115,12 +115,13 @@ class Watch:
         self.wire(module, graph)
 
     def postpone(self) -> None:
-        """A transform of torch.func runs, whose tensors no trace can read: say so once."""
+        """A transform or a tracer runs, whose tensors no trace can read: say so once."""
         if not self._postponed:
             self._postponed = True
             warnings.warn(
-                "EID waits for a training forward outside of torch.func's transforms, to see which "
-                "neuron each layer drives; sparsify(model, example_inputs=...) shows it at once",
+                "EID waits for a training forward outside of torch.func's transforms and of "
+                "tracers, to see which neuron each layer drives; "
+                "sparsify(model, example_inputs=...) shows it at once",
                 SpikeNMWarning,
                 stacklevel=2,
             )
@@ -188,7 +189,7 @@ class Watch:
             not module.training
             or self._connecting
             or step % self.every
-            or in_functorch()
+            or is_captured()
             or not (compiled or torch.is_grad_enabled())
             or self.schedule.frozen(step)
         ):
