@@ -119,7 +119,7 @@ def test_weight_norm_in_a_forward_is_masked_through(raw: bool) -> None:
 
 @pytest.mark.parametrize("of_data", [False, True])
 def test_numpy_in_a_forward(of_data: bool) -> None:
-    """Layers, neurons, pairs and decisions are found; where data goes through it, a note says so."""
+    """Layers, neurons and decisions are found; where data goes through it, a note says so."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
