@@ -324,3 +324,21 @@ def test_two_steps_of_one_membrane_that_both_go_on_are_two_neurons() -> None:
 
     graph = spikenm_fx.trace(Net(), torch.rand(3, 8))
     assert len(graph.neurons) == 2
+
+
+def test_spikes_times_a_gain_of_each_channel_are_spikes_of_a_neuron() -> None:
+    """A constant vector between the step and the next layer makes it no gate; data would."""
+
+    class Net(nn.Module):
+        def __init__(self, gain: str) -> None:
+            super().__init__()
+            self.one, self.two, self.kind = nn.Linear(8, 8), nn.Linear(8, 4), gain
+            self.register_buffer("gain", torch.linspace(0.5, 1.0, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            current = self.one(x)
+            spikes = (current > 0.1).float()
+            return self.two(spikes * (self.gain if self.kind == "constant" else current))
+
+    assert len(spikenm_fx.trace(Net("constant"), torch.rand(3, 8)).neurons) == 1
+    assert not spikenm_fx.trace(Net("data"), torch.rand(3, 8)).neurons

@@ -117,8 +117,9 @@ def test_weight_norm_in_a_forward_is_masked_through(raw: bool) -> None:
     assert (row.pattern, row.density) == ("2:4", 0.5)
 
 
-def test_numpy_constants_in_a_forward() -> None:
-    """Layers, neurons, pairs and decisions are found, and a note names the line."""
+@pytest.mark.parametrize("of_data", [False, True])
+def test_numpy_in_a_forward(of_data: bool) -> None:
+    """Layers, neurons and decisions are found; where data goes through it, a note says so."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -126,13 +127,17 @@ def test_numpy_constants_in_a_forward() -> None:
             self.a, self.b, self.c = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            gain = torch.from_numpy(np.linspace(0.5, 1, 32, dtype="float32"))
-            spikes = (self.b((self.a(x) * gain > 0.1).float()) > 0).float()
+            current = self.a(x)
+            gain = np.linspace(0.5, 1, 32, dtype="float32")
+            if of_data:
+                gain = gain * np.ceil(np.abs(current.detach().numpy()))
+            spikes = (self.b((current * torch.from_numpy(gain) > 0.1).float()) > 0).float()
             return self.c(spikes * torch.as_tensor(np.ones(32, dtype="float32")))
 
     model = Net().eval()
     graph = spikenm_fx.trace(model, x())
-    assert any("numpy" in note.text and "gain" in note.text for note in graph.notes)
+    assert any("numpy" in n.text and "gain" in n.text for n in graph.notes) == of_data
+    assert graph.route == ("execution" if of_data else "fx")
     plan = spikenm_fx.plan(model, "2:4", graph=graph)
     assert [entry.name for entry in plan.sparse] == ["b"]
     assert len(graph.neurons) == 2
@@ -208,3 +213,35 @@ def test_examples_never_make_less_sparse(case: tuple[nn.Module, Tensor]) -> None
 
     without, given_examples = sparse(), sparse(example_inputs=inputs)
     assert len(given_examples) >= len(without)
+
+
+def test_other_models_of_the_process_keep_their_state() -> None:
+    """A forward with snnTorch's ``utils.reset`` reaches every neuron there is; a trace does not."""
+    snn = pytest.importorskip("snntorch")
+    from snntorch import utils
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(
+                nn.Linear(8, 8), snn.Leaky(beta=0.9, init_hidden=True), nn.Linear(8, 8)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            utils.reset(self.net)
+            return torch.stack([self.net(step) for step in x])
+
+    other, net, x = Net(), Net(), torch.rand(4, 2, 8)
+    other(x)
+    before = other.net[1].mem
+    kept = before.clone()
+    graph = spikenm_fx.trace(net, x)
+    assert graph.route == "fx"
+    assert other.net[1].mem is before
+    assert type(other.net[1].mem) is Tensor
+    assert torch.equal(before, kept)
+    spikenm_fx.sparsify(net, "2:4", example_inputs=x, method="magnitude")
+    engine = spikenm_fx.pack(spikenm_fx.fold(net), x)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(engine(x), net(x), rtol=1e-4, atol=1e-5)

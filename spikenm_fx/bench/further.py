@@ -17,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,8 @@ class FurtherRow:
         missed: edges that only ever carried spikes and were marked analog.
         sparse: weights that become N:M with example inputs.
         sparse_without: and without.
+        only_without: those that become N:M without them alone, with the reason that the examples
+            show for leaving each dense.
         folded: outputs before and after ``fold`` are equal, and ``verify`` finds all blocks valid.
         difference: of the engine's output, relative to the largest value of the model's.
         put_back: layers and neurons that ``pack`` put back to the model's own.
@@ -73,6 +75,7 @@ class FurtherRow:
     missed: int = 0
     sparse: int = 0
     sparse_without: int = 0
+    only_without: dict[str, str] = field(default_factory=dict)
     folded: bool = False
     difference: float = 0.0
     put_back: int = 0
@@ -108,11 +111,15 @@ def _read(row: FurtherRow, case: Case) -> None:
     row.layers, row.used, row.neurons = traced.layers, traced.found, traced.neurons
     row.edges, row.missed = traced.spike_edges, traced.spike_missed
     row.wrong = traced.spike_wrong + traced.input_wrong
-    row.sparse = len(spikenm_fx.plan(case.model, "2:4", example_inputs=case.inputs).sparse)
+    shown = spikenm_fx.plan(case.model, "2:4", example_inputs=case.inputs)
+    row.sparse = len(shown.sparse)
     try:
-        row.sparse_without = len(spikenm_fx.plan(case.model, "2:4").sparse)
+        without = {entry.name for entry in spikenm_fx.plan(case.model, "2:4").sparse}
     except PlanError:
-        row.sparse_without = 0
+        without = set()
+    row.sparse_without = len(without)
+    dense = {entry.name: entry.reason for entry in shown.layers if not entry.nm}
+    row.only_without = {name: dense[name] for name in sorted(without & set(dense))}
 
 
 def _pack(row: FurtherRow, case: Case) -> None:

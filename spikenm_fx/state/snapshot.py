@@ -32,6 +32,9 @@ def preserved(
 ) -> Iterator[Callable[[], None]]:
     """Restore ``model`` and the random generators on leaving, whatever happened inside.
 
+    Modules of other models that a forward of this one may reset are restored as well: snnTorch's
+    ``utils.reset`` takes all of its class.
+
     Tensors keep their identity and, unless the block wrote into them, their version; containers
     keep theirs.  Buffers and state are copied for the time of the block, parameters and their
     gradients only when something is about to write into them.
@@ -48,7 +51,7 @@ def preserved(
     undo = _Undo()
     undo.leave(list(leave))
     with torch.no_grad():
-        for module in list(nn.Module.modules(model)):
+        for module in (*nn.Module.modules(model), *_listed_beside(model)):
             undo.remember(module, _DEPTH)
     restore_rng = _remember_rng()
 
@@ -62,6 +65,14 @@ def preserved(
             yield restore
     finally:
         restore()
+
+
+def _listed_beside(model: nn.Module) -> list[nn.Module]:
+    """Modules outside of ``model`` on the lists of instances that its classes keep."""
+    modules = set(nn.Module.modules(model))
+    lists = [getattr(type(module), "instances", None) for module in modules]
+    listed = {id(m): m for held in lists if isinstance(held, list) for m in held}
+    return [m for m in listed.values() if isinstance(m, nn.Module) and m not in modules]
 
 
 @contextlib.contextmanager

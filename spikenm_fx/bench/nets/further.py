@@ -266,6 +266,36 @@ def _predictive() -> Made:
     return _Predictive(net), (torch.rand(2, 6, 64),)
 
 
+def _forecaster() -> Made:
+    made = _from("models.SpikTCN").SpikeTCN
+    return made(24, 3, 2, 6, 12, 2.0, 32), (torch.randn(2, 24, 6),)
+
+
+def _dendritic() -> Made:
+    """Two layers of their dendritic neurons of two compartments, as their test chains them."""
+    layer, functional, surrogate = (
+        _from(f"spikingjelly.activation_based.{name}")
+        for name in ("layer", "functional", "surrogate")
+    )
+    part, dend, neuron, soma, wiring = (
+        _from(f"dendsn.model.{name}")
+        for name in ("dend_compartment", "dendrite", "neuron", "soma", "wiring")
+    )
+
+    def fires(somas: int) -> nn.Module:
+        tree = dend.SegregatedDend(
+            part.PassiveDendCompartment(decay_input=False), wiring.SegregatedDendWiring(2)
+        )
+        body = soma.LIFSoma(surrogate_function=surrogate.Sigmoid())
+        strength: Any = {"forward_strength": [1.0, 1.0], "forward_strength_learnable": True}
+        return cast(nn.Module, neuron.VDiffForwardDendNeuron(tree, body, [somas], **strength))
+
+    linear = layer.Linear
+    model = nn.Sequential(linear(40, 128), fires(64), linear(64, 64), fires(32), linear(32, 10))
+    functional.set_step_mode(model, "m")
+    return model, (4 * torch.rand(6, 2, 40),)
+
+
 FURTHER: dict[str, Further] = {
     "sparch_radlif": Further("idiap/sparch", "", partial(_sparch, "RadLIF"), 3),
     "spiking_pointnet": Further("DayongRen/Spiking-PointNet", "", _pointnet, 14),
@@ -293,5 +323,7 @@ FURTHER: dict[str, Further] = {
     ),
     "adaptive_srnn": Further("byin-cwi/Efficient-spiking-networks", "GSC", _adaptive, 3),
     "spiking_pc": Further("lucyzmf/spikingPC", "", _predictive, 2),
+    "spiking_tcn": Further("spikora/SpikingTSF", "", _forecaster, 7),
+    "dendritic": Further("AllenYolk/dendritic-spiking-neuron", "", _dendritic, 2, "0.0.0.0.14"),
 }  # fmt: skip
 """The networks, by name."""

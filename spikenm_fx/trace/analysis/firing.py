@@ -69,7 +69,7 @@ def find_firings(
             continue
         compared = _compared(node, signals, made_of_data)
         if compared is not None:
-            emitted = _emitted(node, signals, flow)
+            emitted = _emitted(node, signals, flow, made_of_data)
             if emitted:
                 found.append(Firing(node, compared, emitted))
     return found
@@ -106,7 +106,9 @@ def _is_op(node: fx.Node) -> bool:
     return node.op in ("call_function", "call_method")
 
 
-def _emitted(node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow) -> tuple[Signal, ...]:
+def _emitted(
+    node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow, made_of_data: set[fx.Node]
+) -> tuple[Signal, ...]:
     """The signals in which ``node``'s spikes leave for something else than a gate."""
     scope = node.meta.get("scope")
     waiting, seen = [node], {node}
@@ -124,9 +126,16 @@ def _emitted(node: fx.Node, signals: Mapping[fx.Node, Signal], flow: Flow) -> tu
                     waiting.append(user)
                 if user.meta.get("scope") != scope:
                     emitted.append(signals[one])
+            elif op_name(user) in ("mul", "div") and not _others(user, one) & made_of_data:
+                seen.add(user)  # scaled by constants, one for each channel
+                waiting.append(user)
             elif op_name(user) not in (*_GATES, *_COMPARE):
                 inner.append(signals[one])
     return tuple(dict.fromkeys(emitted or inner))
+
+
+def _others(user: fx.Node, node: fx.Node) -> set[fx.Node]:
+    return set(user.all_input_nodes) - {node}
 
 
 def _numel(node: fx.Node) -> int:

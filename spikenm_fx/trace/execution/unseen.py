@@ -2,7 +2,8 @@
 """Tensors from code that no torch function shows: are they made of data, or constants?
 
 ``torch.from_numpy``, ``torch.FloatTensor(...)`` and the legacy ``Variable(...)`` make tensors
-behind the tracer's back, and so may scripted helpers and extensions.  What these compute of data reaches
+behind the tracer's back, and so may scripted helpers and extensions.  What these compute of data
+reaches
 the dispatcher, which is watched here: as long as nothing there makes unknown tensors of those of
 the trace, and none is handed out to numpy, a tensor that nobody knows is a constant, or lies in the
 memory of a known one.
