@@ -47,6 +47,7 @@ def image_of(lowered: Lowered, result: str = "tensor") -> bytes:
         "program": "".join(f"{name}\n" for name in names),
         "program_version": str(VERSION),
         "result": result,
+        "folded": "" if lowered.folded is None else "{} {}".format(*lowered.folded),
         "operations": json.dumps(
             [f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]
         ),
