@@ -335,7 +335,7 @@ register_neuron(Secret, read=_partly)
     ("model", "said"),
     [
         (nn.Sequential(nn.Linear(8, 8), Softmax()), "softmax in 1"),
-        (nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), "a LayerNorm has no operation"),
+        (nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8)), "a GroupNorm has no operation"),
         (nn.Sequential(nn.Linear(8, 8), nn.Sigmoid()), "1: a Sigmoid has no operation"),
         (nn.Sequential(nn.Linear(8, 8), Secret(STEP)), "1: the update rule of test"),
         (nn.Sequential(CodeNeuron()), "in 0: "),
@@ -350,6 +350,57 @@ def test_what_has_no_operation_is_refused_by_name(model: nn.Module, said: str) -
     assert said in packing(engine).note
     with torch.no_grad():
         torch.testing.assert_close(engine(x), model(x))
+
+
+class Nothing(nn.Module):
+    """Not one of its operations has a program; it counts its calls, and its norm has statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.calls = nn.BatchNorm1d(8), 0
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += x.sum(0)  # type: ignore[operator]
+        y: Tensor = self.norm(x.softmax(-1).cumsum(0))
+        return y
+
+
+@pytest.mark.parametrize("model", [Nothing(), sequence()])
+def test_the_model_is_left_as_it_was(model: nn.Module) -> None:
+    """Whether or not there is a program: tensors, states, modes and random numbers."""
+    x = torch.rand(2, 8) if isinstance(model, Nothing) else torch.rand(5, 2, 20)
+    with torch.no_grad():
+        model.train()(x)  # in the middle of something
+    held = [m for m in model.modules() if isinstance(m, RuleNeuron)]
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    states, given, random = [m.v for m in held], x.clone(), torch.get_rng_state()
+    calls = getattr(model, "calls", 0)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        engine = pack(model, x, program=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert [m.v for m in held] == states
+    assert getattr(model, "calls", 0) == calls
+    assert torch.equal(x, given)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert isinstance(engine, Engine) != isinstance(model, Nothing)
+    if isinstance(model, Nothing):
+        assert "There is no program of this network" in str(said[-1].message)
+        assert "sum in the forward" in str(said[-1].message)
+        assert not any(part.reason == "" for part in packing(engine).parts)
+
+
+def test_the_example_shape_is_that_of_the_examples() -> None:
+    """Also of an engine that was loaded, and after calls of other sizes."""
+    engine = program(sequence(), torch.rand(5, 2, 20))
+    assert engine.example_shape == (5, 2, 20)
+    engine(torch.rand(7, 3, 20))
+    assert engine.example_shape == (5, 2, 20)
+    assert copy.deepcopy(engine).example_shape == (5, 2, 20)
 
 
 def test_a_program_needs_examples() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from program_strategies import RuleNeuron
 from test_program import LIF, program, reset
 from torch import Tensor, nn
 
+from spikenm_fx.errors import PackError
 from spikenm_fx.pack import native_status, packing
+from spikenm_fx.recipe.stand_in import standing_in
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 
@@ -267,3 +270,61 @@ def test_transformers_of_spikingjelly(name: str) -> None:
     with torch.no_grad():
         functional.reset_net(model)
         torch.testing.assert_close(engine(x), model(x), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("known", ["batch_size", "num_timesteps"])
+def test_samples_and_steps_on_one_axis(known: str) -> None:
+    """Sinabs' Squeeze layers: what they know of both stays, the other one is free."""
+    layers = pytest.importorskip("sinabs.layers")
+    torch.manual_seed(0)
+    size = {known: B if known == "batch_size" else T}
+    body = (nn.Conv2d(2, 4, 3), layers.IAFSqueeze(**size), nn.AvgPool2d(2), nn.Flatten())
+    model, x = nn.Sequential(*body, nn.Linear(16, 3)).eval(), torch.rand(B * T, 2, 6, 6)
+    engine = program(model, x)
+    assert engine.example_shape == (B * T, 2, 6, 6)
+    more = torch.cat([x, x])
+    with torch.no_grad():
+        model[1].reset_states()
+        torch.testing.assert_close(engine(more), model(more))
+        engine.reset()
+        model[1].reset_states()
+        frames = x.unflatten(0, (B, T) if known == "batch_size" else (-1, T))
+        steps = torch.stack([engine.step(frame) for frame in frames.unbind(1)], 1)
+        torch.testing.assert_close(steps.flatten(0, 1), model(x))
+    with pytest.raises(PackError, match="must be a multiple"):
+        engine(x[1:])
+
+
+class LayerByLayer(nn.Module):
+    """As BrainCog's networks do it: the image T times, and time in the batch's axis."""
+
+    def __init__(self, node: Any, *, resets: bool) -> None:
+        super().__init__()
+        self.resets = resets
+        self.conv, self.head = nn.Conv2d(2, 4, 3), nn.Linear(64, 5)
+        self.fire = node.LIFNode(step=T, layer_by_layer=True, threshold=0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.resets:
+            self.fire.n_reset()
+        y = x[None].expand(T, *x.shape).flatten(0, 1)
+        y = self.head(self.fire(self.conv(y)).flatten(1))
+        out: Tensor = y.unflatten(0, (T, -1)).mean(0)
+        return out
+
+
+@pytest.mark.parametrize("resets", [False, True])
+def test_braincog_folds_time_into_the_batch(resets: bool) -> None:
+    """Its nodes see both axes as one, time first; its networks may reset themselves."""
+    pytest.importorskip("braincog")
+    with standing_in(["torchvision"], {}):
+        node = importlib.import_module("braincog.base.node.node")
+    torch.manual_seed(0)
+    model, x = lively(LayerByLayer(node, resets=resets)), 3 * torch.rand(B, 2, 6, 6)
+    engine = program(model, x)
+    with torch.no_grad():
+        for y in (x, torch.cat([x, x])):
+            engine.reset()
+            model.fire.n_reset()  # type: ignore[operator, union-attr]
+            for _ in range(2):
+                torch.testing.assert_close(engine(y), model(y), rtol=1e-4, atol=1e-4)

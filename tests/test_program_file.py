@@ -114,7 +114,7 @@ def test_other_files_are_refused_by_what_they_are(engine: Engine, tmp_path: Path
     assert "truncated" in refused(content[: len(content) // 8])
     assert "header is damaged" in refused(content[:-8])
     swapped = content[:8][::-1] + content[8:]
-    assert "truncated" in refused(swapped)
+    assert "the other byte order" in refused(swapped)
     newer = unsealed(content).replace(b'"program_version":"1"', b'"program_version":"2"')
     assert "program version 2" in refused(sealed(newer))
     spikenm_fx.save_packed(tmp_path / "w", {})

@@ -22,7 +22,7 @@ from spikenm_fx.pack.summary import (
 from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM
-from spikenm_fx.program.check import compared
+from spikenm_fx.program.check import compared, forgetting
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.held import Memory
@@ -31,7 +31,7 @@ from spikenm_fx.program.lower import Lowered, lower
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import trace
 
-__all__ = ["made_program"]
+__all__ = ["made_program", "proved_program"]
 
 OTHERWISE = "the model returns something else than tensors, and its states, in a tuple or list"
 
@@ -59,6 +59,35 @@ def made_program(
         NotLowered: where there is none, and why.
         PackError: for weights that cannot be packed.
     """
+    engine, lowered, proof = proved_program(model, args, dtype, nm, check=check, memory=memory)
+    whole = _measured(model, engine, args[0])
+    engine.__dict__["_spikenm_packing"] = _report(engine, lowered, whole, proof)
+    return engine
+
+
+def proved_program(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    dtype: torch.dtype | None,
+    nm: NM | None,
+    *,
+    check: bool,
+    memory: Memory = "fast",
+) -> tuple[Engine, Lowered, Proof | None]:
+    """The engine of a model without its times, the program that it is, and what its proof took.
+
+    Args:
+        model: folded, on the CPU, at rest; it is left so.
+        args: the example inputs.
+        dtype: of the stored weights, or None.
+        nm: what each layer must be that is not dense, or None.
+        check: compare the program with the model.
+        memory: whether weights stay packed in memory.
+
+    Raises:
+        NotLowered: where there is none, and why.
+        PackError: for weights that cannot be packed.
+    """
     if len(args) != 1 or not isinstance(args[0], Tensor):
         raise NotLowered("", "the model takes more than one tensor; a program takes one")
     x = args[0]
@@ -72,12 +101,10 @@ def made_program(
     proof = None
     if check and dtype is None:  # rounded weights would differ from the model's
         start = time.perf_counter()
-        _prove(model, engine, lowered, x)
+        _prove(model, engine, lowered, x, result)
         proof = Proof(1, time.perf_counter() - start)
         engine = Engine(image_of(lowered, result, memory))
-    whole = _measured(model, engine, x)
-    engine.__dict__["_spikenm_packing"] = _report(engine, lowered, whole, proof)
-    return engine
+    return engine, lowered, proof
 
 
 def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
@@ -100,21 +127,31 @@ def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
     return f"{'list' if isinstance(out, list) else 'tuple'} {' '.join(places)}"
 
 
-def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> None:
+def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor, result: str) -> None:
     """Compare both on the examples, and on other sizes; sizes that differ are ruled out.
 
-    A number in the model's code may be one of the sizes, and an axis of size 1 may be any.
+    A number in the model's code may be one of the sizes, and an axis of size 1 may be any.  Several
+    calls in a row tell whether a forward starts by resetting the model.
     """
     wrong = compared(model, engine, lowered, x).disagreement
     if wrong:
-        raise NotLowered("", f"it differs from the model: {wrong}; please report that")
+        if all(forgetting(lowered, forgets=True)):
+            raise NotLowered("", f"it differs from the model: {wrong}; please report that")
+        engine = Engine(image_of(lowered, result))
+        if compared(model, engine, lowered, x).disagreement:
+            raise NotLowered("", f"it differs from the model: {wrong}; please report that")
     shape, time_axis, free = engine._net.input()
     batch = [i for i, is_free in enumerate(free) if is_free and i != time_axis]
-    if batch and _differs(model, engine, lowered, torch.cat([x, x], dim=batch[0])):
+    whole = engine.unfolded(x)
+    joined = (lambda y: y) if lowered.folded is None else (lambda y: y.flatten(0, 1))
+    fixed = "" if lowered.folded is None else lowered.folded[0]
+    more = torch.cat([whole, whole], dim=batch[0]) if batch else whole
+    if fixed == "batch" or (batch and _differs(model, engine, lowered, joined(more))):
         lowered.program.only_images = math.prod(shape[i] for i in batch)
     if time_axis >= 0:
-        last = x.narrow(time_axis, shape[time_axis] - 1, 1)
-        if _differs(model, engine, lowered, torch.cat([x, last], dim=time_axis)):
+        last = whole.narrow(time_axis, shape[time_axis] - 1, 1)
+        longer = torch.cat([whole, last], dim=time_axis)
+        if fixed == "steps" or _differs(model, engine, lowered, joined(longer)):
             lowered.program.only_steps = shape[time_axis]
 
 

@@ -23,7 +23,7 @@ from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.lower import Lowered, Probe
 from spikenm_fx.state import preserved
 
-__all__ = ["CALLS", "compared"]
+__all__ = ["CALLS", "compared", "forgetting"]
 
 FORGETS = 5  # among the settings of a neuron
 
@@ -39,6 +39,23 @@ class _Seen:
     emitted: list[Tensor]
 
 
+def forgetting(lowered: Lowered, forgets: bool) -> list[bool]:
+    """Let every neuron start each forward at rest, or go on from where it was.
+
+    Args:
+        lowered: changed in place.
+        forgets: whether they start at rest.
+
+    Returns:
+        Of each neuron what it did before.
+    """
+    neurons = [op for op in lowered.program.ops if op.code is Code.NEURON]
+    before = [bool(op.settings[FORGETS]) for op in neurons]
+    for op in neurons:
+        op.settings = (*op.settings[:FORGETS], int(forgets), *op.settings[FORGETS + 1 :])
+    return before
+
+
 def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> Agreement:
     """Run both on the examples, the engine on the model's spikes; both start from rest.
 
@@ -52,10 +69,10 @@ def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> A
         Exception: whatever the model's forward raises on such an input.
     """
     _, time, free = engine._net.input()
-    batch = next((n for i, n in enumerate(x.shape) if free[i] and i != time), None)
-    sizes = x.shape[time] if time >= 0 else max(1, lowered.program.fixed_steps), batch
-    neurons = [op for op in lowered.program.ops if op.code is Code.NEURON]
-    calls = CALLS if any(not op.settings[FORGETS] for op in neurons) else 1
+    shape = engine.unfolded(x).shape
+    batch = next((n for i, n in enumerate(shape) if free[i] and i != time), None)
+    sizes = shape[time] if time >= 0 else max(1, lowered.program.fixed_steps), batch
+    calls = CALLS if lowered.probes else 1
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
     worst = 0.0
     with torch.no_grad(), preserved(model):
@@ -141,7 +158,7 @@ class _Observer:
         differs = own != spikes
         if bool(differs.any()):
             each.others += int(differs.sum())
-            rule = replace(probe.spec, time_axis=None)
+            rule = replace(probe.spec, time_axis=None, folded_time=False)
             # only from rest on is the membrane that of the rule
             margin = (
                 None

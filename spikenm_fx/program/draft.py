@@ -106,6 +106,7 @@ class Draft:
         whole: layouts of which no atom may turn out to be time, with the module that says so.
         steps: how far each neuron that a loop calls has come.
         constant_steps: where no axis of the input is time, but a loop calls neurons often.
+        folded: what is fixed of the samples and steps that share the input's first axis.
     """
 
     model: nn.Module
@@ -116,6 +117,7 @@ class Draft:
     whole: list[tuple[Layout, str]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     constant_steps: int = 0
+    folded: tuple[str, int] | None = None
     _made: dict[Hashable, tuple[Value, ...]] = field(default_factory=dict)
 
     def value(self, layout: Layout, *, bits: bool = False) -> Value:
@@ -138,6 +140,16 @@ class Draft:
         atom.parts = (first, last)
         for layout in layouts.values():
             layout.atoms, layout.channels = fresh(layout.atoms), fresh(layout.channels or ())
+        return True
+
+    def fold(self, atom: Atom, batch: int) -> bool:
+        """Cut an axis into batch and time everywhere; False where that is impossible."""
+        layouts = {id(v.layout): v.layout for v in self.values if atom in v.layout.atoms}
+        if atom.size % batch or any(atom in layout.features for layout in layouts.values()):
+            return False
+        atom.parts = (Atom(batch, "batch"), Atom(atom.size // batch, "time"))
+        for layout in layouts.values():
+            layout.atoms = fresh(layout.atoms)
         return True
 
     def once(

@@ -40,13 +40,16 @@ class Engine(nn.Module):
         self._result, _, places = about.get("result", "tensor").partition(" ")
         self._places = [place == "output" for place in places.split()]
         self._small = about.get("memory") == "small"
+        what, _, size = about.get("folded", "").partition(" ")
+        self._folded = None if not what else (int(size), -1) if what == "batch" else (-1, int(size))
         self._operations: list[str] = json.loads(about["operations"])
         super().train(False)
 
     @property
     def example_shape(self) -> tuple[int, ...]:
         """Shape of the input that it was made from; steps and batch may have other sizes."""
-        return self._net.input()[0]
+        shape = self._net.input()[0]
+        return shape if self._folded is None else (shape[0] * shape[1], *shape[2:])
 
     @property
     def operations(self) -> list[str]:
@@ -128,6 +131,8 @@ class Engine(nn.Module):
             raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
         if x.requires_grad and torch.is_grad_enabled():
             raise PackError("an engine has no gradients; detach its input")
+        if not step:
+            x = self.unfolded(x)
         if not x.is_contiguous():
             x = x.contiguous()
         found = self._net.call(x, step=step, threads=torch.get_num_threads())
@@ -139,6 +144,26 @@ class Engine(nn.Module):
         else:
             given = list(found)
         return tuple(given) if self._result == "tuple" else given
+
+    def unfolded(self, x: Tensor) -> Tensor:
+        """An input with axes of their own for samples and steps, where they share the first.
+
+        Raises:
+            PackError: if its first axis is no multiple of what is known of either.
+        """
+        if self._folded is None or not x.dim():
+            return x
+        known = max(self._folded)
+        if x.shape[0] % known:
+            what = "samples" if self._folded[1] < 0 else "time steps"
+            raise PackError(
+                f"axis 0 of the input has size {x.shape[0]}; it holds {known} {what}, and must be "
+                "a multiple of that"
+            )
+        shape = (
+            (known, x.shape[0] // known) if self._folded[1] < 0 else (x.shape[0] // known, known)
+        )
+        return x.unflatten(0, shape)
 
     def train(self, mode: bool = True) -> Engine:
         """Engines only run.

@@ -50,6 +50,7 @@ def image_of(lowered: Lowered, result: str = "tensor", memory: Memory = "fast") 
         "program_version": str(VERSION),
         "result": result,
         "memory": memory,
+        "folded": "" if lowered.folded is None else "{} {}".format(*lowered.folded),
         "operations": json.dumps(
             [f"{op.code.name.lower()} {op.name}" for op in lowered.program.ops]
         ),

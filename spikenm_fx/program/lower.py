@@ -10,7 +10,7 @@ left is batch, of any size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Lowered:
         packed: the weights, by layer.
         tensors: biases, scales and neuron parameters, by name.
         probes: what each neuron is given, by the number of its operation.
+        folded: what of samples and steps, which share the input's first axis, is how many.
         returns: of each thing that the model returns whether it is an output; the others are
             states, which a program keeps itself.
     """
@@ -94,9 +95,10 @@ class Lowered:
         tensors: dict[str, Tensor],
         probes: dict[int, Probe],
         returns: tuple[bool, ...],
+        folded: tuple[str, int] | None,
     ) -> None:
         self.program, self.packed, self.tensors, self.probes = program, packed, tensors, probes
-        self.returns = returns
+        self.returns, self.folded = returns, folded
 
 
 def lower(
@@ -152,7 +154,7 @@ class _Lowering:
         program = self._program()
         probes = {number: self._probe(*seen) for number, seen in self.neurons.inputs.items()}
         tensors, returns = self.draft.tensors, tuple(self.returns)
-        return Lowered(program, self.layers.packed, tensors, probes, returns)
+        return Lowered(program, self.layers.packed, tensors, probes, returns, self.draft.folded)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
@@ -363,13 +365,19 @@ class _Lowering:
             timed = time is not None and time in value.layout.lead
             types.append(ValueType(value.bits, timed, *value.layout.size))
         outputs = tuple(self._axes(ref.renewed(), batch, output=True) for ref in self.outputs)
-        port = self._axes(self.input.renewed(), batch, output=False)
+        port = self._axes(self._unfolded(), batch, output=False)
         used = {number for op in self.draft.ops for number in op.inputs}
         used |= {port.value for port in outputs}
         for op in self.draft.ops:
             if op.code is Code.NEURON and op.outputs[1] not in used:
                 op.outputs = op.outputs[:1]
         return Program(types, self.draft.ops, port, outputs, self.draft.constant_steps)
+
+    def _unfolded(self) -> Ref:
+        """The input with an axis of its own for each of its parts."""
+        assert self.input is not None
+        ref = self.input.renewed()
+        return replace(ref, axes=tuple((atom,) for atom in ref.atoms))
 
     def _axes(self, ref: Ref, batch: list[Atom], *, output: bool) -> Port:
         axes: list[Axis] = []

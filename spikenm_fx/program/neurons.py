@@ -96,8 +96,6 @@ class Neurons:
             raise NotLowered(name, "hooks, or a forward set on the instance, see its spikes")
         if getattr(module, "store_v_seq", False):
             raise NotLowered(name, "it stores its membranes (store_v_seq); switch that off")
-        if spec.folded_time:
-            raise NotLowered(name, "time and batch share an axis of its input")
         emits = EMITS.get(spec.output)
         later = spec.reset_timing != "now" and (
             emits != 0 or (spec.reset_timing == "corrected" and spec.reset == "hard")
@@ -144,13 +142,27 @@ class Neurons:
         assert spec.time_axis is not None
         if ref.step is not None or self.calls[name] > 1:
             raise NotLowered(name, "it steps through time itself, and is called more than once")
-        axis = ref.axes[spec.time_axis]
+        axis = self._folded(spec, ref) if spec.folded_time else ref.axes[spec.time_axis]
         if len(axis) != 1 or axis[0] in ref.value.layout.features:
             raise NotLowered(name, f"axis {spec.time_axis} of its input is not time alone")
         if any(not isinstance(x, Rest) and x is not None for x in given):
             raise NotLowered(name, "it is given a state")
         self.draft.set_time(axis[0], name)
+        ref = ref.renewed()
         return self._op(name, spec, ref, timed=True, forgets=spec.returns_state)
+
+    def _folded(self, spec: NeuronSpec, ref: Ref) -> tuple[Atom, ...]:
+        """The part that is time of an axis that time and batch share."""
+        group = ref.axes[0]
+        if len(group) == 1 and self.draft.time is None and spec.time_axis == 1:
+            batch, steps = spec.folded_batch, spec.folded_steps
+            if batch is None and steps is not None and group[0].size % steps == 0:
+                batch = group[0].size // steps
+            if batch is None or not self.draft.fold(group[0], batch):
+                return group
+            self.draft.folded = ("batch", batch) if spec.folded_batch else ("steps", steps or 0)
+            group = ref.renewed().axes[0]
+        return group[:1] if spec.time_axis == 0 else group[-1:]
 
     def _op(
         self, name: str, spec: NeuronSpec, ref: Ref, *, timed: bool, forgets: bool

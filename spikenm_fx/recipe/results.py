@@ -18,9 +18,9 @@ END = "<!-- end of results -->"
 
 _HEAD = (
     "| recipe | code | sparse / all layers | neurons firing | build, plan, sparsify, step, fold, "
-    "verify | pack (output off by) | spikes on the threshold | tried |"
+    "verify | pack (output off by) | spikes on the threshold | one native program | tried |"
 )
-_RULE = "|---|---|---|---|---|---|---|---|"
+_RULE = "|---|---|---|---|---|---|---|---|---|"
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
@@ -100,6 +100,7 @@ def _row(result: Mapping[str, Any]) -> str:
         firing,
         "; ".join(failed) or "all ok",
         *_packed(result),
+        _short(result.get("program") or "-"),
         f"{datetime.date.today().isoformat()}, {result['environment']}",
     )
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -22,9 +22,12 @@ from spikenm_fx.fold import fold
 from spikenm_fx.masks.sparsify import param_groups, sparsify
 from spikenm_fx.pack import native_status, pack
 from spikenm_fx.pack.check.agreement import Agreement, agreement
+from spikenm_fx.pack.copying import copy_at_rest, unregister
+from spikenm_fx.pack.programs import proved_program
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.plan.plan import Plan, plan
 from spikenm_fx.plan.weights import RAW
+from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.recipe.resting import state_that_stays, what_to_reset
 from spikenm_fx.recipe.schema import Recipe
 from spikenm_fx.recipe.target import (
@@ -93,6 +96,8 @@ class CheckResult:
         sparse: how many became N:M.
         firing: neuron layers that fired, of how many; None where none was seen.
         packed: how the packed engines agree with the folded model; None untried.
+        program: why the network is no native program, ``"ok"`` if it is one that agrees with the
+            model; "" untried.
         seconds: time taken.
         environment: versions that matter.
     """
@@ -105,6 +110,7 @@ class CheckResult:
     sparse: int = 0
     firing: tuple[int, int] | None = None
     packed: PackedAgreement | None = None
+    program: str = ""
     seconds: float = 0.0
     environment: str = ""
 
@@ -226,6 +232,8 @@ def _stages(recipe: Recipe, folder: Path | None, result: CheckResult) -> Iterato
     fired = list(rates().values())
     result.firing = (sum(rate > 0 for rate in fired), len(fired)) if fired else None
     _check_packed(model, recipe, run, rest, result)
+    if native_status().available:
+        result.program = _program(model, recipe)
     yield "pack", "ok"
 
 
@@ -265,6 +273,18 @@ def _check_packed(
             result.packed.add(found)
             if found.disagreement:
                 raise VerificationError(f"packed as {backend}, batch {seed}: {found.disagreement}")
+
+
+def _program(model: nn.Module, recipe: Recipe) -> str:
+    """Lower the folded model, and compare the program with it on the same spikes."""
+    copied = copy_at_rest(model)
+    try:
+        proved_program(copied, (example_input(recipe.inputs),), None, None, check=True)
+    except NotLowered as error:
+        return str(error)
+    finally:
+        unregister(copied)
+    return "ok"
 
 
 def _built(recipe: Recipe, folder: Path | None) -> tuple[nn.Module, Run, Rest]:

@@ -141,6 +141,8 @@ bool NetImage::read(const uint8_t *bytes, size_t size, NetFailure *fail) {
   uint64_t header = 0;
   if (size < 8) return (*fail)("it is too short for a network's file");
   memcpy(&header, bytes, 8);
+  if (header > size - 8 && __builtin_bswap64(header) <= size - 8)
+    return (*fail)("its numbers have the other byte order; save it again on a little-endian machine");
   if (header > size - 8) return (*fail)("its header is longer than the file: truncated, no network");
   const char *text = reinterpret_cast<const char *>(bytes) + 8;
   const uint8_t *data = bytes + 8 + header;

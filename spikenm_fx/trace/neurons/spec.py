@@ -101,7 +101,10 @@ class NeuronSpec:
         initial: membrane before the first step.
         time_axis: axis of the input along which the module itself steps through time; None where
             one call is one step.
-        folded_time: True where time and batch share axis 0 (sinabs' Squeeze layers).
+        folded_time: True where time and batch share axis 0 (sinabs' Squeeze layers); the outer one
+            of both is time where ``time_axis`` is 0, and the batch where that is 1.
+        folded_batch: how many samples share that axis, where the module says so.
+        folded_steps: how many time steps do, where it says that instead.
         step_mode: ``"single"`` (one step a call) or ``"multi"``.
         returns_state: True where it returns ``(spikes, state, ...)`` instead of the spikes alone.
         reset_call: name of the method that forgets the state, or None.
@@ -130,6 +133,8 @@ class NeuronSpec:
     initial: Scalar = 0.0
     time_axis: int | None = None
     folded_time: bool = False
+    folded_batch: int | None = None
+    folded_steps: int | None = None
     step_mode: Literal["single", "multi"] = "single"
     returns_state: bool = False
     reset_call: str | None = "reset"

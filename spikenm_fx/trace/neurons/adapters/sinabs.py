@@ -58,10 +58,17 @@ def read(module: nn.Module) -> NeuronSpec:
         state=tuple(name for name, _ in m.named_buffers(recurse=False)),
         time_axis=1,
         folded_time="Squeeze" in name,
+        folded_batch=_positive(m, "batch_size"),
+        folded_steps=_positive(m, "num_timesteps"),
         step_mode="multi",
         reset_call="reset_states",
         learned=learned(module, "tau_mem", "tau_syn", "alpha_mem", "alpha_syn"),
     )
+
+
+def _positive(module: Any, name: str) -> int | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _kind(name: str, synaptic: bool) -> NeuronKind:
