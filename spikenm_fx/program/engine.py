@@ -18,6 +18,8 @@ from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
 
+_FLOAT, _threads = torch.float32, torch.get_num_threads
+
 
 class Engine(nn.Module):
     """A packed network as one native program.
@@ -121,6 +123,11 @@ class Engine(nn.Module):
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
     def _call(self, x: Tensor, *, step: bool) -> Any:
+        plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
+        if plain and x.is_contiguous() and self._result == "tensor":
+            y = self._net.quick(x, step, _threads())
+            if y is not None:
+                return y
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")

@@ -93,9 +93,14 @@ void add_rows_of(const W *w, const float *scale, int64_t stride, const int32_t *
     for (int64_t o = 0; o < width; o += VW) store(y + o, vf{});
   for (; k + 8 <= count; k += 8, fresh = false)
     add_some<8, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
-  for (; k + 2 <= count; k += 2, fresh = false)
+  // The few that are left, in as few passes over y: most pixels have no more than these.
+  for (; k + 4 <= count; k += 4, fresh = false)
+    add_some<4, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
+  if (count - k == 3)
+    add_some<3, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
+  if (count - k == 2)
     add_some<2, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
-  for (; k < count; ++k, fresh = false)
+  if (count - k == 1)
     add_some<1, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
 }
 
