@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import itertools
 import json
 import subprocess
 import tempfile
@@ -82,6 +81,9 @@ void peer_run(float *frames, int steps, float *counts) {
 
 class CRuntime:
     """The public C runtime of arXiv 2511.12136 on its own N-MNIST network, with given weights.
+
+    Its neurons reset in the step of the spike, and spike at the threshold; snnTorch's reset in the
+    next step, and spike above it.  So counts of spikes, and now and then an answer, differ.
 
     Args:
         source: a checkout of karol-jurzec/snn-generator; its layers and neurons are compiled with
@@ -213,7 +215,7 @@ def brainevent_layer(layer: nn.Linear, frames: Tensor) -> Steps | None:
     given = [jnp.asarray(frame[0].numpy() != 0) for frame in frames]
 
     def call() -> Tensor:
-        found = list(itertools.starmap(run, ((x,) for x in given)))
+        found = [run(x) for x in given]
         return torch.tensor(jnp.stack(found).sum(0).tolist())[None]
 
     return call

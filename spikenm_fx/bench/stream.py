@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
         "repeats": options.repeats,
         "steps": STEPS,
         "compiled": not options.no_compile,
+        "peers": not options.no_peers,
     }
     wanted: dict[str, Callable[[], dict[str, Any]]] = {
         f"{name} rate {rate:.0%}": partial(_row, name, rate, 1, options)
@@ -97,7 +98,7 @@ def _row(
     else:
         assert rate is not None
         stream = _network(STREAMS[name], rate)
-    prune(stream.model.eval(), nm)
+    prune(stream.model.eval(), nm, every=True)
     program: Any = pack(stream.model, stream.frames[0], program=True)
     candidates: dict[str, nn.Module] = {
         "eager": stream.model,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +125,10 @@ class Engine(nn.Module):
 
     def _call(self, x: Tensor, *, step: bool) -> Any:
         plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
-        if plain and x.is_contiguous() and self._result == "tensor":
-            y = self._net.quick(x, step, _threads())
-            if y is not None:
-                return y
+        if plain and x.is_contiguous():
+            quick = self._net.quick(x, step, _threads())
+            if quick is not None:
+                return quick[0] if self._result == "tensor" else self._returned(quick)
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
@@ -136,9 +137,10 @@ class Engine(nn.Module):
         if not x.is_contiguous():
             x = x.contiguous()
         found = self._net.call(x, step=step, threads=torch.get_num_threads())
-        if self._result == "tensor":
-            return found[0]
-        return tuple(found) if self._result == "tuple" else found
+        return found[0] if self._result == "tensor" else self._returned(found)
+
+    def _returned(self, found: Iterable[Tensor]) -> Any:
+        return tuple(found) if self._result == "tuple" else list(found)
 
     def train(self, mode: bool = True) -> Engine:
         """Engines only run.

@@ -274,12 +274,14 @@ SNM_EXPORT snm_prepared *snm_net_prepare(spikenm_net *net, const int64_t *shape,
   return &net->prepared.back();
 }
 
-// As snm_net_call, of a network with one output: a small one takes less than to look a shape up.
-SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, float *y, int64_t threads,
-                              char *message) {
+// As snm_net_call; `outputs` may be null where there is one output, y.
+SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, float *y,
+                              float *const *outputs, int64_t threads, char *message) {
   NetFailure fail;
   const std::lock_guard<std::mutex> turn(call->net->turn);
-  if (run(call->net, x, call->sizes, call->step, threads, &y, &fail)) return 0;
+  if (run(call->net, x, call->sizes, call->step, threads, outputs ? outputs : &y,
+          &fail))
+    return 0;
   return told(fail, message);
 }
 
