@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming, one time step per call at 2:4: a program against eager and compiled torch."""
+"""Streaming, one time step per call: a program against eager and compiled torch, and others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx.bench import peers
 from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.bench.subjects import prune
 from spikenm_fx.pack import pack
@@ -29,6 +30,7 @@ STREAMS |= {"700-2048-2048-20": (700, 2048, 2048, 20)}
 LAYERS = {"Linear 512x512": 512, "Linear 4096x4096": 4096}
 STEPS = 50
 NMNIST = "N-MNIST recordings"
+TWO_OF_FOUR = NM(2, 4)
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--repeats", type=positive, default=7)
     parser.add_argument("--no-compile", action="store_true", help="skip torch.compile")
+    parser.add_argument("--no-peers", action="store_true", help="skip what others have")
+    parser.add_argument("--c-runtime", type=Path, help="a checkout of karol-jurzec/snn-generator")
     parser.add_argument("--nmnist", type=Path, help="nmnist_net.npz, a real network and recordings")
     add_resuming(parser)
     options = parser.parse_args(arguments)
@@ -64,21 +68,24 @@ def main(arguments: list[str]) -> None:
         "repeats": options.repeats,
         "steps": STEPS,
         "compiled": not options.no_compile,
+        "peers": not options.no_peers,
     }
     wanted: dict[str, Callable[[], dict[str, Any]]] = {
         f"{name} rate {rate:.0%}": partial(_row, name, rate, 1, options)
         for name, rate in itertools.product(STREAMS, options.rates)
     }
     wanted |= {
-        f"{name} rate {rate:.0%}": partial(_row, name, rate, 1, options)
-        for name, rate in itertools.product(LAYERS, (0.05, 0.15))
+        f"{name} {nm} rate {rate:.0%}": partial(_row, name, rate, 1, options, NM.parse(nm))
+        for name, nm, rate in itertools.product(LAYERS, ("2:4", "1:8"), (0.05, 0.15))
     }
     if options.nmnist is not None:
         wanted |= {f"{NMNIST} batch {n}": partial(_row, NMNIST, None, n, options) for n in (1, 36)}
     measured(f"stream-{options.threads}t", wanted, about, lambda rows: {"rows": len(rows)}, options)
 
 
-def _row(name: str, rate: float | None, batch: int, options: Any) -> dict[str, Any]:
+def _row(
+    name: str, rate: float | None, batch: int, options: Any, nm: NM = TWO_OF_FOUR
+) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.compiler.reset()  # else it gives up compiling after a few rows
     if name == NMNIST:
@@ -91,7 +98,7 @@ def _row(name: str, rate: float | None, batch: int, options: Any) -> dict[str, A
     else:
         assert rate is not None
         stream = _network(STREAMS[name], rate)
-    prune(stream.model.eval(), NM(2, 4))
+    prune(stream.model.eval(), nm, every=True)
     program: Any = pack(stream.model, stream.frames[0], program=True)
     candidates: dict[str, nn.Module] = {
         "eager": stream.model,
@@ -102,6 +109,12 @@ def _row(name: str, rate: float | None, batch: int, options: Any) -> dict[str, A
     with torch.no_grad():
         calls = {key: _call(stream, module) for key, module in candidates.items()}
         calls["program"] = _steps(program, stream.frames)
+        small: Any = pack(stream.model, stream.frames[0], program=True, memory="small")
+        calls["small"] = _steps(small, stream.frames)
+        int8: Any = pack(stream.model, stream.frames[0], program=True, dtype=torch.int8)
+        calls["int8"] = _steps(int8, stream.frames)
+        if not options.no_peers:
+            calls |= _peers(name, stream, options)
         answers = {key: call() for key, call in calls.items()}
         seconds = interleaved(
             calls,
@@ -111,19 +124,41 @@ def _row(name: str, rate: float | None, batch: int, options: Any) -> dict[str, A
         )
     row: dict[str, Any] = {
         "stream": name,
+        "pattern": str(nm),
         "rate": rate,
         "batch": batch,
         "us": {key: 1e6 * value / len(stream.frames) for key, value in seconds.items()},
         "same_answers": {k: _same(a, answers["eager"]) for k, a in answers.items() if k != "eager"},
     }
-    for key in ("eager", "compiled", "engine"):
-        if key in seconds:
+    for key in seconds:
+        if key != "program":
             row[f"over_{key}"] = seconds[key] / seconds["program"]
+    row["bytes"] = {
+        "dense": 4 * sum(p.numel() for p in stream.model.parameters() if p.dim() > 1),
+        "program": sum(program.layer_bytes),
+        "small": sum(small.layer_bytes),
+        "int8": sum(int8.layer_bytes),
+    }
     ratios = "  ".join(f"{key} {row[key]:.2f}x" for key in row if key.startswith("over_"))
     times = "  ".join(f"{key} {value:.1f}" for key, value in row["us"].items())
     at = "" if rate is None else f"rate {rate:.0%} "
     print(f"{name:<18} {at}batch {batch}  us a step: {times}  {ratios}", flush=True)
     return row
+
+
+def _peers(name: str, stream: Stream, options: Any) -> dict[str, Callable[[], Tensor]]:
+    """What others make of the same network and frames."""
+    model, frames = stream.model, stream.frames
+    stream.reset(model)
+    found: dict[str, Callable[[], Tensor]] = {"onnxruntime": peers.onnx_steps(model, frames)}
+    if name in LAYERS:
+        layer: Any = model.get_submodule("0")
+        found |= peers.csr_layers(layer, frames)
+        events = peers.brainevent_layer(layer, frames)
+        found |= {} if events is None else {"brainevent": events}
+    if name == NMNIST and options.c_runtime is not None:
+        found["c runtime"] = peers.CRuntime(options.c_runtime, model).steps(frames)
+    return found
 
 
 def _call(stream: Stream, module: nn.Module) -> Callable[[], Tensor]:

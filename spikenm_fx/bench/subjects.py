@@ -118,10 +118,16 @@ NETWORKS: dict[str, Callable[[], Network]] = {
 """SpikingJelly's networks in CIFAR shape, and the VGG of TET."""
 
 
-def prune(model: nn.Module, nm: NM) -> None:
-    """Magnitude masks on every layer but the first (analog input) and the last (classifier)."""
+def prune(model: nn.Module, nm: NM, *, every: bool = False) -> None:
+    """Magnitude masks on every layer but the first (analog input) and the last (classifier).
+
+    Args:
+        model: changed in place.
+        nm: the pattern; layers whose input channels it does not divide stay as they are.
+        every: these two layers as well: of networks whose input is spikes.
+    """
     layers = [m for m in model.modules() if is_weight_layer(m)]
-    for module in layers[1:-1]:
+    for module in layers if every else layers[1:-1]:
         weight: Any = module.weight
         if weight.shape[1] % nm.of:
             continue

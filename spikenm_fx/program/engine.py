@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from spikenm_fx.program.held import Held, metadata_of
 from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
+
+_FLOAT, _threads = torch.float32, torch.get_num_threads
 
 
 class Engine(nn.Module):
@@ -126,6 +129,11 @@ class Engine(nn.Module):
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
     def _call(self, x: Tensor, *, step: bool) -> Any:
+        plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
+        if plain and (step or self._folded is None) and x.is_contiguous():
+            quick = self._net.quick(x, step, _threads())
+            if quick is not None:
+                return quick[0] if self._result == "tensor" else self._returned(quick)
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
@@ -136,13 +144,13 @@ class Engine(nn.Module):
         if not x.is_contiguous():
             x = x.contiguous()
         found = self._net.call(x, step=step, threads=torch.get_num_threads())
-        if self._result == "tensor":
-            return found[0]
+        return found[0] if self._result == "tensor" else self._returned(found)
+
+    def _returned(self, found: Iterable[Tensor]) -> Any:
+        given: list[Tensor | None] = list(found)
         if not all(self._places):  # a state that the model returns, and the engine keeps
-            outputs = iter(found)
+            outputs = iter(given)
             given = [next(outputs) if is_output else None for is_output in self._places]
-        else:
-            given = list(found)
         return tuple(given) if self._result == "tuple" else given
 
     def unfolded(self, x: Tensor) -> Tensor:

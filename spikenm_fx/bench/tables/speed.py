@@ -121,17 +121,45 @@ def _range(result: Result, batch: int, kind: str) -> str:
     return f"{percent(min(shares), digits=0)} to {percent(max(shares), digits=0)}"
 
 
+STREAM_PEERS = {
+    "c runtime": "C runtime",
+    "scipy csr": "scipy CSR",
+    "torch csr": "torch CSR",
+    "brainevent": "brainevent",
+}
+"""Others that run a stream of the table, and how it calls them."""
+
+
 def _streams(*results: Result) -> str:
     rows = [
-        [_threads(result), row["stream"], row["batch"]]
+        [_threads(result), row["stream"], row.get("pattern", "2:4"), row["batch"]]
         + ["" if row["rate"] is None else percent(row["rate"])]
         + [f"{row['us']['program']:.0f} µs"]
-        + [times(row[f"over_{key}"]) for key in ("eager", "compiled", "engine")]
+        + [_over(row, key) for key in ("eager", "compiled", "engine", "onnxruntime")]
+        + [
+            ", ".join(
+                f"{label} {_over(row, k)}" for k, label in STREAM_PEERS.items() if k in row["us"]
+            )
+        ]
+        + [_form(row, "int8"), _form(row, "small")]
         for result in results
         for row in result["rows"]
     ]
-    head = ["", "stream", "batch", "input", "program", "over eager", "over torch.compile"]
-    return markdown([*head, "over `pack` alone"], rows)
+    head = ["", "stream", "N:M", "batch", "input", "program", "over eager", "over torch.compile"]
+    head += ["over `pack` alone", "over onnxruntime", "over others", "int8", "small"]
+    return markdown(head, rows)
+
+
+def _over(row: dict[str, Any], key: str) -> str:
+    return times(row[f"over_{key}"]) if f"over_{key}" in row else ""
+
+
+def _form(row: dict[str, Any], form: str) -> str:
+    """Time of another form of the program, and its layouts' share of the dense fp32 weights."""
+    if form not in row["us"]:
+        return ""
+    share = row["bytes"][form] / row["bytes"]["dense"]
+    return f"{row['us'][form]:.0f} µs, {percent(share, digits=0)} of the bytes"
 
 
 def _spikes(*results: Result) -> str:
@@ -199,12 +227,14 @@ CHAPTERS = (
     ),
     Chapter(
         "Streaming",
-        ("stream-1t",),
-        "python -m spikenm_fx.bench stream --nmnist FILE",
+        ("stream-1t", "stream-2t"),
+        "python -m spikenm_fx.bench stream --nmnist FILE --c-runtime FOLDER (and --threads 2)",
         _streams,
-        "One time step per call at 2:4, states kept: `pack(model, x, program=True).step(frame)`. "
-        "Weights that do not fit the caches, and large batches of images, gain least. The machine "
-        "was shared with other work: ratios hold, times are long.",
+        "One time step per call, states kept: `pack(model, x, program=True).step(frame)`. Weights "
+        "that do not fit the caches, and large batches of images, gain least. Beside it the same "
+        'with int8 weights, and with `memory="small"`, whose weights stay as they are stored: '
+        "their time, and what they keep in memory. Below 1x the other one wins. The machine was "
+        "shared with other work: ratios hold, times are long.",
     ),
     Chapter(
         "The same spikes",

@@ -185,6 +185,11 @@ void net_store(const NetModel &model, const NetPort &port, const NetSizes &sizes
   if (bits) v.stride *= 64;
   const Walk walk(port, v, sizes, step, false);
   walk.run([&](int64_t element, int64_t place, int64_t count, int64_t apart) {
+    if (!bits && apart == 1) {
+      memcpy(y + element, static_cast<const float *>(from) + place,
+             sizeof(float) * static_cast<size_t>(count));
+      return;
+    }
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = place + k * apart;
       y[element + k] = bits ? static_cast<float>(static_cast<const uint64_t *>(from)[at / 64] >>

@@ -10,6 +10,12 @@
 
 #include "net_plan.h"
 
+struct snm_prepared {
+  spikenm_net *net;
+  NetSizes sizes;
+  bool step;
+};
+
 struct spikenm_net {
   NetModel model;
   std::mutex turn;
@@ -21,6 +27,7 @@ struct spikenm_net {
   const snm_kernels *level = nullptr;
   NetSizes sizes;  // of the last call
   bool step = false, ran = false;
+  std::list<snm_prepared> prepared;
   std::vector<NetMemory> results;  // of spikenm_output
   std::vector<int64_t> result_floats;
   void (*observe)(void *, int64_t, const void *, void *) = nullptr;
@@ -250,6 +257,30 @@ SNM_EXPORT int32_t snm_net_call(spikenm_net *net, const float *x, const int64_t 
   const std::lock_guard<std::mutex> turn(net->turn);
   if (net_sizes(net->model, shape, rank, step != 0, &sizes, &fail) &&
       run(net, x, sizes, step != 0, threads, outputs, &fail))
+    return 0;
+  return told(fail, message);
+}
+
+// A call of one shape, for snm_net_go; null where that shape is refused, or memory is short.  It
+// belongs to the network, and ends with it.
+SNM_EXPORT snm_prepared *snm_net_prepare(spikenm_net *net, const int64_t *shape, int32_t rank,
+                                         int32_t step, char *message) {
+  NetFailure fail;
+  NetSizes sizes;
+  if (!net_sizes(net->model, shape, rank, step != 0, &sizes, &fail))
+    return told(fail, message), nullptr;
+  const std::lock_guard<std::mutex> turn(net->turn);
+  net->prepared.push_back({net, sizes, step != 0});
+  return &net->prepared.back();
+}
+
+// As snm_net_call; `outputs` may be null where there is one output, y.
+SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, float *y,
+                              float *const *outputs, int64_t threads, char *message) {
+  NetFailure fail;
+  const std::lock_guard<std::mutex> turn(call->net->turn);
+  if (run(call->net, x, call->sizes, call->step, threads, outputs ? outputs : &y,
+          &fail))
     return 0;
   return told(fail, message);
 }

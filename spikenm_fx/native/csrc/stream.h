@@ -59,44 +59,63 @@ SNM_INLINE Events events_of(const NetValue *value, const void *token) {
   return e;
 }
 
+// Where rows are added: y[0..width), and again, `runs` times in all, w_step further on in the
+// weights and y_step in y.
+struct Run {
+  float *y;
+  int64_t width, runs, w_step, y_step;
+  bool fresh;  // y is set, else added to
+};
+
 // y[0..width) += rows of w, one after another, kRows at a time: the order of summation is that of
 // the events, whatever their number.  Integers times their output's factor are the weights.
 template <int kRows, bool kValued, class W>
 SNM_INLINE void add_some(const W *w, const float *scale, int64_t stride, const int32_t *index,
-                         int64_t base, const float *value, float *y, int64_t width, bool fresh) {
+                         int64_t base, const float *value, const Run &run, bool fresh) {
   const W *row[kRows];
   vf factor[kRows];
   for (int k = 0; k < kRows; ++k) {
     row[k] = w + (index[k] - base) * stride;
     if (kValued) factor[k] = splat(value[k]);
   }
-  for (int64_t o = 0; o < width; o += VW) {
-    vf sum = fresh ? vf{} : load(y + o);
-    const vf of_output = sizeof(W) == 1 ? loadu(scale + o) : vf{};
+  float *y = run.y;
+  const int64_t width = run.width;
+  for (int64_t r = 0; r < run.runs; ++r) {
+    for (int64_t o = 0; o < width; o += VW) {
+      vf sum = fresh ? vf{} : load(y + o);
+      const vf of_output = sizeof(W) == 1 ? loadu(scale + o) : vf{};
 #pragma GCC unroll 8
-    for (int k = 0; k < kRows; ++k) {
-      vf weight = weights_at(row[k] + o);
-      if (sizeof(W) == 1) weight = weight * of_output;
-      sum = kValued ? madd(factor[k], weight, sum) : sum + weight;
+      for (int k = 0; k < kRows; ++k) {
+        vf weight = weights_at(row[k] + o);
+        if (sizeof(W) == 1) weight = weight * of_output;
+        sum = kValued ? madd(factor[k], weight, sum) : sum + weight;
+      }
+      store(y + o, sum);
     }
-    store(y + o, sum);
+    for (int k = 0; k < kRows; ++k) row[k] += run.w_step;
+    y += run.y_step;
   }
 }
 
-// Rows index - base of w, for `count` events; y is set where `fresh`, else added to.
+// Rows index - base of w, for `count` events.
 template <bool kValued, class W>
 void add_rows_of(const W *w, const float *scale, int64_t stride, const int32_t *index,
-                 int64_t base, const float *value, int64_t count, float *y, int64_t width,
-                 bool fresh) {
+                 int64_t base, const float *value, int64_t count, const Run &run) {
   int64_t k = 0;
+  bool fresh = run.fresh;
   if (fresh && count == 0)
-    for (int64_t o = 0; o < width; o += VW) store(y + o, vf{});
+    for (int64_t o = 0; o < run.width; o += VW) store(run.y + o, vf{});
   for (; k + 8 <= count; k += 8, fresh = false)
-    add_some<8, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
-  for (; k + 2 <= count; k += 2, fresh = false)
-    add_some<2, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
-  for (; k < count; ++k, fresh = false)
-    add_some<1, kValued>(w, scale, stride, index + k, base, value + k, y, width, fresh);
+    add_some<8, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
+  // The few that are left, in as few passes over y: most pixels have no more than these.
+  for (; k + 4 <= count; k += 4, fresh = false)
+    add_some<4, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
+  if (count - k == 3)
+    add_some<3, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
+  if (count - k == 2)
+    add_some<2, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
+  if (count - k == 1)
+    add_some<1, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
 }
 
 // Rows of a layer from the row `from` on; `scale` is where the factors of its outputs start.
@@ -105,24 +124,22 @@ struct DenseRows {
   int64_t from, stride;
   const float *scale;
 
-  void add(const Events &e, int64_t first, int64_t count, int64_t base, float *y, int64_t width,
-           bool fresh) const {
+  void add(const Events &e, int64_t first, int64_t count, int64_t base, const Run &run) const {
     if (op->form == kDense8Rows)
-      add_to(reinterpret_cast<const int8_t *>(op->memory), e, first, count, base, y, width, fresh);
+      add_to(reinterpret_cast<const int8_t *>(op->memory), e, first, count, base, run);
     else
-      add_to(op->memory, e, first, count, base, y, width, fresh);
+      add_to(op->memory, e, first, count, base, run);
   }
 
  private:
   template <class W>
-  void add_to(const W *w, const Events &e, int64_t first, int64_t count,
-                                int64_t base, float *y, int64_t width, bool fresh) const {
+  void add_to(const W *w, const Events &e, int64_t first, int64_t count, int64_t base,
+              const Run &run) const {
     const int32_t *index = e.index + first;
     if (e.ones)
-      add_rows_of<false>(w + from, scale, stride, index, base, e.value, count, y, width, fresh);
+      add_rows_of<false>(w + from, scale, stride, index, base, e.value, count, run);
     else
-      add_rows_of<true>(w + from, scale, stride, index, base, e.value + first, count, y, width,
-                        fresh);
+      add_rows_of<true>(w + from, scale, stride, index, base, e.value + first, count, run);
   }
 };
 
@@ -151,12 +168,16 @@ struct StreamLayer {
   // Sums of the padded outputs [o0, o0 + width) of one group; `width` of the whole row if flat.
   void sums(const Events &e, float *y, int64_t o0, int64_t width) const {
     if (flat && !packed())
-      return DenseRows{op, o0, op->group_stride, factors(o0)}.add(e, 0, e.count, 0, y + o0, width,
-                                                                  true);
-    for (int64_t p = 0; p < out->h * out->w; ++p)
-      for (int64_t g = 0; g < groups; ++g)
-        for (int64_t o = 0; o < width; o += VW)
-          store(y + p * row + g * op->group_stride + o0 + o, vf{});
+      return DenseRows{op, o0, op->group_stride, factors(o0)}.add(e, 0, e.count, 0,
+                                                                  {y + o0, width, 1, 0, 0, true});
+    const int64_t pixels = out->h * out->w;
+    if (width == row)
+      memset(y, 0, sizeof(float) * static_cast<size_t>(pixels * row));
+    else
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t g = 0; g < groups; ++g)
+          for (int64_t o = 0; o < width; o += VW)
+            store(y + p * row + g * op->group_stride + o0 + o, vf{});
     if (flat) return flat_packed(e, y, o0, width);
     const int64_t channels = in->c / groups;
     for (int64_t k = 0; k < e.count;) {
@@ -231,20 +252,32 @@ struct StreamLayer {
     if (sw == 1 && dw == 1 && at.width == row) return scatter_runs(e, first, n, at, y);
     each_tap(at.pixel, [&](int64_t tap, int64_t to) {
       DenseRows{op, of_group + tap * op->group_stride, w_stride, factors(outs)}.add(
-          e, first, n, at.base, y + to * row + outs, at.width, false);
+          e, first, n, at.base, {y + to * row + outs, at.width, 1, 0, 0, false});
     });
   }
 
-  // Neighbouring taps go to neighbouring pixels: one run of both.
+  // Neighbouring taps go to neighbouring pixels: one run of both; and where rows neighbour, too,
+  // one run after another.
   void scatter_runs(const Events &e, int64_t first, int64_t n, const Place &at, float *y) const {
     const int64_t iy = at.pixel / in->w + ph, ix = at.pixel % in->w + pw;
     const int64_t from = most(0, ix - kw + 1), to = least(out->w - 1, ix);
-    for (int64_t ky = 0; ky < kh && from <= to; ++ky) {
+    const int64_t tap = from - (ix - kw + 1), width = (to - from + 1) * row;
+    if (from > to) return;
+    if (sh == 1 && dh == 1) {
+      const int64_t top = most(0, iy - out->h + 1), end = least(kh - 1, iy);
+      if (top > end) return;
+      const Run run = {y + ((iy - top) * out->w + from) * row, width, end - top + 1, kw * row,
+                       -out->w * row, false};
+      DenseRows{op, (top * kw + tap) * row, op->taps * row, op->scale}.add(e, first, n, at.base,
+                                                                          run);
+      return;
+    }
+    for (int64_t ky = 0; ky < kh; ++ky) {
       const int64_t dy = iy - ky * dh;
       if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
-      const int64_t first_tap = ky * kw + from - (ix - kw + 1);
-      DenseRows{op, first_tap * row, op->taps * row, op->scale}.add(
-          e, first, n, at.base, y + (dy / sh * out->w + from) * row, (to - from + 1) * row, false);
+      const Run run = {y + (dy / sh * out->w + from) * row, width, 1, 0, 0, false};
+      DenseRows{op, (ky * kw + tap) * row, op->taps * row, op->scale}.add(e, first, n, at.base,
+                                                                         run);
     }
   }
 
