@@ -263,7 +263,8 @@ def jelly(mode: str) -> dict[str, Any]:
         options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=first)
         full = states.get_model_state_dict(parallel, options=options)
         loaded, again = wrapped(0)
-        states.set_model_state_dict(again, full, options=options)
+        own = full if not first or dist.get_rank() == 0 else {}
+        states.set_model_state_dict(again, own, options=options)
         found = whole(loaded.state_dict())
         back[who] = all(torch.equal(value, found[key]) for key, value in saved.items())
     return {**compared(model, reference), "back": back}
