@@ -257,12 +257,16 @@ def jelly(mode: str) -> dict[str, Any]:
     reference = sparse(inside=jelly_net(), example_inputs=images()[0])
     reference[1].eval()
     _trained(reference, reference, images())
-    options = states.StateDictOptions(full_state_dict=True)
-    full = states.get_model_state_dict(parallel, options=options)
-    loaded, again = wrapped(0)
-    states.set_model_state_dict(again, full, options=options)
-    found, saved = whole(loaded.state_dict()), whole(model.state_dict())
-    back = all(torch.equal(value, found[key]) for key, value in saved.items())
+    saved, back = whole(model.state_dict()), {}
+    for who in ("all", "first"):
+        first = who == "first"
+        options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=first)
+        full = states.get_model_state_dict(parallel, options=options)
+        loaded, again = wrapped(0)
+        own = full if not first or dist.get_rank() == 0 else {}
+        states.set_model_state_dict(again, own, options=options)
+        found = whole(loaded.state_dict())
+        back[who] = all(torch.equal(value, found[key]) for key, value in saved.items())
     return {**compared(model, reference), "back": back}
 
 

@@ -390,7 +390,13 @@ class Watch:
     def gradients(
         self, of: Tensor, grad: Tensor, wanted: Sequence[Tensor]
     ) -> Sequence[Tensor | None]:
-        """Of what was computed just now, by the graph that stays there for the backward pass."""
+        """Gradients in the graph that stays there for the backward pass of a forward on its way.
+
+        Args:
+            of: what was computed, of any shape.
+            grad: of the same shape.
+            wanted: from which it was computed, of any shapes.
+        """
         if any(weight.shard is not None for weight in self.run.weights):
             return gradients_without_hooks(of, grad, wanted)
         return torch.autograd.grad(of, wanted, grad, retain_graph=True, allow_unused=True)
