@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=None, help="folder of the result")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)  # noqa: S103  # another user's rank must see it
+        os.chmod(folder, 0o755)  # another user's rank must see it
         found = {
             "kills": kills(Path(folder), options.kills, options.seed),
             "refusals": refusals(Path(folder)),
@@ -74,7 +74,7 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
         one than the unbroken run; how many kills left a half checkpoint; and the longest time that
         a rank outlived the other, in seconds.
     """
-    chosen = random.Random(seed)  # noqa: S311
+    chosen = random.Random(seed)
     start = time.perf_counter()
     wanted = _to_the_end(folder / "unbroken")
     usual = time.perf_counter() - start
@@ -135,9 +135,9 @@ def _powerless() -> None:
 def _start(run: Path, partial_of: Callable[[], None] | None = None) -> list[BaseProcess]:
     """Start the ranks by forking: this process has imported everything, and computed nothing."""
     run.mkdir(exist_ok=True)
-    os.chmod(run, 0o755)  # noqa: S103
+    os.chmod(run, 0o755)
     meet = Path(tempfile.mkdtemp(dir=run)) / "meet"
-    os.chmod(meet.parent, 0o777)  # noqa: S103
+    os.chmod(meet.parent, 0o777)
     context = multiprocessing.get_context("fork")
     target, extra = (_train, ()) if partial_of is None else (_refused, (partial_of,))
     ranks: list[BaseProcess] = [
@@ -232,4 +232,3 @@ def _refused(rank: int, run: Path, meet: Path, way: Callable[[], None]) -> None:
     dist.barrier()
     said.close()
     os._exit(0)
-

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import PackedFileError, PackError
+from spikenm_fx.native.threads import kernel_threads
 from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
@@ -108,7 +109,7 @@ class Engine(nn.Module):
             raise PackError("an engine has no gradients; detach its input")
         if not x.is_contiguous():
             x = x.contiguous()
-        found = self._net.call(x, step=step, threads=torch.get_num_threads())
+        found = self._net.call(x, step=step, threads=kernel_threads())
         if self._result == "tensor":
             return found[0]
         return tuple(found) if self._result == "tuple" else found
