@@ -21,7 +21,7 @@ LAYERS = (
     "errors _lazy table",
     "_torch",
     "pattern",
-    "state surgery native checkpoint",
+    "state surgery native checkpoint distributed_checkpoint",
     "trace",
     "plan",
     "channels",

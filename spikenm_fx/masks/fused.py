@@ -22,6 +22,7 @@ from spikenm_fx.masks.methods.spikenm import SpikeNM
 from spikenm_fx.masks.methods.srste import SRSTE
 from spikenm_fx.masks.rule import KEEP, LOOK
 from spikenm_fx.native.library import Draws, Kernels, kernels
+from spikenm_fx.native.threads import kernel_threads
 
 if TYPE_CHECKING:
     from spikenm_fx.masks.layer import MaskedWeight
@@ -168,7 +169,7 @@ def _largest(weight: MaskedWeight) -> bool:
         return False
     lead, m, inner = blocks.shape
     call = Draws(lead=lead, m=m, inner=inner, keep=weight.view.nm.keep)
-    call.threads, call.absolute = torch.get_num_threads(), 1
+    call.threads, call.absolute = kernel_threads(), 1
     call.scores, call.mask = dense.data_ptr(), weight.mask.data_ptr()
     _run(call)
     torch.autograd.graph.increment_version(weight.mask)
@@ -182,7 +183,7 @@ def _call(weight: MaskedWeight, step: int) -> Any:
     lead, m, inner = scores.shape
     call = Draws(
         *(0, 0, 0, 0, 0, 0),
-        *(lead, m, inner, weight.view.nm.keep, torch.get_num_threads()),
+        *(lead, m, inner, weight.view.nm.keep, kernel_threads()),
         *(word & 0xFFFFFFFF for word in weight.key_at(step)),
         1,
     )

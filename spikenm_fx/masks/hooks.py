@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -35,6 +36,7 @@ from torch.optim.optimizer import (
 )
 
 from spikenm_fx.errors import PlanError, no_module
+from spikenm_fx.masks.checkpoint import note_wrapper
 from spikenm_fx.masks.eid.guide import refresh_together
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.run import Run, runs
@@ -45,9 +47,10 @@ __all__ = ["install", "step"]
 
 @functools.cache
 def install() -> None:
-    """Register the two hooks, once for the process."""
+    """Register the two hooks, and one of loading in a wrapper, once for the process."""
     register_optimizer_step_pre_hook(_before)
     register_optimizer_step_post_hook(_after)
+    register_module_module_registration_hook(note_wrapper)
 
 
 def step(model: nn.Module) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from spikenm_fx._torch import is_functorch_tensor
 from spikenm_fx.masks.noise import Key
 from spikenm_fx.native.library import Draws, kernels
+from spikenm_fx.native.threads import kernel_threads
 
 __all__ = ["add_decay", "gradient", "kept", "kernel_for", "mask", "plain", "roomy"]
 
@@ -115,7 +116,7 @@ def kept(tensor: Tensor, mask: Tensor, undrawn: float) -> Tensor | None:
         return None
     found.kept(
         *(tensor.data_ptr(), mask.data_ptr(), undrawn, out.data_ptr()),
-        *(tensor.numel(), torch.get_num_threads()),
+        *(tensor.numel(), kernel_threads()),
     )
     return out
 
@@ -134,7 +135,7 @@ def add_decay(grad: Tensor, weight: Tensor, mask: Tensor, factor: float) -> bool
         return False
     found.decay(
         *(weight.data_ptr(), mask.data_ptr(), factor, grad.data_ptr()),
-        *(grad.numel(), torch.get_num_threads()),
+        *(grad.numel(), kernel_threads()),
     )
     torch.autograd.graph.increment_version(grad)
     return True
@@ -175,7 +176,7 @@ def _call(scores: Tensor, keep: int, key: Key | None, present: Tensor | None) ->
     """The C structure, and the tensors that must outlive its use."""
     scores = scores.contiguous()
     lead, m, inner = scores.shape
-    call = Draws(lead=lead, m=m, inner=inner, keep=keep, threads=torch.get_num_threads())
+    call = Draws(lead=lead, m=m, inner=inner, keep=keep, threads=kernel_threads())
     call.scores = scores.data_ptr()
     if key is not None:
         call.noisy, call.key0, call.key1 = 1, *(word & 0xFFFFFFFF for word in key)

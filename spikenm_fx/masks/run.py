@@ -201,12 +201,9 @@ class Run:
         other.watch = copy.deepcopy(self.watch, memo)
         return other
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"seed": self.seed, "step": self.shown_step, "watch": self.watch}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["seed"], state["step"])  # type: ignore[misc]
-        self.watch = state["watch"]
+    def __reduce__(self) -> tuple[Any, ...]:
+        # made before its state is read, which leads to weights that ask for it
+        return Run, (self.seed, self.shown_step), {"watch": self.watch}
 
     def __iter__(self) -> Iterator[MaskedWeight]:
         return iter(self.weights)

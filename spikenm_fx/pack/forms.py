@@ -62,8 +62,8 @@ class Forms:
         """
         forms, seconds = self._forms(), {}
         engine = self.builder.engine
-        fixed = self.builder.fixed_tensors()
-        with torch.no_grad(), preserved(engine, guarded=False, leave=fixed) as rest:
+        leave = self.builder.fixed_tensors()
+        with torch.no_grad(), preserved(engine, guarded=False, leave=leave) as rest:
             seconds = self._take_turns(forms, reference, args, rest)
         milliseconds = {way: 1e3 * typical(runs) for way, runs in seconds.items()}
         best = min(forms, key=milliseconds.__getitem__)

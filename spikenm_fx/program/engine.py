@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from spikenm_fx.checkpoint import write_atomically
 from spikenm_fx.errors import PackedFileError, PackError
+from spikenm_fx.native.threads import kernel_threads
 from spikenm_fx.program.held import Held, metadata_of
 from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
 
-_FLOAT, _threads = torch.float32, torch.get_num_threads
+_FLOAT = torch.float32
 
 
 class Engine(nn.Module):
@@ -131,7 +132,7 @@ class Engine(nn.Module):
     def _call(self, x: Tensor, *, step: bool) -> Any:
         plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
         if plain and (step or self._folded is None) and x.is_contiguous():
-            quick = self._net.quick(x, step, _threads())
+            quick = self._net.quick(x, step, kernel_threads())
             if quick is not None:
                 return quick[0] if self._result == "tensor" else self._returned(quick)
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
@@ -143,7 +144,7 @@ class Engine(nn.Module):
             x = self.unfolded(x)
         if not x.is_contiguous():
             x = x.contiguous()
-        found = self._net.call(x, step=step, threads=torch.get_num_threads())
+        found = self._net.call(x, step=step, threads=kernel_threads())
         return found[0] if self._result == "tensor" else self._returned(found)
 
     def _returned(self, found: Iterable[Tensor]) -> Any:

@@ -96,8 +96,7 @@ def _measure(engine: nn.Module, args: tuple[Any, ...], layers: Mapping[str, Laye
 
     Neurons that are fused, conversions of the input and what lies in the caches all count.
     """
-    fixed = [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
-    with torch.no_grad(), preserved(engine, guarded=False, leave=fixed), uncompiled():
+    with torch.no_grad(), preserved(engine, guarded=False, leave=_fixed(layers)), uncompiled():
         _look_at_inputs(engine, args, layers)
     ways = {name: _ways(layer) for name, layer in layers.items()}
     if sum(layer.dense_bytes for layer in layers.values()) < LARGE:
@@ -132,9 +131,10 @@ def _by_pairs(
     """
     found: dict[str, dict[str, float]] = {name: {} for name in layers}
     best = {name: own[0] for name, own in ways.items()}
-    holders = {name: _candidate(layer, best[name]) for name, layer in layers.items()}
-    for layer in layers.values():
+    holders = {}
+    for name, layer in layers.items():
         layer.packed.choose("reference")  # hold nothing else
+        holders[name] = _candidate(layer, best[name])
     every = list(dict.fromkeys(way for own in ways.values() for way in own))
     for way in [way for way in every if way != "dense"] or every:
         pairs = {name: {best[name]: holder} for name, holder in holders.items()}
@@ -170,8 +170,7 @@ def _times(
         name: {way: [] for way in ways} for name, ways in prepared.items()
     }
     every = list(dict.fromkeys(way for ways in prepared.values() for way in ways))
-    fixed = [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
-    with torch.no_grad(), preserved(engine, guarded=False, leave=fixed), uncompiled():
+    with torch.no_grad(), preserved(engine, guarded=False, leave=_fixed(layers)), uncompiled():
         for counted in _rounds():
             for way in every:  # in turn, so that drifts of the machine hit all alike
                 timed = {n: Meter() for n, ways in prepared.items() if way in ways}
@@ -189,6 +188,10 @@ def _times(
         name: {way: 1e3 * typical(runs) for way, runs in ways.items() if runs}
         for name, ways in seconds.items()
     }
+
+
+def _fixed(layers: Mapping[str, LayerDraft]) -> list[Tensor]:
+    return [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
 
 
 def _rounds() -> Iterator[bool]:

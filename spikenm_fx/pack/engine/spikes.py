@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from spikenm_fx.native.library import kernels
+from spikenm_fx.native.threads import kernel_threads
 
 __all__ = ["WORD", "SpikeBits", "in_row_order"]
 
@@ -99,7 +100,7 @@ class SpikeBits:
         assert native is not None  # bits come from the kernels
         unpacked = out if self.binary else torch.empty(digits, dtype=torch.float32, device="cpu")
         pointers = (self.bits.data_ptr(), digits[0], self.planes, self.channels)
-        threads = torch.get_num_threads()
+        threads = kernel_threads()
         if pixels == 1:
             native.unpack_rows(*pointers, unpacked.data_ptr(), threads)
         else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import Call, Geometry, Kernels, Neuron, kernels
+from spikenm_fx.native.threads import kernel_threads
 from spikenm_fx.pack.kernels.layouts import Layout
 from spikenm_fx.pack.weights.format import LayerGeometry
 
@@ -185,7 +186,7 @@ def pack_spikes(x: Tensor, shape: LayerShape, native: Kernels) -> Tensor | None:
     bits = torch.empty(shape.rows, shape.row_words, dtype=torch.int64, device="cpu")
     if not bits.numel():
         return bits
-    groups, threads = shape.geometry.groups, torch.get_num_threads()
+    groups, threads = shape.geometry.groups, kernel_threads()
     group_channels = shape.channels // groups
     pixels = shape.size[0] * shape.size[1]
     if shape.geometry.kind == "linear" or pixels == 1 or is_channels_last(x):
@@ -301,6 +302,6 @@ def run_spikes(
         int(channels_first),
         None if out_bits is None else out_bits.data_ptr(),
         ctypes.pointer(neuron_structure) if neuron_structure else None,
-        torch.get_num_threads(),
+        kernel_threads(),
     )
     return bool(getattr(native, layout.kernel)(ctypes.byref(call)) == 0)

@@ -6,10 +6,10 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from spikenm_fx.native.library import Call, kernels
+from spikenm_fx.native.threads import kernel_threads
 from spikenm_fx.pack.kernels.cpu import LayerShape, NeuronCall
 from spikenm_fx.pack.weights.format import LayerGeometry
 
@@ -67,7 +67,7 @@ def run_integrate(
         out=None if out is None else out.data_ptr(),
         out_bits=None if out_bits is None else out_bits.data_ptr(),
         neuron=ctypes.pointer(structure),
-        threads=torch.get_num_threads(),
+        threads=kernel_threads(),
     )
     return bool(native.integrate(ctypes.byref(call)) == 0)
 

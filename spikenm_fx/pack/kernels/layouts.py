@@ -27,7 +27,7 @@ EVENT_INPUTS = 64
 AMX_INPUTS = 256
 SMALLEST_SPLIT = 2.0**-100  # below, the third bf16 term of a weight would be flushed to zero
 INT16_MAX = 32767
-PIECE = 2**19  # weights that are laid out at once, of those that have more than twice as many
+PIECE = 2**18  # weights that are laid out at once, of those that have more than four times as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ def layout_for(kernel: Kernel, packed: PackedWeight, *, small: bool = False) -> 
     if small:
         return _stored(packed)
     plan = _PLANS[kernel]
-    if packed.taps * packed.group_channels * packed.out_channels <= 2 * PIECE:
+    if packed.taps * packed.group_channels * packed.out_channels <= 4 * PIECE:
         made = plan.make(packed)
     else:
         made = _in_pieces(plan, packed)
