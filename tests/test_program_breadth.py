@@ -13,9 +13,10 @@ from program_strategies import RuleNeuron
 from test_program import LIF, program, reset
 from torch import Tensor, nn
 
+from spikenm_fx.bench.zoo import BRAINCOG_NEVER_USES
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import native_status, packing
-from spikenm_fx.recipe.stand_in import standing_in
+from spikenm_fx.recipe.stand_in import stand_in
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 
@@ -316,9 +317,8 @@ class LayerByLayer(nn.Module):
 @pytest.mark.parametrize("resets", [False, True])
 def test_braincog_folds_time_into_the_batch(resets: bool) -> None:
     """Its nodes see both axes as one, time first; its networks may reset themselves."""
-    pytest.importorskip("braincog")
-    with standing_in(["torchvision"], {}):
-        node = importlib.import_module("braincog.base.node.node")
+    stand_in(*BRAINCOG_NEVER_USES)
+    node = pytest.importorskip("braincog.base.node.node")
     torch.manual_seed(0)
     model, x = lively(LayerByLayer(node, resets=resets)), 3 * torch.rand(B, 2, 6, 6)
     engine = program(model, x)
