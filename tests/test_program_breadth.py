@@ -87,8 +87,8 @@ class Attention(nn.Module):
         t, b, c, n = x.shape
         y = self.qkv(x).reshape(t, b, 3, self.heads, c // self.heads, n).flatten(2, 3)
         q, k, v = y.chunk(3, dim=2)
-        fired: Tensor = self.attend(q @ k.transpose(-2, -1) @ v * 0.125)
-        return fired.reshape(t, b, c, n)
+        fired: Tensor = self.attend(q @ k.transpose(-2, -1) @ v * 0.125).reshape(t, b, c, n)
+        return fired
 
     def driven(self, x: Tensor) -> Tensor:
         """Of the Spike-driven Transformer: a sum of products of spikes, and a mask."""
@@ -127,11 +127,11 @@ class Made(nn.Module):
 
     def __init__(self, operation: Callable[[Tensor], Tensor] | None, width: int) -> None:
         super().__init__()
-        self.operation = operation or (lambda y: self.norm(y.movedim(2, -1)))
         self.stem, self.fire = nn.Conv2d(2, 8, 3, padding=1), RuleNeuron(LIF)
         self.norm = nn.LayerNorm(8)
         self.norm.weight.data.uniform_(0.5, 2)
         self.norm.bias.data.uniform_(-1, 1)
+        self.operation = operation or (lambda y: self.norm(y.movedim(2, -1)))
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -247,7 +247,7 @@ def test_norse_models_that_return_their_state() -> None:
 
 
 SMALL = {"T": 2, "num_classes": 5, "mlp_ratio": 2.0}
-JELLY = {
+JELLY: dict[str, dict[str, Any]] = {
     "spikformer:Spikformer": {
         **SMALL, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16,
         "num_heads": 2, "depths": 1,
@@ -281,14 +281,15 @@ def test_samples_and_steps_on_one_axis(known: str) -> None:
     size = {known: B if known == "batch_size" else T}
     body = (nn.Conv2d(2, 4, 3), layers.IAFSqueeze(**size), nn.AvgPool2d(2), nn.Flatten())
     model, x = nn.Sequential(*body, nn.Linear(16, 3)).eval(), torch.rand(B * T, 2, 6, 6)
+    fire: Any = model[1]
     engine = program(model, x)
     assert engine.example_shape == (B * T, 2, 6, 6)
     more = torch.cat([x, x])
     with torch.no_grad():
-        model[1].reset_states()
+        fire.reset_states()
         torch.testing.assert_close(engine(more), model(more))
         engine.reset()
-        model[1].reset_states()
+        fire.reset_states()
         frames = x.unflatten(0, (B, T) if known == "batch_size" else (-1, T))
         steps = torch.stack([engine.step(frame) for frame in frames.unbind(1)], 1)
         torch.testing.assert_close(steps.flatten(0, 1), model(x))

@@ -140,10 +140,8 @@ class Engine(nn.Module):
                 f"axis 0 of the input has size {x.shape[0]}; it holds {known} {what}, and must be "
                 "a multiple of that"
             )
-        shape = (
-            (known, x.shape[0] // known) if self._folded[1] < 0 else (x.shape[0] // known, known)
-        )
-        return x.unflatten(0, shape)
+        whole: Tensor = x.unflatten(0, self._folded)
+        return whole
 
     def train(self, mode: bool = True) -> Engine:
         """Engines only run.

@@ -169,20 +169,20 @@ def _stack(call: Call) -> Ref:
     time = call.draft.time
     if not members or not all(isinstance(m, Ref) for m in members):
         raise call.refuse("it stacks what are no time steps")
-    first = members[0]
+    first: Ref = members[0]
     if all(m == first for m in members) and first.step is None and time is None:
-        call.draft.time, call.draft.constant_steps = Atom(len(members), "time"), len(members)
-        axis %= len(first.axes) + 1
-        return replace(first, axes=(*first.axes[:axis], (call.draft.time,), *first.axes[axis:]))
-    whole = time is not None and [m.step for m in members] == list(range(time.size))
-    if (
-        time is None
-        or not whole
-        or any(m.value is not first.value or m.axes != first.axes for m in members)
-    ):
+        time = call.draft.time = Atom(len(members), "time")
+        call.draft.constant_steps = len(members)
+    elif time is None or not _all_steps(members, time):
         raise call.refuse("it stacks something else than all time steps of one value, in order")
     axis %= len(first.axes) + 1
     return Ref(first.value, (*first.axes[:axis], (time,), *first.axes[axis:]))
+
+
+def _all_steps(members: list[Ref], time: Atom) -> bool:
+    first = members[0]
+    same = all(m.value is first.value and m.axes == first.axes for m in members)
+    return same and [m.step for m in members] == list(range(time.size))
 
 
 def _reduced(call: Call, ref: Ref, mode: int, *, keep: bool = False, axis: int = 0) -> Ref:

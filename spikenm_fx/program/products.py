@@ -44,7 +44,7 @@ def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
         whole = math.prod(given.value.layout.size)
         rows = [row.expand(size) if row.numel() == 1 else row for row in rows]
         rows = [r if r.numel() == size else r.repeat(whole // r.numel()) for r in rows]
-    return Ref(call.draft.scaled(given, *rows), given.axes, step)
+    return Ref(call.draft.scaled(given, rows[0], rows[1]), given.axes, step)
 
 
 def _per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:

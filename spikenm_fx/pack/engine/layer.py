@@ -139,7 +139,7 @@ class PackedLayer(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
         counting = sum(layout.nbytes for layout in self._counting.values())
-        derived = (vars(self)[part] for part in PARTS)
+        derived: list[Tensor | None] = [vars(self)[part] for part in PARTS]
         held = (*self.parameters(), *self.buffers(), *(x for x in derived if x is not None))
         return counting + sum(tensor.numel() * tensor.element_size() for tensor in held)
 

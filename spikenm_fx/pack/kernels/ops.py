@@ -118,7 +118,7 @@ def _derived(packed: PackedWeight, kernel: str) -> Layout | Tensor:
     """The layout of a kernel, or the dense weight where it cannot run here."""
     made = _made.setdefault(packed.values.untyped_storage(), {})
     version = 0 if packed.values.is_inference() else packed.values._version
-    key = packed.values.storage_offset(), version, kernel
+    key = int(packed.values.storage_offset()), version, kernel
     if key not in made:
         for old in [k for k in made if k[0] == key[0] and k[1] != key[1]]:
             del made[old]  # other values lay there
