@@ -94,14 +94,16 @@ class Attention(nn.Module):
         """Of the Spike-driven Transformer: a sum of products of spikes, and a mask."""
         q, k, v = (self.per_head(f(x)) for f in (self.q, self.k, self.v))
         mask: Tensor = self.attend((k * v).sum(dim=-2, keepdim=True) * 0.3)
-        return (q * mask).transpose(3, 4).reshape(x.shape)
+        masked: Tensor = q * mask
+        return masked.transpose(3, 4).reshape(x.shape)
 
     def token_mask(self, x: Tensor) -> Tensor:
         """Of QKFormer: which tokens matter, by a sum over the channels of a head."""
         t, b, c, n = x.shape
         q, k = (f(x).reshape(t, b, self.heads, c // self.heads, n) for f in (self.q, self.k))
         mask: Tensor = self.attend(q.sum(dim=3, keepdim=True))
-        return (mask * k).flatten(2, 3)
+        masked: Tensor = mask * k
+        return masked.flatten(2, 3)
 
 
 KINDS = ["spikformer", "keys_first", "by_channels", "driven", "token_mask"]

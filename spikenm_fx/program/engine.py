@@ -128,6 +128,13 @@ class Engine(nn.Module):
     def unfolded(self, x: Tensor) -> Tensor:
         """An input with axes of their own for samples and steps, where they share the first.
 
+        Args:
+            x: ``(samples * steps, *)`` of a network that takes both on one axis; any other shape
+                of another network, which stays as it is.
+
+        Returns:
+            ``(samples, steps, *)``, sharing memory.
+
         Raises:
             PackError: if its first axis is no multiple of what is known of either.
         """
