@@ -17,6 +17,7 @@ from torch import nn
 import spikenm_fx
 from spikenm_fx import Rule
 from spikenm_fx.masks.attach import masked_weights
+from spikenm_fx.pack.kernels import ops
 
 
 def net() -> nn.Module:
@@ -54,6 +55,38 @@ def test_torch_export_in_a_fresh_process(tmp_path) -> None:
         """,
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("backend", ["fma", "event", "dense"])
+def test_an_exported_engine_holds_packed_values_alone(backend, tmp_path, monkeypatch) -> None:
+    """Nothing that a kernel reads is stored: other layouts may do so when it is loaded."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 256, bias=False))
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.view(-1, 8)[:, 1:] = 0
+    x = (torch.rand(5, 256) < 0.3).float()
+    engine = spikenm_fx.pack(model.eval(), x, backend=backend)
+    packed = sum(layer.packed.nbytes for layer in engine)
+    program = torch.export.export(engine, (x,))
+    torch.export.save(program, tmp_path / "engine.pt2")
+    size = (tmp_path / "engine.pt2").stat().st_size
+    dense = sum(w.numel() * 4 for w in model.parameters())
+    assert packed <= size < packed + dense / 8
+    loaded = torch.export.load(tmp_path / "engine.pt2").module()
+    derived = []
+    for name in ("layout_for", "unpack_weight"):
+        real = getattr(ops, name)
+
+        def watched(*args, real=real):
+            derived.append(args)
+            return real(*args)
+
+        monkeypatch.setattr(ops, name, watched)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), engine(x))
+        assert torch.equal(loaded(x), engine(x))
+    assert len(derived) == 2  # of two layers, once each: now, not when it was stored
 
 
 def test_engines_in_a_fresh_process(tmp_path) -> None:

@@ -13,9 +13,10 @@ from program_strategies import RuleNeuron
 from test_program import LIF, program, reset
 from torch import Tensor, nn
 
+from spikenm_fx.bench.zoo import BRAINCOG_NEVER_USES
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import native_status, packing
-from spikenm_fx.recipe.stand_in import standing_in
+from spikenm_fx.recipe.stand_in import stand_in
 
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 
@@ -86,21 +87,23 @@ class Attention(nn.Module):
         t, b, c, n = x.shape
         y = self.qkv(x).reshape(t, b, 3, self.heads, c // self.heads, n).flatten(2, 3)
         q, k, v = y.chunk(3, dim=2)
-        fired: Tensor = self.attend(q @ k.transpose(-2, -1) @ v * 0.125)
-        return fired.reshape(t, b, c, n)
+        fired: Tensor = self.attend(q @ k.transpose(-2, -1) @ v * 0.125).reshape(t, b, c, n)
+        return fired
 
     def driven(self, x: Tensor) -> Tensor:
         """Of the Spike-driven Transformer: a sum of products of spikes, and a mask."""
         q, k, v = (self.per_head(f(x)) for f in (self.q, self.k, self.v))
         mask: Tensor = self.attend((k * v).sum(dim=-2, keepdim=True) * 0.3)
-        return (q * mask).transpose(3, 4).reshape(x.shape)
+        masked: Tensor = q * mask
+        return masked.transpose(3, 4).reshape(x.shape)
 
     def token_mask(self, x: Tensor) -> Tensor:
         """Of QKFormer: which tokens matter, by a sum over the channels of a head."""
         t, b, c, n = x.shape
         q, k = (f(x).reshape(t, b, self.heads, c // self.heads, n) for f in (self.q, self.k))
         mask: Tensor = self.attend(q.sum(dim=3, keepdim=True))
-        return (mask * k).flatten(2, 3)
+        masked: Tensor = mask * k
+        return masked.flatten(2, 3)
 
 
 KINDS = ["spikformer", "keys_first", "by_channels", "driven", "token_mask"]
@@ -126,11 +129,11 @@ class Made(nn.Module):
 
     def __init__(self, operation: Callable[[Tensor], Tensor] | None, width: int) -> None:
         super().__init__()
-        self.operation = operation or (lambda y: self.norm(y.movedim(2, -1)))
         self.stem, self.fire = nn.Conv2d(2, 8, 3, padding=1), RuleNeuron(LIF)
         self.norm = nn.LayerNorm(8)
         self.norm.weight.data.uniform_(0.5, 2)
         self.norm.bias.data.uniform_(-1, 1)
+        self.operation = operation or (lambda y: self.norm(y.movedim(2, -1)))
         self.head = nn.Linear(width, 5)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +249,7 @@ def test_norse_models_that_return_their_state() -> None:
 
 
 SMALL = {"T": 2, "num_classes": 5, "mlp_ratio": 2.0}
-JELLY = {
+JELLY: dict[str, dict[str, Any]] = {
     "spikformer:Spikformer": {
         **SMALL, "img_size_h": 32, "img_size_w": 32, "patch_size": 4, "embed_dims": 16,
         "num_heads": 2, "depths": 1,
@@ -280,14 +283,15 @@ def test_samples_and_steps_on_one_axis(known: str) -> None:
     size = {known: B if known == "batch_size" else T}
     body = (nn.Conv2d(2, 4, 3), layers.IAFSqueeze(**size), nn.AvgPool2d(2), nn.Flatten())
     model, x = nn.Sequential(*body, nn.Linear(16, 3)).eval(), torch.rand(B * T, 2, 6, 6)
+    fire: Any = model[1]
     engine = program(model, x)
     assert engine.example_shape == (B * T, 2, 6, 6)
     more = torch.cat([x, x])
     with torch.no_grad():
-        model[1].reset_states()
+        fire.reset_states()
         torch.testing.assert_close(engine(more), model(more))
         engine.reset()
-        model[1].reset_states()
+        fire.reset_states()
         frames = x.unflatten(0, (B, T) if known == "batch_size" else (-1, T))
         steps = torch.stack([engine.step(frame) for frame in frames.unbind(1)], 1)
         torch.testing.assert_close(steps.flatten(0, 1), model(x))
@@ -316,9 +320,8 @@ class LayerByLayer(nn.Module):
 @pytest.mark.parametrize("resets", [False, True])
 def test_braincog_folds_time_into_the_batch(resets: bool) -> None:
     """Its nodes see both axes as one, time first; its networks may reset themselves."""
-    pytest.importorskip("braincog")
-    with standing_in(["torchvision"], {}):
-        node = importlib.import_module("braincog.base.node.node")
+    stand_in(*BRAINCOG_NEVER_USES)
+    node = pytest.importorskip("braincog.base.node.node")
     torch.manual_seed(0)
     model, x = lively(LayerByLayer(node, resets=resets)), 3 * torch.rand(B, 2, 6, 6)
     engine = program(model, x)

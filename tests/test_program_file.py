@@ -15,7 +15,7 @@ import pytest
 import torch
 from program_strategies import RuleNeuron
 from test_program import LIF, STEP, program
-from torch import nn
+from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.errors import PackedFileError, SpikeNMError
@@ -26,6 +26,15 @@ from spikenm_fx.program.image import DIGEST, PROGRAM, sealed
 pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 
 MUTATIONS = 1000
+
+
+class Weighed(nn.Module):
+    """Half of the channels, each times the mean of the others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, last = x.chunk(2, dim=1)
+        y: Tensor = first * last.mean(1, keepdim=True)
+        return y
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +49,10 @@ def engine() -> Engine:
         nn.Conv2d(6, 8, 3, groups=2),
         RuleNeuron(STEP),
         nn.AvgPool2d(2),
+        Weighed(),
         nn.Flatten(),
-        nn.Linear(8, 5),
+        nn.Linear(4, 5),
+        nn.LayerNorm(5),
     )
     return program(model.eval(), torch.rand(2, 2, 8, 8))
 
@@ -91,7 +102,7 @@ def test_its_weights_are_a_packed_file(engine: Engine, tmp_path: Path) -> None:
     """``load_packed`` reads them by the names of the layers."""
     engine.save(tmp_path / "net.snm")
     weights, tensors = load_packed(tmp_path / "net.snm")
-    assert set(weights) == {"0", "4", "8"}
+    assert set(weights) == {"0", "4", "9"}
     assert tensors[PROGRAM].dtype == torch.int64
 
 

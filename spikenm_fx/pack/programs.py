@@ -143,16 +143,20 @@ def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor, result
     shape, time_axis, free = engine._net.input()
     batch = [i for i, is_free in enumerate(free) if is_free and i != time_axis]
     whole = engine.unfolded(x)
-    joined = (lambda y: y) if lowered.folded is None else (lambda y: y.flatten(0, 1))
     fixed = "" if lowered.folded is None else lowered.folded[0]
     more = torch.cat([whole, whole], dim=batch[0]) if batch else whole
-    if fixed == "batch" or (batch and _differs(model, engine, lowered, joined(more))):
+    if fixed == "batch" or (batch and _differs(model, engine, lowered, _folded(lowered, more))):
         lowered.program.only_images = math.prod(shape[i] for i in batch)
     if time_axis >= 0:
         last = whole.narrow(time_axis, shape[time_axis] - 1, 1)
         longer = torch.cat([whole, last], dim=time_axis)
-        if fixed == "steps" or _differs(model, engine, lowered, joined(longer)):
+        if fixed == "steps" or _differs(model, engine, lowered, _folded(lowered, longer)):
             lowered.program.only_steps = shape[time_axis]
+
+
+def _folded(lowered: Lowered, whole: Tensor) -> Tensor:
+    """An input as the model takes it, of one with axes of their own for samples and steps."""
+    return whole if lowered.folded is None else whole.flatten(0, 1)
 
 
 def _differs(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> bool:

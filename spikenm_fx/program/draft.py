@@ -89,6 +89,9 @@ class State:
 class Rest:
     """A state before the first step: zeros, or nothing at all."""
 
+    def __repr__(self) -> str:
+        return "a state at rest"
+
 
 REST = Rest()
 

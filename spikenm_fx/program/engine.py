@@ -157,6 +157,13 @@ class Engine(nn.Module):
     def unfolded(self, x: Tensor) -> Tensor:
         """An input with axes of their own for samples and steps, where they share the first.
 
+        Args:
+            x: ``(samples * steps, *)`` of a network that takes both on one axis; any other shape
+                of another network, which stays as it is.
+
+        Returns:
+            ``(samples, steps, *)``, sharing memory.
+
         Raises:
             PackError: if its first axis is no multiple of what is known of either.
         """
@@ -169,10 +176,8 @@ class Engine(nn.Module):
                 f"axis 0 of the input has size {x.shape[0]}; it holds {known} {what}, and must be "
                 "a multiple of that"
             )
-        shape = (
-            (known, x.shape[0] // known) if self._folded[1] < 0 else (x.shape[0] // known, known)
-        )
-        return x.unflatten(0, shape)
+        whole: Tensor = x.unflatten(0, self._folded)
+        return whole
 
     def train(self, mode: bool = True) -> Engine:
         """Engines only run.

@@ -13,8 +13,8 @@ from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, si
 from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Partial, Ref, State, Value
-from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.neurons import Returned
+from spikenm_fx.program.pools import POOLS, pooled
 from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed, with_constant
 
 __all__ = ["FUNCTIONS"]
@@ -169,20 +169,20 @@ def _stack(call: Call) -> Ref:
     time = call.draft.time
     if not members or not all(isinstance(m, Ref) for m in members):
         raise call.refuse("it stacks what are no time steps")
-    first = members[0]
+    first: Ref = members[0]
     if all(m == first for m in members) and first.step is None and time is None:
-        call.draft.time, call.draft.constant_steps = Atom(len(members), "time"), len(members)
-        axis %= len(first.axes) + 1
-        return replace(first, axes=(*first.axes[:axis], (call.draft.time,), *first.axes[axis:]))
-    whole = time is not None and [m.step for m in members] == list(range(time.size))
-    if (
-        time is None
-        or not whole
-        or any(m.value is not first.value or m.axes != first.axes for m in members)
-    ):
+        time = call.draft.time = Atom(len(members), "time")
+        call.draft.constant_steps = len(members)
+    elif time is None or not _all_steps(members, time):
         raise call.refuse("it stacks something else than all time steps of one value, in order")
     axis %= len(first.axes) + 1
     return Ref(first.value, (*first.axes[:axis], (time,), *first.axes[axis:]))
+
+
+def _all_steps(members: list[Ref], time: Atom) -> bool:
+    first = members[0]
+    same = all(m.value is first.value and m.axes == first.axes for m in members)
+    return same and [m.step for m in members] == list(range(time.size))
 
 
 def _reduced(call: Call, ref: Ref, mode: int, *, keep: bool = False, axis: int = 0) -> Ref:
@@ -226,7 +226,7 @@ def _over(call: Call, *, mean: bool) -> Ref:
 
 
 def _global_mean(call: Call, ref: Ref, dims: list[int], *, keep: bool) -> Ref:
-    value, step = _pooled(call, ref, 3, (1, 1)), call.draft.step_of(call.where, ref)
+    value, step = pooled(call, ref, 3, (1, 1)), call.draft.step_of(call.where, ref)
     kept = [(() if i in dims else g) for i, g in enumerate(ref.axes) if keep or i not in dims]
     return Ref(value, tuple(kept), step)
 
@@ -380,67 +380,6 @@ def _relu(call: Call) -> Ref:
     return replace(ref, value=made, step=call.draft.step_of(call.where, ref))
 
 
-# -- pools ----------------------------------------------------------------------------------------
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _max_pool(call: Call) -> Ref:
-    if call.get(6, "return_indices", False):
-        raise call.refuse("it returns indices")
-    kernel = _pair(call.get(1, "kernel_size"))
-    stride = _pair(call.get(2, "stride") or kernel)
-    padding, dilation = _pair(call.get(3, "padding", 0)), _pair(call.get(4, "dilation", 1))
-    return _pool(call, 0, (*kernel, *stride, *padding, *dilation, 0, 0))
-
-
-def _avg_pool(call: Call) -> Ref:
-    kernel = _pair(call.get(1, "kernel_size"))
-    stride = _pair(call.get(2, "stride") or kernel)
-    padding = _pair(call.get(3, "padding", 0))
-    counts = int(call.get(5, "count_include_pad", True))
-    divisor = call.get(6, "divisor_override") or 0
-    return _pool(call, 1, (*kernel, *stride, *padding, 1, 1, counts, divisor))
-
-
-def _adaptive_max(call: Call) -> Ref:
-    return _pool(call, 2, ())
-
-
-def _adaptive_mean(call: Call) -> Ref:
-    return _pool(call, 3, ())
-
-
-def _pool(call: Call, mode: int, settings: tuple[int, ...]) -> Ref:
-    ref = call.ref()
-    see_features(call.where, ref, 2)
-    assert call.shape is not None
-    value = _pooled(call, ref, mode, (call.shape[-2], call.shape[-1]), settings)
-    layout = value.layout
-    pixels = (layout.height, layout.width)
-    axes = (*ref.axes[:-2], *((p,) for p in pixels if p is not None))
-    return Ref(value, axes, call.draft.step_of(call.where, ref))
-
-
-def _pooled(
-    call: Call, ref: Ref, mode: int, size: tuple[int, int], settings: tuple[int, ...] = ()
-) -> Value:
-    old = ref.value.layout
-    key = (Code.POOL, mode, size, settings)
-
-    def make() -> tuple[Value, ...]:
-        height, width = (Atom(n, "pixels") for n in size)
-        atoms = (*old.lead, *(old.channels or ()), height, width)
-        layout = Layout(atoms, old.channels, height, width)
-        bits = ref.value.bits and mode == 0
-        full = (mode, *(settings or (1, 1, 1, 1, 0, 0, 1, 1, 0, 0)))
-        return (call.draft.apply(Code.POOL, layout, ref, settings=full, bits=bits),)
-
-    return call.draft.once(key, make, ref)[0]
-
-
 FUNCTIONS: dict[str, Function] = {
     **dict.fromkeys(("detach", "clone", "contiguous", "identity", "dropout", "alias"), _same),
     **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d"), _same),
@@ -467,9 +406,6 @@ FUNCTIONS: dict[str, Function] = {
     "div": _div,
     "cat": _cat,
     "relu": _relu,
-    "max_pool2d": _max_pool,
-    "avg_pool2d": _avg_pool,
-    "adaptive_max_pool2d": _adaptive_max,
-    "adaptive_avg_pool2d": _adaptive_mean,
+    **POOLS,
 }
 """What becomes of an operation, by its name as :func:`spikenm_fx.trace.analysis.ops.op_name`."""

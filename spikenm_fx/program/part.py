@@ -28,7 +28,11 @@ class ProgramPart(nn.Module):
         super().train(False)
 
     def forward(self, x: Tensor) -> Any:
-        """What the modules gave; tensors that are not there yet are computed first."""
+        """What the modules gave; tensors that are not there yet are computed first.
+
+        Args:
+            x: of the shape that the first of the modules takes.
+        """
         materialize = getattr(x, "materialize", None)
         return self.engine(x if materialize is None else materialize())
 

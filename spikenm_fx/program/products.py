@@ -32,6 +32,9 @@ def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
         given: a value of the program.
         factor: a number, or a tensor that torch would broadcast with ``given``.
         shift: alike.
+
+    Raises:
+        NotLowered: where the tensors differ between time steps or samples.
     """
     if not isinstance(given, Ref):
         raise call.refuse("it works on what is no value of the program")
@@ -44,7 +47,7 @@ def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
         whole = math.prod(given.value.layout.size)
         rows = [row.expand(size) if row.numel() == 1 else row for row in rows]
         rows = [r if r.numel() == size else r.repeat(whole // r.numel()) for r in rows]
-    return Ref(call.draft.scaled(given, *rows), given.axes, step)
+    return Ref(call.draft.scaled(given, rows[0], rows[1]), given.axes, step)
 
 
 def _per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
@@ -76,7 +79,11 @@ def _per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
 
 
 def matmul(call: Call) -> Ref:
-    """``a @ b`` within each token; all other axes are the same in both."""
+    """``a @ b`` within each token; all other axes are the same in both.
+
+    Raises:
+        NotLowered: where it mixes time steps or samples.
+    """
     a, b = call.ref(0), call.ref(1)
     step = call.draft.step_of(call.where, a, b)
     if len(a.axes) != len(b.axes) or len(a.axes) < 2:
@@ -104,7 +111,11 @@ def matmul(call: Call) -> Ref:
 
 
 def broadcast(call: Call, mode: int) -> Ref:
-    """A sum or product of two tensors, one of which may be repeated along some axes."""
+    """A sum or product of two tensors, one of which may be repeated along some axes.
+
+    Raises:
+        NotLowered: where their axes do not meet.
+    """
     a, b = call.ref(0), call.ref(1)
     step = call.draft.step_of(call.where, a, b)
     rank = max(len(a.axes), len(b.axes))
@@ -207,7 +218,11 @@ def _shared(
 
 
 def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
-    """One of the equal parts of an axis of a token."""
+    """One of the equal parts of an axis of a token.
+
+    Raises:
+        NotLowered: for other parts, and for axes of pixels, time or batch.
+    """
     axis %= len(ref.axes)
     _features(call, ref, ref.axes[axis])
     whole = size_of(ref.axes[axis])

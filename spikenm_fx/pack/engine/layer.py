@@ -20,7 +20,7 @@ from spikenm_fx.pack.engine.protocol import Choice
 from spikenm_fx.pack.engine.spikes import WORD, SpikeBits
 from spikenm_fx.pack.kernels.cpu import LayerShape, is_channels_last, run_layer, run_spikes
 from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
-from spikenm_fx.pack.kernels.ops import geometry_list, sparse_layer
+from spikenm_fx.pack.kernels.ops import SMALL, geometry_list, sparse_layer, sparse_layer_as_stored
 from spikenm_fx.pack.kernels.reference import dense_layer, packed_layer
 from spikenm_fx.pack.weights.counts import weight_for_counts
 from spikenm_fx.pack.weights.format import PackedWeight, unpack_weight
@@ -52,6 +52,11 @@ class PackedLayer(nn.Module):
     indices: Tensor
     scale: Tensor | None
     bias: Tensor | None
+    _weights: Tensor | None
+    _codes: Tensor | None
+    _blocks: Tensor | None
+    _row_scale: Tensor | None
+    _dense: Tensor | None
 
     def __init__(
         self,
@@ -76,8 +81,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("scale", packed.scale)
         own_bias = None if bias is None else _frozen(bias.detach().float().clone())
         self.register_parameter("bias", own_bias)
-        for part in PARTS:
-            self.register_buffer(part, None, persistent=False)
+        self._forget(*PARTS)  # no buffers: what is derived is in no state_dict, and in no export
         self.register_load_state_dict_post_hook(_prepare_again)  # type: ignore[no-untyped-call]
         self._kind = 0
         self._counting: dict[tuple[int, float], Layout] = {}  # by code of the counts
@@ -138,8 +142,9 @@ class PackedLayer(nn.Module):
     def resident_bytes(self) -> int:
         """Bytes of everything this layer keeps in memory."""
         counting = sum(layout.nbytes for layout in self._counting.values())
-        held = {t.data_ptr(): t.numel() * t.element_size() for t in self.parameters()}
-        held |= {t.data_ptr(): t.numel() * t.element_size() for t in self.buffers()}
+        derived: list[Tensor | None] = [vars(self)[part] for part in PARTS]
+        every = (*self.parameters(), *self.buffers(), *(x for x in derived if x is not None))
+        held = {t.data_ptr(): t.numel() * t.element_size() for t in every}
         return counting + sum(held.values())
 
     def candidates(self) -> list[Choice]:
@@ -180,16 +185,14 @@ class PackedLayer(nn.Module):
 
     def prefer_channels_last(self) -> None:
         """Run as torch's dense layer in that memory format, whatever that of the input is."""
-        dense = self._buffers["_dense"]
+        dense = self._dense
         if dense is not None and dense.dim() == 4:
             self._dense = dense.clone(memory_format=torch.channels_last)
 
     def fixed_tensors(self) -> list[Tensor]:
         """Packed weight and what was derived of it: no forward writes into them."""
-        held = [
-            self.values,
-            *(self._buffers.get(key) for key in ("indices", "scale", "_own", *PARTS)),
-        ]
+        buffers = (self._buffers.get(key) for key in ("indices", "scale", "_own"))
+        held = [self.values, *buffers, *(vars(self)[part] for part in PARTS)]
         return [tensor for tensor in held if tensor is not None]
 
     def _lay_out(self) -> None:
@@ -199,7 +202,7 @@ class PackedLayer(nn.Module):
         self._kind = layout.kind
 
     def _forget(self, *parts: str) -> None:
-        self._buffers.update(dict.fromkeys(parts))
+        vars(self).update(dict.fromkeys(parts))
 
     def expect_counts(self) -> None:
         """Drop the layout for plain spikes where there is one for counts; it returns on demand."""
@@ -210,7 +213,7 @@ class PackedLayer(nn.Module):
         """Run as another layer of the same weight does; shares what that one has prepared."""
         self.choice, self._kind = prepared.choice, prepared._kind
         for part in PARTS:
-            self._buffers[part] = prepared._buffers[part]
+            vars(self)[part] = vars(prepared)[part]
         self._counting = prepared._counting
 
     def layout(self, code: tuple[int, float] = (1, 1.0)) -> Layout:
@@ -267,7 +270,7 @@ class PackedLayer(nn.Module):
     def _directly(self, x: Tensor) -> Tensor | None:
         """Torch's layer at once, where nothing but that is to be done: small layers notice."""
         own = self.__dict__
-        dense = own["_buffers"]["_dense"]
+        dense = own["_dense"]
         if dense is None or own["waits"] or own["meter"] is not None or type(x) is not Tensor:
             return None
         if x.dtype is not torch.float32 or x.requires_grad or not x.is_cpu:
@@ -288,7 +291,20 @@ class PackedLayer(nn.Module):
         if spatial:
             x = x.reshape(-1, *x.shape[x.dim() - spatial - 1 :])
         y: Tensor
-        if self._weights is None:
+        if torch.compiler.is_exporting():
+            # what is stored may meet other layouts when it is loaded: the operator makes its own
+            y = sparse_layer_as_stored(
+                x,
+                self.values,
+                self.indices,
+                self.scale,
+                self.bias,
+                list(self.weight_shape),
+                geometry_list(self.geometry),
+                [self.nm.keep, self.nm.of],
+                SMALL if self.small and self.choice == "fma" else self.choice,
+            )
+        elif self._weights is None:
             weight = self.weight if self._dense is None else self._dense
             y = dense_layer(x, weight, self.bias, self.geometry)
             y = y if is_channels_last(x) else y.contiguous()
@@ -321,7 +337,7 @@ class PackedLayer(nn.Module):
                 replaces; lazy values count as contiguous.
         """
         rows = rows or self.geometry.kind == "linear"
-        dense = self._buffers["_dense"]  # not by attribute: tiny layers take microseconds
+        dense = self._dense
         if dense is not None and type(x) is Tensor:
             plainly = dense_layer(x, dense, self._parameters["bias"], self.geometry)
             return plainly if rows or is_channels_last(x) else plainly.contiguous()
