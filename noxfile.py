@@ -132,6 +132,9 @@ def docs(session: nox.Session) -> None:
     shutil.rmtree(out, ignore_errors=True)
     options = ("--docformat", "google", "--no-show-source", "--output-directory", str(out))
     session.run("pdoc", *options, *documented())
+    for page in out.rglob("*.html"):  # it leaves Sphinx's sign for a short name where it is
+        text = page.read_text(encoding="utf-8")
+        page.write_text(text.replace("<code>~", "<code>"), encoding="utf-8")
     session.log(f"open {(out / 'index.html').resolve()}")
 
 
@@ -213,7 +216,7 @@ def without_compiler(session: nox.Session) -> None:
     if "WITHOUT its compiled kernels" not in str(said):
         session.error(f"the build does not say that the kernels are left out:\n{said}")
     (pure,) = built.glob("*-none-any.whl")
-    python = clean_environment(session, pure)
+    python = clean_environment(session, pure, again=True)
     status = kernel_status(session, python, SPIKENM_FX_CACHE=str(empty))
     if "available=False" not in status:
         session.error(f"there should be no kernels: {status}")
@@ -275,13 +278,22 @@ def empty_folders(session: nox.Session, *names: str) -> list[Path]:
     return folders
 
 
-def clean_environment(session: nox.Session, wheel: Path, *others: str) -> Path:
-    """Interpreter of a new environment with this wheel and what it depends on, nothing else."""
-    (folder,) = empty_folders(session, "clean")
-    session.run("python", "-m", "venv", str(folder))
+def clean_environment(session: nox.Session, wheel: Path, *others: str, again: bool = False) -> Path:
+    """Interpreter of a new environment with this wheel and what it depends on, nothing else.
+
+    ``again``: of the one that another session made, if one did, with this wheel for its own: an
+    installation of torch less.
+    """
+    folder = Path(session.cache_dir).resolve() / "clean"
     python = folder / "bin" / "python"
+    pip = (str(python), "-m", "pip")
+    if again and python.exists():
+        session.run(*pip, "uninstall", "--quiet", "--yes", "spikenm_fx", external=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        session.run("python", "-m", "venv", str(folder))
     wanted = (*groups("demo"), *others, str(wheel))
-    session.run(str(python), "-m", "pip", "install", "--quiet", *wanted, external=True)
+    session.run(*pip, "install", "--quiet", *wanted, external=True)
     return python
 
 

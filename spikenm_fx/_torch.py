@@ -233,7 +233,7 @@ class DispatchMode(TorchDispatchMode):
         if dynamo_is_imported() and not cls._is_never_compiled:
             cls.__torch_dispatch__ = disable_dynamo(cls.__torch_dispatch__)  # type: ignore[method-assign]
             cls._is_never_compiled = True
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snn_strategies import random_nets
 from torch import Tensor, nn
+from zoo_cases import build
 
 import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.permutation import in_double, outputs_of
-from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.channels import remove_channels, remove_dead_channels
 from spikenm_fx.channels.blocks import Columns, staying
 from spikenm_fx.channels.left_alone import named_tensors
@@ -465,10 +465,8 @@ def kill_some(model: nn.Module, x: tuple[Tensor, ...]) -> int:
 @pytest.mark.parametrize("name", WHOLE)
 def test_whole_models_agree_after_removal(name: str) -> None:
     """Residual streams, attention, flattened maps: float64 outputs to 1e-8 on other inputs."""
-    if not ZOO[name].available:
-        pytest.skip("framework not installed")
     # built twice: a copy of an snnTorch model is not reset by snnTorch
-    case, reference = ZOO[name].build(), ZOO[name].build()
+    case, reference = build(name), build(name)
     assert kill_some(case.model, case.inputs) == kill_some(reference.model, reference.inputs) > 0
     saved = remove_dead_channels(case.model, case.inputs, nm="1:32")
     assert saved.removed > 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled mask kernels against the torch path, at every ISA level of this machine."""
 
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -192,6 +193,15 @@ def test_gradients_of_odd_logits_stay_finite(level: str, case: Blocks) -> None:
         assert _gradient(case).isfinite().all()
 
 
+@functools.cache
+def _close_together(keep: int, m: int, inner: int) -> tuple[Blocks, Tensor, Tensor]:
+    """Blocks of logits that hardly differ, and what torch makes of them: once for all levels."""
+    logits = torch.randn(400_000 // inner, m, inner, generator=torch.Generator().manual_seed(1))
+    case = Blocks(logits * 0.01, keep, 100.0, 1.0, noise_key(3, 1, "layer"), None)
+    with torch_path():
+        return case, _draw(case), _gradient(case)
+
+
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(
@@ -199,10 +209,7 @@ def test_gradients_of_odd_logits_stay_finite(level: str, case: Blocks) -> None:
 )
 def test_near_ties_are_rare(level: str, keep: int, m: int, inner: int) -> None:
     """Of many blocks at most one in 10^5 differs from torch, in the mask or in its gradient."""
-    logits = torch.randn(400_000 // inner, m, inner, generator=torch.Generator().manual_seed(1))
-    case = Blocks(logits * 0.01, keep, 100.0, 1.0, noise_key(3, 1, "layer"), None)
-    with torch_path():
-        mask, gradient = _draw(case), _gradient(case)
+    case, mask, gradient = _close_together(keep, m, inner)
     with kernels_of(level):
         flips = _blocks_that_differ(_draw(case), mask)
         steps = _blocks_that_differ(_gradient(case), gradient, rtol=1e-4)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack_strategies import prune
 from torch import Tensor, nn
+from zoo_cases import quarter_width
 
 from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import LayerGeometry, PackedLayer, native_status, pack, pack_weight, packing
@@ -316,7 +317,8 @@ def test_whole_networks_against_the_eager_model(name, backend):
     from spikenm_fx.bench.network import agreement
 
     torch.manual_seed(0)
-    network = subjects.NETWORKS[name]()
+    with quarter_width(f"spikingjelly/{name}"):
+        network = subjects.NETWORKS[name]()
     subjects.prune(network.model, NM(2, 4))
     x = network.inputs(1)
     rates = subjects.calibrate_rates(network, x, 0.1)

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from pack_strategies import prune
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from zoo_cases import build
 
 from spikenm_fx import sparsify
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.zoo import Case
 from spikenm_fx.errors import PackError
 from spikenm_fx.native.library import available_kernels
 from spikenm_fx.pack import PackedLayer, load_packed, native_status, pack, packing, save_packed
@@ -45,9 +46,7 @@ NETWORKS = [
 
 
 def _case(name: str, nm: str = "2:4") -> Case:
-    if not ZOO[name].available:
-        pytest.skip(f"{ZOO[name].framework} is not installed")
-    case = ZOO[name].build()
+    case = build(name)
     for module in case.model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             module.weight.data = prune(module.weight.data, NM.parse(nm))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from zoo_cases import build
 
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.zoo import Case
 from spikenm_fx.pack.check.agreement import ROUNDING, TIES, agreement
 from spikenm_fx.pack.check.forced import forced
 from spikenm_fx.trace import find_neurons
@@ -26,9 +27,7 @@ FRAMEWORKS = [
 
 
 def case_of(name: str) -> Case:
-    if not ZOO[name].available:
-        pytest.skip(f"{ZOO[name].framework} is not installed")
-    return ZOO[name].build()
+    return build(name)
 
 
 def run_of(case: Case) -> Any:

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from snn_strategies import random_nets
 from torch import Tensor, nn
+from zoo_cases import build
 
 import spikenm_fx
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.permutation import in_double, outputs_of, staying
-from spikenm_fx.bench.zoo import ZOO, Case
+from spikenm_fx.bench.zoo import Case
 from spikenm_fx.channels import (
     Permutation,
     apply_permutation,
@@ -80,10 +81,8 @@ def magnitude_kept(model: nn.Module, plan: spikenm_fx.Plan) -> float:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_permuted_model_computes_the_same_and_keeps_more(name: str) -> None:
     """Float64 outputs to 1e-8, spikes exactly; producers alone change them."""
-    if not ZOO[name].available:
-        pytest.skip("framework not installed")
     torch.manual_seed(1)
-    case = ZOO[name].build()
+    case = build(name)
     everything = [spikenm_fx.Rule("re:.*", nm=NM(2, 4), remainder="pad")]
     plan = spikenm_fx.plan(case.model, example_inputs=case.inputs, rules=everything)
     found = plan_permutation(case.model, case.inputs, plan)

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from zoo_cases import build
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.bench.tracing import refusal, train_sparse
@@ -16,9 +19,7 @@ from spikenm_fx.trace import SpikingGraph, trace
 
 
 def traced(name: str) -> tuple[Case, SpikingGraph]:
-    if not ZOO[name].available:
-        pytest.skip(f"{ZOO[name].framework} is not installed")
-    case = ZOO[name].build()
+    case = build(name)
     return case, trace(case.model, case.inputs)
 
 
@@ -253,9 +254,7 @@ def test_time_axis_is_named() -> None:
 @pytest.mark.parametrize("name", RUNNING)
 def test_sparse_training_on_every_model(name: str) -> None:
     """Each model of the list can be sparsified, trained a step, folded, and is then N:M."""
-    if not ZOO[name].available:
-        pytest.skip(f"{ZOO[name].framework} is not installed")
-    assert train_sparse(ZOO[name].build) == "ok"
+    assert train_sparse(partial(build, name)) == "ok"
 
 
 @pytest.mark.parametrize("name", [n for n in ZOO if n not in RUNNING])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
+from zoo_cases import build
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF, StatefulLIF
 from spikenm_fx.bench.permutation import other_order
@@ -48,10 +49,8 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
 @pytest.mark.parametrize("name", DOUBLE)
 def test_groups_permute_exactly(name: str) -> None:
     """Unfrozen groups leave float64 outputs equal to 1e-8; their producers alone do not."""
-    if not ZOO[name].available:
-        pytest.skip("framework not installed")
     torch.manual_seed(1)
-    case = ZOO[name].build()
+    case = build(name)
     case.model.double()
     groups = coupled_groups(trace(case.model, case.inputs))
     before = outputs(case)

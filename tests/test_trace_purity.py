@@ -17,12 +17,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo_cases import build
 
 import spikenm_fx
 from spikenm_fx import Rule
 from spikenm_fx.bench.nets.handwritten import FunctionalNet, ModuleNet, SequenceLIF, StatefulNet
 from spikenm_fx.bench.tracing import ALLOWED_BYTES, _forward, _peak
-from spikenm_fx.bench.zoo import ZOO
 from spikenm_fx.errors import TraceError
 from spikenm_fx.trace import Limits, trace
 
@@ -118,9 +118,7 @@ def test_everything_is_put_back(fails: bool) -> None:
 )
 def test_live_state_survives(name: str) -> None:
     """Membranes left from before are ignored by the trace and still there after it."""
-    if not ZOO[name].available:
-        pytest.skip("framework not installed")
-    case = ZOO[name].build()
+    case = build(name)
     other = tuple(torch.cat([x, x], dim=0) for x in case.inputs)
     out = case.model(*other)
     before = list(states(case.model))
@@ -353,9 +351,7 @@ MEASURED = (
 @pytest.mark.parametrize("name", MEASURED)
 def test_memory_is_bounded(name: str) -> None:
     """At most twice what a forward takes, and 16 KiB, which only tiny models feel."""
-    if not ZOO[name].available:
-        pytest.skip(f"{ZOO[name].framework} is not installed")
-    case = ZOO[name].build()
+    case = build(name, whole=True)
     forward = _peak(lambda: _forward(case))
     assert forward > 0
     assert _peak(lambda: trace(case.model, case.inputs)) <= 2 * forward + ALLOWED_BYTES

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from snn_strategies import random_nets
 from torch import Tensor, nn
+from zoo_cases import build
 
 from spikenm_fx.bench.tracing import Row, _edges_by_measurement, _inputs_by_measurement
-from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
+from spikenm_fx.bench.zoo import RUNNING, Case
 from spikenm_fx.report import signal_kind
 from spikenm_fx.trace import coupled_groups, permute_channels, trace
 from spikenm_fx.trace.analysis.signal import ANALOG, SPIKE, Signal, join
@@ -22,9 +23,7 @@ QUICK = [n for n in RUNNING if "vgg" not in n and "50" not in n and not n.endswi
 @pytest.mark.parametrize("name", QUICK)
 def test_spike_edges_carry_only_spikes(name: str) -> None:
     """In real forwards on random inputs no edge marked spike carries anything but {0,1}."""
-    if not ZOO[name].available:
-        pytest.skip("framework not installed")
-    case = ZOO[name].build()
+    case = build(name)
     graph, row = trace(case.model, case.inputs), Row(name)
     _edges_by_measurement(row, case, graph, seeds=2)
     _inputs_by_measurement(row, case, graph, seeds=3)
