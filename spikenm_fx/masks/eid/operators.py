@@ -91,7 +91,7 @@ def tell_of_layer(ticket: Tensor, args: tuple[Any, ...], output: Any) -> None:
     """Let the graph tell that a layer was called.
 
     Args:
-        ticket: of its hook.
+        ticket: of its hook, a scalar.
         args: what it was called with.
         output: what it gave.
     """
@@ -129,7 +129,7 @@ def tell_of_call(ticket: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """Before a module with watched layers is compiled: look at what its graph will not tell.
 
     Args:
-        ticket: of its hook.
+        ticket: of its hook, a scalar.
         args: of the call that it is compiled for.
         kwargs: likewise.
     """
@@ -144,7 +144,7 @@ def lies_elsewhere(ticket: Tensor) -> bool:
     """Whether the neuron's inputs lie in memory otherwise than the outputs of the layer do.
 
     Args:
-        ticket: of the hook of a layer.
+        ticket: of the hook of a layer, a scalar.
     """
     hook: LayerHook = _hooks[int(ticket)]
     return hook.source.same_order is False
@@ -263,8 +263,8 @@ def slopes_at_input(ticket: Tensor, current: Tensor) -> Tensor:
     """Slopes of the call that a neuron was just seen to get; zeros where it is not kept.
 
     Args:
-        ticket: of its hook.
-        current: its input.
+        ticket: of its hook, a scalar.
+        current: its input, of any shape.
     """
     hook: NeuronHook | None = _hooks.get(int(ticket))
     calls = hook.neuron.calls[-1:] if hook is not None else []
@@ -281,9 +281,9 @@ def saw_slopes(ticket: Tensor, place: int, slopes: Sequence[Tensor]) -> None:
     """Slopes at a neuron's input were brought to the outputs of a layer.
 
     Args:
-        ticket: of the neuron's hook.
+        ticket: of the neuron's hook, a scalar.
         place: of the layer in the watch.
-        slopes: one for each call of the layer.
+        slopes: one for each call of the layer, of the shape of its output.
     """
     hook: NeuronHook | None = _hooks.get(int(ticket))
     if hook is None:

@@ -79,7 +79,7 @@ class Source:
         return kept
 
     def take_back(self, kept: tuple[Any, ...]) -> None:
-        """Undo :meth:`put_aside`."""
+        """Keep of this step what was kept before :meth:`put_aside`, which returned it."""
         self.uses, self.mapped, self.late = kept
 
     @property
@@ -120,7 +120,7 @@ class Neuron:
         return kept
 
     def take_back(self, kept: tuple[Any, ...]) -> None:
-        """Undo :meth:`put_aside`."""
+        """Keep of this step what was kept before :meth:`put_aside`, which returned it."""
         self.calls, self.slopes, self.late = kept
 
     def catch_up(self) -> None:
