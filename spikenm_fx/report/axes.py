@@ -71,4 +71,4 @@ def _before(node: fx.Node, name: str, axis: int) -> int | None:
     if name == "permute":
         return int(order[axis]) if axis < len(order) else None  # type: ignore[arg-type]
     swapped = {order[0]: order[1], order[1]: order[0]} if len(order) == 2 else {}
-    return int(swapped.get(axis, axis))  # type: ignore[arg-type, call-overload]
+    return int(swapped.get(axis, axis))  # type: ignore[arg-type]
