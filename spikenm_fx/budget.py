@@ -46,7 +46,7 @@ def plan_within(
     scores: Mapping[str, Tensor] | None = None,
     patterns: Sequence[PatternLike] = PATTERNS,
     example_inputs: Any = None,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     rules: Iterable[Rule] = (),
     remainder: Remainder = "skip",
 ) -> Plan:
@@ -113,7 +113,7 @@ def _parsed(budget: str) -> tuple[float, str]:
 
 
 def _costs(
-    model: nn.Module, decided: Plan, unit: str, example_inputs: Any, batch_dim: int
+    model: nn.Module, decided: Plan, unit: str, example_inputs: Any, batch_dim: int | None
 ) -> tuple[float, float, dict[str, tuple[float, float]]]:
     """Of the dense network, of what stays dense, and of each sparse layer: bias, and weights."""
     sparse = {entry.name for entry in decided.sparse}

@@ -86,10 +86,13 @@ class LayerReport:
 
     @property
     def dual_sparsity(self) -> float | None:
-        """Share of products that weight zeros and silent inputs remove together."""
+        """Share of products that weight zeros and silent inputs remove together; 0 at least.
+
+        A count of k spikes is k additions, which may be more than there are products.
+        """
         if not self.operations.dense:
             return None
-        return 1.0 - self.operations.effective / self.operations.dense
+        return max(0.0, 1.0 - self.operations.effective / self.operations.dense)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,8 +176,8 @@ class ReportData:
 
     @property
     def dual_sparsity(self) -> float:
-        """Share of all products that zeros on either side remove."""
-        return 1.0 - _ratio(self.operations.effective, self.operations.dense)
+        """Share of all products that zeros on either side remove; 0 at least."""
+        return max(0.0, 1.0 - _ratio(self.operations.effective, self.operations.dense))
 
     @property
     def utilisation(self) -> float:

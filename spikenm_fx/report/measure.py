@@ -19,6 +19,7 @@ from spikenm_fx._torch import tree_leaves, tree_map
 from spikenm_fx.errors import ReportError, TraceError, no_module, some_of
 from spikenm_fx.pattern import WeightLayer, is_weight_layer
 from spikenm_fx.plan.plan import Plan
+from spikenm_fx.report.axes import sample_axis
 from spikenm_fx.report.data import LatencyReport, LayerReport, NeuronReport
 from spikenm_fx.report.describe import describe
 from spikenm_fx.report.energy import EnergyModel
@@ -44,7 +45,7 @@ def report(
     *,
     forward: Forward | None = None,
     reset: Callable[[nn.Module], Any] | None = None,
-    batch_dim: int = 0,
+    batch_dim: int | None = None,
     reference: nn.Module | Mapping[str, Tensor] | None = None,
     plan: Plan | None = None,
     graph: SpikingGraph | None = None,
@@ -65,7 +66,8 @@ def report(
         forward: how one batch runs; by default ``model(input)``.  A model that is called once per
             time step takes ``lambda model, x: [model(x) for _ in range(T)]``.
         reset: brings the model to rest between batches; by default each module's own reset.
-        batch_dim: dimension of the input that runs over samples: 1 for ``[T, B, ...]``.
+        batch_dim: dimension of the input that runs over samples.  By default what the trace shows:
+            1 where the model goes along the first one in time, ``[T, B, ...]``, else 0.
         reference: the dense model or its state dict, for the kept magnitude of folded weights.
         plan: what was decided, for each layer's action and reason.
         graph: a trace of the model, for the neurons that each layer drives; made here from one
@@ -102,6 +104,8 @@ def report(
     first, given = _peeked(batches)
     if graph is None:
         graph = _traced(model, _to_device(first, model), batch_dim)
+    found = batch_dim is None and forward is None
+    batch_dim = batch_dim if batch_dim is not None else sample_axis(graph) if found else 0
     samples = count = 0
     with preserved_in_eval(model):
         counters = {
@@ -161,8 +165,17 @@ def report(
         neurons=neurons.reports(),
         latency=_latency(variants, _to_device(first, model), run, rest, repeats),
         pes=pes,
-        notes=_notes(described, neurons.reports(), graph, products.uncounted),
+        notes=(
+            *(_ALONG_TIME,) * (found and batch_dim == 1),
+            *_notes(described, neurons.reports(), graph, products.uncounted),
+        ),
     )
+
+
+_ALONG_TIME = (
+    "the model goes along the first axis of its input in time, so samples are counted along the "
+    "second; batch_dim= says otherwise"
+)
 
 
 def _weight_layers(model: nn.Module) -> dict[str, WeightLayer]:
@@ -215,12 +228,16 @@ def _peeked(batches: Any) -> tuple[Any, Iterator[Any]]:
     raise ReportError("no batch was given; pass a tensor or an iterable of batches")
 
 
-def _traced(model: nn.Module, batch: Any, batch_dim: int) -> SpikingGraph | None:
-    """Who drives whom, from one sample; None where the model alone cannot run it."""
+def _traced(model: nn.Module, batch: Any, batch_dim: int | None) -> SpikingGraph | None:
+    """Who drives whom, from one sample; None where the model alone cannot run it.
+
+    Without ``batch_dim`` two elements of the first axis are taken: samples, or steps.
+    """
+    axis, most = (0, 2) if batch_dim is None else (batch_dim, 1)
 
     def one(item: Any) -> Any:
-        fits = isinstance(item, Tensor) and item.dim() > batch_dim
-        return item.narrow(batch_dim, 0, 1) if fits and item.shape[batch_dim] else item
+        fits = isinstance(item, Tensor) and item.dim() > axis
+        return item.narrow(axis, 0, min(most, item.shape[axis])) if fits else item
 
     try:
         if isinstance(batch, dict):
@@ -341,6 +358,12 @@ def _layer_hook(
     return hook
 
 
+def _steps_once(graph: SpikingGraph) -> bool:
+    """Whether all neurons keep a state and took one step of time alone."""
+    specs = [(n.calls, n.spec) for n in graph.neurons.values()]
+    return bool(specs) and all(c == 1 and s.step_mode == "single" and s.state for c, s in specs)
+
+
 def _notes(
     layers: list[LayerReport],
     neurons: tuple[NeuronReport, ...],
@@ -358,6 +381,26 @@ def _notes(
         notes.append(
             f"{len(silent)} of {len(neurons)} neuron layers never fired ({some_of(silent)}): what "
             "follows them counts no SynOps. An untrained network, or batch norms that saw no data?"
+        )
+    if silent and graph is not None and _steps_once(graph):
+        notes.append(
+            "each neuron ran one time step per forward: if the model is called once for each step, "
+            "give forward=lambda model, x: [model(x) for _ in range(T)]"
+        )
+    counts = [layer.name for layer in layers if layer.signal == "integer"]
+    if counts:
+        notes.append(
+            f"{len(counts)} layers see counts of spikes, of which k counts as k additions: "
+            f"{some_of(counts)}"
+        )
+    zeros = [
+        f"{layer.name} {1 - layer.input_density:.0%}"
+        for layer in layers
+        if layer.signal == "analog" and layer.input_density is not None and layer.input_density < 1
+    ]
+    if zeros:
+        notes.append(
+            "MACs are of all analog inputs, zeros included, whose share is: " + some_of(zeros)
         )
     if graph is None and neurons:
         notes.append(

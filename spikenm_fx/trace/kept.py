@@ -130,7 +130,7 @@ def _forget(_: object) -> None:
 def _sums(model: nn.Module) -> list[float]:
     """Sums of all parameters: writing through ``.data`` leaves no other trace."""
     tensors = [p for p in nn.Module.parameters(model) if p.device.type == "cpu"]
-    return [float(p.detach().sum(dtype=torch.float64)) for p in tensors if not p.is_complex()]
+    return [float(p.detach().sum()) for p in tensors if not p.is_complex()]
 
 
 class _Look:
