@@ -431,10 +431,9 @@ class MaskedWeight:
         The final mask is then computed in place of being looked up.
         """
         mask = self.mask if training else self.final()
-        fades = self.undrawn > 0
-        if torch.compiler.is_compiling():
-            fades = self.schedule.fade > 0  # one graph for the fade and what follows
-        fading = training and fades and not self.lent
+        # by compiled graphs the factor of now is not looked at: one for the fade and what follows
+        now = self.schedule.fade if torch.compiler.is_compiling() else self.undrawn
+        fading = training and now > 0 and not self.lent
         return multiply_anywhere(
             self.dense,
             mask,
