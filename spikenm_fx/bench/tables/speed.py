@@ -237,8 +237,8 @@ CHAPTERS = (
     ),
     Chapter(
         "Streaming",
-        ("stream-1t", "stream-2t"),
-        "python -m spikenm_fx.bench stream --nmnist FILE --c-runtime FOLDER (and --threads 2)",
+        ("stream-1t",),
+        "python -m spikenm_fx.bench stream --nmnist FILE --c-runtime FOLDER",
         _streams,
         "One time step per call, states kept: `pack(model, x, program=True).step(frame)`. Weights "
         "that do not fit the caches, and large batches of images, gain least. Beside it the same "
