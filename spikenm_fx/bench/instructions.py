@@ -6,10 +6,12 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["Loop", "loops_of", "main"]
+from spikenm_fx.bench.measure import RESULTS, save
+
+__all__ = ["HOT", "Loop", "Named", "loops_of", "main"]
 
 OBJDUMP = "aarch64-linux-gnu-objdump"
 _LINE = re.compile(r"^\s*([0-9a-f]+):\s+[0-9a-f]{8}\s+(\S+)\s*(.*)$")
@@ -48,7 +50,7 @@ def loops_of(listing: str) -> list[Loop]:
         head = _HEAD.match(text)
         if head:
             found += _innermost(function, lines)
-            function, lines = head.group(1), []
+            function, lines = head.group(1).replace("(anonymous namespace)::", ""), []
         elif line := _LINE.match(text):
             lines.append((int(line.group(1), 16), line.group(2), line.group(3)))
     return found
@@ -74,19 +76,50 @@ def _innermost(function: str, lines: list[tuple[int, str, str]]) -> list[Loop]:
     return loops
 
 
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A loop that is looked for.
+
+    Attributes:
+        name: for the table.
+        function: a pattern of the function that holds it.
+        turn: what one turn does.
+    """
+
+    name: str
+    function: str
+    turn: str
+
+
+HOT = (
+    Named("spikes, fp32 rows", "add_rows_of<false, float>", "adds 8 inputs to 4 outputs"),
+    Named("floats, fp32 rows", "add_rows_of<true, float>", "adds 8 inputs to 4 outputs"),
+    Named("spikes, int8 rows", "add_rows_of<false, signed char>", "adds 8 inputs to 4 outputs"),
+    Named("packed rows at 2:4, fp32", "add_active<2, float>", "4 kept values, one per output"),
+    Named("packed rows at 2:4, int8", "add_active<2, signed char>", "4 kept values"),
+    Named("packed rows at 1:8, fp32", "add_active<3, float>", "4 kept values, one per output"),
+    Named("fma", "Fma::rows", "one kept value of 2 outputs, for 32 tokens"),
+    Named("lut at 2:4", "Lut<Scheme<4, true", "8 inputs of an output, for 64 tokens"),
+)
+"""Loops in which programs and packed layers spend their time."""
+
+
 def main(arguments: list[str]) -> None:
-    """Print the loops of a library, the longest names cut."""
+    """Print the hot loops of a library, and write ``results/instructions-aarch64.json``."""
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench instructions", description=__doc__)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--only", default="add_|fma|lut|event", help="functions that match")
+    parser.add_argument("library", type=Path, help="libspikenm.so, as nox -s aarch64 builds it")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(arguments)
     command = (OBJDUMP, "-d", "-C", str(options.library))
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    print(f"{'instructions':>12} {'vector':>6} {'fmla':>4} {'tbl':>4}  loop of")
-    for loop in loops_of(listing):
-        if re.search(options.only, loop.function):
-            short = loop.function.replace("(anonymous namespace)::", "")[:70]
-            print(
-                f"{loop.instructions:>12} {loop.vector:>6} {loop.fused:>4} {loop.lookups:>4}"
-                f"  {short}"
-            )
+    loops, rows = loops_of(listing), []
+    for hot in HOT:
+        inside = [loop for loop in loops if hot.function in loop.function]
+        if not inside:
+            print(f"{hot.name}: no such loop")
+            continue
+        best = max(inside, key=lambda loop: (loop.fused + loop.lookups, loop.vector))
+        counts = {k: v for k, v in asdict(best).items() if k != "function"}
+        rows.append({"loop": hot.name, "turn": hot.turn, **counts})
+        print(f"{hot.name:<26} {hot.turn:<44} {counts}")
+    save("instructions-aarch64", {"rows": rows}, options.out)

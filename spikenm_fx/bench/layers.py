@@ -18,7 +18,13 @@ from torch import Tensor, nn
 
 from spikenm_fx.bench.measure import add_resuming, interleaved, measured, positive
 from spikenm_fx.native.library import Kernel, available_kernels
-from spikenm_fx.pack import LayerGeometry, PackedWeight, native_status, pack_weight
+from spikenm_fx.pack import (
+    LayerGeometry,
+    PackedWeight,
+    native_status,
+    pack_weight,
+    unpack_weight,
+)
 from spikenm_fx.pack.kernels.cpu import run_layer
 from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.kernels.reference import dense_layer
@@ -120,6 +126,8 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
         packed = pruned(shape, weight, NM.parse(pattern), int8=options.int8)
         layouts = _layouts(packed)
         timed |= _packed(shape, x, packed, layouts)
+        if shape.geometry.kind == "linear" and not options.int8:
+            timed |= _csr(pattern, x, unpack_weight(packed))
         sizes[pattern] = {"file": packed.nbytes} | {k: v.nbytes for k, v in layouts.items()}
     with torch.inference_mode():
         # One thread: CPU time, so that other work on the machine does not count.
@@ -128,7 +136,7 @@ def _row(shape: Shape, rate: float, options: Any) -> dict[str, Any]:
     best = min(seconds[name] for name in dense)
     ratios = {name: best / s for name, s in seconds.items() if name not in dense}
     for pattern in options.patterns:
-        own = [r for name, r in ratios.items() if name.startswith(pattern)]
+        own = [r for n, r in ratios.items() if n.startswith(pattern) and not n.endswith("csr")]
         ratios[f"auto {pattern}"] = max(own, default=0.0)  # under 1: the choice is dense
     return {
         "shape": shape.name,
@@ -154,6 +162,18 @@ def _dense(shape: Shape, weight: Tensor, x: Tensor, *, inductor: bool) -> Timed:
             compiled(x)
         timed["dense inductor"] = lambda: _no_grad(compiled, x)
     return timed
+
+
+def _csr(pattern: str, x: Tensor, weight: Tensor) -> Timed:
+    """What plain CSR makes of the same weight: of scipy, and of torch."""
+    import scipy.sparse
+
+    with_scipy, with_torch = scipy.sparse.csr_array(weight.numpy()), weight.to_sparse_csr()
+    columns = x.t().contiguous()  # as both multiply; turning them is not counted
+    return {
+        f"{pattern} scipy csr": partial(with_scipy.__matmul__, columns.numpy()),
+        f"{pattern} torch csr": partial(torch.matmul, with_torch, columns),
+    }
 
 
 def _no_grad(module: Any, x: Tensor) -> Tensor:
@@ -234,7 +254,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     gathered: dict[str, list[float]] = {}
     for row in rows:
         for name, ratio in row["ratios"].items():
-            if name.startswith(("auto", "onednn")):
+            if name.startswith(("auto", "onednn")) or name.endswith("csr"):
                 gathered.setdefault(f"{name} at {row['rate']:.0%}", []).append(ratio)
         if "onednn int8" in row["ratios"]:
             for name, ratio in row["ratios"].items():

@@ -8,6 +8,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,9 @@ def onnx_steps(model: nn.Module, frames: Tensor) -> Steps:
         model: at rest.
         frames: ``(steps, batch, ...)``.
     """
-    import onnxruntime
-
     from spikenm_fx.export import onnx
 
+    onnxruntime: Any = import_module("onnxruntime")
     proto = onnx(model, frames[0], check=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -199,11 +199,11 @@ def brainevent_layer(layer: nn.Linear, frames: Tensor) -> Steps | None:
         frames: ``(steps, 1, inputs)`` of zeros and ones.
     """
     try:
-        import brainevent
-        import jax
-        import jax.numpy as jnp
+        brainevent, jax, jnp = map(import_module, ("brainevent", "jax", "jax.numpy"))
     except ImportError:
         return None
+    # In the calling thread, whose time is measured.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     weight = layer.weight.detach()
     kept = int((weight != 0).sum(1).max())
     places = weight.abs().topk(kept, dim=1).indices.sort(dim=1).values
