@@ -186,10 +186,14 @@ def _checksums(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 def _finish(part: Path, folder: Path, sums: list[dict[str, str]]) -> None:
     files = functools.reduce(dict.__or__, sums, {})
     with (part / CHECKSUMS).open("w", encoding="utf-8") as file:
-        json.dump({"version": VERSION, "sha256": files}, file, separators=(",", ":"))
+        file.write(_text(VERSION, files))
         file.flush()
         os.fsync(file.fileno())
     part.rename(folder)
+
+
+def _text(version: object, sums: dict[str, str]) -> str:
+    return json.dumps({"version": version, "sha256": sums}, separators=(",", ":"))
 
 
 def _check(folder: Path, ranks: _Ranks) -> None:
@@ -221,14 +225,16 @@ def _wanted(folder: Path) -> dict[str, str]:
             "it by dcp.load"
         )
     try:
-        found = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        found = json.loads(text)
         sums = {str(name): str(digest) for name, digest in found["sha256"].items()}
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy the checkpoint again") from error
     if version != VERSION:
         raise CheckpointError(f"{path} is of version {version!r}; version {VERSION} is read here")
-    if METADATA not in sums or any(Path(name).name != name for name in sums):
+    odd = text != _text(version, sums)  # something that was read past
+    if odd or METADATA not in sums or any(Path(name).name != name for name in sums):
         raise CheckpointError(f"{path} is damaged: it does not name the files of a checkpoint")
     return sums
 
