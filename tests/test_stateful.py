@@ -120,7 +120,7 @@ class SparseModel(RuleBasedStateMachine):
             torch.save(state, file)
             file.seek(0)
             state = torch.load(file, weights_only=True)
-        twin = self.masked(spiking_net(seed=3).to(self.dtype))
+        twin = self.masked(spiking_net(seed=3)).to(self.dtype)  # scores are cast, too
         twin.load_state_dict(state)
         return twin
 
