@@ -10,7 +10,6 @@ checksum is right, and then only the classes that DCP's metadata consist of.
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import io
 import json
@@ -24,9 +23,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from spikenm_fx.errors import CheckpointError, some_of
 
@@ -75,7 +77,7 @@ def save_distributed(
     part = folder.with_name(f".{folder.name}.part")
     ranks = _Ranks(process_group)
     ranks.agree(lambda: _make_room(folder, part) if ranks.first else None)
-    writer = dcp.FileSystemWriter(part, overwrite=True)
+    writer = FileSystemWriter(part, overwrite=True)
     ranks.agree(lambda: _save(state, writer, process_group))
     sums = ranks.agree(lambda: _checksums(part, _files_of(part, ranks.rank)))
     ranks.agree(lambda: _finish(part, folder, sums) if ranks.first else None)
@@ -143,10 +145,10 @@ def _make_room(folder: Path, part: Path) -> None:
     part.mkdir(parents=True)
 
 
-def _save(state: dict[str, Any], writer: dcp.FileSystemWriter, group: Group) -> None:
+def _save(state: dict[str, Any], writer: FileSystemWriter, group: Group) -> None:
     try:
         with _quiet():
-            dcp.save(state, storage_writer=writer, process_group=group)
+            save(state, storage_writer=writer, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(
             f"{writer.path} could not be written: {_reasons(error)}; older checkpoints are as they "
@@ -184,12 +186,16 @@ def _checksums(folder: Path, files: Iterable[Path]) -> dict[str, str]:
 
 
 def _finish(part: Path, folder: Path, sums: list[dict[str, str]]) -> None:
-    files = functools.reduce(dict.__or__, sums, {})
+    files = {name: digest for own in sums for name, digest in own.items()}
     with (part / CHECKSUMS).open("w", encoding="utf-8") as file:
-        json.dump({"version": VERSION, "sha256": files}, file, separators=(",", ":"))
+        file.write(_text(VERSION, files))
         file.flush()
         os.fsync(file.fileno())
     part.rename(folder)
+
+
+def _text(version: object, sums: dict[str, str]) -> str:
+    return json.dumps({"version": version, "sha256": sums}, separators=(",", ":"))
 
 
 def _check(folder: Path, ranks: _Ranks) -> None:
@@ -221,14 +227,16 @@ def _wanted(folder: Path) -> dict[str, str]:
             "it by dcp.load"
         )
     try:
-        found = json.loads(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
+        found = json.loads(text)
         sums = {str(name): str(digest) for name, digest in found["sha256"].items()}
         version = found["version"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}; copy the checkpoint again") from error
     if version != VERSION:
         raise CheckpointError(f"{path} is of version {version!r}; version {VERSION} is read here")
-    if METADATA not in sums or any(Path(name).name != name for name in sums):
+    odd = text != _text(version, sums)  # something that was read past
+    if odd or METADATA not in sums or any(Path(name).name != name for name in sums):
         raise CheckpointError(f"{path} is damaged: it does not name the files of a checkpoint")
     return sums
 
@@ -237,12 +245,12 @@ def _load(state: dict[str, Any], folder: Path, group: Group) -> None:
     reader, planner = _Reader(folder), _Planner()
     try:
         with _quiet():
-            dcp.load(state, storage_reader=reader, planner=planner, process_group=group)
+            load(state, storage_reader=reader, planner=planner, process_group=group)
     except CheckpointException as error:
         raise CheckpointError(f"{folder} cannot be loaded: {_reasons(error)}") from error
 
 
-class _Reader(dcp.FileSystemReader):
+class _Reader(FileSystemReader):
     """DCP's reader, whose metadata may only be made of their own classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -278,7 +286,7 @@ class _Unpickler(pickle.Unpickler):
         )
 
 
-class _Planner(dcp.DefaultLoadPlanner):
+class _Planner(DefaultLoadPlanner):
     """DCP's planner, which reads no objects but plain ones."""
 
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:

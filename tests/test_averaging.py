@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loops import close, final_masks, heard, masks, same, sparse, step_of, train, train_step, twin
+from loops import (
+    close,
+    final_masks,
+    heard,
+    masks,
+    same,
+    sequences,
+    sparse,
+    sparse_spiking,
+    step_of,
+    train,
+    train_step,
+    twin,
+)
 from strategies import ALL_LAYERS, batches, most_nonzero, network
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -270,3 +284,18 @@ def test_a_soup_of_two_runs() -> None:
     spikenm_fx.fold(soup)
     spikenm_fx.verify(soup, dict.fromkeys("024", "2:4")).raise_if_invalid()
     assert torch.equal(soup(probe), expected)
+
+
+def test_a_copy_that_trains_itself_counts_its_own_steps() -> None:
+    """Also where the model that it was copied from has gone on meanwhile."""
+    model = sparse_spiking(total_steps=20)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    train(model, optimizer, sequences(2))
+    copied = copy.deepcopy(model)
+    others = torch.optim.Adam(copied.parameters(), lr=0.01)
+    others.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    more = sequences(3, seed=4)
+    train(model, optimizer, more)
+    train(copied, others, more)
+    assert step_of(copied) == step_of(model) == 5
+    assert same(dict(copied.state_dict()), dict(model.state_dict()))

@@ -172,7 +172,7 @@ def test_no_code_of_a_file_runs(folder: Path, tmp_path: Path) -> None:
     (bad / ".metadata").write_bytes(data)
     sums = json.loads((bad / CHECKSUMS).read_text())
     sums["sha256"][".metadata"] = hashlib.sha256(data).hexdigest()
-    (bad / CHECKSUMS).write_text(json.dumps(sums))
+    (bad / CHECKSUMS).write_text(json.dumps(sums, separators=(",", ":")))
     said = refused(lambda: load_distributed(state_of(*trained()), bad))
     assert said is not None
     assert "foreign code" in said

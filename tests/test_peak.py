@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from loops import heard
 from torch import nn
 
 import spikenm_fx
@@ -114,6 +115,8 @@ def test_packing_a_model_that_writes_into_its_weights_leaves_it_alone() -> None:
     model = Clamped()
     before = model.layer.weight.detach().clone()
     assert bool((before < -0.01).any())
-    engine = spikenm_fx.pack(model.eval(), torch.rand(4, 512))
+    with heard() as told:
+        engine = spikenm_fx.pack(model.eval(), torch.rand(4, 512))
     assert torch.equal(model.layer.weight, before)
-    assert packing(engine) is not None
+    assert "layer differs" in told[0]
+    assert packing(engine).proof.put_back == ("layer",)

@@ -46,7 +46,7 @@ class SparseModel(RuleBasedStateMachine):
         nm=st.sampled_from(["1:4", "2:4", "1:2", "2:8"]),
         method=st.sampled_from(sorted(METHODS)),
         by=st.sampled_from(sorted(OPTIMIZERS)),
-        total_steps=st.sampled_from([6, 12, 40]),
+        total_steps=st.sampled_from([12, 40]),
         permuted=st.booleans(),
     )
     def sparsify(self, nm: str, method: str, by: str, total_steps: int, permuted: bool) -> None:
@@ -120,7 +120,7 @@ class SparseModel(RuleBasedStateMachine):
             torch.save(state, file)
             file.seek(0)
             state = torch.load(file, weights_only=True)
-        twin = self.masked(spiking_net(seed=3).to(self.dtype))
+        twin = self.masked(spiking_net(seed=3)).to(self.dtype)  # scores are cast, too
         twin.load_state_dict(state)
         return twin
 

@@ -73,6 +73,9 @@ def kills(folder: Path, count: int, seed: int = 0) -> dict[str, Any]:
         Kills of one rank and of all; runs that came to their end, and how many of them to another
         one than the unbroken run; how many kills left a half checkpoint; and the longest time that
         a rank outlived the other, in seconds.
+
+    Raises:
+        RuntimeError: if a rank hangs, or a run that nobody killed does not come to its end.
     """
     chosen = random.Random(seed)
     start = time.perf_counter()

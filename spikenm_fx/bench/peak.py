@@ -129,12 +129,12 @@ class Counted(TorchDispatchMode):
     def __enter__(self) -> Counted:
         """Start, with NumPy's memory, too."""
         tracemalloc.start()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *about: Any) -> None:
         """Stop."""
-        super().__exit__(*about)
+        super().__exit__(*about)  # type: ignore[no-untyped-call]
         tracemalloc.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -119,6 +119,9 @@ def _before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
             run.prepared.clear()
     _active.append(_Active(optimizer))
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if closure is not None or _has_gradient(optimizer):
+        for run, _ in found:
+            run.about_to_step()
     if closure is None:
         if not _is_skipped(optimizer):
             for run, share in found:

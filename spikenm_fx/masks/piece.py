@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "most_at_once", "pieces_of", "rows_of"]
 
 _ON_CPU, _ELSEWHERE = 2**21, 2**24
-_PIECES = 4  # that the most of a pass is cut into, where a weight is cut at all
+_PIECES = 8  # that the most of a pass is cut into, where a weight is cut at all
 
 
 def most_at_once(device: torch.device, *, cut: bool = False) -> int:
