@@ -118,11 +118,6 @@ class Run:
         source = self._source() if self._source is not None and self.averaged else None
         return self.step if source is None else max(self.step, source.shown_step)
 
-    def about_to_step(self) -> None:
-        """An optimizer is about to write into it: it follows no other, unless averages have."""
-        if not self.averaged:
-            self._source = None
-
     def own_step(self) -> None:
         """This model is trained itself: it follows no other from here on."""
         self.step = self.shown_step
