@@ -23,7 +23,6 @@ __all__ = [
     "StoredMask",
     "check_checkpoint",
     "meta_of",
-    "note_wrapper",
     "stored_credits",
     "stored_momentum",
 ]
@@ -220,35 +219,6 @@ def check_checkpoint(
     """
     if not isinstance(model, StoredMask):  # which has asked before it took its own entries out
         _refuse_foreign(model, state_dict, prefix, strict)
-
-
-def _name_alike(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Give entries of masks the prefix of their weights.
-
-    ``set_model_state_dict`` renames for DistributedDataParallel what a model has as parameter or
-    buffer, and leaves all else as it is.
-    """
-    for name, layer in nn.Module.named_modules(model):
-        for key in layer._nm_masks if isinstance(layer, StoredMask) else ():
-            full = f"{prefix}{name}.{key}"
-            plain = full.removeprefix("module.")
-            for ending in (DENSE, META, MOMENTUM, EID_KEY):
-                if full in state_dict and plain + ending in state_dict:
-                    state_dict[full + ending] = state_dict.pop(plain + ending)
-
-
-def note_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None:
-    """A module becomes part of another one: DistributedDataParallel must load masks, too.
-
-    Args:
-        parent: the other one.
-        name: of its attribute.
-        child: the module.
-    """
-    if not isinstance(parent, nn.parallel.DistributedDataParallel) or child is None:
-        return
-    if name == "module" and any(isinstance(m, StoredMask) for m in nn.Module.modules(child)):
-        parent.register_load_state_dict_pre_hook(_name_alike)
 
 
 def _refuse_foreign(

@@ -28,7 +28,6 @@ from types import FrameType
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import (
     Optimizer,
     register_optimizer_step_post_hook,
@@ -36,7 +35,6 @@ from torch.optim.optimizer import (
 )
 
 from spikenm_fx.errors import PlanError, no_module
-from spikenm_fx.masks.checkpoint import note_wrapper
 from spikenm_fx.masks.eid.guide import refresh_together
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.run import Run, runs
@@ -47,10 +45,9 @@ __all__ = ["install", "step"]
 
 @functools.cache
 def install() -> None:
-    """Register the two hooks, and one of loading in a wrapper, once for the process."""
+    """Register the two hooks, once for the process."""
     register_optimizer_step_pre_hook(_before)
     register_optimizer_step_post_hook(_after)
-    register_module_module_registration_hook(note_wrapper)
 
 
 def step(model: nn.Module) -> None:
@@ -119,9 +116,6 @@ def _before(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> Any:
             run.prepared.clear()
     _active.append(_Active(optimizer))
     closure = args[1] if len(args) > 1 else kwargs.get("closure")
-    if closure is not None or _has_gradient(optimizer):
-        for run, _ in found:
-            run.about_to_step()
     if closure is None:
         if not _is_skipped(optimizer):
             for run, share in found:
@@ -158,8 +152,9 @@ def _after(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> None:
 
 def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = None) -> None:
     """What comes before the step, for what has a gradient; scores learn once a step."""
-    run.about_to_step()
     ready = [mask for mask in share if mask.there and mask.dense.grad is not None]
+    if ready:
+        run.about_to_step()
     fresh = [mask for mask in ready if id(mask) not in run.prepared]
     ranks = None if run.watch is None else run.watch.ranks
     refresh_together([mask for mask in fresh if not mask.frozen], run.step, ranks)
