@@ -21,7 +21,7 @@ WIDTH = 4096  # pieces are a small share of it
 MOST = {
     "sparsify": 2.6,
     "train": 3.5,
-    "evaluate": 1.7,
+    "evaluate": 1.8,
     "fold": 0.8,
     "verify": 1.0,
     "pack": 3.0,
