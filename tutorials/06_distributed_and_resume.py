@@ -19,7 +19,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -29,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import spikenm_fx
 from spikenm_fx.demo.data import digits
 from spikenm_fx.demo.networks import SpikingConvNet, direct_code
+from spikenm_fx.distributed_checkpoint import load_distributed, save_distributed
 
 OUT = Path("tutorial-output")
 OUT.mkdir(exist_ok=True)
@@ -88,9 +88,11 @@ assert first
 
 # %% [markdown]
 # ## Sharded: FSDP2, and resuming on another number of ranks
-# `fully_shard` comes before or after `sparsify`; nothing else changes. Two ranks train and save
-# with `torch.distributed.checkpoint`, then one rank loads what two have saved and goes on. The
-# model computes the same there, bit by bit.
+# `fully_shard` comes before or after `sparsify`; nothing else changes. Two ranks train and save,
+# then one rank loads what two have saved and goes on. The model computes the same there, bit by
+# bit. The files are those of `torch.distributed.checkpoint`, which can be called itself as well;
+# `save_distributed` leaves a whole checkpoint or none, and `load_distributed` compares checksums
+# first and runs no code that a file names.
 
 
 # %%
@@ -122,7 +124,7 @@ def sharded_worker(rank, ranks, folder, port):
     if saved.exists():
         weights, moments = get_state_dict(model, optimizer)
         state = {"model": weights, "optimizer": moments}
-        dcp.load(state, checkpoint_id=saved)
+        load_distributed(state, saved)
         set_state_dict(
             *(model, optimizer),
             model_state_dict=state["model"],
@@ -136,7 +138,7 @@ def sharded_worker(rank, ranks, folder, port):
         optimizer.step()
     if not saved.exists():
         weights, moments = get_state_dict(model, optimizer)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=saved)
+        save_distributed({"model": weights, "optimizer": moments}, saved)
         torch.save(whole(model), Path(folder) / f"saved{rank}.pt")
     torch.save(spikenm_fx.progress(model).step, Path(folder) / "step.pt")
     dist.destroy_process_group()

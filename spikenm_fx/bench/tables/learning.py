@@ -307,11 +307,9 @@ CHAPTERS = (
     Chapter(
         "Accuracy at equal bytes",
         ("frontier-cifar10",),
-        f"{_RUN.replace('accuracy', 'frontier').replace('10000', '3000')} --sparse-widths 1 "
-        "--name cifar10",
+        f"{_RUN.replace('accuracy', 'frontier')} --sparse-widths 1 --seeds 0 1 2 --name cifar10",
         _frontier,
-        "Fewer training images than above. The budget plan mixes patterns by the credits of one "
-        "epoch. [Plot](frontier-cifar10.png).",
+        "The budget plan mixes patterns by the credits of one epoch. [Plot](frontier-cifar10.png).",
     ),
     Chapter(
         "Accuracy after three times the epochs",

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from spikenm_fx.bench.frontier import gain_at_a_quarter
 from spikenm_fx.bench.tables import channels, learning, reading, speed
 from spikenm_fx.bench.tables.chapter import Chapter, Result, machine_of, percent, times
 from spikenm_fx.bench.tables.learning import accuracy_of
@@ -89,8 +90,15 @@ def headlines(folder: Path) -> str:
     layers = _read(folder, "layers-1t")["summary"]["auto 2:4 at 15%"]
     networks = _read(folder, "network-1t")["summary"]["over_eager"]
     seeds = len(accuracy_of(hooks, "spikenm", "2:4")["accuracies"])
+    gain = gain_at_a_quarter(_read(folder, "frontier-cifar10")["rows"])
+    equal = ""
+    if gain is not None:
+        equal = (
+            f" At a quarter of its bytes {100 * gain[0]:.1f} points above dense networks of as "
+            "many ([plot](spikenm_fx/bench/results/frontier-cifar10.png))."
+        )
     lines = [
-        f"Accuracy, short CIFAR-10 runs, {seeds} seeds: {', '.join(cells)}.",
+        f"Accuracy, short CIFAR-10 runs, {seeds} seeds: {', '.join(cells)}.{equal}",
         f"A training step at 2:4 takes {times(small)} the dense one's time (small VGG, CPU), "
         f"{times(wide)} where wide fully connected layers are all there is.",
         f"Packed 2:4 layers at 15 % spikes run {times(layers['median'])} as fast as torch's best "
