@@ -34,6 +34,8 @@ from spikenm_fx.bench.peak import Counted, verbs
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 found = {}
+for _, _, run in verbs(64):
+    run()  # imports what it needs
 for name, model, run in verbs(WIDTH):
     with Counted([*model.parameters(), *model.buffers()]) as counted:
         kept = run()

@@ -30,7 +30,7 @@ def test_layers_and_pairs(name: str) -> None:
     modules = {n for n, m in case.model.named_modules() if is_weight_layer(m)}
     assert modules == {n for n, r in graph.layers.items() if r.kind != "functional"}
     assert [r.name for r in graph.layers.values() if not r.calls] == []
-    assert graph.route == ("execution" if name == "hand/scripted" else "fx")
+    assert graph.route == "fx"
     for layer in graph.layers.values():
         assert layer.pre or layer.inside
         assert layer.post or layer.is_readout or layer.feeds
@@ -144,21 +144,20 @@ def test_functional_weights() -> None:
     assert any(note.where == "spare" for note in graph.notes)
 
 
-def test_scripted_helper_falls_back() -> None:
-    """What cannot be followed is recorded from its execution, and the note names the line."""
+def test_scripted_helper_is_followed() -> None:
+    """What it computes of data reaches the dispatcher, and is recorded there."""
     _, graph = traced("hand/scripted")
-    assert graph.route == "execution"
-    assert any("handwritten.py" in note.text for note in graph.notes)
+    assert graph.route == "fx"
+    assert graph.notes == ()
     assert graph.layers["fc2"].pre == ("lif1",)
     assert graph.layers["fc2"].post == ("lif2",)
 
 
 def test_only_the_failing_submodule_becomes_opaque() -> None:
-    """A scripted helper inside one block leaves the rest to the tracer."""
+    """A factor made of data by numpy inside one block leaves the rest to the tracer."""
 
-    @torch.jit.script
     def helper(x: torch.Tensor) -> torch.Tensor:
-        return x * 0.5 + 0.5
+        return x * torch.from_numpy(x.numpy() * 0.5 + 0.5)
 
     class Block(nn.Module):
         def __init__(self) -> None:
@@ -172,6 +171,7 @@ def test_only_the_failing_submodule_becomes_opaque() -> None:
     graph = trace(model, torch.rand(3, 2, 4))
     assert graph.route == "fx+execution"
     assert [note.where for note in graph.notes] == ["2"]
+    assert "test_trace_graph.py" in graph.notes[0].text
     assert graph.layers["2.fc"].pre == ("1",)
     assert graph.layers["2.fc"].post == ("2.lif",)
     assert graph.layers["3"].pre == ("2.lif",)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from spikenm_fx._torch import data_parallel_group, in_functorch, is_stacked_by_vmap, joins_uneven
+from spikenm_fx._torch import (
+    data_parallel_group,
+    in_functorch,
+    is_captured,
+    is_stacked_by_vmap,
+    joins_uneven,
+)
 from spikenm_fx.errors import PlanError
 from spikenm_fx.masks.computed import computed
 from spikenm_fx.masks.final import FinalMask
@@ -354,7 +360,9 @@ class MaskedWeight:
             mask, undrawn = self._final.of(self), 0.0
         else:
             mask, undrawn = self.mask, 0.0 if self.lent else self.undrawn
-        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        if is_captured():  # a graph does not see what compiled kernels write
+            if not torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+                return self.masked_anywhere(training)
             other = self.dense * undrawn if undrawn else self.dense.new_zeros(())
             return torch.where(mask, self.dense, other)
         if not (torch.is_grad_enabled() and self.dense.requires_grad):

@@ -270,7 +270,8 @@ def _stored(packed: PackedWeight) -> Layout:
     types = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
     stored = 1 + types.index(packed.values.dtype)
     kind = stored << 32 | nm.keep << 16 | nm.of
-    return Layout("fma", packed.values, packed.indices, blocks, kind, packed.scale)
+    values = packed.values.detach()  # a parameter that a module is given becomes one of its own
+    return Layout("fma", values, packed.indices, blocks, kind, packed.scale)
 
 
 def _paired(flat: Tensor, sizes: list[int], groups: int) -> Tensor:
