@@ -22,7 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import spikenm_fx
 from spikenm_fx import Rule
-from spikenm_fx._torch import TorchDispatchMode, tree_leaves
+from spikenm_fx._torch import DispatchMode, tree_leaves
 from spikenm_fx.bench.measure import RESULTS, positive, save
 from spikenm_fx.bench.worker import fully_connected, living
 from spikenm_fx.masks import EID
@@ -111,7 +111,7 @@ def _status(key: str) -> int:
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 
-class Counted(TorchDispatchMode):
+class Counted(DispatchMode):
     """Counts bytes of all tensors that are made inside, of torch's memory and of NumPy's.
 
     What an operation allocates for itself is not seen.

@@ -3,10 +3,9 @@
 
 ``torch.from_numpy``, ``torch.FloatTensor(...)`` and the legacy ``Variable(...)`` make tensors
 behind the tracer's back, and so may scripted helpers and extensions.  What these compute of data
-reaches
-the dispatcher, which is watched here: as long as nothing there makes unknown tensors of those of
-the trace, and none is handed out to numpy, a tensor that nobody knows is a constant, or lies in the
-memory of a known one.
+reaches the dispatcher, which is watched here: as long as nothing there makes unknown tensors of
+those of the trace, and none is handed out to numpy, a tensor that nobody knows is a constant, or
+lies in the memory of a known one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from spikenm_fx._torch import TorchDispatchMode, storage_id, storage_kept_apart, tree_flatten
+from spikenm_fx._torch import DispatchMode, storage_id, storage_kept_apart, tree_flatten
 from spikenm_fx.trace.execution.traced import Traced
 
 __all__ = ["HANDING_OUT", "Unseen"]
@@ -24,7 +23,7 @@ HANDING_OUT = frozenset({Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tens
 """Functions after which data may come back from anywhere."""
 
 
-class Unseen(TorchDispatchMode):
+class Unseen(DispatchMode):
     """Watches the dispatcher for data that goes where the tracer does not see.
 
     Attributes:
