@@ -129,7 +129,7 @@ class Counted(DispatchMode):
     def __enter__(self) -> Counted:
         """Start, with NumPy's memory, too."""
         tracemalloc.start()
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()
         return self
 
     def __exit__(self, *about: Any) -> None:
