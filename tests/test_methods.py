@@ -6,9 +6,9 @@ import io
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from strategies import ALL_LAYERS, batches, cases, most_nonzero, network
+from strategies import ALL_LAYERS, Case, batches, cases, most_nonzero, network
 from torch import nn
 
 import spikenm_fx
@@ -87,6 +87,14 @@ def test_resuming_is_bit_exact(method, stop):
     assert all(torch.equal(value, expected[key]) for key, value in second.state_dict().items())
 
 
+STRIDED = Case(
+    *("conv1d", spikenm_fx.NM(2, 4), 4, 1, 2, 2, 1, 1, False, torch.float32),
+    *("zeros", 0, 0),
+)
+"""Blocks of a weight of which rows do not lie in a row of memory."""
+
+
+@example(STRIDED, "uticket")
 @given(cases(most=8), st.sampled_from(SPARSE))
 def test_every_layer_kind(case, method):
     """In every layer kind and dtype, padded or not, the weight is N:M in both modes."""

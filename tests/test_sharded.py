@@ -55,7 +55,8 @@ from spikenm_fx.masks import EID, piece
 pytestmark = pytest.mark.slow
 
 RANKS, SEED = 4, 5
-LONG, SHORT = 200, 8
+LONG, SHORT = int(os.environ.get("SPIKENM_FX_STEPS", "60")), 8
+"""``SPIKENM_FX_STEPS`` sets how many steps the long runs take; 200 were tried."""
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
     "SGD": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),

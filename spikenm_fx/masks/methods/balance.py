@@ -63,7 +63,7 @@ def evened(
     Raises:
         PlanError: if the target cannot be met.
     """
-    mask = mask.clone()
+    mask = mask.clone(memory_format=torch.contiguous_format)  # rows of it are written
     have = mask.flatten(1).sum(1).tolist()
     for first in range(0, len(have), pes):
         part = have[first : first + pes]
