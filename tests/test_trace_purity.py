@@ -369,3 +369,15 @@ def test_no_memory_is_kept() -> None:
         if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and value.numel() > 99
     ]
     assert held == []
+
+
+def test_neurons_of_other_models_are_not_copied() -> None:
+    """Of all that snnTorch has on its list, those of others are kept by reference."""
+    snntorch = pytest.importorskip("snntorch")
+    case = build("snntorch/rleaky", whole=True)
+    other = snntorch.Leaky(beta=0.5, init_hidden=True)
+    other(torch.rand(1, 2**20))
+    before = other.mem.clone()
+    trace(nn.Sequential(nn.Linear(2, 2), SequenceLIF()), torch.rand(2, 1, 2))
+    assert _peak(lambda: trace(case.model, case.inputs)) < 2**20
+    assert torch.equal(other.mem, before)

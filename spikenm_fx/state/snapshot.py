@@ -51,7 +51,10 @@ def preserved(
     undo = _Undo()
     undo.leave(list(leave))
     with torch.no_grad():
-        for module in (*nn.Module.modules(model), *_listed_beside(model)):
+        for module in nn.Module.modules(model):
+            undo.remember(module, _DEPTH)
+        undo.watches_all = guarded  # such a list may hold all that a process has ever made
+        for module in _listed_beside(model):
             undo.remember(module, _DEPTH)
     restore_rng = _remember_rng()
 
@@ -122,6 +125,7 @@ class _Undo:
         self._seen: dict[int, Any] = {}
         self._steps: list[Callable[[], None]] = []
         self.watched: list[Watched] = []
+        self.watches_all = False  # no copies of other tensors than parameters, either
 
     def leave(self, values: list[Any]) -> None:
         """Never touch these."""
@@ -135,8 +139,10 @@ class _Undo:
         if id(value) in self._seen or depth < 0 or _is_immutable(value):
             return
         self._seen[id(value)] = value  # keeps it alive: ids stay unique
-        if isinstance(value, nn.Parameter) and _can_be_watched(value):
-            held = [value] if value.grad is None else [value, value.grad]
+        is_parameter = isinstance(value, nn.Parameter)
+        watch = is_parameter or (self.watches_all and isinstance(value, Tensor))
+        if watch and _can_be_watched(value):
+            held = [value, value.grad] if is_parameter and value.grad is not None else [value]
             watched = [Watched(t) for t in held if _can_be_watched(t)]
             self.watched += watched
             self._steps += [_flags_undo(value), *(w.restore for w in watched)]
