@@ -43,6 +43,26 @@ class OverTime(nn.Module):
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Soft(nn.Module):
+    """A neuron over ``[T, ...]`` with second derivatives, for which every transform has rules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.v: Tensor | None = None
+
+    def reset(self) -> None:
+        self.v = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, found = torch.zeros_like(x[0]), []
+        for now in x:
+            v = v + (now - v) / 2
+            soft = torch.sigmoid(4 * (v - 0.6))
+            found.append((v >= 0.6).to(x.dtype) + soft - soft.detach())
+            v = v * (1 - found[-1].detach())
+        return torch.stack(found)
+
+
 def spiking_net(width: int = 16, inputs: int = 8, outputs: int = 4, *, seed: int = 0) -> nn.Module:
     """Hand-written neurons that nothing but their code describes, over ``[T, N, inputs]``."""
     torch.manual_seed(seed)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from loops import (
     OverTime,
+    Soft,
     dense,
     heard,
     logits,
@@ -65,26 +66,6 @@ class Spike(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
         return grad * (1 - x.abs()).clamp(min=0)
-
-
-class Soft(nn.Module):
-    """A neuron over ``[T, ...]`` that every transform of torch.func takes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v: Tensor | None = None
-
-    def reset(self) -> None:
-        self.v = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        v, found = torch.zeros_like(x[0]), []
-        for now in x:
-            v = v + (now - v) / 2
-            soft = torch.sigmoid(4 * (v - 0.6))
-            found.append((v >= 0.6).to(x.dtype) + soft - soft.detach())
-            v = v * (1 - found[-1].detach())
-        return torch.stack(found)
 
 
 class Held(nn.Module):

@@ -18,6 +18,7 @@ import torch
 from loops import (
     LAYERS,
     OverTime,
+    Soft,
     close,
     dense,
     heard,
@@ -389,26 +390,6 @@ def test_a_captured_graph_of_aten_operations(training: bool) -> None:
 
 
 # -- all of them, in a step in which credits are due -----------------------------------------------
-
-
-class Soft(nn.Module):
-    """A neuron over ``[T, ...]`` with second derivatives, for which every transform has rules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.v: Tensor | None = None
-
-    def reset(self) -> None:
-        self.v = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        v, found = torch.zeros_like(x[0]), []
-        for now in x:
-            v = v + (now - v) / 2
-            soft = torch.sigmoid(4 * (v - 0.6))
-            found.append((v >= 0.6).to(x.dtype) + soft - soft.detach())
-            v = v * (1 - found[-1].detach())
-        return torch.stack(found)
 
 
 def _soft() -> nn.Module:

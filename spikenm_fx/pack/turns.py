@@ -40,12 +40,17 @@ def take_turns(ways: Mapping[str, nn.Module], args: tuple[Any, ...]) -> dict[str
     return {way: typical(spent) for way, spent in seconds.items()}
 
 
-def rounds() -> Iterator[bool]:
-    """Of each round whether it counts: not the first does."""
+def rounds(least: int = ROUNDS, seconds: float = SECONDS) -> Iterator[bool]:
+    """Of each round whether it counts: not the first does.
+
+    Args:
+        least: rounds that count, however long they take.
+        seconds: for more of them, up to :data:`MOST_ROUNDS`.
+    """
     yield False
     start = time.perf_counter()
     for done in range(MOST_ROUNDS):
-        if done >= ROUNDS and time.perf_counter() - start > SECONDS:
+        if done >= least and time.perf_counter() - start > seconds:
             return
         yield True
 

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -16,14 +15,13 @@ from spikenm_fx.pack.engine.layer import Choice, PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
 from spikenm_fx.pack.engine.products import PackedProducts
-from spikenm_fx.pack.turns import typical
+from spikenm_fx.pack.turns import rounds, typical
 from spikenm_fx.state import preserved, uncompiled
 from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = ["LayerDraft", "choose"]
 
 ROUNDS = 4
-MOST_ROUNDS = 40  # of models that run in microseconds
 SECONDS = 0.3  # for more rounds than ROUNDS
 MARGIN = 0.95  # a kernel must beat dense by five per cent, more than timing noise
 CHANNELS_LAST = "dense channels_last"
@@ -171,7 +169,7 @@ def _times(
     }
     every = list(dict.fromkeys(way for ways in prepared.values() for way in ways))
     with torch.no_grad(), preserved(engine, guarded=False, leave=_fixed(layers)), uncompiled():
-        for counted in _rounds():
+        for counted in rounds(ROUNDS, SECONDS):
             for way in every:  # in turn, so that drifts of the machine hit all alike
                 timed = {n: Meter() for n, ways in prepared.items() if way in ways}
                 for name, layer in layers.items():
@@ -192,16 +190,6 @@ def _times(
 
 def _fixed(layers: Mapping[str, LayerDraft]) -> list[Tensor]:
     return [t for layer in layers.values() for t in layer.packed.fixed_tensors()]
-
-
-def _rounds() -> Iterator[bool]:
-    """Whether each round counts: not the first; the more rounds, the shorter they are."""
-    yield False
-    start = time.perf_counter()
-    for done in range(MOST_ROUNDS):
-        if done >= ROUNDS and time.perf_counter() - start > SECONDS:
-            return
-        yield True
 
 
 def _look_at_inputs(
