@@ -43,6 +43,20 @@ class OverTime(nn.Module):
         return self.layer(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Triangle(torch.autograd.Function):
+    """Step with a triangular slope: zero far from the threshold."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x >= 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * (1 - x.abs()).clamp(min=0)
+
+
 class Soft(nn.Module):
     """A neuron over ``[T, ...]`` with second derivatives, for which every transform has rules."""
 

@@ -15,6 +15,7 @@ import torch
 from loops import (
     OverTime,
     Soft,
+    Triangle,
     dense,
     heard,
     logits,
@@ -54,20 +55,6 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-class Spike(torch.autograd.Function):
-    """A step with a triangular slope."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return grad * (1 - x.abs()).clamp(min=0)
-
-
 class Held(nn.Module):
     """A neuron that holds its membrane from one step to the next."""
 
@@ -80,7 +67,7 @@ class Held(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         v = self.v + (x - self.v) / 2
-        out = Spike.apply(v - 0.6)
+        out = Triangle.apply(v - 0.6)
         self.v = v * (1 - out.detach())
         return out
 
@@ -90,7 +77,7 @@ class Carried(nn.Module):
 
     def forward(self, x: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor]:
         v = x / 2 if v is None else v + (x - v) / 2
-        out = Spike.apply(v - 0.6)
+        out = Triangle.apply(v - 0.6)
         return out, v * (1 - out.detach())
 
 

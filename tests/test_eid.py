@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
+from loops import Triangle
 from strategies import ALL_LAYERS, Case, cases, network
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -27,20 +28,6 @@ from spikenm_fx.masks.rule import KEEP
 from spikenm_fx.trace import NeuronSpec, Surrogate, Synapse, register_neuron
 
 DECAY, GAIN, THRESHOLD = 0.6, 0.5, 0.3
-
-
-class Triangle(torch.autograd.Function):
-    """Step with a triangular slope: zero far from the threshold."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return (x >= 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        return grad * (1 - x.abs()).clamp(min=0)
 
 
 class Leaky(nn.Module):
