@@ -12,6 +12,7 @@ nox.options.default_venv_backend = "virtualenv"  # pip finds a local torch wheel
 nox.options.reuse_existing_virtualenvs = True
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # two workers on two cores
+COMPILED = {"PYTHONDONTWRITEBYTECODE": ""}  # Python, once for all the processes that tests start
 ALL_INSTALLED = {"SPIKENM_FX_ALL_INSTALLED": "1"}  # a test that skips for a package fails
 TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
 NO_BUILD = {"SPIKENM_FX_BUILD": "0"}  # only what was compiled at install
@@ -67,9 +68,12 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests, with every SNN framework installed; none may be skipped for a missing package."""
+    """All tests, with every SNN framework installed; none may be skipped for a missing package.
+
+    ``-- --hypothesis-profile thorough`` tries each property with all of its examples, not a share.
+    """
     install_with_frameworks(session)
-    checked = ONE_THREAD | ALL_INSTALLED
+    checked = ONE_THREAD | COMPILED | ALL_INSTALLED
     session.run("pytest", *TWO_WORKERS, *session.posargs, env=checked)
 
 
@@ -79,7 +83,7 @@ def unit(session: nox.Session) -> None:
     session.install(*groups("unit"))
     session.install("-e", ".[cli]")
     few = ("-m", "not slow and not framework", "--hypothesis-profile", "quick")
-    session.run("pytest", "-q", *TWO_WORKERS, *few, *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-q", *TWO_WORKERS, *few, *session.posargs, env=ONE_THREAD | COMPILED)
 
 
 @nox.session

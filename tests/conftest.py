@@ -2,6 +2,8 @@
 """What all tests share: one thread, one hypothesis profile, marks, a stand-in for torchvision."""
 
 import contextlib
+import functools
+import gc
 import importlib
 import os
 import re
@@ -12,16 +14,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
+from profiles import USUAL
 
-settings.register_profile(
-    "spikenm_fx",
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.register_profile("quick", settings.get_profile("spikenm_fx"), max_examples=5)
-settings.load_profile("spikenm_fx")
+settings.load_profile(USUAL)
 torch.set_num_threads(1)
 
 FRAMEWORKS = re.compile(
@@ -33,10 +29,21 @@ ALL_INSTALLED = os.environ.get("SPIKENM_FX_ALL_INSTALLED") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs an SNN framework: its parameters, code, fixtures or helpers name one."""
+    """Mark what needs an SNN framework: its parameters, code, fixtures or helpers name one.
+
+    Files that are slow as a whole come first, so that no worker ends long after the others.
+    """
     for item in items:
         if isinstance(item, pytest.Function) and _names_framework(item):
             item.add_marker("framework")
+    slow = {item.path for item in items if item.parent and item.parent.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What imports have made stays: collections that tests ask for need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def _names_framework(item: pytest.Function) -> bool:
@@ -45,7 +52,12 @@ def _names_framework(item: pytest.Function) -> bool:
         return True
     known = item._fixtureinfo.name2fixturedefs
     fixtures = [known[name][-1].func for name in item.fixturenames if name in known]
-    return any(FRAMEWORKS.search(text) for f in (item.function, *fixtures) for text in _strings(f))
+    return any(map(_mentions_framework, (item.function, *fixtures)))
+
+
+@functools.cache
+def _mentions_framework(function: Callable) -> bool:
+    return any(map(FRAMEWORKS.search, _strings(function)))
 
 
 def _strings(function: Callable) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loops import (
     close,
@@ -25,6 +25,7 @@ from loops import (
     train_step,
     twin,
 )
+from profiles import tries
 from strategies import ALL_LAYERS, batches, most_nonzero, network
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -233,7 +234,7 @@ def test_swapped_for_validation(how: str, steps: int) -> None:
     assert torch.equal(model.eval()(probe), plain.eval()(probe))
 
 
-@settings(max_examples=15)
+@tries(15)
 @given(st.integers(0, TOTAL), st.integers(0, 99), st.sampled_from(["copy_", "data", "set", "mul"]))
 def test_whatever_is_written_is_evaluated(steps: int, seed: int, how: str) -> None:
     """Random weights and logits, written in any way at any time, are those of evaluation."""

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import nn
 
 import spikenm_fx
@@ -47,7 +48,7 @@ def test_training_scripts_wrappings_are_taken_off(tmp_path: Path, wrapper: str) 
     assert torch.equal(other[0].weight, model[0].weight)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(st.binary(max_size=80), st.sampled_from([".pt", ".safetensors"]))
 def test_any_bytes_give_a_checkpoint_error(content: bytes, suffix: str) -> None:
     """No file content makes the reader raise anything but CheckpointError."""

@@ -141,6 +141,21 @@ def over_time() -> nn.Module:
     )
 
 
+class Together(nn.Module):
+    """All of these in one graph: what a compiler of kernels takes long for is compiled once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.over_time = nn.Sequential(OverTime(nn.Linear(8, 16)), SequenceLIF())
+        self.layer, self.held = nn.Linear(16, 16), Held()
+        self.again = nn.Sequential(OverTime(nn.Linear(16, 4)), SequenceLIF())
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.held.reset()
+        x = torch.stack([self.held(self.layer(now)) for now in self.over_time(x)])
+        return checkpoint(self.again, x, use_reentrant=False)
+
+
 STYLES = {
     "over time": over_time,
     "held": Loop,
@@ -267,12 +282,16 @@ def test_neurons_of_frameworks(name: str) -> None:
     agree(*models)
 
 
+REUSING = {"over time": over_time, "held": Loop, "checkpointed": Recomputed, "together": Together}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("style", ["over time", "held", "checkpointed"])
+@pytest.mark.parametrize(
+    ("style", "backend"), [*((style, "aot_eager") for style in REUSING), ("together", "inductor")]
+)
 def test_compilers_that_use_memory_again(style: str, backend: str) -> None:
     """Credits are of what layers and neurons got, not of what was written there afterwards."""
-    models = [sparse(STYLES[style], every=1) for _ in range(2)]
+    models = [sparse(REUSING[style], every=1) for _ in range(2)]
     trained(models[0], torch.compile(models[0], fullgraph=True, backend=backend), 2)
     trained(models[1], models[1], 2)
     agree(*models)

@@ -8,8 +8,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from snn_strategies import random_nets
 from torch import Tensor, nn
 from zoo_cases import build
@@ -232,7 +233,7 @@ def test_surviving_layers_stay_n_m(pattern: str) -> None:
     agrees(model, reference)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     nm=st.sampled_from([NM(2, 4), NM(1, 4), NM(1, 8), NM(1, 2)]),
     blocks=st.integers(1, 6),
@@ -286,7 +287,7 @@ def neurons(draw: st.DrawFn) -> NeuronSpec:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@tries(300)
 @given(spec=neurons(), largest=st.floats(-1.5, 1.0), seed=st.integers(0, 999))
 def test_what_cannot_spike_does_not(spec: NeuronSpec, largest: float, seed: int) -> None:
     """Simulated with inputs up to the bound, no spike ever comes where it is ruled out."""
@@ -479,7 +480,7 @@ def test_whole_models_agree_after_removal(name: str) -> None:
         assert float((x - y).abs().max()) <= tolerance
 
 
-@settings(max_examples=10, deadline=None)
+@tries(10)
 @given(net=random_nets())
 def test_random_networks_agree_after_removal(net: tuple[nn.Module, Tensor]) -> None:
     """Joins, heads, groups, gates, concatenations and per-channel thresholds."""

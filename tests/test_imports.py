@@ -80,12 +80,14 @@ def imports_of(path: Path, *, types: bool = True) -> set[str]:
 
 def _walk(node: ast.AST, types: bool) -> Iterator[ast.AST]:
     """All that stands in ``node``; without ``types`` not what only type checkers run."""
-    yield node
-    children = list(ast.iter_child_nodes(node))
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test) and not types:
-        children = list(node.orelse)
-    for child in children:
-        yield from _walk(child, types)
+    waiting = [node]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and not types and "TYPE_CHECKING" in ast.unparse(node.test):
+            waiting += node.orelse
+        elif isinstance(node, ast.stmt | ast.Module | ast.ExceptHandler | ast.match_case):
+            waiting += ast.iter_child_nodes(node)  # no expression holds an import
 
 
 def _own(name: str) -> str:

@@ -21,7 +21,7 @@ import pytest
 DEPTH = 54
 PER_STEP = 300
 PER_ACCESS = 2
-STEPS, EVERY = 6, 3  # credits are refreshed at 0 and 3
+STEPS, EVERY = 4, 3  # credits are refreshed at 0 and 3
 CASES = {
     "2:4": ("2:4", None),
     "1:8, fading": ("1:8", 1000),

@@ -7,8 +7,9 @@ from itertools import permutations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from strategies import ALL_LAYERS, batches, network
 from torch import Tensor
 
@@ -39,7 +40,7 @@ def logits(of: int, seed: int, spread: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize(("keep", "of"), PATTERNS)
-@settings(max_examples=4)
+@tries(4)
 @given(seed=st.integers(0, 99))
 def test_marginals_are_those_of_every_order_of_draws(keep: int, of: int, seed: int) -> None:
     """Closed forms and dynamic programming agree with enumeration to 1e-10."""

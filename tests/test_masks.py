@@ -12,8 +12,10 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from parts import started
+from profiles import tries
 from strategies import ALL_LAYERS, Case, batches, cases, most_nonzero, network
 from torch import nn
 
@@ -406,7 +408,7 @@ def _ddp_rank(rank: int, port: int, folder: str) -> None:
 @pytest.mark.slow
 def test_data_parallel_ranks_agree(tmp_path):
     """Two DDP ranks draw the same masks, end with the same model, and equal a single process."""
-    torch.multiprocessing.spawn(_ddp_rank, (free_port(), str(tmp_path)), nprocs=2)
+    started(_ddp_rank, free_port(), str(tmp_path), ranks=2)
     a, b = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(map(torch.equal, a["masks"], b["masks"]))
     assert torch.equal(a["guided"], b["guided"]), "with EID the ranks stay together as well"
@@ -424,7 +426,7 @@ def test_data_parallel_ranks_agree(tmp_path):
     assert all(torch.equal(frozen[0], other) for other in frozen)
 
 
-@settings(max_examples=10)
+@tries(10)
 @given(cases(most=8))
 def test_the_layer_describes_itself(case):
     """Repr shows the user's own description with the pattern; isinstance still holds."""

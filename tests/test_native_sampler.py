@@ -12,8 +12,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from strategies import ALL_LAYERS
 from torch import Tensor
 
@@ -145,7 +146,7 @@ def test_kernels_build_where_a_compiler_is() -> None:
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @given(case=blocks())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_deterministic_masks_are_equal(level: str, case: Blocks) -> None:
     """The N largest scores are chosen exactly as torch chooses them, ties and NaN included."""
     with torch_path():
@@ -157,7 +158,7 @@ def test_deterministic_masks_are_equal(level: str, case: Blocks) -> None:
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @given(case=blocks())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_drawn_masks_agree(level: str, case: Blocks) -> None:
     """The same noise draws the same mask from any blocks, save for near-ties."""
     with torch_path():
@@ -171,7 +172,7 @@ def test_drawn_masks_agree(level: str, case: Blocks) -> None:
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @given(case=blocks(special=False), product=st.booleans())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_gradients_agree(level: str, case: Blocks, product: bool) -> None:
     """The gradient is the torch path's, given dL/dm or the masked weight's gradient."""
     weight = case.random().flip(1) if product else None
@@ -186,7 +187,7 @@ def test_gradients_agree(level: str, case: Blocks, product: bool) -> None:
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @given(case=blocks())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_gradients_of_odd_logits_stay_finite(level: str, case: Blocks) -> None:
     """NaN and infinite logits get a finite gradient, and their neighbours' does not change."""
     with kernels_of(level):
@@ -356,7 +357,7 @@ def _after_steps(
 
 @needs_kernels
 @pytest.mark.parametrize("total_steps", [None, 40])
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(case=layer_shapes())
 def test_steps_of_the_passes_are_those_of_torch(
     total_steps: int | None, case: tuple[str, list[int], int]

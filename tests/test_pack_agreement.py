@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
+from profiles import tries
 from torch import Tensor, nn
 from zoo_cases import build
 
@@ -161,7 +162,7 @@ def test_without_neurons_the_output_alone_counts() -> None:
     assert "the output differs" in compared(case, engine).disagreement
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(
     st.integers(0, 40),
     st.integers(1, 8),

@@ -4,9 +4,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
+from profiles import tries
 from torch import Tensor, nn
 from zoo_cases import quarter_width
 
@@ -73,7 +74,7 @@ OPS = st.sampled_from(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=150, deadline=None)
+@tries(150)
 def test_operations_on_bits_are_exact(ops, channels, size, seed):
     """Any sequence of operations on waiting spikes gives, bit for bit, what torch gives."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +136,7 @@ def test_writing_to_a_sum_or_a_copy_changes_nothing_else():
     terms=st.sampled_from([1, 2, 3, "average"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=120, deadline=None)
+@tries(120)
 def test_layers_read_counts(kernel, nm, channels, outputs, spatial, stride, terms, seed):
     """Every kernel on counts computes the dense layer on their values, integers bit-exactly."""
     generator = torch.Generator().manual_seed(seed)

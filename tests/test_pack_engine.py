@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
+from profiles import tries
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from zoo_cases import build
@@ -192,7 +193,7 @@ def test_spikes_travel_as_bits():
     synapse=st.sampled_from([None, "new", "undecayed"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=80, deadline=None)
+@tries(80)
 def test_neurons_follow_their_rule(
     shape, decay, gain, rest, reset, timing, strict, per_channel, synapse, seed
 ):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import Case, cases, prune
+from profiles import tries
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -25,7 +26,7 @@ FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_round_trip_is_exact(dtype, data):
     """Unpacking gives the packed weight back bit for bit, for every pattern, layer and dtype."""
     case = data.draw(cases(dtype=dtype))
@@ -46,7 +47,7 @@ def _bits(dtype: torch.dtype) -> torch.dtype:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
+@tries(60)
 def test_int8_is_the_rounded_row(case: Case):
     """int8 values are within half a step of the weight, and packing them again changes nothing."""
     packed = pack_weight(case.weight, case.nm, geometry=case.geometry, dtype=torch.int8)
@@ -59,7 +60,7 @@ def test_int8_is_the_rounded_row(case: Case):
 
 
 @given(case=cases())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_reference_runs_the_dense_layer(case: Case):
     """The reference backend gives what torch gives for the dense weight, for each geometry."""
     geometry = case.geometry
@@ -89,7 +90,7 @@ def test_reference_runs_the_dense_layer(case: Case):
 
 
 @given(case=cases(dtype=torch.float32), data=st.data())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_refuses_what_is_not_nm(case: Case, data):
     """One non-zero too many in any block is refused, and the message names the block."""
     weight, nm = case.weight.clone(), case.nm
@@ -168,7 +169,7 @@ def packed_file(tmp_path: Path) -> Path:
 
 
 @given(case=cases(), dtype=st.sampled_from([*FLOATS, torch.int8]))
-@settings(max_examples=30, deadline=None)
+@tries(30)
 def test_files_round_trip(case: Case, dtype, tmp_path_factory):
     """A file gives back exactly what was saved."""
     path = tmp_path_factory.mktemp("packed") / "w.safetensors"

@@ -3,9 +3,10 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import COMMON, Case, cases, prune
+from profiles import tries
 from torch import Tensor
 
 from spikenm_fx.native.library import available_kernels, kernels, native_status
@@ -67,7 +68,7 @@ def _assert_close(y: Tensor | None, expected: Tensor) -> None:
 @pytest.mark.parametrize("level", STATUS.levels)
 @pytest.mark.parametrize("kernel", ["fma", "lut", "event", "amx"])
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@tries(40)
 def test_fp32_kernels_match_the_reference(kernel, level, data):
     """Within 1e-5 of the largest output, for any layer, pattern, size, rate and memory format."""
     _skip_unless_at(kernel, level)
@@ -95,7 +96,7 @@ def _patterns(kernel: str) -> st.SearchStrategy[NM]:
 
 @pytest.mark.parametrize("level", STATUS.levels)
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@tries(25)
 def test_fma_takes_any_activation(level, data):
     """The multiply-add kernel is right for analog inputs too."""
     case = data.draw(cases(channels=140, outputs=20))
@@ -110,7 +111,7 @@ def test_fma_takes_any_activation(level, data):
 @pytest.mark.parametrize("level", STATUS.levels)
 @pytest.mark.parametrize("kernel", ["event8", "amx8"])
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@tries(30)
 def test_integer_kernels_are_bit_exact(kernel, level, data):
     """Integer sums are exact; only the scale and the bias round, as they do in the reference."""
     _skip_unless_at(kernel, level)
@@ -154,7 +155,7 @@ def test_int16_sums_cannot_overflow(level, sign):
     skew=st.floats(0.0, 1.0),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=10, deadline=None)
+@tries(10)
 def test_int16_sums_at_their_worst(level, channels, spatial, skew, seed):
     """Exactly the spikes that drive one row's sum highest, then lowest: no segment overflows."""
     generator = torch.Generator().manual_seed(seed)
@@ -172,7 +173,7 @@ def test_int16_sums_at_their_worst(level, channels, spatial, skew, seed):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kernel", [k for k in HERE if not k.endswith("8")])
 @given(data=st.data())
-@settings(max_examples=15, deadline=None)
+@tries(15)
 def test_half_precision_weights(kernel, dtype, data):
     """Kernels compute in fp32 with the values that were stored."""
     case = data.draw(cases(nms=_patterns(kernel), channels=140, outputs=20))
@@ -204,7 +205,7 @@ def test_corner_sizes(kernel, outputs, channels):
 @pytest.mark.parametrize("kernel", SPIKE_KERNELS)
 @pytest.mark.parametrize("bad", [2.0, 0.5, -1.0, float("nan"), float("inf"), 1e-45])
 @given(where=st.integers(0, 10**6), spatial=st.sampled_from([0, 1, 2]), last=st.booleans())
-@settings(max_examples=6, deadline=None)
+@tries(6)
 def test_spike_kernels_refuse_other_values(kernel, bad, where, spatial, last):
     """One value that is neither 0 nor 1, anywhere, is noticed: the kernel declines."""
     geometry = LayerGeometry.conv(spatial) if spatial else LayerGeometry()
@@ -266,7 +267,7 @@ def test_memory_format_is_kept():
     seed=st.integers(0, 2**31),
     last=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@tries(30)
 def test_spike_bits_round_trip(level, sizes, seed, last):
     """Bits unpack to the spikes they were packed from, and unused bits are zero."""
     images, groups, cg, h, w = sizes

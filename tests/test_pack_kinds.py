@@ -13,9 +13,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from pack_strategies import prune
+from profiles import tries
 from torch import Tensor, nn
 
 from spikenm_fx.errors import SpikeNMWarning
@@ -196,7 +197,7 @@ def _x() -> Tensor:
     return torch.rand(STEPS, BATCH, WIDTH, generator=torch.Generator().manual_seed(1)) * 2
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@tries(25, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.sampled_from(LAYERS), min_size=1, max_size=3),
     st.sampled_from(HOWS),
@@ -245,7 +246,7 @@ def _other_stride(conv: nn.Module, x: Tensor) -> Tensor:
     )
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@tries(25, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from([_one_call, _each_step, _each_sample, _by_name, _other_stride]),
     st.sampled_from([1, 2]),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from loops import any_moved, close, logits, masks, refused, sequences, spiking_net, step_of
+from parts import started
 from strategies import ALL_LAYERS
 from torch import nn
 
@@ -144,7 +145,7 @@ def free_port() -> int:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What both ranks found, all cases in one launch."""
     folder: Path = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank, (free_port(), str(folder)), nprocs=2)
+    started(_rank, free_port(), str(folder), ranks=2)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

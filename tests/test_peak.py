@@ -17,7 +17,8 @@ from spikenm_fx import Rule
 from spikenm_fx.bench.peak import VERBS, Counted, flat
 from spikenm_fx.pack import packing
 
-WIDTH = 4096  # pieces are a small share of it
+WIDTH, SMALLER = 2048, 4
+"""Pieces, and what counts as a large weight, are as much smaller as this one is than 4096."""
 MOST = {
     "sparsify": 2.6,
     "train": 3.5,
@@ -31,6 +32,10 @@ MOST = {
 SCRIPT = """
 import json, warnings, torch
 from spikenm_fx.bench.peak import Counted, verbs
+from spikenm_fx.masks import piece
+from spikenm_fx.pack.engine import choose
+piece._ON_CPU //= SMALLER
+choose.LARGE //= SMALLER
 torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 found = {}
@@ -53,7 +58,7 @@ def test_verbs_on_a_large_layer_take_a_few_times_its_weight(path: str, tmp_path:
 
     without = {"SPIKENM_FX_BUILD": "0", "SPIKENM_FX_CACHE": str(tmp_path)}
     environment = {**os.environ, **(without if path == "torch" else {})}
-    script = SCRIPT.replace("WIDTH", str(WIDTH))
+    script = SCRIPT.replace("WIDTH", str(WIDTH)).replace("SMALLER", str(SMALLER))
     ran = subprocess.run(
         [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
     )

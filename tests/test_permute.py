@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from profiles import tries
 from snn_strategies import random_nets
 from torch import Tensor, nn
 from zoo_cases import build
@@ -108,7 +109,7 @@ def test_a_permuted_model_computes_the_same_and_keeps_more(name: str) -> None:
         assert not stays()
 
 
-@settings(max_examples=10, deadline=None)
+@tries(10)
 @given(net=random_nets())
 def test_random_networks_compute_the_same(net: tuple[nn.Module, Tensor]) -> None:
     """Joins, heads, groups, gates, concatenations and per-channel thresholds."""

@@ -7,8 +7,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import Tensor
 
 from spikenm_fx.bench.permute import efficacy
@@ -55,7 +56,7 @@ def reordered(part: Scored, order: Tensor) -> Tensor:
 
 
 @NATIVE
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(problem=problems())
 def test_the_order_is_one_and_no_swap_keeps_more(
     native: bool, problem: tuple[list[Scored], int]

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from program_strategies import Example, RuleNeuron, examples
 from torch import Tensor, nn
 
@@ -52,7 +53,7 @@ def reset(model: nn.Module) -> None:
             module.reset()
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(examples())
 def test_a_random_network_and_its_program_agree(example: Example) -> None:
     """``pack`` compares them neuron by neuron, and refuses a program that differs."""
@@ -73,7 +74,7 @@ def test_one_wrong_output_of_any_layer_is_seen(layer: str) -> None:
     assert compared(model, Engine(image_of(lowered)), lowered, x).disagreement
 
 
-@settings(max_examples=15, deadline=None)
+@tries(15)
 @given(examples(), st.data())
 def test_any_split_of_a_sequence_gives_the_same(example: Example, data: st.DataObject) -> None:
     """One call, calls on parts, and single steps end in the same outputs, bit for bit."""
@@ -89,7 +90,7 @@ def test_any_split_of_a_sequence_gives_the_same(example: Example, data: st.DataO
     assert torch.equal(torch.stack([engine.step(frame) for frame in x]), whole)
 
 
-@settings(max_examples=15, deadline=None)
+@tries(15)
 @given(examples(), st.integers(1, 4))
 def test_another_batch_is_replanned(example: Example, times: int) -> None:
     """Each sample of a larger batch gives what it gives alone, on any number of threads."""
@@ -107,7 +108,7 @@ def test_another_batch_is_replanned(example: Example, times: int) -> None:
         assert torch.equal(part, alone)
 
 
-@settings(max_examples=10, deadline=None)
+@tries(10)
 @given(examples())
 def test_all_isa_levels_agree(example: Example) -> None:
     """The vector width changes nothing where values are spikes; floats differ by rounding."""

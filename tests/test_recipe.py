@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import nn
 
 from spikenm_fx.errors import RecipeError
@@ -174,7 +175,7 @@ def test_missing_file_is_a_recipe_error(tmp_path: Path) -> None:
         load_recipe(tmp_path)
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))
 def test_any_text_gives_a_recipe_error(text: str) -> None:
     """No text makes the reader raise anything but RecipeError."""
@@ -190,7 +191,7 @@ _data = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@tries(200)
 @given(_data)
 def test_strict_yaml_agrees_with_safe_load(data: object) -> None:
     """Where the strict reader has nothing to say, it reads what PyYAML's safe loader reads."""
@@ -201,7 +202,7 @@ def test_strict_yaml_agrees_with_safe_load(data: object) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(
     st.sampled_from(["version", "name", "target", "inputs", "nm", "rules"]),
     _data.filter(lambda value: value != []),

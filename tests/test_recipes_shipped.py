@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import nn
-from zoo_cases import quarter_width
+from zoo_cases import narrow_transformer, quarter_width
 
 from spikenm_fx.cli import main
 from spikenm_fx.errors import RecipeError
@@ -29,6 +30,9 @@ each = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 
 SMALLER = {
     "shape: [4, 1, 3, 64, 64]": "shape: [2, 1, 3, 32, 32]",
+    "shape: [1, 3, 64, 64]": "shape: [1, 3, 32, 32]",
+    "shape: [2, 3, 32, 32], time: inside": "shape: [1, 3, 32, 32], time: inside",
+    "kwargs: {T: 4}": "kwargs: {T: 2}",
     "shape: [4, 1, 3, 32": "shape: [2, 1, 3, 32",
     "shape: [4, 2, 3, 32": "shape: [2, 2, 3, 32",
     "shape: [32, 2, 1, 28": "shape: [8, 2, 1, 28",
@@ -94,7 +98,7 @@ def test_recipe_of_an_installed_package_applies(
 ) -> None:
     """Plan, sparsify, a step, fold, verify and pack succeed on the real model of the package.
 
-    SpikingJelly's convolutional networks are a quarter as wide: see ``SMALLER``.
+    SpikingJelly's networks are a quarter as wide, and inputs smaller: see ``SMALLER``.
     """
     file = FOLDER / f"{name}.yaml"
     package = load_recipe(file).target.package or ""
@@ -104,7 +108,7 @@ def test_recipe_of_an_installed_package_applies(
     for size, less in SMALLER.items():
         text = text.replace(size, less)
     smaller.write_text(text, encoding="utf-8")
-    with quarter_width(name), pytest.raises(SystemExit) as left:
+    with quarter_width(name), narrow_transformer(name), pytest.raises(SystemExit) as left:
         main(["recipe", "check", str(smaller), "--in-process", "--json"])
     (result,) = json.loads(capfd.readouterr().out)
     assert left.value.code == 0, result["stages"]
@@ -227,7 +231,7 @@ def test_extensions_and_torchscript_are_off_inside_only() -> None:
     assert torch.jit.ScriptModule is scripted
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 5), st.integers(0, 2**20))
 def test_wkv_is_the_weighted_mean_of_the_past(
     batch: int, steps: int, channels: int, seed: int

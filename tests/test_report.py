@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import Tensor, nn
 
 import spikenm_fx
@@ -479,7 +480,7 @@ def patterned(draw: st.DrawFn) -> tuple[nn.Module, Tensor, NM]:
     return layer, view.from_blocks(blocks), NM(keep, of)
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(patterned())
 def test_pattern_is_found_in_the_zeros(case: tuple[nn.Module, Tensor, NM]) -> None:
     """The pattern found is obeyed, and is as tight as the one the mask was made with."""

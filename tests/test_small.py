@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
+from profiles import tries
 from program_strategies import Example, RuleNeuron, examples
 from test_program import LIF, STEP, program, reset
 from torch import Tensor, nn
@@ -82,7 +83,7 @@ def test_resident_weights_are_as_small_as_promised(
     assert "are layouts for speed" in str(fast)
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     st.sampled_from(PATTERNS),
     st.sampled_from(DTYPES),
@@ -115,7 +116,7 @@ def test_small_and_fast_programs_give_the_same_bits(
             torch.testing.assert_close(small(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=15, deadline=None)
+@tries(15)
 @given(examples(), st.sampled_from(DTYPES))
 def test_a_random_network_keeps_its_answers(example: Example, dtype: torch.dtype | None) -> None:
     """Convolutions with groups, strides and pools, one step or many; compared by ``pack``."""

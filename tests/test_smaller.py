@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from profiles import tries
 from snn_strategies import random_nets
 from torch import Tensor, nn
 from zoo_cases import build
@@ -95,7 +96,7 @@ def test_a_bias_that_came_into_being_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(loaded(x), model(x))
 
 
-@settings(max_examples=10, deadline=None)
+@tries(10)
 @given(net=random_nets())
 def test_random_networks_are_loaded_as_they_were_saved(
     tmp_path_factory: pytest.TempPathFactory, net: tuple[nn.Module, Tensor]

@@ -5,8 +5,9 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from strategies import Case, cases, most_nonzero, network
 from torch import nn
 
@@ -118,7 +119,7 @@ def test_a_fade_starts_from_the_dense_network_itself(pattern: str) -> None:
 
 
 @IN_A_FADE
-@settings(deadline=None, max_examples=10)
+@tries(10)
 @given(st.sampled_from(["3:8", "1:4", "1:8"]), st.integers(0, 20), st.sampled_from([0.3, 1.0]))
 def test_fade(pattern: str, step: int, fade: float) -> None:
     """Undrawn weights are scaled by a factor from 1 to 0; from its end on every step is N:M."""

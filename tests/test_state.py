@@ -6,8 +6,9 @@ import io
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from strategies import ALL_LAYERS, batches, cases, most_nonzero, network
 from torch import nn
 
@@ -113,7 +114,7 @@ OPTIMIZERS = {
 
 
 @pytest.mark.filterwarnings("ignore:training goes on past total_steps")
-@settings(max_examples=12)
+@tries(12)
 @given(
     st.integers(0, 9),
     st.sampled_from(sorted(OPTIMIZERS)),

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loops import (
     OPTIMIZERS,
@@ -34,6 +34,7 @@ from loops import (
     train_step,
     twin,
 )
+from profiles import tries
 from strategies import batches, network
 from torch import Tensor, nn
 
@@ -126,7 +127,7 @@ LOOKS: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@settings(max_examples=15)
+@tries(15)
 @given(
     st.sampled_from(["SGD", "Adam", "Adam, fused", "through .data"]),
     st.lists(st.lists(st.sampled_from(sorted(LOOKS)), max_size=3), min_size=4, max_size=4),
@@ -397,7 +398,7 @@ def test_the_loss_scale_drops_out(name: str, scale: float, unscaled: bool) -> No
     assert same(masks(scaled), masks(plain))
 
 
-@settings(max_examples=8)
+@tries(8)
 @given(st.sampled_from([2, 4, 16]), st.sampled_from(["SGD", "Adam"]))
 def test_micro_batches_are_one_batch(parts: int, name: str) -> None:
     """Summed over micro-batches, weights and logits move as with the whole batch, EID on."""

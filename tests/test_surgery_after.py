@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from loops import (
     LAYERS,
@@ -36,6 +36,7 @@ from loops import (
     train,
     train_step,
 )
+from profiles import tries
 from strategies import ALL_LAYERS, batches, most_nonzero, network
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -55,7 +56,7 @@ def is_nm(weight: Tensor, nm: spikenm_fx.NM = NM24) -> bool:
 NAMES = [name for name, _ in spiking_net().named_parameters()]
 
 
-@settings(max_examples=20)
+@tries(20)
 @given(
     st.sets(st.sampled_from(NAMES), max_size=len(NAMES) - 1),
     st.sampled_from(["before sparsify", "before training", "midway"]),

@@ -8,8 +8,9 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import Tensor, nn
 
 from spikenm_fx.report import report
@@ -74,7 +75,7 @@ def layers_and_inputs(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.slow
-@settings(max_examples=120, deadline=None)
+@tries(120)
 @given(layers_and_inputs())
 def test_synops_equal_a_count_one_by_one(case: tuple[nn.Module, Tensor]) -> None:
     """Exact for any kind, stride, padding, dilation, groups, output padding and weight zeros."""
@@ -89,7 +90,7 @@ def test_synops_equal_a_count_one_by_one(case: tuple[nn.Module, Tensor]) -> None
     assert done.weight_sparse <= done.dense <= done.padded or layer.padding_mode != "zeros"
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(layers_and_inputs())
 def test_synops_equal_the_convolution_of_masks(case: tuple[nn.Module, Tensor]) -> None:
     """The definition, sum of conv(spikes, weight != 0), gives the same figure."""

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from torch import Tensor, nn
 
 import spikenm_fx
@@ -105,7 +106,7 @@ networks = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=25)
+@tries(25)
 @given(networks)
 def test_neurons_of_every_style_are_found_once_with_their_layers(styles):
     """Each layer drives the neuron behind it, sees the one before it, and its signal is true."""
@@ -201,7 +202,7 @@ class Weighted(nn.Module):
 
 
 @given(st.sampled_from([0.3, 1.0, 2.5]), st.sampled_from([1, 3]))
-@settings(deadline=None, max_examples=6)
+@tries(6)
 def test_scaled_spikes_have_their_scale(height, steps):
     """A height per layer is known; the average of pooled spikes is a scale as well."""
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import tries
 from snn_strategies import random_nets
 from torch import Tensor, nn
 from zoo_cases import build
@@ -33,7 +34,7 @@ def test_spike_edges_carry_only_spikes(name: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(random_nets())
 def test_random_networks(drawn: tuple[nn.Module, Tensor]) -> None:
     """On random networks: all layers found, spikes are spikes, groups permute exactly."""

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from profiles import tries
 from snn_strategies import random_nets
 from torch import Tensor, nn
 
@@ -198,7 +199,7 @@ def test_a_forward_that_resets_by_itself() -> None:
     assert torch.equal(model(x()), expected)
 
 
-@settings(max_examples=8)
+@tries(8)
 @given(random_nets())
 def test_examples_never_make_less_sparse(case: tuple[nn.Module, Tensor]) -> None:
     """What becomes N:M without example inputs becomes so with them."""

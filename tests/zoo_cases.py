@@ -34,6 +34,32 @@ def _narrower(init: Callable[..., None], count: int) -> Callable[..., None]:
     return narrow
 
 
+TRANSFORMERS = {
+    "spikformer": ("spikformer", "Spikformer"),
+    "sdt": ("spike_driven_transformer", "SpikeDrivenTransformer"),
+    "qkformer": ("qkformer", "QKFormer"),
+    "maxformer": ("maxformer", "MaxFormer"),
+}
+"""File and class of SpikingJelly's, whose makers set the width of 384 themselves."""
+
+
+@contextlib.contextmanager
+def narrow_transformer(name: str) -> Iterator[None]:
+    """What a maker of SpikingJelly builds is a quarter as wide, where its name is one of these."""
+    found = next((where for known, where in TRANSFORMERS.items() if f"jelly-{known}" in name), None)
+    if found is None:
+        yield
+        return
+    module = importlib.import_module(f"spikingjelly.activation_based.model.{found[0]}")
+    whole = getattr(module, found[1])
+
+    def narrow(*, embed_dims: int, **others: object) -> nn.Module:
+        return whole(embed_dims=embed_dims // SHARE, **others)
+
+    with mock.patch.object(module, found[1], narrow):
+        yield
+
+
 @contextlib.contextmanager
 def quarter_width(name: str) -> Iterator[None]:
     """Layers of 64 and more channels are made with a quarter of them, where the code sets 64.

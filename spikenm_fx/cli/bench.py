@@ -24,16 +24,17 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Run one of the project's benchmarks; its figures are JSON where that is asked for."""
-    from spikenm_fx.bench.__main__ import benches, summary
+    from spikenm_fx.bench.__main__ import bench_of, benches, summary
     from spikenm_fx.errors import did_you_mean
 
-    screen, known = Screen(as_json), benches()
+    screen = Screen(as_json)
     if not name:
-        about = {known_name: summary(module) for known_name, module in known.items()}
+        about = {known_name: summary(module) for known_name, module in benches().items()}
         text = "\n".join(f"{known_name:<12}{words}" for known_name, words in about.items())
         screen.result({"benches": about}, text)
         return
-    if name not in known:
+    if bench_of(name) is None:
+        known = benches()
         raise typer.BadParameter(
             f"{name!r} is no benchmark; known are {', '.join(known)}{did_you_mean(name, known)}"
         )
