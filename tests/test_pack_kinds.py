@@ -6,9 +6,12 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 import types
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,7 @@ from pack_strategies import prune
 from profiles import tries
 from torch import Tensor, nn
 
+import spikenm_fx
 from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.pack import PackedLayer, pack, packing
 from spikenm_fx.pattern import NM
@@ -420,38 +424,128 @@ def test_the_whole_forward_is_what_gains():
         assert row.neuron or _is_advice(row.note), row
 
 
-@pytest.mark.parametrize("unfused", [0.7, 0.99, 1.1])
-def test_what_gains_nothing_runs_on_torchs_layers(monkeypatch, unfused):
-    """A form slower than the model, or as fast, is not chosen, though torch's be slower still."""
+def _timed(monkeypatch: pytest.MonkeyPatch, **times: float) -> None:
+    """Forms take these times, whatever they are; the fastest way of each layer is its kernel."""
     forms = pytest.importorskip("spikenm_fx.pack.forms")
-    times = {"model": 1.0, "fused": 3.0, "unfused": unfused, "torch": 1.3}
     monkeypatch.setattr(
         forms.Forms, "_take_turns", lambda _s, ways, *_: {w: [times[w]] for w in ["model", *ways]}
     )
     choose = pytest.importorskip("spikenm_fx.pack.engine.choose")
     monkeypatch.setattr(choose, "_fastest", lambda seen: min(seen, key=len))  # no "dense"
-    engine = pack(_chain([nn.Linear] * 2, "called", []), _x())
+
+
+def _calls_of_ours(engine: nn.Module, x: Tensor) -> set[str]:
+    """Functions of this library that one forward of the engine calls."""
+    ours, found = str(Path(spikenm_fx.__file__).parent), set()
+
+    def see(frame: types.FrameType, event: str, _arg: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(ours):
+            found.add(frame.f_code.co_qualname)
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        _run(engine, x)
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+@pytest.mark.parametrize("unfused", [0.7, 0.99, 1.1])
+def test_what_gains_nothing_is_the_models_own_code(monkeypatch, unfused):
+    """A form slower than the model, or as fast, is not chosen, though some layer gain."""
+    _timed(monkeypatch, model=1.0, fused=3.0, unfused=unfused, some=1.3)
+    model, x = _chain([nn.Linear, Loop], "called", []), _x()
+    engine = pack(model, x)
     report = packing(engine)
     gains = unfused == 0.7
     assert report.whole.form == ("unfused" if gains else "torch")
     assert ("keep your model" in report.verdict) != gains
     layers = [layer for layer in engine.modules() if isinstance(layer, PackedLayer)]
-    assert all((layer.choice == "dense") != gains for layer in layers)
+    assert bool(layers) == gains
+    assert all(layer.choice != "dense" for layer in layers)
+    assert all(type(fire) is neuron.IFNode for fire in engine.neurons)
+    assert bool(_calls_of_ours(engine, x)) == gains
+    if not gains:
+        assert [type(m) for m in engine.modules()] == [type(m) for m in model.modules()]
+        assert report.whole.gain == 1.0
+        assert torch.equal(_run(engine, x), _run(copy.deepcopy(model), x))
+        for row in report.layers:
+            assert row.choice == "torch"
+            assert _is_advice(row.note)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_an_engine_that_gains_nothing_has_nothing_of_ours_in_its_forward(monkeypatch, norm):
+    """Norms, hooks, classes, attributes and parameters are the model's, in order and by name."""
+    _timed(monkeypatch, model=1.0, fused=1.0, unfused=1.0, dense=1.0, some=1.0)
+    torch.manual_seed(0)
+    layer, fire = jelly.Conv2d(4, 8, 3, step_mode="m"), neuron.IFNode(step_mode="m")
+    parts = [layer, jelly.BatchNorm2d(8, step_mode="m"), fire] if norm else [layer, fire]
+    model = nn.Sequential(*parts, jelly.Conv2d(8, 4, 3, step_mode="m")).eval()
+    seen: list[Tensor] = []
+    layer.register_forward_hook(lambda _m, _a, out: seen.append(out))
+    x = (torch.rand(3, 2, 4, 8, 8) < 0.4).float()
+    before = [list(vars(m)) for m in model.modules()]
+    engine = pack(model, x)
+    assert packing(engine).whole.form == "torch"
+    assert _calls_of_ours(engine, x) == set()
+    assert type(seen[-1]) is Tensor
+    assert list(engine.state_dict()) == list(model.state_dict())
+    assert [type(m) for m in engine.modules()] == [type(m) for m in model.modules()]
+    own = [[k for k in vars(m) if k != "_spikenm_packing"] for m in engine.modules()]
+    assert own == before
+    again = pack(model, x, backend=packing(engine).choices)
+    assert _calls_of_ours(again, x) == set()
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2])
+def test_layers_that_save_least_are_put_back_until_the_whole_gains(monkeypatch, kept):
+    """By measured savings, by halves: what remains packed is what the whole forward gains by."""
+    forms = pytest.importorskip("spikenm_fx.pack.forms")
+
+    def times(self: Any, ways: Any, *_: Any) -> dict[str, list[float]]:
+        packed = len(self.builder.layers)
+        some = 0.5 if packed == kept else 1.5
+        return {"model": [1.0], **{w: [some if w == "some" else 2.0] for w in ways}}
+
+    def saves(self: Any) -> float:
+        return 1e3 * (1 + ["layers.0", "layers.1", "head"].index(self.packed.name))
+
+    _timed(monkeypatch)
+    monkeypatch.setattr(forms.Forms, "_take_turns", times)
+    monkeypatch.setattr(forms, "_saved", saves)
+    model, x = _chain([nn.Linear] * 2, "called", []), _x()
+    engine = pack(model, x)
+    report = packing(engine)
+    # 3 layers, then the better one of them (half, rounded down), then none
+    expected = {0: "torch", 1: "some", 2: "torch"}[kept]
+    assert report.whole.form == expected
+    packed = [n for n, layer in engine.named_modules() if isinstance(layer, PackedLayer)]
+    assert packed == (["head"] if kept == 1 else [])
+    torch.testing.assert_close(_run(engine, x), _run(copy.deepcopy(model), x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_was_asked_for_is_not_undone_but_said(monkeypatch):
+    """A backend, small memory or rounded weights stay, and the report says what that may cost."""
+    _timed(monkeypatch, model=1.0, fused=2.0, unfused=3.0, some=3.0)
+    model, x = _chain([nn.Linear] * 2, "called", []), _x()
+    for asked in ({"backend": "dense"}, {"memory": "small"}, {"dtype": torch.int8}):
+        engine = pack(model, x, **asked)
+        assert isinstance(engine.head, PackedLayer), asked
+        verdict = packing(engine).verdict
+        assert "may be slower than" in verdict or "keep your model" in verdict, asked
 
 
 def test_the_form_that_runs_is_the_fastest_measured(monkeypatch):
-    """Where torch's layers are fastest, every layer runs dense and no neuron is fused."""
-    forms = pytest.importorskip("spikenm_fx.pack.forms")
+    """Where it is fastest to leave neurons as they are, none is fused."""
+    _timed(monkeypatch, model=1.0, fused=0.9, unfused=0.5)
     model, x = _chain([nn.Linear] * 2, "called", []), _x()
-    times = {"model": 1.0, "fused": 3.0, "unfused": 2.0, "torch": 1.5}
-    monkeypatch.setattr(
-        forms.Forms, "_take_turns", lambda _s, ways, *_: {w: [times[w]] for w in ["model", *ways]}
-    )
     engine = pack(model, x)
     report = packing(engine)
-    assert report.whole.form in ("unfused", "torch")
+    assert report.whole.form == "unfused"
     assert all(row.neuron == "" for row in report.layers)
     assert all(type(fire) is neuron.IFNode for fire in engine.neurons)
-    assert "keep your model" in report.verdict
+    assert "gains 2.00x" in report.verdict
     assert not any(layer.waits for layer in engine.modules() if isinstance(layer, PackedLayer))
     torch.testing.assert_close(_run(engine, x), _run(copy.deepcopy(model), x), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long sequences: what a trace tells does not depend on how many steps the loop over time has."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -361,3 +364,43 @@ def test_tensors_that_a_model_holds_stay_what_they_are() -> None:
     assert graph.layers["head"].calls == 40
     assert type(model.gain) is Tensor
     assert model.neuron.v == 0.0
+
+
+def test_neurons_that_hand_their_state_on_are_looked_at_a_few_times() -> None:
+    """Steps beyond the first few of Norse's cells, whose state is a named tuple, take few calls."""
+    norse = pytest.importorskip("norse.torch")
+
+    class Cells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.hidden, self.out = nn.Linear(12, 16), nn.Linear(16, 4)
+            self.fire, self.last = norse.LIFCell(), norse.LIFCell()
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = last = None
+            spikes = []
+            for step in x:
+                z, state = self.fire(self.hidden(step), state)
+                z, last = self.last(self.out(z), last)
+                spikes.append(z)
+            return torch.stack(spikes)
+
+    torch.manual_seed(0)
+    model, counts = Cells(), []
+    for steps in (40, 140):
+        calls = 0
+
+        def count(frame: types.FrameType, event: str, _arg: object) -> None:
+            nonlocal calls
+            calls += event == "call" and "spikenm_fx" in frame.f_code.co_filename
+
+        sys.setprofile(count)
+        try:
+            graph = trace(model, torch.rand(steps, 2, 12))
+        finally:
+            sys.setprofile(None)
+        assert graph.layers["hidden"].calls == steps
+        assert graph.layers["out"].input_signal.kind == "spike"
+        counts.append(calls)
+    each = (counts[1] - counts[0]) / 100
+    assert each < 600, f"{each} calls for each step of four layers and neurons"

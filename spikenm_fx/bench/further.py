@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx._torch import tree_flatten
@@ -35,6 +37,9 @@ from spikenm_fx.pack import packing
 from spikenm_fx.pack.check.difference import difference
 
 __all__ = ["FurtherRow", "main", "row_of"]
+
+TURNS, MOST_TURNS = 21, 201
+SECONDS = 6.0  # for more turns than the fewest
 
 
 @dataclass(slots=True)
@@ -58,9 +63,11 @@ class FurtherRow:
         folded: outputs before and after ``fold`` are equal, and ``verify`` finds all blocks valid.
         difference: of the engine's output, relative to the largest value of the model's.
         put_back: layers and neurons that ``pack`` put back to the model's own.
-        model_ms: one forward of the folded model.
-        engine_ms: one forward of the engine.
-        form: of the engine that was fastest.
+        model_ms: one forward of the folded model, the median of :data:`TURNS` at least; processor
+            time.
+        engine_ms: one forward of the engine, in turns with the model's, after ``pack`` is done.
+        ratio: the median of the turns' ratios of model to engine.
+        form: of the engine that was fastest for ``pack``; ``"torch"`` is the model's own code.
         error: what went wrong.
     """
 
@@ -81,6 +88,7 @@ class FurtherRow:
     put_back: int = 0
     model_ms: float = 0.0
     engine_ms: float = 0.0
+    ratio: float = 0.0
     form: str = ""
     error: str = ""
 
@@ -137,9 +145,28 @@ def _pack(row: FurtherRow, case: Case) -> None:
     row.difference = max(difference(a, b) for a, b in zip(given, after, strict=True))
     report = packing(engine)
     row.put_back = len(report.proof.put_back) if report.proof is not None else 0
-    if report.whole is not None:
-        row.model_ms, row.engine_ms = report.whole.model, report.whole.engine
-        row.form = report.whole.form
+    row.form = report.whole.form if report.whole is not None else ""
+    _race(row, case, model, engine)
+
+
+def _race(row: FurtherRow, case: Case, model: nn.Module, engine: nn.Module) -> None:
+    """Time both in turns, each of them first in every other one; states go on from turn to turn."""
+    spent: dict[str, list[float]] = {"model": [], "engine": []}
+    ways = {"model": model, "engine": engine}
+    for each in ways.values():
+        case.reset(each)
+    start = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(-2, MOST_TURNS):
+            if turn >= TURNS and time.perf_counter() - start > SECONDS:
+                break
+            for way in sorted(ways, reverse=bool(turn % 2)):
+                began = time.thread_time()
+                ways[way](*case.inputs)
+                if turn >= 0:
+                    spent[way].append(time.thread_time() - began)
+    row.model_ms, row.engine_ms = (1e3 * statistics.median(spent[way]) for way in ways)
+    row.ratio = statistics.median(m / e for m, e in zip(*spent.values(), strict=True))
 
 
 def _output(case: Case, model: Any) -> list[Tensor]:

@@ -48,8 +48,9 @@ layer's candidates take turns, torch's own dense layer in both memory formats am
 must beat dense by five per cent, or the layer stays dense. ``packing(engine)`` is the report: per
 layer the choice, the times, the firing rate and, where a layer is not packed or a neuron unfused,
 the reason. In the end the whole forward is timed beside the model's (:mod:`spikenm_fx.pack.forms`):
-fused, with neurons as they were, or all torch's, the fastest form runs, and where none gains the
-report says to keep the model. A file that is half as large does not mean half the memory at run
+fused or with neurons as they were, the fastest form runs. Where none gains, layers are put back to
+the model's own code, until the rest gains or nothing is left, and the report says to keep the
+model. A file that is half as large does not mean half the memory at run
 time: the layouts that the fastest kernels read may be as large as dense weights.
 
 **Is it the same network?**  Rounding can move a membrane that lies on its threshold to the other

@@ -45,9 +45,13 @@ def pack(
     ``packing(engine).proof`` says what it took.
 
     **It is not slower than the model**: with ``backend="auto"`` the whole forward of the model and
-    of the engine's forms (fused; with neurons as they were; all torch's) take turns on the
-    examples, and the fastest form is returned; ``packing(engine).verdict`` says what it gains, or
-    to keep the model.  Without examples nothing is measured, fused or compared.
+    of the engine's forms (fused; with neurons as they were) take turns on the examples, and the
+    fastest form is returned, if it gains in a second measurement as well.  Where none gains, layers
+    that save little become the model's own again, by halves; in the end the copy has nothing of
+    this library in its forward, which then costs what the model's costs.
+    ``packing(engine).verdict`` says what is gained, or to keep the model.  What was asked for is
+    not undone: a ``backend``, ``memory="small"`` and a ``dtype`` may cost time, and the report says
+    so.  Without examples nothing is measured, fused or compared.
 
     The copy starts at rest: its neurons are reset, and state that hangs on an autograd graph is
     detached.
@@ -63,7 +67,8 @@ def pack(
         backend: ``"auto"`` times every candidate of each layer on the examples and keeps the
             fastest, dense torch being one of them; ``"dense"``, ``"reference"``, ``"fma"``,
             ``"lut"``, ``"event"`` or ``"event8"`` force one wherever it is possible; a mapping
-            from layer names (``report.choices``) forces each layer's.
+            from layer names (``report.choices``) forces each layer's; ``"torch"`` in it leaves a
+            layer the model's own.
         dtype: stored values: None keeps fp32; ``torch.int8``, ``float16`` and ``bfloat16`` round.
         nm: refuse layers that the model sparsified to another pattern: each layer that is not
             entirely dense must be ``nm``.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ class EngineBuilder:
         self.small = False  # layers keep nothing but their packed weights
         self.layers: dict[str, LayerDraft] = {}
         self.skipped: dict[str, tuple[tuple[int, ...], str]] = {}
+        self.left: dict[str, PackedLayerReport] = {}  # could be packed, and would gain nothing
         self.neurons: dict[str, str] = {}
         self.fused: dict[str, NeuronSpec] = {}
         self.graph: SpikingGraph | None = None
@@ -154,9 +156,38 @@ class EngineBuilder:
             name: of a packed layer.
             reason: a sentence for the report.
         """
+        shape = self.layers[name].packed.weight_shape
+        self._restore(name)
+        self.skipped[name] = (shape, reason)
+
+    def leave(self, name: str, reason: str) -> None:
+        """Let a layer that can be packed be torch's again; the report keeps what was measured.
+
+        Args:
+            name: of a packed layer.
+            reason: a sentence for the report.
+        """
+        row = self._row(name, self.layers[name])
+        self._restore(name)
+        self.left[name] = replace(
+            row, choice="torch", neuron="", note=reason, resident_bytes=row.dense_bytes
+        )
+
+    def leave_everything(self, reason: str) -> None:
+        """Let nothing but the model's own code run: no layer is packed, and no neuron fused.
+
+        Args:
+            reason: a sentence for the report.
+        """
+        for name in list(self.fused):
+            self.unfuse(name, reason)
+        for name in list(self.layers):
+            self.leave(name, reason)
+
+    def _restore(self, name: str) -> None:
+        """A layer's own class and attributes, its norm, and its neuron's own forward."""
         draft = self.layers.pop(name)
         layer, (cls, attributes) = draft.packed, draft.before
-        self.skipped[name] = (layer.weight_shape, reason)
         object.__setattr__(layer, "__dict__", attributes)
         surgery.give_class(layer, cls)
         if draft.norm is not None:
@@ -257,25 +288,25 @@ class EngineBuilder:
             return "Its hooks see what it gives, so no neuron runs in it; remove them to fuse one."
         return APART
 
+    def _row(self, name: str, layer: LayerDraft) -> PackedLayerReport:
+        return PackedLayerReport(
+            name,
+            layer.packed.weight_shape,
+            str(layer.packed.nm),
+            layer.packed.choice,
+            layer.rate,
+            layer.milliseconds,
+            layer.neuron,
+            layer.note or self._why_apart(name, layer),
+            layer.dense_bytes,
+            layer.packed.packed.nbytes,
+            layer.packed.resident_bytes,
+            layer.planes,
+        )
+
     def report(self) -> PackReport:
         """What became of each layer and neuron, in the order of the module tree."""
-        rows = {
-            name: PackedLayerReport(
-                name,
-                layer.packed.weight_shape,
-                str(layer.packed.nm),
-                layer.packed.choice,
-                layer.rate,
-                layer.milliseconds,
-                layer.neuron,
-                layer.note or self._why_apart(name, layer),
-                layer.dense_bytes,
-                layer.packed.packed.nbytes,
-                layer.packed.resident_bytes,
-                layer.planes,
-            )
-            for name, layer in self.layers.items()
-        }
+        rows = {name: self._row(name, layer) for name, layer in self.layers.items()} | self.left
         for name, (shape, reason) in self.skipped.items():
             rows[name] = PackedLayerReport(name, shape, note=reason)
         order = {name: place for place, (name, _) in enumerate(self.engine.named_modules())}

@@ -27,7 +27,12 @@ NO_EXAMPLES = (
     "dense; call pack(model, example_inputs)."
 )
 SMALL = (
-    "Layers keep no more than their stored weights in memory (memory='small'), and were not timed."
+    "Layers keep no more than their stored weights in memory (memory='small'), as was asked for; "
+    "nothing was timed, and it may be slower than the model."
+)
+GIVEN = (
+    "The backend was given, so that the whole forward was not timed, and may be slower than the "
+    "model's; leave backend= out to have that measured."
 )
 
 
@@ -84,10 +89,13 @@ def _build(
     builder.replace_layers()
     if builder.small:
         backend = {name: draft.packed.choice for name, draft in builder.layers.items()}
+    elif isinstance(backend, Mapping):
+        backend = _without_torchs(builder, backend)
     if args is None:
         choose(engine, None, builder.layers, backend)
         return replace(builder.report(), note=NO_EXAMPLES)
-    builder.fuse()
+    if builder.layers or not builder.left:
+        builder.fuse()
     builder.put_back_unmultiplied()
     reference = copy_at_rest(model, share=share)
     try:
@@ -96,6 +104,14 @@ def _build(
         return _settle(builder, reference, args, backend, check=check)
     finally:
         unregister(reference)
+
+
+def _without_torchs(builder: EngineBuilder, backend: Mapping[str, str]) -> Mapping[str, str]:
+    """Let layers be torch's that shall be, and return what is said of the others."""
+    for name in [name for name, choice in backend.items() if choice == "torch"]:
+        if name in builder.layers:
+            builder.leave(name, "It is torch's, as was asked for; leave it out to have it packed.")
+    return {name: choice for name, choice in backend.items() if name not in builder.left}
 
 
 def _settle(
@@ -122,6 +138,6 @@ def _settle(
         proof = prove(builder, reference, args, before=proof)
     whole = forms.fastest(reference, args) if auto else None
     forms.finish()
-    note = "" if auto else "The backend was given, so that the whole forward was not timed."
+    note = "" if auto else GIVEN
     note = SMALL if builder.small else note
     return replace(builder.report(), whole=whole, proof=proof, note=note)

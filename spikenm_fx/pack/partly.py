@@ -189,10 +189,23 @@ def run_parts_as_programs(
     """
     parts = _Parts(reference, engine, args, dtype, nm, check=check, memory=memory)
     parts.find()
+    before = {n: engine.get_submodule(n) for part in parts.parts for n in part.names}
     for part in parts.parts:
         _set(engine, part.names[0], ProgramPart(part.engine, part.names))
         for name in part.names[1:]:
             _set(engine, name, nn.Identity())
+    whole = report.whole
+    if parts.parts and whole is not None:
+        with torch.no_grad(), preserved(reference, guarded=False), preserved(engine, guarded=False):
+            seconds = take_turns({"model": reference, "engine": engine}, args)
+        least = max(GAINS, whole.gain / GAINS)
+        whole = WholeForward(1e3 * seconds["model"], 1e3 * seconds["engine"], "parts")
+        if whole.gain < least:
+            why = f"{why} The whole gains nothing by the programs of its parts ({whole.gain:.2f}x)."
+            whole = report.whole
+            for name, module in before.items():
+                _set(engine, name, module)
+            parts.parts.clear()
     rest = {"": why, **{n: w for n, w in parts.reasons.items() if _stands(engine, n)}}
     firsts = {part.names[0]: part for part in parts.parts}
     milliseconds = _milliseconds(engine, [*rest, *firsts], args)
@@ -200,11 +213,6 @@ def run_parts_as_programs(
         PartReport(part.names, "", milliseconds[first], part.gain) for first, part in firsts.items()
     ]
     rows += [PartReport((name,), reason, milliseconds[name]) for name, reason in rest.items()]
-    whole = report.whole
-    if parts.parts and whole is not None:
-        with torch.no_grad(), preserved(reference, guarded=False), preserved(engine, guarded=False):
-            seconds = take_turns({"model": reference, "engine": engine}, args)
-        whole = WholeForward(1e3 * seconds["model"], 1e3 * seconds["engine"], "parts")
     for part in parts.parts:
         part.engine.reset()
     return replace(report, whole=whole, parts=tuple(rows))

@@ -30,8 +30,8 @@ class PackedLayerReport:
     Attributes:
         name: qualified.
         shape: of the weight.
-        pattern: N:M that the weight satisfies, or "" where it is not packed.
-        choice: how it runs.
+        pattern: N:M that the weight satisfies, or "" where it cannot be packed.
+        choice: how it runs; ``"torch"`` is the model's own code.
         rate: share of its input on the examples that is not zero; None if that was neither spikes
             nor counts of spikes.
         milliseconds: per candidate, the median of the faster half of the runs on the examples.
@@ -59,7 +59,8 @@ class PackedLayerReport:
     @property
     def gain(self) -> float | None:
         """How many times faster than dense torch the choice was; None if not measured."""
-        dense, chosen = self.milliseconds.get("dense"), self.milliseconds.get(self.choice)
+        choice = "dense" if self.choice == "torch" else self.choice
+        dense, chosen = self.milliseconds.get("dense"), self.milliseconds.get(choice)
         return dense / chosen if dense and chosen else None
 
 
@@ -84,10 +85,12 @@ class WholeForward:
 
     Attributes:
         model: milliseconds of the folded model, the median of the faster half of the runs.
-        engine: milliseconds of the engine, alike.
+        engine: milliseconds of the engine, alike; those of the model where it runs its code.
         form: which form of the engine was fastest: ``"fused"``, ``"unfused"`` (packed layers, and
-            neurons as they were) or ``"torch"`` (every layer dense); ``"program"`` where the
-            engine is one (see :mod:`spikenm_fx.program`), ``"parts"`` where parts of it are.
+            neurons as they were), ``"dense"`` (torch's layers, norms folded into them), ``"some"``
+            (packed are only those layers that the whole gains by) or ``"torch"`` (the model's own
+            code, and nothing else); ``"program"`` where the engine is one (see
+            :mod:`spikenm_fx.program`), ``"parts"`` where parts of it are.
     """
 
     model: float
@@ -164,7 +167,7 @@ class PackReport:
     @property
     def choices(self) -> dict[str, str]:
         """Backend by layer: pass it as ``backend=`` to pack alike without measuring."""
-        return {layer.name: layer.choice for layer in self.layers if layer.choice != "torch"}
+        return {layer.name: layer.choice for layer in self.layers if layer.pattern}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers, for JSON."""
@@ -185,17 +188,19 @@ class PackReport:
         if self.whole is None:
             return self.note
         model, engine = (f"{value:.3g} ms" for value in (self.whole.model, self.whole.engine))
-        if self.whole.gain < GAINS:
+        if self.whole.form == "torch":
             return (
-                f"No gain: keep your model. Its forward takes {model}, the engine's {engine}, with "
-                f"every layer {'torch' if self.whole.form == 'torch' else 'at its fastest'}."
+                f"No gain: keep your model. Its forward takes {model}, which no form of an engine "
+                "made less; this copy runs the model's own code, and nothing else."
             )
+        if self.whole.gain < GAINS:
+            return f"No gain: keep your model. Its forward takes {model}, the engine's {engine}."
         return f"The whole forward gains {self.whole.gain:.2f}x: {model} became {engine}."
 
     @property
     def memory(self) -> str:
         """What packed weights take in memory, in a sentence; "" where there are none."""
-        packed = [layer for layer in self.layers if layer.pattern]
+        packed = [layer for layer in self.layers if layer.choice != "torch"]
         dense, stored, resident = (
             sum(getattr(layer, f"{kind}_bytes") for layer in packed)
             for kind in ("dense", "packed", "resident")
@@ -229,7 +234,7 @@ class PackReport:
         return [head, *(_row(layer) for layer in self.layers)]
 
     def _repr_html_(self) -> str:
-        packed = sum(bool(layer.pattern) for layer in self.layers)
+        packed = sum(layer.choice != "torch" for layer in self.layers)
         smaller = f"{packed} of {len(self.layers)} weight layers are packed"
         caption = ". ".join([smaller, *self._lines()])
         return html_table(self._rows(), caption=caption)

@@ -91,11 +91,9 @@ class Decisions:
     def why(self, name: str) -> str:
         """What the graph knows of a layer that nothing keeps dense."""
         record = self.graph.record(name) if self.graph is not None else None
-        return (
-            self.graph.why(name)
-            if self.graph is not None and record and record.calls
-            else "default"
-        )
+        if self.graph is None or record is None:
+            return "default"
+        return self.graph.why(name) if record.calls or self.graph.ran else "default"
 
     def all(self, roles: Mapping[str, DefaultRole]) -> tuple[LayerPlan, ...]:
         """One entry per weight, in their order."""

@@ -110,9 +110,10 @@ def plan(
 
     Kept dense by default, and turned on by a rule that names them: the layer that multiplies the
     analog input, behind no other layer, and the head, whose output the model returns without a
-    neuron or layer after it.  Depthwise convolutions stay dense: their blocks would hold one
-    weight.  What a layer sees and feeds is read from the graph; where no layer can be followed, the
-    first and the last of the module tree stand for input and head.
+    neuron or layer after it.  A layer that the forward does not use is planned like any other, so
+    that examples leave none dense for it.  Depthwise convolutions stay dense: their blocks would hold one
+    weight.  What a layer sees and feeds is read from the graph; where the code alone
+    does not tell, the first and the last of the module tree stand for input and head.
 
     Args:
         model: any module; layers are found by inheritance, whatever framework they come from.
@@ -162,9 +163,11 @@ def plan(
 
 
 def _is_last(graph: SpikingGraph | None, name: str) -> bool:
-    """Whether no other layer comes after it."""
+    """Whether no other layer comes after it, or none uses it in the forward that ran."""
     record = graph.record(name) if graph is not None else None
-    return record is not None and record.is_head
+    if graph is None or record is None:
+        return False
+    return record.is_head or (not record.calls and graph.ran)
 
 
 def _hidden(model: nn.Module) -> Iterator[LayerPlan]:

@@ -188,6 +188,11 @@ class SpikingGraph:
         """The chain that starts at ``layer``, or None where it is not one-to-one."""
         return next((c for c in self.chains if c.layer == layer), None)
 
+    @property
+    def ran(self) -> bool:
+        """Whether a forward ran, so that what it did not use is known."""
+        return self.route not in ("modules", "symbolic")
+
     def record(self, layer: str) -> LayerRecord | None:
         """What is known of a layer: where it is never called, of its weight used by itself.
 
@@ -210,7 +215,7 @@ class SpikingGraph:
         record = self.record(layer)
         if record is None:
             raise KeyError(layer)
-        if not record.calls and self.route not in ("modules", "symbolic"):
+        if not record.calls and self.ran:
             return "not used in the traced forward"
         if record.multiplies_input and record.input_signal is not None:
             kind = record.input_signal.kind

@@ -42,7 +42,7 @@ def _further(result: Result) -> str:
             name, row["layers"], f"{row['neurons']} / {row['there']}",
             f"{row['edges']}, {row['wrong']}, {row['missed']}",
             f"{row['sparse']} / {row['sparse_without']}", "equal" if row["folded"] else "differs",
-            f"{row['difference']:.1g}", f"{row['model_ms'] / row['engine_ms']:.2f}",
+            f"{row['difference']:.1g}", f"{row['ratio']:.2f} ({row['form']})",
         ))  # fmt: skip
         only = [f"`{layer}` ({why})" for layer, why in row.get("only_without", {}).items()]
         notes += [f"- {row['network']}: {', '.join(only)}"] if only else []
@@ -65,7 +65,9 @@ CHAPTERS = (
         _further,
         "Networks of public repositories with random weights, read, decided, folded and packed. "
         "Where spikes differ between engine and model, a membrane lay on its threshold, or the "
-        "network draws at random. Times are of model and engine in turn, in one process, as a "
-        "ratio alone: other work ran on the machine.",
+        "network draws at random. Model and engine took turns in one process, after `pack` was done; "
+        "the median of the turns' ratios of processor times is given, as other work ran on the "
+        "machine. Where `pack` answers to keep the model (torch), both run the same code, and what "
+        "differs from 1 is what such a measurement can tell.",
     ),
 )

@@ -22,6 +22,14 @@ __all__ = ["Template", "template_of"]
 _PLAIN = frozenset({int, float, bool, str, type(None), type(...)})
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor that an operation gives."""
+
+    node: fx.Node
+    shape: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class Template:
     """One operation of a loop that repeats itself.
@@ -32,8 +40,8 @@ class Template:
         kwargs: likewise.
         takes_part: whether whole numbers say which part of data is taken, and differ.
         node: what stands for the result.
-        shape: of the result; None for a tuple of tensors.
-        items: node and shape of each tensor of a tuple.
+        result: of the tensor that it gives node and shape; a tuple of such for a tuple, which may
+            hold tuples in turn, as states that neurons return do.
         base: place of the argument that the result is a view of; None for a result of its own.
         of_torch: whether it is torch's own, rather than a neuron or a function of the user's.
         owned: whether nobody else holds what it gives: a neuron keeps its state.
@@ -44,8 +52,7 @@ class Template:
     kwargs: dict[str, Any]
     takes_part: bool
     node: fx.Node
-    shape: tuple[int, ...] | None
-    items: tuple[tuple[fx.Node, tuple[int, ...]], ...]
+    result: _Made | tuple[Any, ...]
     base: int | None
     of_torch: bool
     owned: bool
@@ -68,22 +75,19 @@ class Template:
             value: what the call gave.
             args: of the call.
         """
-        if self.shape is not None:
-            if type(value) is not Tensor or value.shape != self.shape:
-                return None
-            base = None if self.base is None else args[self.base]
-            taken: Any = self._joined(value, self.node, base)
-        else:
-            if type(value) is not tuple or len(value) != len(self.items):
-                return None
-            for tensor, (_, shape) in zip(value, self.items, strict=True):
-                if type(tensor) is not Tensor or tensor.shape != shape:
-                    return None
-            taken = tuple(
-                [self._joined(t, i[0], None) for t, i in zip(value, self.items, strict=True)]
-            )
+        if not _matches(value, self.result):
+            return None
+        base = None if self.base is None else args[self.base]
+        taken = self._taken(value, self.result, base)
         self.node.meta["repeats"] = self.node.meta.get("repeats", 0) + 1
         return taken
+
+    def _taken(self, value: Any, known: _Made | tuple[Any, ...], base: Any) -> Any:
+        if type(known) is _Made:
+            return self._joined(value, known.node, base)
+        parts = [self._taken(v, k, None) for v, k in zip(value, known, strict=True)]  # type: ignore[arg-type]
+        kind: Any = type(value)
+        return tuple(parts) if kind is tuple else kind._make(parts)
 
     def _joined(self, tensor: Any, node: fx.Node, base: Any) -> Any:
         if node.meta["value"].measured is not None:
@@ -115,7 +119,7 @@ def template_of(
         of_torch: whether ``target`` is torch's own.
     """
     single = type(value) is Traced
-    made: tuple[Any, ...] = (value,) if single else value if type(value) is tuple else ()
+    made = _tensors(value)
     if not made or any(type(t) is not Traced or any(t is x for x in args) for t in made):
         return None
     if len(set(map(id, made))) < len(made):
@@ -127,11 +131,40 @@ def template_of(
         kept = tuple(map(_kept, args)), {k: _kept(v) for k, v in kwargs.items()}
     except TypeError:
         return None
-    node = made[0].node if single else made[0].node.args[0]
-    shape = tuple(value.shape) if single else None
-    items = () if single else tuple((t.node, tuple(t.shape)) for t in made)
+    node, first = made[0].node, value
+    while type(first) is not Traced:
+        if not first:
+            return None
+        node, first = node.args[0], first[0]
     owned = of_torch and not any(_holds_constant(x) for x in (*args, *kwargs.values()))
-    return Template(target, *kept, takes_part, node, shape, items, base, of_torch, owned)
+    return Template(target, *kept, takes_part, node, _made(value), base, of_torch, owned)
+
+
+def _is_tuple(value: Any) -> bool:
+    """A tuple, or one with names."""
+    return type(value) is tuple or (isinstance(value, tuple) and hasattr(value, "_make"))
+
+
+def _tensors(value: Any) -> tuple[Any, ...]:
+    """What is in tuples and tuples in them; as it is what is none."""
+    if not _is_tuple(value):
+        return (value,)
+    return tuple(part for item in value for part in _tensors(item))
+
+
+def _made(value: Any) -> Any:
+    if _is_tuple(value):
+        return tuple(map(_made, value))
+    return _Made(value.node, tuple(value.shape))
+
+
+def _matches(value: Any, known: Any) -> bool:
+    """Whether what was computed has the form that is known."""
+    if type(known) is _Made:
+        return type(value) is Tensor and value.shape == known.shape
+    return (
+        _is_tuple(value) and len(value) == len(known) and all(map(_matches, value, known))
+    )
 
 
 def _holds_constant(value: Any) -> bool:
@@ -149,7 +182,7 @@ def _kept(value: Any) -> Any:
     """
     if type(value) is Traced:
         return value.node
-    if type(value) in (tuple, list):
+    if type(value) is list or _is_tuple(value):
         return tuple(map(_kept, value))
     if type(value) is slice:
         return tuple(map(_kept, (value.start, value.stop, value.step)))
@@ -177,7 +210,7 @@ def _fit(values: Iterable[Any], kept: tuple[Any, ...], takes_part: bool) -> bool
         elif kind is int:
             if type(known) is not int or (value != known and not takes_part):
                 return False
-        elif kind is tuple or kind is list:
+        elif isinstance(value, tuple | list):
             if type(known) is not tuple or len(value) != len(known):
                 return False
             if not _fit(value, known, takes_part):
