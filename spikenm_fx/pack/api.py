@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -62,7 +63,7 @@ def pack(
 
     Args:
         model: on the CPU, folded (see :func:`spikenm_fx.fold`).
-        example_inputs: a tensor or a tuple of arguments; needed to fuse and to measure.  Spikes of
+        example_inputs: a tensor, a tuple of arguments, or a mapping from their names; needed to fuse and to measure.  Spikes of
             typical inputs make the measured choice right for typical inputs.
         backend: ``"auto"`` times every candidate of each layer on the examples and keeps the
             fastest, dense torch being one of them; ``"dense"``, ``"reference"``, ``"fma"``,
@@ -102,7 +103,7 @@ def pack(
             f"{backend!r}; leave one of the two out"
         )
     _refuse(model)
-    args = _arguments(example_inputs)
+    args = _arguments(model, example_inputs)
     pattern = None if nm is None else NM.parse(nm)
     if program is True or (program == "auto" and args is not None and backend == "auto"):
         from spikenm_fx.pack.chosen import with_program
@@ -154,7 +155,18 @@ def _refuse(model: nn.Module) -> None:
             raise PackError(f"{name} is on {parameter.device}; move the model to the CPU first")
 
 
-def _arguments(example_inputs: Any) -> tuple[Any, ...] | None:
+def _arguments(model: nn.Module, example_inputs: Any) -> tuple[Any, ...] | None:
     if example_inputs is None:
         return None
+    if isinstance(example_inputs, Mapping):
+        try:
+            bound = inspect.signature(model.forward).bind(**example_inputs)
+        except TypeError as error:
+            raise PackError(f"the model's forward takes no such inputs: {error}") from error
+        if bound.kwargs:
+            raise PackError(
+                f"the model's forward takes {', '.join(bound.kwargs)} by keyword alone; let it "
+                "take all of its inputs by their place as well"
+            )
+        return bound.args
     return example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)

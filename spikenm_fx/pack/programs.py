@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from typing import Any
@@ -23,6 +24,7 @@ from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM
 from spikenm_fx.program.check import compared, forgetting
+from spikenm_fx.program.code import INPUTS
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.held import Memory
@@ -60,7 +62,7 @@ def made_program(
         PackError: for weights that cannot be packed.
     """
     engine, lowered, proof = proved_program(model, args, dtype, nm, check=check, memory=memory)
-    whole = _measured(model, engine, args[0])
+    whole = _measured(model, engine, args)
     engine.__dict__["_spikenm_packing"] = _report(engine, lowered, whole, proof)
     return engine
 
@@ -88,29 +90,41 @@ def proved_program(
         NotLowered: where there is none, and why.
         PackError: for weights that cannot be packed.
     """
-    if len(args) != 1 or not isinstance(args[0], Tensor):
-        raise NotLowered("", "the model takes more than one tensor; a program takes one")
-    x = args[0]
+    if not args or not all(isinstance(x, Tensor) for x in args) or len(args) > INPUTS:
+        raise NotLowered(
+            "", f"the model takes something else than tensors; a program takes 1 to {INPUTS}"
+        )
     try:
         graph = trace(model, args)
     except TraceError as error:
         raise PackError(f"the model does not run on the examples: {error}") from error
     lowered = lower(model, graph, dtype=dtype, nm=nm)
-    result = _result(model, x, lowered)
+    lowered.names = _names(model, len(args))
+    result = _result(model, args, lowered)
     engine = Engine(image_of(lowered, result, memory))
     proof = None
     if check and dtype is None:  # rounded weights would differ from the model's
         start = time.perf_counter()
-        _prove(model, engine, lowered, x, result)
+        _prove(model, engine, lowered, args, result)
         proof = Proof(1, time.perf_counter() - start)
         engine = Engine(image_of(lowered, result, memory))
     return engine, lowered, proof
 
 
-def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
+def _names(model: nn.Module, count: int) -> tuple[str, ...]:
+    """What the model's forward calls its inputs."""
+    found = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return tuple([*found, *(f"input_{at}" for at in range(len(found), count))][:count])
+
+
+def _result(model: nn.Module, args: tuple[Tensor, ...], lowered: Lowered) -> str:
     """How the model returns its outputs."""
     with torch.no_grad(), preserved(model):
-        out = model(x)
+        out = model(*args)
     if isinstance(out, Tensor):
         return "tensor"
     if not isinstance(out, tuple | list) or hasattr(out, "_fields"):
@@ -127,31 +141,39 @@ def _result(model: nn.Module, x: Tensor, lowered: Lowered) -> str:
     return f"{'list' if isinstance(out, list) else 'tuple'} {' '.join(places)}"
 
 
-def _prove(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor, result: str) -> None:
+def _prove(
+    model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...], result: str
+) -> None:
     """Compare both on the examples, and on other sizes; sizes that differ are ruled out.
 
     A number in the model's code may be one of the sizes, and an axis of size 1 may be any.  Several
     calls in a row tell whether a forward starts by resetting the model.
     """
-    wrong = compared(model, engine, lowered, x).disagreement
+    wrong = compared(model, engine, lowered, args).disagreement
     if wrong:
         if all(forgetting(lowered, forgets=True)):
             raise NotLowered("", f"it differs from the model: {wrong}; please report that")
         engine = Engine(image_of(lowered, result))
-        if compared(model, engine, lowered, x).disagreement:
+        if compared(model, engine, lowered, args).disagreement:
             raise NotLowered("", f"it differs from the model: {wrong}; please report that")
-    shape, time_axis, free = engine._net.input()
-    batch = [i for i, is_free in enumerate(free) if is_free and i != time_axis]
-    whole = engine.unfolded(x)
+    more, longer = list(args), list(args)
+    images = steps = 0
+    for at, which in enumerate(lowered.taken):
+        shape, time_axis, free = engine._net.input(at)
+        batch = [i for i, is_free in enumerate(free) if is_free and i != time_axis]
+        whole = engine.unfolded(args[which])
+        if batch:
+            more[which] = _folded(lowered, torch.cat([whole, whole], dim=batch[0]))
+        images = math.prod(shape[i] for i in batch) if batch else 0
+        if time_axis >= 0:
+            last = whole.narrow(time_axis, shape[time_axis] - 1, 1)
+            longer[which] = _folded(lowered, torch.cat([whole, last], dim=time_axis))
+            steps = shape[time_axis]
     fixed = "" if lowered.folded is None else lowered.folded[0]
-    more = torch.cat([whole, whole], dim=batch[0]) if batch else whole
-    if fixed == "batch" or (batch and _differs(model, engine, lowered, _folded(lowered, more))):
-        lowered.program.only_images = math.prod(shape[i] for i in batch)
-    if time_axis >= 0:
-        last = whole.narrow(time_axis, shape[time_axis] - 1, 1)
-        longer = torch.cat([whole, last], dim=time_axis)
-        if fixed == "steps" or _differs(model, engine, lowered, _folded(lowered, longer)):
-            lowered.program.only_steps = shape[time_axis]
+    if fixed == "batch" or (images and _differs(model, engine, lowered, tuple(more))):
+        lowered.program.only_images = images
+    if steps and (fixed == "steps" or _differs(model, engine, lowered, tuple(longer))):
+        lowered.program.only_steps = steps
 
 
 def _folded(lowered: Lowered, whole: Tensor) -> Tensor:
@@ -159,17 +181,19 @@ def _folded(lowered: Lowered, whole: Tensor) -> Tensor:
     return whole if lowered.folded is None else whole.flatten(0, 1)
 
 
-def _differs(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> bool:
+def _differs(
+    model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
+) -> bool:
     try:
-        return bool(compared(model, engine, lowered, x).disagreement)
+        return bool(compared(model, engine, lowered, args).disagreement)
     except Exception:  # a model of one size: its forward may raise anything on others
         engine.reset()
         return True
 
 
-def _measured(model: nn.Module, engine: Engine, x: Tensor) -> WholeForward:
+def _measured(model: nn.Module, engine: Engine, args: tuple[Tensor, ...]) -> WholeForward:
     with torch.no_grad(), preserved(model, guarded=False):
-        seconds = take_turns({"model": model, "program": engine}, (x,))
+        seconds = take_turns({"model": model, "program": engine}, args)
     engine.reset()
     return WholeForward(1e3 * seconds["model"], 1e3 * seconds["program"], "program")
 

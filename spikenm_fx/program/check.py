@@ -21,11 +21,12 @@ from spikenm_fx.pack.check.difference import NeuronDifference, difference, first
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.lower import Lowered, Probe
+from spikenm_fx.program.order import loops_of
 from spikenm_fx.state import preserved
 
 __all__ = ["CALLS", "compared", "forgetting"]
 
-FORGETS = 5  # among the settings of a neuron
+FORGETS = {Code.NEURON: 5, Code.RECALL: 1}  # among the settings of what has a state
 
 CALLS = 3
 """Calls in a row that are compared where neurons keep their state from call to call."""
@@ -47,41 +48,44 @@ def forgetting(lowered: Lowered, forgets: bool) -> list[bool]:
         forgets: whether they start at rest.
 
     Returns:
-        Of each neuron what it did before.
+        Of each neuron, and of all else that a step leaves to the next one, what it did before.
     """
-    neurons = [op for op in lowered.program.ops if op.code is Code.NEURON]
-    before = [bool(op.settings[FORGETS]) for op in neurons]
-    for op in neurons:
-        op.settings = (*op.settings[:FORGETS], int(forgets), *op.settings[FORGETS + 1 :])
+    held = [op for op in lowered.program.ops if op.code in FORGETS]
+    before = [bool(op.settings[FORGETS[op.code]]) for op in held]
+    for op in held:
+        at = FORGETS[op.code]
+        op.settings = (*op.settings[:at], int(forgets), *op.settings[at + 1 :])
     return before
 
 
-def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> Agreement:
+def compared(
+    model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor | tuple[Tensor, ...]
+) -> Agreement:
     """Run both on the examples, the engine on the model's spikes; both start from rest.
 
     Args:
         model: in eval mode and at rest; it is left so.
         engine: of the program; it is left at rest.
         lowered: the program.
-        x: of the example's shape, or with another batch or number of steps.
+        x: of the example's shape, or with another batch or number of steps; all inputs, if several.
 
     Raises:
         Exception: whatever the model's forward raises on such an input.
     """
-    _, time, free = engine._net.input()
-    shape = engine.unfolded(x).shape
-    batch = next((n for i, n in enumerate(shape) if free[i] and i != time), None)
-    sizes = shape[time] if time >= 0 else max(1, lowered.program.fixed_steps), batch
-    calls = CALLS if lowered.probes else 1
+    args = x if isinstance(x, tuple) else (x,)
+    sizes = _sizes(engine, lowered, args)
+    calls = CALLS if any(op.code in FORGETS for op in lowered.program.ops) else 1
+    last: dict[str, Tensor] = {}  # spikes of recurrent neurons
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
     worst = 0.0
     with torch.no_grad(), preserved(model):
         for _ in range(calls):
-            wanted, seen = _recorded(model, lowered, x)
+            wanted, seen = _recorded(model, lowered, args)
+            _add_feedback(lowered, seen, last)
             observer = _Observer(lowered, seen, found, sizes)
             engine._net.observe(observer)
             try:
-                given = engine(x)
+                given = engine(*args)
             finally:
                 engine._net.observe(None)
             if observer.error is not None:
@@ -91,7 +95,20 @@ def compared(model: nn.Module, engine: Engine, lowered: Lowered, x: Tensor) -> A
     return Agreement(worst, worst, tuple(n for n in found.values() if n.spikes))
 
 
-def _recorded(model: nn.Module, lowered: Lowered, x: Tensor) -> tuple[Any, dict[str, _Seen]]:
+def _sizes(
+    engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
+) -> tuple[int, int | None]:
+    """Time steps of a whole forward, and the first axis of its batch."""
+    steps, batch = max(1, lowered.program.fixed_steps), None
+    for at, which in enumerate(lowered.taken):
+        _, time, free = engine._net.input(at)
+        shape = engine.unfolded(args[which]).shape
+        steps = shape[time] if time >= 0 else steps
+        batch = next((n for i, n in enumerate(shape) if free[i] and i != time), None)
+    return steps, batch
+
+
+def _recorded(model: nn.Module, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, _Seen]]:
     seen = {probe.name: _Seen([], []) for probe in lowered.probes.values()}
 
     def record(name: str) -> Any:
@@ -103,10 +120,26 @@ def _recorded(model: nn.Module, lowered: Lowered, x: Tensor) -> tuple[Any, dict[
 
     handles = [model.get_submodule(n).register_forward_hook(record(n)) for n in seen]
     try:
-        return model(x), seen
+        return model(*args), seen
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _add_feedback(lowered: Lowered, seen: dict[str, _Seen], last: dict[str, Tensor]) -> None:
+    """Let recurrent neurons have received what drives them, their own spikes included."""
+    for number, probe in lowered.probes.items():
+        if probe.recurrence is None:
+            continue
+        each, time = seen[probe.name], probe.spec.time_axis
+        if lowered.program.ops[number].settings[FORGETS[Code.NEURON]]:
+            last.pop(probe.name, None)
+        for call, (x, spikes) in enumerate(zip(each.received, each.emitted, strict=True)):
+            steps = [spikes] if time is None else list(spikes.unbind(time))
+            before = last.get(probe.name, torch.zeros_like(steps[0]))
+            last[probe.name] = steps[-1]
+            earlier = before if time is None else torch.stack([before, *steps[:-1]], time)
+            each.received[call] = probe.recurrence.drive(x, earlier)
 
 
 class _Observer:
@@ -120,6 +153,9 @@ class _Observer:
         sizes: tuple[int, int | None],
     ) -> None:
         self.lowered, self.seen, self.found, self.sizes = lowered, seen, found, sizes
+        loops = loops_of(lowered.program.ops)
+        # those that run step by step, with the steps that they have come to
+        self.steps = {n: 0 for n in lowered.probes if any(n in loop for loop in loops)}
         self.error: BaseException | None = None
 
     def __call__(self, number: int, given: int, out: int) -> None:
@@ -139,6 +175,13 @@ class _Observer:
         seen, each = self.seen[probe.name], self.found[number]
         wanted = torch.cat([probe.tokens(x, size, *self.sizes) for x in seen.received])
         spikes = torch.cat([probe.tokens(x, size, *self.sizes) for x in seen.emitted])
+        if number in self.steps:
+            at = self.steps[number]
+            self.steps[number] += 1
+            before = wanted[:at], spikes[:at]
+            wanted, spikes = wanted[at : at + 1], spikes[at : at + 1]
+        else:
+            before = wanted[:0], spikes[:0]
         steps = wanted.shape[0] if source.timed else 1
         received = _floats(given, (steps, wanted.shape[1]), size)
         each.received = max(each.received, difference(received, wanted[:steps]))
@@ -159,11 +202,13 @@ class _Observer:
         if bool(differs.any()):
             each.others += int(differs.sum())
             rule = replace(probe.spec, time_axis=None, folded_time=False)
+            unlike = torch.cat([torch.zeros_like(before[1], dtype=torch.bool), differs])
+            all_x, all_s = torch.cat([before[0], wanted]), torch.cat([before[1], spikes])
             # only from rest on is the membrane that of the rule
             margin = (
                 None
-                if each.steps > spikes.shape[0]
-                else first_margin(rule, list(wanted), list(spikes), list(differs))
+                if each.steps > all_s.shape[0]
+                else first_margin(rule, list(all_x), list(all_s), list(unlike))
             )
             if margin is not None:
                 each.margin = max(each.margin or 0.0, margin)

@@ -6,13 +6,17 @@ opened (``net_model.cpp``), and runs the operations in their order.  Layout of t
 
 .. code-block:: text
 
-    8 words        version, values, operations, outputs, fixed steps, only steps, only images, 0
+    8 words        version, values, operations, outputs, fixed steps, only steps, only images, inputs
     5 per value    bits, timed, height, width, channels
-    26 per port    value, rank, 8 x (role, size, joined): the input, then each output
+    26 per port    value, rank, 8 x (role, size, joined): each input, then each output
     32 per op      code, in, in, out, out, 4 tensors, what :class:`Op` calls settings
 
 A value holds for every time step and image ``height * width * channels`` numbers, channels
 innermost.  Tensors are numbered by the list of names beside the program; number 0 is the program.
+
+Operations between a RECALL and its STORE run step by step, all others once for all steps.  Version
+1 has one input, which its last word does not count, and no operation from RECALL on: programs that
+need no more are of that version, so that earlier releases read them.
 """
 
 from __future__ import annotations
@@ -25,6 +29,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "INPUTS",
+    "POINTWISE",
     "RANK",
     "VERSION",
     "Axis",
@@ -36,8 +42,10 @@ __all__ = [
     "ValueType",
 ]
 
-VERSION = 1
+VERSION = 2
 RANK = 8
+INPUTS = 8
+"""At most, of one program."""
 NO_VALUE = -1
 _OP_WORDS = 32
 
@@ -60,6 +68,13 @@ class Code(IntEnum):
     JOIN; 4 copies one operand), loops, five of (size, and how far output and operands move), offset
     of the first operand.
     NORM: over the channels of each pixel, as torch's layer norm: weight, bias and epsilon.
+    RECALL: what STORE stored in the step before; before the first one its tensor, or zeros - number
+    of the state, forgets.
+    STORE: - number of the state.
+    COMPARE: spikes where a number passes a threshold - mode (0 >, 1 >=, 2 <, 3 <=).
+    POINTWISE: - function (:data:`POINTWISE`, in order).
+    SOFTMAX: along one axis of a token - mode (0 softmax, 1 its logarithm), size of the axis, how
+    far its numbers lie apart.
     """
 
     LAYER = 1
@@ -72,6 +87,15 @@ class Code(IntEnum):
     REDUCE = 8
     STRIDED = 9
     NORM = 10
+    RECALL = 11
+    STORE = 12
+    COMPARE = 13
+    POINTWISE = 14
+    SOFTMAX = 15
+
+
+POINTWISE = ("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "exp")
+"""Functions of one number."""
 
 
 class Role(IntEnum):
@@ -129,8 +153,8 @@ class Op:
 
     Attributes:
         code: what it does.
-        inputs: values that it reads, one or two.
-        outputs: values that it writes; a neuron's second one is its membrane.
+        inputs: values that it reads, none, one or two.
+        outputs: values that it writes, if any; a neuron's second one is its membrane.
         settings: see :class:`Code`.
         tensors: names of up to four; None where there is none.
         name: the module that it was, for reports.
@@ -145,7 +169,7 @@ class Op:
 
     def words(self, numbers: dict[str, int]) -> list[int]:
         """As the library reads it."""
-        ins, outs = ([*v, NO_VALUE][:2] for v in (self.inputs, self.outputs))
+        ins, outs = ([*v, NO_VALUE, NO_VALUE][:2] for v in (self.inputs, self.outputs))
         tensors = [-1 if name is None else numbers[name] for name in self.tensors]
         head = [int(self.code), *ins, *outs, *tensors, *[-1] * (4 - len(tensors))]
         words = [*head, *self.settings]
@@ -159,7 +183,7 @@ class Program:
     Attributes:
         values: by their number.
         ops: in the order in which they run.
-        input: of the model.
+        inputs: of the model, in order.
         outputs: of the model, in order.
         fixed_steps: time steps where no axis of the input tells them; 0 elsewhere.
         only_steps: the one number of steps that it is right for; 0 for any.
@@ -168,11 +192,17 @@ class Program:
 
     values: list[ValueType]
     ops: list[Op]
-    input: Port
+    inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
     fixed_steps: int = 0
     only_steps: int = 0
     only_images: int = 0
+
+    @property
+    def version(self) -> int:
+        """The first version that has all of it."""
+        plain = len(self.inputs) == 1 and all(op.code < Code.RECALL for op in self.ops)
+        return 1 if plain else VERSION
 
     def tensor(self, names: Sequence[str]) -> Tensor:
         """The program as an int64 tensor.
@@ -181,12 +211,12 @@ class Program:
             names: of all tensors, as operations number them from 1 on.
         """
         numbers = {name: number for number, name in enumerate(names, 1)}
-        head = [VERSION, len(self.values), len(self.ops), len(self.outputs), self.fixed_steps]
+        head = [self.version, len(self.values), len(self.ops), len(self.outputs), self.fixed_steps]
         head += [self.only_steps, self.only_images]
-        words = [*head, *[0] * (8 - len(head))]
+        words = [*head, len(self.inputs) if self.version > 1 else 0]
         for v in self.values:
             words += [int(v.bits), int(v.timed), v.height, v.width, v.channels]
-        for port in (self.input, *self.outputs):
+        for port in (*self.inputs, *self.outputs):
             words += port.words()
         for op in self.ops:
             words += op.words(numbers)

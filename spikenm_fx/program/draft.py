@@ -110,6 +110,7 @@ class Draft:
         steps: how far each neuron that a loop calls has come.
         constant_steps: where no axis of the input is time, but a loop calls neurons often.
         folded: what is fixed of the samples and steps that share the input's first axis.
+        states: how many the operations keep so far.
     """
 
     model: nn.Module
@@ -121,6 +122,7 @@ class Draft:
     steps: dict[str, int] = field(default_factory=dict)
     constant_steps: int = 0
     folded: tuple[str, int] | None = None
+    states: int = 0
     _made: dict[Hashable, tuple[Value, ...]] = field(default_factory=dict)
 
     def value(self, layout: Layout, *, bits: bool = False) -> Value:
@@ -152,6 +154,31 @@ class Draft:
             return False
         atom.parts = (Atom(batch, "batch"), Atom(atom.size // batch, "time"))
         for layout in layouts.values():
+            layout.atoms = fresh(layout.atoms)
+        return True
+
+    def same(self, atoms: tuple[Atom, ...], others: tuple[Atom, ...]) -> bool:
+        """Let axes of one input be those of another one; False where they cannot be.
+
+        Args:
+            atoms: time or batch of one input, in any order.
+            others: as many of the other one.
+        """
+        if len(atoms) != len(others):
+            return False
+        pairs = [(a, b) for a, b in zip(atoms, others, strict=True) if a is not b]
+        layouts = [value.layout for value in self.values]
+        for a, b in pairs:
+            both = any(a in layout.atoms and b in layout.atoms for layout in layouts)
+            features = any(x in layout.features for layout in layouts for x in (a, b))
+            if a.size != b.size or both or features or a.parts or b.parts:
+                return False
+        for a, b in pairs:
+            if b is self.time or a is not self.time:
+                a.parts = (b,)
+            else:
+                b.parts = (a,)
+        for layout in layouts:
             layout.atoms = fresh(layout.atoms)
         return True
 
@@ -189,6 +216,43 @@ class Draft:
             return (made,)
 
         return self.once((code, settings, tensors), make, *refs)[0]
+
+    def new_state(self) -> int:
+        """The number of one more state."""
+        self.states += 1
+        return self.states - 1
+
+    def recall(
+        self, layout: Layout, name: str, *, bits: bool, forgets: bool, initial: Tensor | None = None
+    ) -> Value:
+        """What the step before stored (:meth:`store`).
+
+        Args:
+            layout: of what will be stored.
+            name: of the part that it belongs to.
+            bits: it will be spikes.
+            forgets: each forward starts at rest.
+            initial: before the first step, ``(1,)`` or one per channel; None for zeros.
+        """
+        made = self.value(layout, bits=bits)
+        tensors: tuple[str | None, ...] = ()
+        if initial is not None and bool(initial.any()):
+            rows = initial.detach().float().reshape(1, -1).contiguous()
+            tensors = (self.keep(f"{name}::initial", rows),)
+        settings = (self.new_state(), int(forgets))
+        self.ops.append(Op(Code.RECALL, (), (made.number,), settings, tensors, name))
+        return made
+
+    def store(self, recalled: Value, value: Value, name: str) -> None:
+        """Keep a value for the next step.
+
+        Args:
+            recalled: what that step reads it as.
+            value: of its size.
+            name: of the part that it belongs to.
+        """
+        recall = next(op for op in self.ops if op.outputs[:1] == (recalled.number,))
+        self.ops.append(Op(Code.STORE, (value.number,), (), recall.settings[:1], (), name))
 
     def keep(self, name: str, tensor: Tensor) -> str:
         """Store a tensor of any shape under a name of its own, and give that."""

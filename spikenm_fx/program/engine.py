@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,12 @@ class Engine(nn.Module):
         what, _, size = about.get("folded", "").partition(" ")
         self._folded = None if not what else (int(size), -1) if what == "batch" else (-1, int(size))
         self._operations: list[str] = json.loads(about["operations"])
+        self._names: list[str] = json.loads(about.get("inputs", '["x"]'))
+        self._taken: list[int] = json.loads(about.get("taken", "[0]"))
+        if len(self._taken) != self._net.inputs or not all(
+            0 <= at < len(self._names) for at in self._taken
+        ):
+            raise PackedFileError(f"{name}: it names other inputs than its program reads")
         super().train(False)
 
     @property
@@ -54,6 +60,13 @@ class Engine(nn.Module):
         """Shape of the input that it was made from; steps and batch may have other sizes."""
         shape = self._net.input()[0]
         return shape if self._folded is None else (shape[0] * shape[1], *shape[2:])
+
+    @property
+    def example_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of all inputs that it reads, in order."""
+        if self._net.inputs == 1:
+            return (self.example_shape,)
+        return tuple(self._net.input(at)[0] for at in range(self._net.inputs))
 
     @property
     def operations(self) -> list[str]:
@@ -83,11 +96,13 @@ class Engine(nn.Module):
         """Bytes of each operation's layout, in the order of :attr:`operations`."""
         return self._net.op_bytes(len(self._operations))
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the network on a whole input, as the model takes it.
 
         Args:
-            x: fp32 on the CPU, of the example's shape but for the number of steps and the batch.
+            inputs: fp32 on the CPU, of the examples' shapes but for the number of steps and the
+                batch, which all share.
+            named: those that follow by their names in the model's forward.
 
         Returns:
             What the model returns: a tensor, or a tuple or list of them; None in the place of
@@ -96,13 +111,14 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(x, step=False)
+        return self._call(inputs, named, step=False)
 
-    def step(self, x: Tensor) -> Any:
+    def step(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run one time step, from the states that the last call left.
 
         Args:
-            x: one step, of an input's shape without the axis of time where it has one.
+            inputs: one step of each, of its shape without the axis of time where it has one.
+            named: as in a call.
 
         Returns:
             As a call; outputs over time are those of this step, without that axis.
@@ -110,7 +126,7 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(x, step=True)
+        return self._call(inputs, named, step=True)
 
     def reset(self) -> None:
         """Put all neurons to rest."""
@@ -129,23 +145,45 @@ class Engine(nn.Module):
         """
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
-    def _call(self, x: Tensor, *, step: bool) -> Any:
-        plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
-        if plain and (step or self._folded is None) and x.is_contiguous():
-            quick = self._net.quick(x, step, kernel_threads())
-            if quick is not None:
-                return quick[0] if self._result == "tensor" else self._returned(quick)
-        if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
-            what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
-            raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise PackError("an engine has no gradients; detach its input")
+    def _call(
+        self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], *, step: bool
+    ) -> Any:
+        if len(inputs) == len(self._names) == 1 and not named:
+            x = inputs[0]
+            plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
+            if plain and (step or self._folded is None) and x.is_contiguous():
+                quick = self._net.quick(x, step, kernel_threads())
+                if quick is not None:
+                    return quick[0] if self._result == "tensor" else self._returned(quick)
+        else:
+            inputs = self._bound(inputs, named)
+        for x in inputs:
+            if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
+                what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+                raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
+            if x.requires_grad and torch.is_grad_enabled():
+                raise PackError("an engine has no gradients; detach its input")
         if not step:
-            x = self.unfolded(x)
-        if not x.is_contiguous():
-            x = x.contiguous()
-        found = self._net.call(x, step=step, threads=kernel_threads())
+            inputs = tuple(map(self.unfolded, inputs))
+        ready = tuple(x if x.is_contiguous() else x.contiguous() for x in inputs)
+        found = self._net.call(ready, step=step, threads=kernel_threads())
         return found[0] if self._result == "tensor" else self._returned(found)
+
+    def _bound(
+        self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """The inputs that the program reads, in order."""
+        given = dict(zip(self._names, inputs, strict=False))
+        wrong = [n for n in named if n in given or n not in self._names]
+        missing = [n for n in self._names if n not in given and n not in named]
+        if len(inputs) > len(self._names) or wrong or missing:
+            raise PackError(
+                f"the engine is given {len(inputs)} inputs"
+                f"{' and ' + ', '.join(named) if named else ''}; it takes "
+                f"{', '.join(self._names)}, each once"
+            )
+        given.update(named)
+        return tuple(given[self._names[at]] for at in self._taken)
 
     def _returned(self, found: Iterable[Tensor]) -> Any:
         given: list[Tensor | None] = list(found)

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function, Lowered
-from spikenm_fx.program.code import Code
+from spikenm_fx.program.code import POINTWISE, Code
 from spikenm_fx.program.draft import Partial, Ref, State, Value
 from spikenm_fx.program.neurons import Returned
 from spikenm_fx.program.pools import POOLS, pooled
 from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed, with_constant
+from spikenm_fx.program.strided import distances
 
 __all__ = ["FUNCTIONS"]
 
@@ -314,8 +315,23 @@ def _scaled(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
     return Ref(call.draft.scaled(given, factor, shift), given.axes, step)
 
 
+def _of_one_batch(call: Call, a: Ref, b: Ref) -> tuple[Ref, Ref]:
+    """Two operands, of which axes of time and batch at the same place are the same."""
+    rank = min(len(a.axes), len(b.axes))
+    pairs = [
+        (x[0], y[0])
+        for x, y in zip(a.axes[-rank:], b.axes[-rank:], strict=True)
+        if len(x) == len(y) == 1 and x[0] is not y[0]
+        if x[0] in a.value.layout.lead and y[0] in b.value.layout.lead
+    ]
+    if pairs and rank:
+        call.draft.same(tuple(x for x, _ in pairs), tuple(y for _, y in pairs))
+    return a.renewed(), b.renewed()
+
+
 def _joined(call: Call, mode: int) -> Ref:
-    a, b = call.ref(0), call.ref(1)
+    a, b = _of_one_batch(call, call.ref(0), call.ref(1))
+    call.args = (a, b, *call.args[2:])
     step = call.draft.step_of(call.where, a, b)
     if not _alike(a, b):
         return broadcast(call, mode)
@@ -351,6 +367,7 @@ def _cat(call: Call) -> Ref:
 
 
 def _cat_two(call: Call, a: Ref, b: Ref, axis: int) -> Ref:
+    a, b = _of_one_batch(call, a, b)
     left, right = a.value.layout, b.value.layout
     step = call.draft.step_of(call.where, a, b)
     if left.channels is None or a.axes[axis] != left.channels or b.axes[axis] != right.channels:
@@ -380,6 +397,45 @@ def _relu(call: Call) -> Ref:
     return replace(ref, value=made, step=call.draft.step_of(call.where, ref))
 
 
+def _pointwise(name: str) -> Function:
+    """An operation on each number by itself, in floats."""
+
+    def lowered(call: Call) -> Ref:
+        ref = call.ref()
+        which = f"gelu_{call.kwargs['approximate']}" if call.kwargs.get("approximate") else name
+        which = which.replace("gelu_none", "gelu")
+        if which not in POINTWISE or ref.value.layout.channels is None:
+            raise call.refuse("it comes before any layer, or is a form of it that has no operation")
+        settings = (POINTWISE.index(which),)
+        made = call.draft.apply(Code.POINTWISE, ref.value.layout, ref, settings=settings)
+        return replace(ref, value=made, step=call.draft.step_of(call.where, ref))
+
+    return lowered
+
+
+def _softmax(mode: int) -> Function:
+    """Softmax, or its logarithm, along one axis of a token."""
+
+    def lowered(call: Call) -> Ref:
+        ref, at = call.ref(), call.get(1, "dim")
+        if at is None:
+            raise call.refuse("it does not say along which axis; give dim=")
+        layout, group = ref.value.layout, ref.axes[at % len(ref.axes)]
+        if layout.channels is None or any(atom not in layout.features for atom in group):
+            raise call.refuse("it runs along time or batch, or before any layer")
+        near, apart, size = distances(layout), 0, 1
+        for atom in reversed([atom for atom in group if atom.size > 1]):
+            apart = apart or near[atom]
+            if near[atom] != apart * size:
+                raise call.refuse("it runs along several axes, which lie apart in memory")
+            size *= atom.size
+        settings = (mode, size, apart or 1)
+        made = call.draft.apply(Code.SOFTMAX, layout, ref, settings=settings)
+        return replace(ref, value=made, step=call.draft.step_of(call.where, ref))
+
+    return lowered
+
+
 FUNCTIONS: dict[str, Function] = {
     **dict.fromkeys(("detach", "clone", "contiguous", "identity", "dropout", "alias"), _same),
     **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d"), _same),
@@ -406,6 +462,9 @@ FUNCTIONS: dict[str, Function] = {
     "div": _div,
     "cat": _cat,
     "relu": _relu,
+    **{name: _pointwise(name) for name in POINTWISE},
+    "softmax": _softmax(0),
+    "log_softmax": _softmax(1),
     **POOLS,
 }
 """What becomes of an operation, by its name as :func:`spikenm_fx.trace.analysis.ops.op_name`."""

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from spikenm_fx.errors import PackedFileError
 from spikenm_fx.pack.weights.files import packed_bytes
-from spikenm_fx.program.code import VERSION
 from spikenm_fx.program.held import Memory
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def image_of(lowered: Lowered, result: str = "tensor", memory: Memory = "fast") 
     tensors = {**lowered.tensors, PROGRAM: lowered.program.tensor(names[1:])}
     metadata = {
         "program": "".join(f"{name}\n" for name in names),
-        "program_version": str(VERSION),
+        "program_version": str(lowered.program.version),
         "result": result,
         "memory": memory,
         "folded": "" if lowered.folded is None else "{} {}".format(*lowered.folded),
@@ -56,6 +55,8 @@ def image_of(lowered: Lowered, result: str = "tensor", memory: Memory = "fast") 
         ),
         "digest": DIGEST,
     }
+    if len(lowered.names) > 1:
+        metadata |= {"inputs": json.dumps(lowered.names), "taken": json.dumps(lowered.taken)}
     content = packed_bytes(lowered.packed, tensors=tensors, metadata=metadata)
     return sealed(content)
 

@@ -27,9 +27,11 @@ from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, Stat
 from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
+from spikenm_fx.program.order import ordered
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.nodes import readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name
+from spikenm_fx.trace.neurons.recurrent import Recurrence, linear_of
 
 __all__ = ["Lowered", "Probe", "lower"]
 
@@ -49,6 +51,7 @@ class Probe:
         order: of these parts: time if any, batch, height, width, channels.
         timed: one call has all time steps.
         batch: the part that is the first axis of the batch, or None.
+        recurrence: what it adds to its input itself.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Probe:
     order: tuple[int, ...]
     timed: bool
     batch: int | None
+    recurrence: Recurrence | None = None
 
     def tokens(self, x: Tensor, numbers: int, steps: int, batch: int | None) -> Tensor:
         """``(steps, batch, numbers)`` of one call's tensor.
@@ -84,6 +88,8 @@ class Lowered:
         tensors: biases, scales and neuron parameters, by name.
         probes: what each neuron is given, by the number of its operation.
         folded: what of samples and steps, which share the input's first axis, is how many.
+        taken: of the tensors that the model is given, in order, those that the program reads.
+        names: of these tensors in the model's forward.
         returns: of each thing that the model returns whether it is an output; the others are
             states, which a program keeps itself.
     """
@@ -96,9 +102,11 @@ class Lowered:
         probes: dict[int, Probe],
         returns: tuple[bool, ...],
         folded: tuple[str, int] | None,
+        taken: tuple[int, ...] = (0,),
     ) -> None:
         self.program, self.packed, self.tensors, self.probes = program, packed, tensors, probes
-        self.returns, self.folded = returns, folded
+        self.returns, self.folded, self.taken = returns, folded, taken
+        self.names: tuple[str, ...] = ("x",)
 
 
 def lower(
@@ -136,9 +144,11 @@ class _Lowering:
         specs = {n: record.spec for n, record in graph.neurons.items() if not record.functional}
         self.draft = Draft(model)
         self.layers = Layers(self.draft, dtype, nm)
-        self.neurons = Neurons(self.draft, specs, calls)
+        self.neurons = Neurons(self.draft, self.layers, specs, calls)
         self.env: dict[fx.Node, Any] = {}
-        self.input: Ref | None = None
+        self.inputs: list[Ref] = []
+        self.given: int = 0
+        self.taken: list[int] = []  # of the placeholders, those that are inputs
         self.outputs: list[Ref] = []
         self.returns: list[bool] = []
 
@@ -147,14 +157,18 @@ class _Lowering:
             raise NotLowered("", "hooks on the model see what it takes or gives; remove them")
         for node in self.nodes:
             self.env[node] = self._visit(node)
-        if self.input is None:
+        if not self.inputs:
             raise NotLowered("", "its forward reads no tensor that was given")
         self._check_time()
         self.layers.store()
         program = self._program()
-        probes = {number: self._probe(*seen) for number, seen in self.neurons.inputs.items()}
+        places = {id(op): number for number, op in enumerate(program.ops)}
+        probes = {places[id(op)]: self._probe(*seen) for op, seen in self.neurons.inputs}
         tensors, returns = self.draft.tensors, tuple(self.returns)
-        return Lowered(program, self.layers.packed, tensors, probes, returns, self.draft.folded)
+        folded, taken = self.draft.folded, tuple(self.taken)
+        if folded is not None and len(taken) > 1:
+            raise NotLowered("", "samples and steps share an axis of one of its several inputs")
+        return Lowered(program, self.layers.packed, tensors, probes, returns, folded, taken)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
@@ -165,7 +179,9 @@ class _Lowering:
         sizes = tuple(atom.size for atom in atoms)
         places = tuple(atoms.index(atom) for atom in order if atom is not None)
         batch = next((atoms.index(atom) for atom in self._batch() if atom in atoms), None)
-        return Probe(name, self.neurons.specs[name], sizes, places, bool(first), batch)
+        recurrence = self.neurons.recurrences.get(name)
+        spec = self.neurons.specs[name]
+        return Probe(name, spec, sizes, places, bool(first), batch, recurrence)
 
     # -- operations -------------------------------------------------------------------------------
 
@@ -221,7 +237,7 @@ class _Lowering:
             raise call.refuse("its bias is computed in the forward")
         layer: Any
         if kind == "linear":
-            layer = nn.Linear(1, 1, bias=bias is not None)
+            layer = linear_of(weight, bias)
         else:
             make = nn.Conv1d if kind == "conv1d" else nn.Conv2d
             options = ("stride", 1), ("padding", 0), ("dilation", 1), ("groups", 1)
@@ -229,9 +245,9 @@ class _Lowering:
             out, inner, *kernel = weight.shape
             size: Any = tuple(kernel)
             layer = make(inner * given["groups"], out, size, bias=bias is not None, **given)
-        layer.weight = weight
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
+            layer.weight = weight
+            if bias is not None:
+                layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         assert call.shape is not None
         return self.layers.layer(names[id(weight)], layer.eval(), call.ref(), call.shape)
 
@@ -252,19 +268,19 @@ class _Lowering:
         return arg
 
     def _placeholder(self, node: fx.Node) -> Any:
-        info = node.meta.get("value")
+        info, place = node.meta.get("value"), self.given
+        self.given += 1
         if info is None or info.shape is None or not node.users:
             return None
-        if self.input is not None:
-            raise NotLowered(node.name, "the model takes more than one tensor; a program takes one")
         if info.dtype != torch.float32:
             raise NotLowered(node.name, f"the model's input is {info.dtype}; float32 is required")
         if len(info.shape) > RANK:
             raise NotLowered(node.name, f"an input of more than {RANK} axes")
         atoms = tuple(Atom(size, f"axis {i} of the input") for i, size in enumerate(info.shape))
         value = self.draft.value(Layout(atoms))
-        self.input = Ref(value, tuple((atom,) for atom in atoms))
-        return self.input
+        self.inputs.append(Ref(value, tuple((atom,) for atom in atoms)))
+        self.taken.append(place)
+        return self.inputs[-1]
 
     def _attribute(self, target: str) -> Any:
         """A parameter or buffer; what is empty or zero may be a state at rest."""
@@ -293,6 +309,7 @@ class _Lowering:
             raise NotLowered(name, "hooks see what it takes or gives; remove them")
         if isinstance(module, nn.LayerNorm):
             family = "layer_norm"
+        family = _BY_CLASS.get(family, family)
         if family not in FUNCTIONS or not type(module).__module__.startswith("torch.nn."):
             raise NotLowered(name, f"a {type(module).__name__} has no operation")
         call.kwargs |= {key: getattr(module, key) for key in _SETTINGS if hasattr(module, key)}
@@ -348,14 +365,19 @@ class _Lowering:
                 raise NotLowered(name, f"a loop calls it {count} times for {time.size} time steps")
 
     def _batch(self) -> list[Atom]:
-        assert self.input is not None
-        layout = self.input.value.layout
-        if layout.channels is None:
-            raise NotLowered("", "no layer reads its input, so that its axes are not known")
-        return [atom for atom in layout.lead if atom is not self.draft.time]
+        for ref in self.inputs:
+            if ref.value.layout.channels is None:
+                raise NotLowered("", "no layer reads its input, so that its axes are not known")
+        leads = [
+            [atom for atom in ref.value.layout.lead if atom is not self.draft.time]
+            for ref in self.inputs
+        ]
+        for other in leads[1:]:
+            if other != leads[0] and not self.draft.same(tuple(other), tuple(leads[0])):
+                raise NotLowered("", "its inputs differ in the axes of the batch")
+        return leads[0]
 
     def _program(self) -> Program:
-        assert self.input is not None
         batch, time = self._batch(), self.draft.time
         types = []
         for value in self.draft.values:
@@ -365,19 +387,19 @@ class _Lowering:
             timed = time is not None and time in value.layout.lead
             types.append(ValueType(value.bits, timed, *value.layout.size))
         outputs = tuple(self._axes(ref.renewed(), batch, output=True) for ref in self.outputs)
-        port = self._axes(self._unfolded(), batch, output=False)
+        ports = tuple(self._axes(ref, batch, output=False) for ref in self._unfolded())
         used = {number for op in self.draft.ops for number in op.inputs}
         used |= {port.value for port in outputs}
         for op in self.draft.ops:
             if op.code is Code.NEURON and op.outputs[1] not in used:
                 op.outputs = op.outputs[:1]
-        return Program(types, self.draft.ops, port, outputs, self.draft.constant_steps)
+        ops = ordered(self.draft.ops)
+        return Program(types, ops, ports, outputs, self.draft.constant_steps)
 
-    def _unfolded(self) -> Ref:
-        """The input with an axis of its own for each of its parts."""
-        assert self.input is not None
-        ref = self.input.renewed()
-        return replace(ref, axes=tuple((atom,) for atom in ref.atoms))
+    def _unfolded(self) -> list[Ref]:
+        """The inputs with an axis of its own for each of their parts."""
+        refs = [ref.renewed() for ref in self.inputs]
+        return [replace(ref, axes=tuple((atom,) for atom in ref.atoms)) for ref in refs]
 
     def _axes(self, ref: Ref, batch: list[Atom], *, output: bool) -> Port:
         axes: list[Axis] = []
@@ -428,8 +450,15 @@ def _renewed(found: Any) -> Any:
     return found
 
 
+_BY_CLASS = {
+    **{"Sigmoid": "sigmoid", "Tanh": "tanh", "GELU": "gelu", "SiLU": "silu"},
+    **{"Softmax": "softmax", "LogSoftmax": "log_softmax"},
+}
+"""Operations that torch also has as modules."""
+
 _SETTINGS = (
     *("kernel_size", "stride", "padding", "dilation", "return_indices", "output_size"),
     *("start_dim", "end_dim", "count_include_pad", "divisor_override"),
     *("scale_factor", "size", "mode", "normalized_shape", "weight", "bias", "eps"),
+    *("approximate", "dim"),
 )

@@ -28,6 +28,12 @@ Observer: TypeAlias = Callable[[int, int, int], None]
 _Observe = ctypes.CFUNCTYPE(None, _ptr, _i64, _ptr, _ptr)
 
 
+class _Shape(ctypes.Structure):
+    """One input's shape, as ``NetShape`` in ``net_plan.h``."""
+
+    _fields_ = (("size", _ptr), ("rank", _i32))
+
+
 @dataclass(frozen=True, slots=True)
 class _Prepared:
     """A call of one shape: what the library made of it, and tensors like its outputs."""
@@ -39,9 +45,10 @@ class _Prepared:
 
 @dataclass(frozen=True, slots=True)
 class _Shapes:
-    """An input's shape as the library takes it, and the outputs' shapes."""
+    """The inputs' shapes as the library takes them, and the outputs' shapes."""
 
     given: Any
+    held: tuple[Any, ...]  # what ``given`` points to
     outputs: tuple[tuple[int, ...], ...]
 
 
@@ -71,7 +78,8 @@ class Net:
         if not self._handle:
             raise PackedFileError(f"{name}: {message.value.decode(errors='replace')}")
         self.outputs: int = self._library.spikenm_outputs(self._handle)
-        self._known: dict[tuple[bool, tuple[int, ...]], _Shapes] = {}
+        self.inputs: int = self._library.spikenm_inputs(self._handle)
+        self._known: dict[tuple[bool, tuple[tuple[int, ...], ...]], _Shapes] = {}
         self._message = message
         self._observer: Any = None
         self._last: list[_Prepared | None] = [None, None]  # of whole inputs, and of steps
@@ -83,36 +91,40 @@ class Net:
         if self._handle:
             self._library.spikenm_close(self._handle)
 
-    def shapes(self, shape: tuple[int, ...], *, step: bool) -> tuple[tuple[int, ...], ...]:
+    def shapes(
+        self, shapes: tuple[tuple[int, ...], ...], *, step: bool
+    ) -> tuple[tuple[int, ...], ...]:
         """Shapes of all outputs.
 
         Args:
-            shape: of the input.
-            step: it is one time step, without its axis.
+            shapes: of the inputs.
+            step: they are one time step, without its axis.
 
         Raises:
-            PackError: for an input that the network does not take.
+            PackError: for inputs that the network does not take.
         """
-        return self._shapes(shape, step=step).outputs
+        return self._shapes(shapes, step=step).outputs
 
-    def _shapes(self, shape: tuple[int, ...], *, step: bool) -> _Shapes:
-        key = (step, shape)
+    def _shapes(self, shapes: tuple[tuple[int, ...], ...], *, step: bool) -> _Shapes:
+        key = (step, shapes)
         if key not in self._known:
             sizes, ranks = (_i64 * (RANK * self.outputs))(), (_i32 * self.outputs)()
-            given = (_i64 * len(shape))(*shape)
+            held = tuple((_i64 * len(shape))(*shape) for shape in shapes)
+            each = (_Shape(ctypes.addressof(h), len(h)) for h in held)
+            given = (_Shape * len(shapes))(*each)
             self._raise_unless(
                 self._library.snm_net_shapes(
-                    self._handle, given, len(shape), int(step), sizes, ranks, self._message
+                    self._handle, given, len(shapes), int(step), sizes, ranks, self._message
                 )
             )
             if len(self._known) > _SHAPES:
                 self._known.clear()
             found = (tuple(sizes[i * RANK : i * RANK + ranks[i]]) for i in range(self.outputs))
-            self._known[key] = _Shapes(given, tuple(found))
+            self._known[key] = _Shapes(given, held, tuple(found))
         return self._known[key]
 
     def quick(self, x: Tensor, step: bool, threads: int) -> tuple[Tensor, ...] | None:
-        """As :meth:`call`, of an input shaped as the last one.
+        """As :meth:`call`, of one input shaped as the last one.
 
         Nothing is looked up that need not be: a small network takes less time than that.
 
@@ -147,30 +159,30 @@ class Net:
         if found is None:
             if len(self._prepared) >= _SHAPES:  # they live as long as the network
                 return None
-            known = self._shapes(shape, step=step)
-            rank = len(shape)
+            known = self._shapes((shape,), step=step)
             like = tuple(torch.empty(size, dtype=torch.float32) for size in known.outputs)
             handle = self._library.snm_net_prepare(
-                self._handle, known.given, rank, int(step), self._message
+                self._handle, known.given, 1, int(step), self._message
             )
             self._raise_unless(0 if handle else -1)
             found = self._prepared[step, shape] = _Prepared(shape, handle, like)
         self._last[step] = found
         return found
 
-    def call(self, x: Tensor, *, step: bool, threads: int) -> list[Tensor]:
-        """Run on a contiguous fp32 tensor.
+    def call(self, inputs: tuple[Tensor, ...], *, step: bool, threads: int) -> list[Tensor]:
+        """Run on contiguous fp32 tensors.
 
         Args:
-            x: the input, as :meth:`shapes` takes its shape.
-            step: it is one time step.
+            inputs: in order, as :meth:`shapes` takes their shapes.
+            step: they are one time step.
             threads: at most.
         """
-        shapes = self._shapes(x.shape, step=step)  # looked up, as a small network takes little more
+        shapes = self._shapes(tuple(tuple(x.shape) for x in inputs), step=step)
         found = [torch.empty(size, dtype=torch.float32, device="cpu") for size in shapes.outputs]
         pointers = self._pointer_array(*[y.data_ptr() for y in found])
+        given = (_ptr * len(inputs))(*[x.data_ptr() for x in inputs])
         code = self._library.snm_net_call(
-            self._handle, x.data_ptr(), shapes.given, x.dim(), int(step), threads, pointers,
+            self._handle, given, shapes.given, len(inputs), int(step), threads, pointers,
             self._message,
         )  # fmt: skip
         self._raise_unless(code)
@@ -180,10 +192,16 @@ class Net:
         """All states back to rest."""
         self._library.spikenm_reset(self._handle)
 
-    def input(self) -> tuple[tuple[int, ...], int, tuple[bool, ...]]:
-        """The example's input shape, the axis of time (-1: none), and which axes are free."""
+    def input(self, index: int = 0) -> tuple[tuple[int, ...], int, tuple[bool, ...]]:
+        """The example's shape, the axis of time (-1: none), and which axes are free.
+
+        Args:
+            index: of the input.
+        """
         shape, free, axis = (_i64 * RANK)(), (_i32 * RANK)(), _i32()
-        rank = self._library.spikenm_input(self._handle, shape, ctypes.byref(axis), free)
+        rank = self._library.spikenm_input_at(
+            self._handle, index, shape, ctypes.byref(axis), free
+        )
         return tuple(shape[:rank]), axis.value, tuple(bool(f) for f in free[:rank])
 
     def level(self, level: int) -> bool:
@@ -237,10 +255,10 @@ class Net:
 
 def _declared(library: Any) -> Any:
     if library.spikenm_open_bytes.restype is not _ptr:
-        library.spikenm_outputs.argtypes = [_ptr]
+        library.spikenm_outputs.argtypes = library.spikenm_inputs.argtypes = [_ptr]
         library.spikenm_close.argtypes = library.spikenm_reset.argtypes = [_ptr]
         library.spikenm_close.restype = library.spikenm_reset.restype = None
-        library.spikenm_input.argtypes = [_ptr] * 4
+        library.spikenm_input_at.argtypes = [_ptr, _i32, _ptr, _ptr, _ptr]
         library.snm_net_shapes.argtypes = [_ptr, _ptr, _i32, _i32, _ptr, _ptr, _text]
         library.snm_net_call.argtypes = [_ptr, _ptr, _ptr, _i32, _i32, _i64, _ptr, _text]
         library.snm_net_prepare.argtypes = [_ptr, _ptr, _i32, _i32, _text]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,9 @@ from spikenm_fx.pack.engine.neuron import NeuronRule
 from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest, State, Value
+from spikenm_fx.program.layers import Layers
 from spikenm_fx.trace import NeuronSpec
+from spikenm_fx.trace.neurons.recurrent import Recurrence, recurrence_of
 
 __all__ = ["Neurons", "Returned"]
 
@@ -41,17 +43,28 @@ class Neurons:
 
     Args:
         draft: of the program.
+        layers: lowers what recurrent neurons multiply by.
         specs: of all neurons, by name.
         calls: how often the forward calls each of them.
     """
 
     def __init__(
-        self, draft: Draft, specs: Mapping[str, NeuronSpec], calls: Mapping[str, int]
+        self,
+        draft: Draft,
+        layers: Layers,
+        specs: Mapping[str, NeuronSpec],
+        calls: Mapping[str, int],
     ) -> None:
-        self.draft, self.specs, self.calls = draft, specs, calls
+        self.draft, self.layers, self.calls = draft, layers, calls
+        self.specs: dict[str, NeuronSpec] = {}
+        self.recurrences: dict[str, Recurrence] = {}
+        for name, spec in specs.items():
+            found = recurrence_of(draft.model.get_submodule(name), spec)
+            if found is not None:
+                self.recurrences[name] = found
+            self.specs[name] = spec if found is None else found.spec
         self._made: dict[str, tuple[int, Op, Value, Ref]] = {}  # input, operation, spikes, membrane
-        self._count = 0
-        self.inputs: dict[int, tuple[str, Ref]] = {}  # by number of the operation
+        self.inputs: list[tuple[Op, tuple[str, Ref]]] = []
 
     def call(self, name: str, module: Any, ref: Ref, given: tuple[Any, ...]) -> Any:
         """One call of a neuron.
@@ -75,6 +88,7 @@ class Neurons:
             step = self.draft.steps.get(name, 0)
         forgets = self._carried(name, step, given)
         self._check_step(name, step)
+        ref = self._driven(name, ref)
         spikes, membrane = self._op(name, spec, ref, timed=step is not None, forgets=forgets)
         spikes, membrane = (Ref(r.value, r.axes, step) for r in (spikes, membrane))
         if step is None:
@@ -123,9 +137,10 @@ class Neurons:
         if isinstance(given, tuple):
             parts = [self._state(name, part) for part in given]
             return parts[0] if parts and all(type(p) is type(parts[0]) for p in parts) else given
-        if isinstance(given, Ref):  # snnTorch hands its membrane on
+        if isinstance(given, Ref):  # snnTorch hands its membrane on, and spikes that it feeds back
             made = self._made.get(name)
-            if made is not None and given.value is made[3].value and given.step is not None:
+            own = () if made is None else (made[3].value, made[2])[: 1 + (name in self.recurrences)]
+            if any(given.value is value for value in own) and given.step is not None:
                 return State(name, given.step)
         return given
 
@@ -148,7 +163,7 @@ class Neurons:
         if any(not isinstance(x, Rest) and x is not None for x in given):
             raise NotLowered(name, "it is given a state")
         self.draft.set_time(axis[0], name)
-        ref = ref.renewed()
+        ref = self._driven(name, ref.renewed())
         return self._op(name, spec, ref, timed=True, forgets=spec.returns_state)
 
     def _folded(self, spec: NeuronSpec, ref: Ref) -> tuple[Atom, ...]:
@@ -180,19 +195,42 @@ class Neurons:
         source, layout = self.draft.floats(ref), ref.value.layout
         if timed and self.draft.time not in layout.lead:
             layout = self._with_time(name, layout)
+        recurrence, recalled = self.recurrences.get(name), None
+        if recurrence is not None:
+            recalled = self.draft.recall(layout, name, bits=True, forgets=forgets)
+            fed = self._fed_back(name, recurrence, Ref(recalled, ref.axes))
+            summed = self.draft.apply(Code.JOIN, layout, source, fed, settings=(0,), name=name)
+            source = Ref(summed, ref.axes)
         table = self._parameters(name, spec, ref)
         rule = NeuronRule.of(spec, table.shape[1])
         assert rule is not None
         spikes = self.draft.value(layout, bits=spec.output == "spike")
         membrane = self.draft.value(layout)
         outputs = (spikes.number, membrane.number)
-        settings = (*rule.modes(), EMITS[spec.output], int(forgets), self._count)
+        settings = (*rule.modes(), EMITS[spec.output], int(forgets), self.draft.new_state())
         stored = self.draft.keep(f"{name}::neuron", table)
         op = Op(Code.NEURON, (source.value.number,), outputs, settings, (stored,), name)
-        self.inputs[len(self.draft.ops)] = (name, ref)
+        self.inputs.append((op, (name, ref)))
         self.draft.ops.append(op)
-        self._count += 1
+        if recalled is not None:
+            self.draft.store(recalled, spikes, name)
         return ref.value.number, op, spikes, Ref(membrane, ref.axes)
+
+    def _driven(self, name: str, ref: Ref) -> Ref:
+        """What a neuron with input weights of its own makes of its input."""
+        recurrence = self.recurrences.get(name)
+        if recurrence is None or recurrence.inputs is None:
+            return ref
+        sizes = tuple(map(size_of, ref.axes))
+        return self.layers.layer(recurrence.name(name, recurrence.inputs_key), recurrence.inputs, ref, sizes)
+
+    def _fed_back(self, name: str, recurrence: Recurrence, spikes: Ref) -> Ref:
+        """What a neuron adds to its input for its spikes of the step before."""
+        if isinstance(recurrence.feedback, Tensor):
+            made = self.draft.scaled(spikes, recurrence.feedback, 0.0, name)
+            return replace(spikes, value=made)
+        sizes = tuple(map(size_of, spikes.axes))
+        return self.layers.layer(recurrence.name(name), recurrence.feedback, spikes, sizes)
 
     def _with_time(self, name: str, layout: Layout) -> Layout:
         """A loop that gives the same input in every step: its neurons make time."""

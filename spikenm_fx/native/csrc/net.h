@@ -10,15 +10,18 @@
 #include "spikenm.h"
 
 enum NetOpCode : int64_t {
-  kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kStrided, kNorm, kOpCodes
+  kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kStrided, kNorm,
+  kRecall, kStore, kCompare, kPointwise, kSoftmax, kOpCodes  // from version 2 on
 };
 enum NetRole : int64_t { kTime, kBatch, kChannel, kHeight, kWidth, kRoles };
 enum NetEmits : int64_t { kSpikes, kMembrane, kCounts };
 enum NetPool : int64_t { kMax, kAverage, kAdaptiveMax, kAdaptiveAverage };
 enum NetJoin : int64_t { kAdd, kSub, kMul, kAndNot, kCopy };
 enum NetReduce : int64_t { kSum, kMean, kLast };
+enum NetCompare : int64_t { kGreater, kGreaterEqual, kLess, kLessEqual, kCompares };
+enum NetFunction : int64_t { kSigmoid, kTanh, kGelu, kGeluTanh, kSilu, kExp, kFunctions };
 
-constexpr int64_t kNetVersion = 1, kOpWords = 32, kNoValue = -1;
+constexpr int64_t kNetVersion = 2, kOpWords = 32, kNoValue = -1;
 constexpr int64_t kLanesMost = 16;  // floats of the widest vector
 constexpr int64_t kStridedLoops = 5;
 
@@ -32,6 +35,8 @@ enum NetWord {
   kPoolMode = 9, kPoolKernel, kPoolStride = 12, kPoolPadding = 14, kPoolDilation = 16,
   kPoolCountsPadding = 18, kPoolDivisor,
   kMode = 9, kStridedCount, kStridedLoop, kStridedOffset = kStridedLoop + 4 * kStridedLoops,
+  kRecallState = 9, kRecallForgets, kStoreState = 9,
+  kSoftmaxMode = 9, kSoftmaxSize, kSoftmaxApart,
 };
 
 enum NetType : int32_t { kF32, kF16, kBF16, kI8, kU8, kI64 };
@@ -84,13 +89,22 @@ struct NetOp {
   int64_t state_stride;  // of a neuron: floats of one image's membranes
 };
 
+// Operations [from, to) that run step by step, as a step reads what the one before it stored.
+struct NetLoop {
+  int64_t from, to;
+  int64_t timed;  // of all values that they make; 0 where one call is one step
+};
+
 // One run: where everything lies.
 struct NetRun {
   const NetOp *ops;
   int64_t n_ops;
   const NetValue *values;
   int64_t steps, images, threads;
+  const NetLoop *loops;  // in order, apart from each other
+  int64_t n_loops, n_values;
   void *const *memory;   // by value
+  void **shifted;        // room for as many
   float *const *states;  // by state: [images][stride] membranes, then currents
   void (*observe)(void *context, int64_t op, const void *in, void *out);
   void *context;

@@ -173,9 +173,9 @@ bool NetImage::read(const uint8_t *bytes, size_t size, NetFailure *fail) {
   if (!well || !json.ended()) return (*fail)("its header is damaged, or it is no safetensors file");
   if (metadata["format"] != "spikenm_fx.packed" || !metadata.count("program"))
     return (*fail)("it holds no network: save one with engine.save()");
-  if (metadata["program_version"] != "1")
-    return (*fail)("it is of program version %.20s; this release reads version 1: install a newer "
-                   "release, or save the engine again", metadata["program_version"].c_str());
+  if (metadata["program_version"] != "1" && metadata["program_version"] != "2")
+    return (*fail)("it is of program version %.20s; this release reads versions 1 and 2: install a "
+                   "newer release, or save the engine again", metadata["program_version"].c_str());
   if (!digest) return (*fail)("it carries no digest: it was changed after it was written");
   Sha256 sum;
   char zeros[64], hex[64];

@@ -2,6 +2,7 @@
 // Everything that a program says is checked here, once: what runs it relies on that.
 #include "net_model.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 
@@ -41,37 +42,61 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
   code.resize(static_cast<size_t>(n));
   memcpy(code.data(), program->data, static_cast<size_t>(n) * 8);
   const int64_t *w = code.data();
-  if (w[0] != kNetVersion)
-    return (*fail)("its program starts with %lld instead of its version, 1",
+  if (!within(w[0], 1, kNetVersion))
+    return (*fail)("its program starts with %lld instead of its version, 1 or 2",
                    static_cast<long long>(w[0]));
   const int64_t n_values = w[1], n_ops = w[2], n_outputs = w[3];
+  const int64_t n_inputs = w[0] > 1 ? w[7] : 1;
   fixed_steps = w[4], only_steps = w[5], only_images = w[6];
   if (!within(n_values, 1, n) || !within(n_ops, 0, n) || !within(n_outputs, 1, n) ||
-      !within(fixed_steps, 0, 1 << 20) || !within(only_steps, 0, 1ll << 40) ||
+      !within(n_inputs, 1, SPIKENM_INPUTS) || !within(fixed_steps, 0, 1 << 20) || !within(only_steps, 0, 1ll << 40) ||
       !within(only_images, 0, 1ll << 40) ||
-      n != kHeadWords + n_values * kValueWords + (1 + n_outputs) * kPortWords + n_ops * kOpWords)
+      n != kHeadWords + n_values * kValueWords + (n_inputs + n_outputs) * kPortWords + n_ops * kOpWords)
     return (*fail)("its program has another length than its head says");
   w += kHeadWords;
   if (!read_values(w, n_values, fail)) return false;
   w += n_values * kValueWords;
-  if (!read_port(w, &input, fail)) return false;
+  inputs.resize(static_cast<size_t>(n_inputs));
   outputs.resize(static_cast<size_t>(n_outputs));
-  for (NetPort &output : outputs)
-    if (!read_port(w += kPortWords, &output, fail)) return false;
-  w += kPortWords;
   std::vector<bool> written(values.size());
-  written[static_cast<size_t>(input.value)] = true;
-  if (values[static_cast<size_t>(input.value)].bits) return (*fail)("its input is made of bits");
+  for (NetPort &input : inputs) {
+    if (!read_port(w, &input, fail)) return false;
+    w += kPortWords;
+    if (values[static_cast<size_t>(input.value)].bits) return (*fail)("its input is made of bits");
+    if (written[static_cast<size_t>(input.value)]) return (*fail)("two inputs are one value");
+    written[static_cast<size_t>(input.value)] = true;
+  }
+  for (NetPort &output : outputs) {
+    if (!read_port(w, &output, fail)) return false;
+    w += kPortWords;
+  }
   ops.resize(static_cast<size_t>(n_ops));
   last_use.assign(values.size(), -1);
   for (int64_t i = 0; i < n_ops; ++i) {
     ops[static_cast<size_t>(i)].word = w + i * kOpWords;
     if (!read_op(image, i, &written, fail)) return false;
   }
+  if (!check_ports(fail)) return false;
+  for (const NetPort &output : outputs) {
+    if (!written[static_cast<size_t>(output.value)]) return (*fail)("an output is never computed");
+    last_use[static_cast<size_t>(output.value)] = n_ops;
+  }
+  for (const NetState &state : states)
+    if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
+  return find_loops(fail);
+}
+
+// All inputs and outputs have the same batch.
+bool NetModel::check_ports(NetFailure *fail) const {
   int64_t free_axes = 0;
-  for (int64_t i = 0; i < input.rank; ++i) {
-    if (input.axes[i].joined) return (*fail)("axes of its input are joined");
-    free_axes += input.axes[i].role == kBatch;
+  for (size_t k = 0; k < inputs.size(); ++k) {
+    int64_t own = 0;
+    for (int64_t i = 0; i < inputs[k].rank; ++i) {
+      if (inputs[k].axes[i].joined) return (*fail)("axes of its input are joined");
+      own += inputs[k].axes[i].role == kBatch;
+    }
+    if (k && own != free_axes) return (*fail)("its inputs differ in the axes of the batch");
+    free_axes = own;
   }
   for (const NetPort &output : outputs) {
     int64_t seen = 0;
@@ -81,11 +106,7 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
       else if (output.axes[i].role == kBatch)
         return (*fail)("an output has a batch axis that its input lacks");
     if (seen != (1ll << free_axes) - 1) return (*fail)("an output lacks an axis of the batch");
-    if (!written[static_cast<size_t>(output.value)]) return (*fail)("an output is never computed");
-    last_use[static_cast<size_t>(output.value)] = n_ops;
   }
-  for (const NetState &state : states)
-    if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
   return true;
 }
 
@@ -146,14 +167,16 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
     return (*fail)("operation %lld is of an unknown kind", static_cast<long long>(index));
   const bool two = w[kCode] == kJoin || w[kCode] == kConcat ||
                    (w[kCode] == kStrided && w[kMode] != kCopy);
+  if (w[kCode] >= kRecall && code[0] < 2)
+    return (*fail)("operation %lld is of a later version", static_cast<long long>(index));
   for (int k = kIn0; k <= kIn1; ++k) {
-    if (k == kIn1 && !two) continue;
+    if ((k == kIn1 && !two) || w[kCode] == kRecall) continue;
     if (!within(w[k], 0, last) || !(*written)[static_cast<size_t>(w[k])])
       return (*fail)("operation %lld reads what was never computed", static_cast<long long>(index));
     last_use[static_cast<size_t>(w[k])] = index;
   }
   for (int k = kOut0; k <= kOut1; ++k) {
-    if (k == kOut1 && (w[kCode] != kNeuron || w[k] == kNoValue)) continue;
+    if ((k == kOut1 && (w[kCode] != kNeuron || w[k] == kNoValue)) || w[kCode] == kStore) continue;
     if (!within(w[k], 0, last) || (*written)[static_cast<size_t>(w[k])])
       return (*fail)("operation %lld writes over another value", static_cast<long long>(index));
     (*written)[static_cast<size_t>(w[k])] = true;
@@ -167,6 +190,10 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
   else if (w[kCode] == kAffine) well = check_affine(image, op, fail);
   else if (w[kCode] == kStrided) well = check_strided(*op);
   else if (w[kCode] == kNorm) well = check_norm(image, op, fail);
+  else if (w[kCode] == kRecall) well = check_recall(image, index, op, fail);
+  else if (w[kCode] == kStore) well = check_store(index, op);
+  else if (w[kCode] == kCompare) well = check_compare(image, op, fail);
+  else if (w[kCode] == kSoftmax) well = check_softmax(*op);
   else well = check_others(*op, fail);
   if (!well)
     return (*fail)("operation %lld does not fit its values", static_cast<long long>(index));
@@ -264,8 +291,7 @@ bool NetModel::check_neuron(const NetImage &image, int64_t index, NetOp *op, Net
   const bool spikes = w[kNeuronEmits] == kSpikes;
   if (!within(w[kNeuronReset], 0, 2) || !within(w[kNeuronTiming], 0, 2) ||
       !within(w[kNeuronInclusive], 0, 1) || !within(w[kNeuronSynapse], 0, 2) ||
-      !within(w[kNeuronEmits], 0, 2) || !within(w[kNeuronForgets], 0, 1) ||
-      !within(w[kNeuronState], 0, static_cast<int64_t>(ops.size()) - 1))
+      !within(w[kNeuronEmits], 0, 2) || !within(w[kNeuronForgets], 0, 1))
     return false;
   if ((w[kNeuronTiming] && (!spikes || (w[kNeuronTiming] == 2 && w[kNeuronReset] == 1))) ||
       in.bits || out.bits != spikes || in.size != out.size || in.c != out.c ||
@@ -277,13 +303,94 @@ bool NetModel::check_neuron(const NetImage &image, int64_t index, NetOp *op, Net
   }
   if (!spread(tensor(image, w[kTensor0]), 8, out, op, fail)) return false;
   op->state_stride = round_up(out.size, 64) + 64;
-  const size_t at = static_cast<size_t>(w[kNeuronState]);
-  if (states.size() <= at) states.resize(at + 1);
-  NetState &state = states[at];
-  if (state.value != kNoValue) return false;
+  NetState *state = state_of(w[kNeuronState]);
+  if (!state || state->value != kNoValue) return false;
   const float *initial = memory.back().floats() + 7 * op->wide;
-  state.value = w[kOut0], state.op = index, state.forgets = w[kNeuronForgets] != 0;
-  state.initial.assign(initial, initial + op->wide);
+  state->value = w[kOut0], state->op = state->store = index;
+  state->forgets = w[kNeuronForgets] != 0;
+  state->initial.assign(initial, initial + op->wide);
+  return true;
+}
+
+NetState *NetModel::state_of(int64_t which) {
+  if (!within(which, 0, static_cast<int64_t>(ops.size()) - 1)) return nullptr;
+  const size_t at = static_cast<size_t>(which);
+  if (states.size() <= at) states.resize(at + 1);
+  return &states[at];
+}
+
+bool NetModel::check_recall(const NetImage &image, int64_t index, NetOp *op, NetFailure *fail) {
+  const int64_t *w = op->word;
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  NetState *state = state_of(w[kRecallState]);
+  if (!state || state->value != kNoValue || !within(w[kRecallForgets], 0, 1)) return false;
+  op->state_stride = round_up(out.size, 64) + 64;
+  state->value = w[kOut0], state->op = index, state->forgets = w[kRecallForgets] != 0;
+  state->initial.assign(kLanesMost, 0.0f);
+  if (w[kTensor0] < 0) return true;
+  if (out.bits || !spread(tensor(image, w[kTensor0]), 1, out, op, fail)) return false;
+  state->initial.assign(memory.back().floats(), memory.back().floats() + op->wide);
+  return true;
+}
+
+bool NetModel::check_store(int64_t index, NetOp *op) {
+  const NetValue &in = values[static_cast<size_t>(op->word[kIn0])];
+  NetState *state = state_of(op->word[kStoreState]);
+  if (!state || state->value == kNoValue || state->store != kNoValue) return false;
+  const NetValue &out = values[static_cast<size_t>(state->value)];
+  state->store = index;
+  op->state_stride = ops[static_cast<size_t>(state->op)].state_stride;
+  return in.size == out.size && in.bits == out.bits && in.timed == out.timed;
+}
+
+bool NetModel::check_compare(const NetImage &image, NetOp *op, NetFailure *fail) {
+  const NetValue &in = values[static_cast<size_t>(op->word[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(op->word[kOut0])];
+  if (!out.bits || in.bits || in.size != out.size || in.c != out.c || in.timed != out.timed ||
+      !within(op->word[kMode], 0, kCompares - 1))
+    return false;
+  return spread(tensor(image, op->word[kTensor0]), 1, out, op, fail);
+}
+
+// Whole runs of `size` numbers, `apart` from each other, make up a token.
+bool NetModel::check_softmax(const NetOp &op) const {
+  const int64_t *w = op.word;
+  const NetValue &in = values[static_cast<size_t>(w[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(w[kOut0])];
+  return !out.bits && in.size == out.size && in.timed == out.timed &&
+         within(w[kSoftmaxMode], 0, 1) && within(w[kSoftmaxSize], 1, in.size) &&
+         within(w[kSoftmaxApart], 1, in.size) &&
+         in.size % (w[kSoftmaxSize] * w[kSoftmaxApart]) == 0;
+}
+
+// What lies between the reading of a state and its storing runs step by step.
+bool NetModel::find_loops(NetFailure *fail) {
+  for (const NetState &state : states) {
+    if (state.store == kNoValue) return (*fail)("a state is never stored");
+    if (state.store == state.op) continue;  // a neuron's own
+    NetLoop loop = {state.op, state.store + 1, values[static_cast<size_t>(state.value)].timed};
+    for (size_t k = loops.size(); k-- > 0;) {  // one with all that it overlaps
+      if (loops[k].to <= loop.from || loop.to <= loops[k].from) continue;
+      loop.from = std::min(loop.from, loops[k].from), loop.to = std::max(loop.to, loops[k].to);
+      if (loop.timed != loops[k].timed) return (*fail)("a loop of its program is impossible");
+      loops.erase(loops.begin() + static_cast<int64_t>(k));
+    }
+    loops.push_back(loop);
+  }
+  std::sort(loops.begin(), loops.end(),
+            [](const NetLoop &a, const NetLoop &b) { return a.from < b.from; });
+  for (const NetLoop &loop : loops)
+    for (int64_t i = loop.from; i < loop.to; ++i) {
+      const int64_t *w = ops[static_cast<size_t>(i)].word;
+      if (w[kCode] == kReduce ||
+          (w[kCode] != kStore && values[static_cast<size_t>(w[kOut0])].timed != loop.timed))
+        return (*fail)("operation %lld cannot run step by step", static_cast<long long>(i));
+      // The next step reads it again.
+      for (int k = kIn0; k <= kOut1; ++k)
+        if (within(w[k], 0, static_cast<int64_t>(values.size()) - 1))
+          last_use[static_cast<size_t>(w[k])] =
+              std::max(last_use[static_cast<size_t>(w[k])], loop.to - 1);
+    }
   return true;
 }
 
@@ -351,7 +458,9 @@ bool NetModel::check_others(const NetOp &op, NetFailure *) const {
   const int64_t *w = op.word;
   const NetValue &a = values[static_cast<size_t>(w[kIn0])];
   const NetValue &out = values[static_cast<size_t>(w[kOut0])];
-  if (w[kCode] == kRelu) return !out.bits && a.size == out.size && a.timed == out.timed;
+  if (w[kCode] == kPointwise && !within(w[kMode], 0, kFunctions - 1)) return false;
+  if (w[kCode] == kRelu || w[kCode] == kPointwise)
+    return !out.bits && a.size == out.size && a.timed == out.timed;
   if (w[kCode] == kReduce)
     return within(w[kMode], 0, 2) && !out.bits && a.timed && !out.timed && a.size == out.size;
   const NetValue &b = values[static_cast<size_t>(w[kIn1])];

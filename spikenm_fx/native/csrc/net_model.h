@@ -26,10 +26,11 @@ class NetMemory {
   int64_t size_ = 0;
 };
 
-// What one neuron layer keeps between calls.
+// What one neuron layer, or what a step stores for the next one, keeps between calls.
 struct NetState {
-  int64_t value = kNoValue;  // of the size of its membranes
+  int64_t value = kNoValue;  // of the size of its membranes, or what is stored
   int64_t op = 0;
+  int64_t store = kNoValue;  // the operation that stores it; of a neuron's itself
   bool forgets = false;
   std::vector<float> initial;  // one, or one per number
 };
@@ -48,9 +49,10 @@ struct NetModel {
   std::vector<NetOp> ops;
   std::vector<NetMemory> memory;
   std::vector<int64_t> last_use;  // of each value: the operation after which nobody reads it
-  NetPort input;
+  std::vector<NetPort> inputs;
   std::vector<NetPort> outputs;
   std::vector<NetState> states;
+  std::vector<NetLoop> loops;
   int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
   int64_t only_steps = 0, only_images = 0;  // 0: any; else the model itself takes no other
   bool small = false;                        // weights stay packed in memory
@@ -62,6 +64,7 @@ struct NetModel {
   int64_t stored(int64_t tensor, uint8_t *to) const;
 
  private:
+  bool check_ports(NetFailure *fail) const;
   bool read_values(const int64_t *w, int64_t n, NetFailure *fail);
   bool read_port(const int64_t *w, NetPort *port, NetFailure *fail);
   bool read_op(const NetImage &image, int64_t index, std::vector<bool> *written, NetFailure *fail);
@@ -71,6 +74,12 @@ struct NetModel {
   bool check_affine(const NetImage &image, NetOp *op, NetFailure *fail);
   bool check_others(const NetOp &op, NetFailure *fail) const;
   bool check_strided(const NetOp &op) const;
+  bool check_recall(const NetImage &image, int64_t index, NetOp *op, NetFailure *fail);
+  bool check_store(int64_t index, NetOp *op);
+  bool check_compare(const NetImage &image, NetOp *op, NetFailure *fail);
+  bool check_softmax(const NetOp &op) const;
+  bool find_loops(NetFailure *fail);
+  NetState *state_of(int64_t which);
   bool check_norm(const NetImage &image, NetOp *op, NetFailure *fail);
   const NetTensor *tensor(const NetImage &image, int64_t id) const;
   // Rows of parameters, one number or one per channel, spread over the numbers of a value.

@@ -76,11 +76,16 @@ bool NetPlan::lay_out(const NetModel &model, NetFailure *fail) {
   const size_t n = model.values.size();
   std::vector<Place> taken;
   std::vector<int64_t> at(n, 0), born(n, -2);
-  born[static_cast<size_t>(model.input.value)] = -1;
+  for (const NetPort &input : model.inputs) born[static_cast<size_t>(input.value)] = -1;
   for (size_t i = 0; i < model.ops.size(); ++i)
     for (int k = kOut0; k <= kOut1; ++k)
-      if (k == kOut0 || (model.ops[i].word[kCode] == kNeuron && model.ops[i].word[k] != kNoValue))
+      if ((k == kOut0 && model.ops[i].word[kCode] != kStore) ||
+          (model.ops[i].word[kCode] == kNeuron && model.ops[i].word[k] != kNoValue))
         born[static_cast<size_t>(model.ops[i].word[k])] = static_cast<int64_t>(i);
+  // The first step makes all values of a loop before the second one does.
+  for (const NetLoop &loop : model.loops)
+    for (int64_t &birth : born)
+      if (birth >= loop.from && birth < loop.to) birth = loop.from;
   std::vector<size_t> order;
   for (size_t v = 0; v < n; ++v)
     if (born[v] > -2) order.push_back(v);
@@ -108,19 +113,21 @@ bool NetPlan::lay_out(const NetModel &model, NetFailure *fail) {
   if (!arena.take(whole + 256))
     return (*fail)("there is no memory for so many steps and images");
   memory.resize(n);
+  shifted.resize(n);
   for (size_t v = 0; v < n; ++v) memory[v] = arena.bytes() + at[v];
   return true;
 }
 
-bool net_sizes(const NetModel &model, const int64_t *shape, int32_t rank, bool step,
-               NetSizes *sizes, NetFailure *fail) {
-  const NetPort &in = model.input;
+namespace {
+
+// The sizes that one input's shape asks for.
+bool sizes_of(const NetPort &in, const int64_t *shape, int32_t rank, bool step, NetSizes *sizes,
+              NetFailure *fail) {
   int64_t wanted = 0, given = 0, batch = 0;
   for (int64_t i = 0; i < in.rank; ++i) wanted += !(step && in.axes[i].role == kTime);
   if (wanted != rank)
     return (*fail)("the input has %d axes; %lld are required%s", rank,
                    static_cast<long long>(wanted), step ? ", without time, in one step" : "");
-  if (model.fixed_steps) sizes->steps = step ? 1 : model.fixed_steps;
   for (int64_t i = 0; i < in.rank; ++i) {
     const NetAxis &a = in.axes[i];
     if (step && a.role == kTime) continue;
@@ -138,6 +145,38 @@ bool net_sizes(const NetModel &model, const int64_t *shape, int32_t rank, bool s
                      static_cast<long long>(given - 1), static_cast<long long>(size),
                      static_cast<long long>(a.size));
   }
+  return true;
+}
+
+}  // namespace
+
+bool net_sizes(const NetModel &model, const NetShape *shapes, int32_t count, bool step,
+               NetSizes *sizes, NetFailure *fail) {
+  if (count != static_cast<int32_t>(model.inputs.size()))
+    return (*fail)("it is given %d inputs; the network takes %d", count,
+                   static_cast<int>(model.inputs.size()));
+  bool timed = false;
+  for (int32_t i = 0; i < count; ++i) {
+    const NetPort &in = model.inputs[static_cast<size_t>(i)];
+    NetSizes own;
+    if (!sizes_of(in, shapes[i].size, shapes[i].rank, step, &own, fail)) return false;
+    const bool has_time = model.values[static_cast<size_t>(in.value)].timed != 0;
+    if (i && own.images != sizes->images)
+      return (*fail)("input %d has a batch of %lld, and those before it one of %lld", i + 1,
+                     static_cast<long long>(own.images), static_cast<long long>(sizes->images));
+    for (int k = 0; k < SPIKENM_RANK && i; ++k)
+      if (own.batch[k] != sizes->batch[k])
+        return (*fail)("input %d has another batch than those before it", i + 1);
+    if (timed && has_time && own.steps != sizes->steps)
+      return (*fail)("input %d has %lld time steps, and those before it %lld", i + 1,
+                     static_cast<long long>(own.steps), static_cast<long long>(sizes->steps));
+    const int64_t steps = sizes->steps;
+    if (!i) *sizes = own;
+    if (i && !has_time) sizes->steps = steps;
+    if (has_time) sizes->steps = own.steps;
+    timed |= has_time;
+  }
+  if (model.fixed_steps) sizes->steps = step ? 1 : model.fixed_steps;
   const int64_t only[2] = {step ? 0 : model.only_steps, model.only_images};
   const int64_t got[2] = {sizes->steps, sizes->images};
   for (int i = 0; i < 2; ++i)
@@ -166,9 +205,10 @@ int32_t net_shape(const NetPort &port, const NetSizes &sizes, bool step, int64_t
   return rank;
 }
 
-void net_load(const NetModel &model, const NetSizes &sizes, bool step, const float *x, float *to) {
-  const NetValue &v = model.values[static_cast<size_t>(model.input.value)];
-  const Walk walk(model.input, v, sizes, step, true);
+void net_load(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
+              const float *x, float *to) {
+  const NetValue &v = model.values[static_cast<size_t>(port.value)];
+  const Walk walk(port, v, sizes, step, true);
   walk.run([&](int64_t element, int64_t place, int64_t count, int64_t apart) {
     if (apart == 1) {
       memcpy(to + place, x + element, sizeof(float) * static_cast<size_t>(count));

@@ -9,23 +9,31 @@ struct NetSizes {
   int64_t batch[SPIKENM_RANK] = {};  // the free axes, in the input's order
 };
 
+// One input's shape.
+struct NetShape {
+  const int64_t *size;
+  int32_t rank;
+};
+
 struct NetPlan {
   int64_t steps, images;
   NetMemory arena;
   std::vector<void *> memory;  // by value
+  std::vector<void *> shifted;  // of one step of a loop
 
   // Values whose lives do not overlap share their place.
   bool lay_out(const NetModel &model, NetFailure *fail);
 };
 
-// The sizes that `shape` asks for; `step` leaves the time axis out.
-bool net_sizes(const NetModel &model, const int64_t *shape, int32_t rank, bool step,
+// The sizes that all inputs' shapes ask for; `step` leaves the time axis out.
+bool net_sizes(const NetModel &model, const NetShape *shapes, int32_t count, bool step,
                NetSizes *sizes, NetFailure *fail);
 
 // Shape of an output, and its rank.
 int32_t net_shape(const NetPort &port, const NetSizes &sizes, bool step, int64_t *shape);
 
 // Between a tensor as the caller has it and the tokens of a value.
-void net_load(const NetModel &model, const NetSizes &sizes, bool step, const float *x, float *to);
+void net_load(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
+              const float *x, float *to);
 void net_store(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
                const void *from, float *y);

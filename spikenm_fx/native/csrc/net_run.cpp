@@ -2,6 +2,7 @@
 // Runs the operations of a network one after another; each covers all its time steps and images.
 // Compiled once per ISA level with SNM_NET_RUN naming the result.
 #include "net_ops.h"
+#include "net_pointwise.h"
 
 namespace {
 
@@ -37,6 +38,7 @@ struct NetStep {
   static void item(void *self, int64_t index) { static_cast<const NetStep *>(self)->one(index); }
 
   void one(int64_t index) const {
+    if (op->word[kCode] == kStore) return store_state(index);
     float *y = static_cast<float *>(op->word[kCode] == kNeuron ? nullptr : out(index / parts));
     const NetValue *to = value(kOut0);
     switch (op->word[kCode]) {
@@ -51,8 +53,29 @@ struct NetStep {
       case kStrided: return strided(index, y);
       case kNorm: return normalize(op, to, floats(kIn0, index, 0), y);
       case kReduce: return reduce(index);
+      case kRecall: {
+        memcpy(y, state(index), bytes_of_state(to));
+        return;
+      }
+      case kCompare:
+        return compare(op, floats(kIn0, index, 0), static_cast<uint64_t *>(out(index)), to->size);
+      case kPointwise: return pointwise(op->word[kMode], floats(kIn0, index, 0), y, to->size);
+      case kSoftmax: return softmax(op->word, floats(kIn0, index, 0), y, to->size);
       default: return;
     }
+  }
+
+  // What a step stores for the next one: one image's token, floats or bits.
+  void *state(int64_t image) const {
+    return run->states[op->word[kRecallState]] + image * op->state_stride;
+  }
+
+  static size_t bytes_of_state(const NetValue *v) {
+    return static_cast<size_t>(v->stride) * (v->bits ? sizeof(uint64_t) : sizeof(float));
+  }
+
+  void store_state(int64_t image) const {
+    memcpy(state(image), in(kIn0, image), bytes_of_state(value(kIn0)));
   }
 
   void layer(int64_t token, int64_t part) const {
@@ -130,8 +153,10 @@ struct NetStep {
 
   void start() {
     const bool by_image = op->word[kCode] == kNeuron || op->word[kCode] == kReduce;
-    int64_t items = by_image ? run->images : tokens_of(value(kOut0));
-    const NetValue *from = value(kIn0), *to = value(kOut0);
+    // What recalls reads no value, and what stores gives none.
+    const NetValue *to = value(op->word[kCode] == kStore ? kIn0 : kOut0);
+    const NetValue *from = op->word[kCode] == kRecall ? to : value(kIn0);
+    int64_t items = by_image ? run->images : tokens_of(to);
     int64_t work = items * (by_image ? run->steps : 1) * most(from->size, to->size);
     if (op->word[kCode] == kLayer) work *= most(1, op->taps * op->group_outputs / 8);
     if (op->word[kCode] == kStrided)
@@ -148,15 +173,43 @@ struct NetStep {
   }
 };
 
-}  // namespace
-
-extern "C" int32_t SNM_NET_RUN(const NetRun *run) {
-  for (int64_t i = 0; i < run->n_ops; ++i) {
+void run_all(const NetRun *run, int64_t from, int64_t to) {
+  for (int64_t i = from; i < to; ++i) {
     const NetOp *op = run->ops + i;
     NetStep step{run, op};
     step.start();
-    if (run->observe)
-      run->observe(run->context, i, run->memory[op->word[kIn0]], run->memory[op->word[kOut0]]);
+    if (!run->observe) continue;
+    const bool reads = op->word[kCode] != kRecall, gives = op->word[kCode] != kStore;
+    run->observe(run->context, i, reads ? run->memory[op->word[kIn0]] : nullptr,
+                 gives ? run->memory[op->word[kOut0]] : nullptr);
   }
+}
+
+// One step after another: each sees only its own tokens of values over time.
+void run_loop(const NetRun *run, const NetLoop &loop) {
+  NetRun one = *run;
+  one.steps = 1, one.memory = run->shifted;
+  for (int64_t v = 0; v < run->n_values; ++v) run->shifted[v] = run->memory[v];
+  for (int64_t t = 0; t < (loop.timed ? run->steps : 1); ++t) {
+    run_all(&one, loop.from, loop.to);
+    for (int64_t v = 0; v < run->n_values; ++v) {
+      const NetValue &value = run->values[v];
+      const int64_t bytes = value.stride * static_cast<int64_t>(value.bits ? 8 : 4);
+      if (value.timed)
+        run->shifted[v] = static_cast<char *>(run->shifted[v]) + run->images * bytes;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" int32_t SNM_NET_RUN(const NetRun *run) {
+  int64_t at = 0;
+  for (int64_t k = 0; k < run->n_loops; ++k) {
+    run_all(run, at, run->loops[k].from);
+    run_loop(run, run->loops[k]);
+    at = run->loops[k].to;
+  }
+  run_all(run, at, run->n_ops);
   return 0;
 }

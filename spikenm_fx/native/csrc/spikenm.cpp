@@ -107,19 +107,23 @@ bool ready_states(spikenm_net *net, int64_t images, bool step, NetFailure *fail)
   return true;
 }
 
-bool run(spikenm_net *net, const float *x, const NetSizes &sizes, bool step, int64_t threads,
-         float *const *outputs, NetFailure *fail) {
+bool run(spikenm_net *net, const float *const *x, const NetSizes &sizes, bool step,
+         int64_t threads, float *const *outputs, NetFailure *fail) {
   const NetModel &model = net->model;
   if (!ready_states(net, sizes.images, step, fail)) return false;
   if (sizes.images == 0) return true;
   NetPlan *plan = plan_for(net, sizes, fail);
   if (!plan) return false;
   net->at_rest = model.states.empty();
-  net_load(model, sizes, step, x,
-           static_cast<float *>(plan->memory[static_cast<size_t>(model.input.value)]));
+  for (size_t i = 0; i < model.inputs.size(); ++i)
+    net_load(model, model.inputs[i], sizes, step, x[i],
+             static_cast<float *>(plan->memory[static_cast<size_t>(model.inputs[i].value)]));
   const NetRun call = {model.ops.data(), static_cast<int64_t>(model.ops.size()),
                        model.values.data(), sizes.steps, sizes.images, threads,
-                       plan->memory.data(), net->state_memory.data(), net->observe, net->context};
+                       model.loops.data(), static_cast<int64_t>(model.loops.size()),
+                       static_cast<int64_t>(model.values.size()), plan->memory.data(),
+                       plan->shifted.data(), net->state_memory.data(), net->observe,
+                       net->context};
   net->level->net_run(&call);
   for (size_t i = 0; i < model.outputs.size(); ++i)
     net_store(model, model.outputs[i], sizes, step,
@@ -128,13 +132,19 @@ bool run(spikenm_net *net, const float *x, const NetSizes &sizes, bool step, int
 }
 
 // One call whose outputs stay here.
-int32_t call(spikenm_net *net, const float *x, const int64_t *shape, int32_t rank, bool step,
-             char *message) {
+int32_t call(spikenm_net *net, int32_t count, const float *const *x,
+             const int64_t *const *shapes, const int32_t *ranks, bool step, char *message) {
   NetFailure fail;
-  if (!net || !x || (rank && !shape)) return fail("a pointer is null"), told(fail, message);
+  NetShape given[SPIKENM_INPUTS] = {};
+  bool well = net && x && shapes && ranks && count > 0 && count <= SPIKENM_INPUTS;
+  for (int32_t i = 0; well && i < count; ++i) {
+    given[i] = {shapes[i], ranks[i]};
+    well = x[i] && (!ranks[i] || shapes[i]);
+  }
+  if (!well) return fail("a pointer is null, or there are too many inputs"), told(fail, message);
   const std::lock_guard<std::mutex> turn(net->turn);
   NetSizes sizes;
-  if (!net_sizes(net->model, shape, rank, step, &sizes, &fail)) return told(fail, message);
+  if (!net_sizes(net->model, given, count, step, &sizes, &fail)) return told(fail, message);
   const size_t n = net->model.outputs.size();
   net->results.resize(n);
   net->result_floats.resize(n, -1);
@@ -197,10 +207,14 @@ void spikenm_reset(spikenm_net *net) {
   for (size_t i = 0; i < net->model.states.size(); ++i) to_rest(net, i);
 }
 
-int32_t spikenm_input(const spikenm_net *net, int64_t *shape, int32_t *time_axis,
-                      int32_t *is_free) {
-  if (!net) return -1;
-  const NetPort &in = net->model.input;
+int32_t spikenm_inputs(const spikenm_net *net) {
+  return net ? static_cast<int32_t>(net->model.inputs.size()) : 0;
+}
+
+int32_t spikenm_input_at(const spikenm_net *net, int32_t index, int64_t *shape,
+                         int32_t *time_axis, int32_t *is_free) {
+  if (index < 0 || index >= spikenm_inputs(net)) return -1;
+  const NetPort &in = net->model.inputs[static_cast<size_t>(index)];
   if (time_axis) *time_axis = -1;
   for (int64_t i = 0; i < in.rank; ++i) {
     if (shape) shape[i] = in.axes[i].size;
@@ -210,14 +224,29 @@ int32_t spikenm_input(const spikenm_net *net, int64_t *shape, int32_t *time_axis
   return static_cast<int32_t>(in.rank);
 }
 
+int32_t spikenm_input(const spikenm_net *net, int64_t *shape, int32_t *time_axis,
+                      int32_t *is_free) {
+  return spikenm_input_at(net, 0, shape, time_axis, is_free);
+}
+
 int32_t spikenm_run(spikenm_net *net, const float *x, const int64_t *shape, int32_t rank,
                     char *message) {
-  return call(net, x, shape, rank, false, message);
+  return call(net, 1, &x, &shape, &rank, false, message);
 }
 
 int32_t spikenm_step(spikenm_net *net, const float *x, const int64_t *shape, int32_t rank,
                      char *message) {
-  return call(net, x, shape, rank, true, message);
+  return call(net, 1, &x, &shape, &rank, true, message);
+}
+
+int32_t spikenm_run_all(spikenm_net *net, int32_t count, const float *const *x,
+                        const int64_t *const *shapes, const int32_t *ranks, char *message) {
+  return call(net, count, x, shapes, ranks, false, message);
+}
+
+int32_t spikenm_step_all(spikenm_net *net, int32_t count, const float *const *x,
+                         const int64_t *const *shapes, const int32_t *ranks, char *message) {
+  return call(net, count, x, shapes, ranks, true, message);
 }
 
 int32_t spikenm_outputs(const spikenm_net *net) {
@@ -237,25 +266,25 @@ const float *spikenm_output(const spikenm_net *net, int32_t index, int64_t *shap
 
 // ---- for spikenm_fx/program/native.py -----------------------------------------------------------
 
-// Shapes of all outputs for an input of `shape`: SPIKENM_RANK numbers and a rank each.
-SNM_EXPORT int32_t snm_net_shapes(spikenm_net *net, const int64_t *shape, int32_t rank,
+// Shapes of all outputs for inputs of these shapes: SPIKENM_RANK numbers and a rank each.
+SNM_EXPORT int32_t snm_net_shapes(spikenm_net *net, const NetShape *given, int32_t count,
                                   int32_t step, int64_t *shapes, int32_t *ranks, char *message) {
   NetFailure fail;
   NetSizes sizes;
-  if (!net_sizes(net->model, shape, rank, step != 0, &sizes, &fail)) return told(fail, message);
+  if (!net_sizes(net->model, given, count, step != 0, &sizes, &fail)) return told(fail, message);
   for (size_t i = 0; i < net->model.outputs.size(); ++i)
     ranks[i] = net_shape(net->model.outputs[i], sizes, step != 0, shapes + i * SPIKENM_RANK);
   return 0;
 }
 
-// As spikenm_run and spikenm_step, into the caller's memory.
-SNM_EXPORT int32_t snm_net_call(spikenm_net *net, const float *x, const int64_t *shape,
-                                int32_t rank, int32_t step, int64_t threads,
+// As spikenm_run_all and spikenm_step_all, into the caller's memory.
+SNM_EXPORT int32_t snm_net_call(spikenm_net *net, const float *const *x, const NetShape *given,
+                                int32_t count, int32_t step, int64_t threads,
                                 float *const *outputs, char *message) {
   NetFailure fail;
   NetSizes sizes;
   const std::lock_guard<std::mutex> turn(net->turn);
-  if (net_sizes(net->model, shape, rank, step != 0, &sizes, &fail) &&
+  if (net_sizes(net->model, given, count, step != 0, &sizes, &fail) &&
       run(net, x, sizes, step != 0, threads, outputs, &fail))
     return 0;
   return told(fail, message);
@@ -263,23 +292,23 @@ SNM_EXPORT int32_t snm_net_call(spikenm_net *net, const float *x, const int64_t 
 
 // A call of one shape, for snm_net_go; null where that shape is refused, or memory is short.  It
 // belongs to the network, and ends with it.
-SNM_EXPORT snm_prepared *snm_net_prepare(spikenm_net *net, const int64_t *shape, int32_t rank,
+SNM_EXPORT snm_prepared *snm_net_prepare(spikenm_net *net, const NetShape *given, int32_t count,
                                          int32_t step, char *message) {
   NetFailure fail;
   NetSizes sizes;
-  if (!net_sizes(net->model, shape, rank, step != 0, &sizes, &fail))
+  if (!net_sizes(net->model, given, count, step != 0, &sizes, &fail))
     return told(fail, message), nullptr;
   const std::lock_guard<std::mutex> turn(net->turn);
   net->prepared.push_back({net, sizes, step != 0});
   return &net->prepared.back();
 }
 
-// As snm_net_call; `outputs` may be null where there is one output, y.
+// As snm_net_call of one input; `outputs` may be null where there is one output, y.
 SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, float *y,
                               float *const *outputs, int64_t threads, char *message) {
   NetFailure fail;
   const std::lock_guard<std::mutex> turn(call->net->turn);
-  if (run(call->net, x, call->sizes, call->step, threads, outputs ? outputs : &y,
+  if (run(call->net, &x, call->sizes, call->step, threads, outputs ? outputs : &y,
           &fail))
     return 0;
   return told(fail, message);

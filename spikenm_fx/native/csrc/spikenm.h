@@ -17,6 +17,7 @@
 #define SPIKENM_API __attribute__((visibility("default")))
 #define SPIKENM_MESSAGE 512
 #define SPIKENM_RANK 8
+#define SPIKENM_INPUTS 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -43,6 +44,17 @@ SPIKENM_API int32_t spikenm_run(spikenm_net *net, const float *x, const int64_t 
 /* One time step: `shape` is that of the input without its time axis, and outputs have none. */
 SPIKENM_API int32_t spikenm_step(spikenm_net *net, const float *x, const int64_t *shape,
                                  int32_t rank, char *message);
+
+/* A network of several inputs takes a pointer, a shape and a rank for each, in order. */
+SPIKENM_API int32_t spikenm_inputs(const spikenm_net *net);
+SPIKENM_API int32_t spikenm_input_at(const spikenm_net *net, int32_t index, int64_t *shape,
+                                     int32_t *time_axis, int32_t *is_free);
+SPIKENM_API int32_t spikenm_run_all(spikenm_net *net, int32_t count, const float *const *x,
+                                    const int64_t *const *shapes, const int32_t *ranks,
+                                    char *message);
+SPIKENM_API int32_t spikenm_step_all(spikenm_net *net, int32_t count, const float *const *x,
+                                     const int64_t *const *shapes, const int32_t *ranks,
+                                     char *message);
 
 SPIKENM_API int32_t spikenm_outputs(const spikenm_net *net);
 

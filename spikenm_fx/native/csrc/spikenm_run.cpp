@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// spikenm-run NET.snm INPUT.npy: the network's output as text, one line per sample.
+// spikenm-run NET.snm INPUT.npy ...: the network's output as text, one line per sample.
 // spikenm-run NET.snm: a stream, one time step of little-endian floats after another on standard
-// input, and one line per step on standard output.
+// input, and one line per step on standard output.  A step of a network of several inputs is one
+// step of each, in order.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,9 +14,9 @@
 namespace {
 
 constexpr const char *kUsage =
-    "usage: spikenm-run NET.snm INPUT.npy   run a whole input (float32, C order)\n"
-    "       spikenm-run NET.snm             run a stream: one step of floats after another on\n"
-    "                                       standard input\n";
+    "usage: spikenm-run NET.snm INPUT.npy ...  run a whole input (float32, C order), or several\n"
+    "       spikenm-run NET.snm                run a stream: one step of floats after another on\n"
+    "                                          standard input\n";
 
 int wrong(const char *what, const char *why) {
   fprintf(stderr, "spikenm-run: %s: %s\n", what, why);
@@ -71,36 +72,67 @@ bool read_npy(FILE *file, std::vector<int64_t> *shape, std::vector<float> *x, co
          static_cast<size_t>(count);
 }
 
-int run_file(spikenm_net *net, const char *path) {
-  std::vector<int64_t> shape;
-  std::vector<float> x;
+// Inputs in order, as the library takes them.
+struct Inputs {
+  std::vector<int64_t> shapes[SPIKENM_INPUTS];
+  std::vector<float> x[SPIKENM_INPUTS];
+  const int64_t *shape_at[SPIKENM_INPUTS];
+  const float *x_at[SPIKENM_INPUTS];
+  int32_t ranks[SPIKENM_INPUTS];
+
+  void point(int32_t count) {
+    for (int32_t i = 0; i < count; ++i) {
+      shape_at[i] = shapes[i].data(), x_at[i] = x[i].data();
+      ranks[i] = static_cast<int32_t>(shapes[i].size());
+    }
+  }
+};
+
+int run_files(spikenm_net *net, int32_t count, char **paths) {
+  Inputs in;
   char message[SPIKENM_MESSAGE] = "";
-  const char *why = "it cannot be opened";
-  FILE *file = fopen(path, "rb");
-  const bool well = file && read_npy(file, &shape, &x, &why);
-  if (file) fclose(file);
-  if (!well) return wrong(path, why);
-  if (spikenm_run(net, x.data(), shape.data(), static_cast<int32_t>(shape.size()), message))
-    return wrong(path, message);
+  if (count > SPIKENM_INPUTS) return wrong(paths[SPIKENM_INPUTS], "there are too many inputs");
+  for (int32_t i = 0; i < count; ++i) {
+    const char *why = "it cannot be opened";
+    FILE *file = fopen(paths[i], "rb");
+    const bool well = file && read_npy(file, &in.shapes[i], &in.x[i], &why);
+    if (file) fclose(file);
+    if (!well) return wrong(paths[i], why);
+    in.shapes[i].reserve(1);  // a pointer even where it has no axis
+  }
+  in.point(count);
+  if (spikenm_run_all(net, count, in.x_at, in.shape_at, in.ranks, message))
+    return wrong(paths[0], message);
   print(net);
   return 0;
 }
 
 int run_stream(spikenm_net *net) {
-  int64_t shape[SPIKENM_RANK] = {}, size = 1;
-  int32_t time = -1, is_free[SPIKENM_RANK] = {}, rank = 0;
-  const int32_t axes = spikenm_input(net, shape, &time, is_free);
-  for (int32_t i = 0; i < axes; ++i)
-    if (i != time) shape[rank++] = is_free[i] ? 1 : shape[i];  // one stream
-  for (int32_t i = 0; i < rank; ++i) size *= shape[i];
-  std::vector<float> x(static_cast<size_t>(size) + 1);
+  Inputs in;
+  const int32_t count = spikenm_inputs(net);
+  for (int32_t k = 0; k < count; ++k) {
+    int64_t shape[SPIKENM_RANK] = {}, size = 1;
+    int32_t time = -1, is_free[SPIKENM_RANK] = {};
+    const int32_t axes = spikenm_input_at(net, k, shape, &time, is_free);
+    in.shapes[k].reserve(1);
+    for (int32_t i = 0; i < axes; ++i) {
+      if (i == time) continue;
+      in.shapes[k].push_back(is_free[i] ? 1 : shape[i]);  // one stream
+      size *= in.shapes[k].back();
+    }
+    in.x[k].resize(static_cast<size_t>(size) + 1);
+  }
+  in.point(count);
   char message[SPIKENM_MESSAGE] = "";
   for (;;) {
-    const size_t got = fread(x.data(), sizeof(float), static_cast<size_t>(size), stdin);
-    if (got == 0) return 0;
-    if (got != static_cast<size_t>(size))
-      return wrong("standard input", "it ends in the middle of a time step");
-    if (spikenm_step(net, x.data(), shape, rank, message)) return wrong("a time step", message);
+    for (int32_t k = 0; k < count; ++k) {
+      const size_t size = in.x[k].size() - 1;
+      const size_t got = fread(in.x[k].data(), sizeof(float), size, stdin);
+      if (got == 0 && k == 0) return 0;
+      if (got != size) return wrong("standard input", "it ends in the middle of a time step");
+    }
+    if (spikenm_step_all(net, count, in.x_at, in.shape_at, in.ranks, message))
+      return wrong("a time step", message);
     print(net);
   }
 }
@@ -108,14 +140,14 @@ int run_stream(spikenm_net *net) {
 }  // namespace
 
 int main(int argc, char **argv) {
-  if (argc < 2 || argc > 3 || strcmp(argv[1], "--help") == 0) {
+  if (argc < 2 || strcmp(argv[1], "--help") == 0) {
     fputs(kUsage, argc == 2 ? stdout : stderr);
     return argc == 2 ? 0 : 2;
   }
   char message[SPIKENM_MESSAGE] = "";
   spikenm_net *net = spikenm_open(argv[1], message);
   if (!net) return wrong(argv[1], message);
-  const int code = argc == 3 ? run_file(net, argv[2]) : run_stream(net);
+  const int code = argc > 2 ? run_files(net, argc - 2, argv + 2) : run_stream(net);
   spikenm_close(net);
   return code;
 }

@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from spikenm_fx.trace.neurons.adapters.adapter import Adapter, is_own_class, scalar
 from spikenm_fx.trace.neurons.spec import NeuronKind, NeuronSpec, Reset, Scalar, Surrogate, Synapse
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTER", "RECURRENT", "has_own_reset", "read"]
 
 LIF, BOX, IAF = ("LIF", "LIFCell"), ("LIFBoxCell",), ("IAF", "IAFCell")
 LI, LI_BOX = ("LI", "LICell"), ("LIBoxCell",)
+RECURRENT = ("LIFRecurrent", "LIFRecurrentCell")
+"""Their rule is that of ``LIF``; what they add to their input, their spec does not say."""
 
 
 def read(module: nn.Module) -> NeuronSpec:
@@ -31,19 +33,20 @@ def read(module: nn.Module) -> NeuronSpec:
     parameters = getattr(m, "p", None)
     mem = _rate(m, parameters, "tau_mem_inv")
     syn = _rate(m, parameters, "tau_syn_inv")
-    leaks = name in (*LIF, *BOX, *LI, *LI_BOX)
+    rule = "LIF" if name in RECURRENT else name
+    leaks = rule in (*LIF, *BOX, *LI, *LI_BOX)
     layer = any(cls.__name__ in ("SNN", "SNNRecurrent") for cls in type(module).__mro__)
     v_leak = scalar(getattr(parameters, "v_leak", None))
     reset, known_reset = _reset_kind(parameters)
     return NeuronSpec(
         framework="norse",
         class_name=name,
-        kind=_kind(name),
+        kind=_kind(rule),
         exact=known_reset and is_own_class(module, "norse", *LIF, *BOX, *IAF, *LI, *LI_BOX),
         decay=1.0 - mem if leaks else 1.0,
         gain=mem if leaks else 1.0,
         rest=v_leak if leaks else 0.0,
-        synapse=Synapse(1.0 - syn, 1.0 - syn, "undecayed") if name in (*LIF, *LI) else None,
+        synapse=Synapse(1.0 - syn, 1.0 - syn, "undecayed") if rule in (*LIF, *LI) else None,
         threshold=scalar(getattr(parameters, "v_th", None), 1.0),
         strict=True,
         reset="none" if _kind(name) == "integrator" else reset,
@@ -60,6 +63,11 @@ def read(module: nn.Module) -> NeuronSpec:
             f"p.{field}" for field in getattr(parameters, "_fields", ()) if _is_learned(m, field)
         ),
     )
+
+
+def has_own_reset(module: nn.Module) -> bool:
+    """Whether a cell resets in one of Norse's own ways, and not in one that its user gave."""
+    return _reset_kind(getattr(module, "p", None))[1]
 
 
 def _rate(module: Any, parameters: Any, name: str) -> Scalar:

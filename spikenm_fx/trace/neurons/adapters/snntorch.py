@@ -20,7 +20,7 @@ from spikenm_fx.trace.neurons.adapters.adapter import (
 )
 from spikenm_fx.trace.neurons.spec import NeuronKind, NeuronSpec, Reset, Scalar, Synapse
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTER", "decay_of"]
 
 RESETS: dict[str, Reset] = {"subtract": "subtract", "zero": "hard", "none": "none"}
 STATES = ("mem", "syn", "syn_exc", "syn_inh", "spk", "b")
@@ -38,8 +38,8 @@ def read(module: nn.Module) -> NeuronSpec:
         class_name=name,
         kind=KINDS.get(name, "other"),
         exact=_exact(m, reset),
-        decay=_decay(m, "beta"),
-        synapse=Synapse(_decay(m, "alpha")) if name == "Synaptic" else None,
+        decay=decay_of(m, "beta"),
+        synapse=Synapse(decay_of(m, "alpha")) if name == "Synaptic" else None,
         threshold=scalar(getattr(m, "threshold", None), 1.0),
         strict=True,
         reset=reset,
@@ -56,7 +56,8 @@ def read(module: nn.Module) -> NeuronSpec:
     )
 
 
-def _decay(module: Any, name: str) -> Scalar:
+def decay_of(module: Any, name: str) -> Scalar:
+    """The decay that a module keeps as ``name``, within [0, 1]."""
     value = getattr(module, name, None)
     if value is None:
         return 1.0
