@@ -91,7 +91,8 @@ struct NetRun {
   const NetValue *values;
   int64_t steps, images, threads;
   void *const *memory;   // by value
-  float *const *states;  // by state: [images][stride] membranes, then currents
+  float *const *states;  // by state: [images][stride] membranes
+  int64_t state_images;  // the currents lie behind the membranes of so many images
   void (*observe)(void *context, int64_t op, const void *in, void *out);
   void *context;
 };

@@ -10,9 +10,10 @@ struct NetSizes {
 };
 
 struct NetPlan {
-  int64_t steps, images;
+  int64_t steps, images, copies;  // copies: for as many threads that run images of their own
   NetMemory arena;
-  std::vector<void *> memory;  // by value
+  std::vector<void *> memory;     // by copy and value
+  std::vector<float *> states;    // by copy and state: of the image that runs
 
   // Values whose lives do not overlap share their place.
   bool lay_out(const NetModel &model, NetFailure *fail);
@@ -25,7 +26,8 @@ bool net_sizes(const NetModel &model, const int64_t *shape, int32_t rank, bool s
 // Shape of an output, and its rank.
 int32_t net_shape(const NetPort &port, const NetSizes &sizes, bool step, int64_t *shape);
 
-// Between a tensor as the caller has it and the tokens of a value.
-void net_load(const NetModel &model, const NetSizes &sizes, bool step, const float *x, float *to);
+// Between a tensor as the caller has it and the tokens of a value; of all images (-1), or of one.
+void net_load(const NetModel &model, const NetSizes &sizes, bool step, int64_t image,
+              const float *x, float *to);
 void net_store(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
-               const void *from, float *y);
+               int64_t image, const void *from, float *y);
