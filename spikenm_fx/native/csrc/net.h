@@ -105,7 +105,8 @@ struct NetRun {
   int64_t n_loops, n_values;
   void *const *memory;   // by value
   void **shifted;        // room for as many
-  float *const *states;  // by state: [images][stride] membranes, then currents
+  float *const *states;  // by state: [images][stride] membranes
+  int64_t state_images;  // the currents lie behind the membranes of so many images
   void (*observe)(void *context, int64_t op, const void *in, void *out);
   void *context;
 };

@@ -5,9 +5,13 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 
+constexpr size_t kLargePage = 2 << 20;
 constexpr int64_t kMostValues = 1 << 24;  // numbers of a token: 64 MiB
 constexpr int64_t kHeadWords = 8, kValueWords = 5, kPortWords = 2 + 3 * SPIKENM_RANK;
 
@@ -22,8 +26,13 @@ NetMemory::~NetMemory() { free(at_); }
 bool NetMemory::take(int64_t bytes) {
   free(at_);
   const size_t size = static_cast<size_t>(round_up(bytes > 64 ? bytes : 64, 64));
-  at_ = aligned_alloc(64, size);
+  const bool large = size >= 2 * kLargePage;
+  at_ = aligned_alloc(large ? kLargePage : 64, size);
   size_ = at_ ? static_cast<int64_t>(size) : 0;
+#if defined(__linux__)
+  // Rows of weights are read here and there: small pages would be looked up all the time.
+  if (at_ && large) madvise(at_, size, MADV_HUGEPAGE);
+#endif
   if (at_) memset(at_, 0, size);
   return at_ != nullptr;
 }
@@ -83,6 +92,7 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
   }
   for (const NetState &state : states)
     if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
+  for (const NetMemory &each : memory) weight_bytes += each.size();
   return find_loops(fail);
 }
 

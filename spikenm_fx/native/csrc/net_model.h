@@ -56,6 +56,7 @@ struct NetModel {
   int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
   int64_t only_steps = 0, only_images = 0;  // 0: any; else the model itself takes no other
   bool small = false;                        // weights stay packed in memory
+  int64_t weight_bytes = 0;                  // of all layouts that operations run on
   std::list<NetPacked> packed;
 
   bool build(const NetImage &image, NetFailure *fail);

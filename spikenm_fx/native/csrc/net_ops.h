@@ -147,7 +147,34 @@ struct NetPoolOp {
     return most(0, ceil_div(i + p - (k - 1) * d, s));
   }
 
+  // Windows that lie within the image, side by side without gaps.
+  bool plain() const {
+    return mode == kMax && dh == 1 && dw == 1 && ph == 0 && pw == 0 &&
+           (out->h - 1) * sh + kh <= in->h && (out->w - 1) * sw + kw <= in->w;
+  }
+
+  void largest_of_plain(const float *x, float *y) const {
+    const int64_t c = in->c, line = in->w * c;
+    for (int64_t oy = 0; oy < out->h; ++oy)
+      for (int64_t ox = 0; ox < out->w; ++ox, y += c) {
+        const float *corner = x + oy * sh * line + ox * sw * c;
+        for (int64_t o = 0; o < c; o += VW) {
+          vf top = loadu(corner + o);
+          for (int64_t ky = 0; ky < kh; ++ky)
+            for (int64_t kx = 0; kx < kw; ++kx)
+              top = larger(loadu(corner + ky * line + kx * c + o), top);
+          storeu(y + o, top);  // runs over into the next pixel, which is written after
+        }
+      }
+  }
+
+  // NaN stays, as in torch.
+  static vf larger(vf v, vf than) {
+    return select(reinterpret_cast<vi>(v > than) | ~reinterpret_cast<vi>(v == v), v, than);
+  }
+
   void floats(const float *x, float *y) const {
+    if (plain()) return largest_of_plain(x, y);
     for (int64_t oy = 0; oy < out->h; ++oy)
       for (int64_t ox = 0; ox < out->w; ++ox) {
         int64_t y0, y1, x0, x1;
@@ -176,9 +203,7 @@ struct NetPoolOp {
       for (int64_t iy = y0; iy < y1; iy += mode == kMax ? dh : 1)
         for (int64_t ix = x0; ix < x1; ix += mode == kMax ? dw : 1) {
           const vf v = loadu(x + (iy * in->w + ix) * in->c + c);
-          if (!largest()) sum += v;
-          // NaN stays, as in torch.
-          else sum = select(reinterpret_cast<vi>(v > sum) | ~reinterpret_cast<vi>(v == v), v, sum);
+          sum = largest() ? larger(v, sum) : sum + v;
         }
       if (!largest()) sum = sum * splat(share);
       storeu(y + c, sum);  // runs over into the next pixel, which is written after

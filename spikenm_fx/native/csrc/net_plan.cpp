@@ -18,11 +18,14 @@ int64_t bytes_of(const NetValue &v, int64_t steps, int64_t images) {
   return (bytes + 63) / 64 * 64;
 }
 
-// A walk over all elements of a tensor, with their places in the tokens of a value.
+// A walk over the elements of a tensor, of all images or of one, with their places in the tokens of
+// a value.
 struct Walk {
-  int64_t rank = 0, size[SPIKENM_RANK], stride[SPIKENM_RANK], token_stride;
+  int64_t rank = 0, size[SPIKENM_RANK], stride[SPIKENM_RANK], apart[SPIKENM_RANK];  // apart: in
+  int64_t token_stride, first = 0;                                                  // the tensor
 
-  Walk(const NetPort &port, const NetValue &v, const NetSizes &sizes, bool step, bool is_input)
+  Walk(const NetPort &port, const NetValue &v, const NetSizes &sizes, bool step, bool is_input,
+       int64_t image)
       : token_stride(v.stride) {
     int64_t channels = 1, batch_stride[SPIKENM_RANK], images = 1, seen = 0;
     int64_t n_batch = 0;
@@ -34,35 +37,53 @@ struct Walk {
       of[i] = a.role == kChannel ? channels : a.role == kWidth ? v.c : v.w * v.c;
       if (a.role == kChannel) channels *= a.size;
     }
+    int64_t which[SPIKENM_RANK];
     for (int64_t i = 0; i < port.rank; ++i) {
       const NetAxis &a = port.axes[i];
       if (a.role == kTime && step) continue;
+      which[rank] = -1;
       size[rank] = a.size;
       stride[rank] = of[i];
-      if (a.role == kTime) size[rank] = sizes.steps, stride[rank] = sizes.images * token_stride;
+      if (a.role == kTime)
+        size[rank] = sizes.steps, stride[rank] = (image < 0 ? sizes.images : 1) * token_stride;
       if (a.role == kBatch) {
-        const int64_t which = is_input ? seen++ : a.size;
-        size[rank] = sizes.batch[which], stride[rank] = batch_stride[which] * token_stride;
+        which[rank] = is_input ? seen++ : a.size;
+        size[rank] = sizes.batch[which[rank]];
+        stride[rank] = batch_stride[which[rank]] * token_stride;
       }
       ++rank;
     }
+    int64_t elements = 1;
+    for (int64_t i = rank; i-- > 0; elements *= size[i]) apart[i] = elements;
+    if (image < 0) return;
+    int64_t left = 0;
+    for (int64_t i = 0; i < rank; ++i)
+      if (which[i] < 0) {
+        size[left] = size[i], stride[left] = stride[i], apart[left++] = apart[i];
+      } else {
+        first += image / batch_stride[which[i]] % size[i] * apart[i];
+      }
+    rank = left;
   }
 
-  // visit(element of the tensor, place, how many along the last axis, their distance)
+  // visit(element of the tensor, place, how many along the last axis); those are `near` in the
+  // tensor, and `far` in the value.
+  int64_t near() const { return rank ? apart[rank - 1] : 1; }
+  int64_t far() const { return rank ? stride[rank - 1] : 1; }
+
   template <class Visit>
   void run(Visit visit) const {
-    int64_t at[SPIKENM_RANK] = {}, element = 0, place = 0;
-    const int64_t inner = rank ? size[rank - 1] : 1, apart = rank ? stride[rank - 1] : 1;
+    int64_t at[SPIKENM_RANK] = {}, element = first, place = 0;
+    const int64_t inner = rank ? size[rank - 1] : 1;
     for (int64_t i = 0; i < rank; ++i)
       if (!size[i]) return;
     for (;;) {
-      visit(element, place, inner, apart);
-      element += inner;
+      visit(element, place, inner);
       int64_t i = rank - 2;
       for (; i >= 0; --i) {
-        place += stride[i];
+        place += stride[i], element += apart[i];
         if (++at[i] < size[i]) break;
-        place -= at[i] * stride[i];
+        place -= at[i] * stride[i], element -= at[i] * apart[i];
         at[i] = 0;
       }
       if (i < 0) return;
@@ -110,11 +131,14 @@ bool NetPlan::lay_out(const NetModel &model, NetFailure *fail) {
     at[v] = from;
     whole = std::max(whole, from + bytes);
   }
-  if (!arena.take(whole + 256))
+  whole += 256;
+  if (__builtin_mul_overflow(whole, copies, &whole) || !arena.take(whole))
     return (*fail)("there is no memory for so many steps and images");
-  memory.resize(n);
-  shifted.resize(n);
-  for (size_t v = 0; v < n; ++v) memory[v] = arena.bytes() + at[v];
+  states.resize(model.states.size() * static_cast<size_t>(copies));
+  shifted.resize(n * static_cast<size_t>(copies));
+  memory.resize(n * static_cast<size_t>(copies));
+  for (size_t i = 0; i < memory.size(); ++i)
+    memory[i] = arena.bytes() + static_cast<int64_t>(i / n) * (whole / copies) + at[i % n];
   return true;
 }
 
@@ -206,35 +230,37 @@ int32_t net_shape(const NetPort &port, const NetSizes &sizes, bool step, int64_t
 }
 
 void net_load(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
-              const float *x, float *to) {
+              int64_t image, const float *x, float *to) {
   const NetValue &v = model.values[static_cast<size_t>(port.value)];
-  const Walk walk(port, v, sizes, step, true);
-  walk.run([&](int64_t element, int64_t place, int64_t count, int64_t apart) {
-    if (apart == 1) {
+  const Walk walk(port, v, sizes, step, true, image);
+  const int64_t near = walk.near(), far = walk.far();
+  walk.run([&](int64_t element, int64_t place, int64_t count) {
+    if (near == 1 && far == 1) {
       memcpy(to + place, x + element, sizeof(float) * static_cast<size_t>(count));
       return;
     }
-    for (int64_t k = 0; k < count; ++k) to[place + k * apart] = x[element + k];
+    for (int64_t k = 0; k < count; ++k) to[place + k * far] = x[element + k * near];
   });
 }
 
 void net_store(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
-               const void *from, float *y) {
+               int64_t image, const void *from, float *y) {
   NetValue v = model.values[static_cast<size_t>(port.value)];
   const bool bits = v.bits != 0;
   if (bits) v.stride *= 64;
-  const Walk walk(port, v, sizes, step, false);
-  walk.run([&](int64_t element, int64_t place, int64_t count, int64_t apart) {
-    if (!bits && apart == 1) {
+  const Walk walk(port, v, sizes, step, false, image);
+  const int64_t near = walk.near(), far = walk.far();
+  walk.run([&](int64_t element, int64_t place, int64_t count) {
+    if (!bits && near == 1 && far == 1) {
       memcpy(y + element, static_cast<const float *>(from) + place,
              sizeof(float) * static_cast<size_t>(count));
       return;
     }
     for (int64_t k = 0; k < count; ++k) {
-      const int64_t at = place + k * apart;
-      y[element + k] = bits ? static_cast<float>(static_cast<const uint64_t *>(from)[at / 64] >>
-                                                 (at % 64) & 1)
-                            : static_cast<const float *>(from)[at];
+      const int64_t at = place + k * far;
+      y[element + k * near] =
+          bits ? static_cast<float>(static_cast<const uint64_t *>(from)[at / 64] >> (at % 64) & 1)
+               : static_cast<const float *>(from)[at];
     }
   });
 }

@@ -16,10 +16,11 @@ struct NetShape {
 };
 
 struct NetPlan {
-  int64_t steps, images;
+  int64_t steps, images, copies;  // copies: for as many threads that run images of their own
   NetMemory arena;
-  std::vector<void *> memory;  // by value
-  std::vector<void *> shifted;  // of one step of a loop
+  std::vector<void *> memory;     // by copy and value
+  std::vector<void *> shifted;    // by copy and value: of one step of a loop
+  std::vector<float *> states;    // by copy and state: of the image that runs
 
   // Values whose lives do not overlap share their place.
   bool lay_out(const NetModel &model, NetFailure *fail);
@@ -32,8 +33,8 @@ bool net_sizes(const NetModel &model, const NetShape *shapes, int32_t count, boo
 // Shape of an output, and its rank.
 int32_t net_shape(const NetPort &port, const NetSizes &sizes, bool step, int64_t *shape);
 
-// Between a tensor as the caller has it and the tokens of a value.
+// Between a tensor as the caller has it and the tokens of a value; of all images (-1), or of one.
 void net_load(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
-              const float *x, float *to);
+              int64_t image, const float *x, float *to);
 void net_store(const NetModel &model, const NetPort &port, const NetSizes &sizes, bool step,
-               const void *from, float *y);
+               int64_t image, const void *from, float *y);

@@ -104,7 +104,7 @@ struct NetStep {
   void neuron(int64_t image) const {
     const NetNeuron neuron(op, run->values);
     float *v = run->states[op->word[kNeuronState]] + image * op->state_stride;
-    neuron.run(run, image, v, v + run->images * op->state_stride);
+    neuron.run(run, image, v, v + run->state_images * op->state_stride);
   }
 
   void pool(int64_t token) const {

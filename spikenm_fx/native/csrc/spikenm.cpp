@@ -2,6 +2,7 @@
 // The functions of spikenm.h, and the same for Python, which brings its own memory for outputs.
 #include "spikenm.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -37,6 +38,7 @@ struct spikenm_net {
 namespace {
 
 constexpr size_t kPlans = 4;
+constexpr int64_t kCached = 1 << 18;  // bytes that a core keeps near it beside what runs
 
 int32_t told(const NetFailure &fail, char *message) {
   if (message) memcpy(message, fail.text, sizeof fail.text);
@@ -49,14 +51,16 @@ const snm_kernels *best_level() {
   return snm_level(0);
 }
 
-NetPlan *plan_for(spikenm_net *net, const NetSizes &sizes, NetFailure *fail) {
+NetPlan *plan_for(spikenm_net *net, int64_t steps, int64_t images, int64_t copies,
+                  NetFailure *fail) {
   for (auto at = net->plans.begin(); at != net->plans.end(); ++at)
-    if (at->steps == sizes.steps && at->images == sizes.images) {
+    if (at->steps == steps && at->images == images && at->copies == copies) {
       if (at != net->plans.begin()) net->plans.splice(net->plans.begin(), net->plans, at);
       return &net->plans.front();
     }
   net->plans.emplace_front();
-  net->plans.front().steps = sizes.steps, net->plans.front().images = sizes.images;
+  net->plans.front().steps = steps, net->plans.front().images = images;
+  net->plans.front().copies = copies;
   if (!net->plans.front().lay_out(net->model, fail)) {
     net->plans.pop_front();
     return nullptr;
@@ -107,27 +111,71 @@ bool ready_states(spikenm_net *net, int64_t images, bool step, NetFailure *fail)
   return true;
 }
 
+// One call, cut into parts of which each runs its images in a row, in memory of its own.
+struct Call {
+  spikenm_net *net;
+  NetPlan *plan;
+  const NetSizes *sizes;
+  bool step;
+  int64_t threads;
+  const float *const *x;  // by input
+  float *const *outputs;
+
+  static void part(void *self, int64_t index) { static_cast<const Call *>(self)->images_of(index); }
+
+  void images_of(int64_t part) const {
+    const int64_t images = sizes->images, parts = plan->copies;
+    const size_t n = net->state_memory.size();
+    float **states = plan->states.data() + static_cast<size_t>(part) * n;
+    for (int64_t i = part * images / parts; i < (part + 1) * images / parts; ++i) {
+      for (size_t s = 0; s < n; ++s) states[s] = net->state_memory[s] + i * stride_of(s);
+      run(part, i, states);
+    }
+  }
+
+  int64_t stride_of(size_t state) const {
+    const NetModel &model = net->model;
+    return model.ops[static_cast<size_t>(model.states[state].op)].state_stride;
+  }
+
+  // All images at once (-1), or one of them.
+  void run(int64_t copy, int64_t image, float *const *states) const {
+    const NetModel &model = net->model;
+    const int64_t n_values = static_cast<int64_t>(model.values.size());
+    void *const *memory = plan->memory.data() + copy * n_values;
+    for (size_t i = 0; i < model.inputs.size(); ++i)
+      net_load(model, model.inputs[i], *sizes, step, image, x[i],
+               static_cast<float *>(memory[model.inputs[i].value]));
+    const NetRun of = {model.ops.data(), static_cast<int64_t>(model.ops.size()),
+                       model.values.data(), sizes->steps, image < 0 ? sizes->images : 1,
+                       image < 0 ? threads : 1, model.loops.data(),
+                       static_cast<int64_t>(model.loops.size()), n_values, memory,
+                       plan->shifted.data() + copy * n_values, states, net->state_images,
+                       net->observe, net->context};
+    net->level->net_run(&of);
+    for (size_t i = 0; i < model.outputs.size(); ++i)
+      net_store(model, model.outputs[i], *sizes, step, image, memory[model.outputs[i].value],
+                outputs[i]);
+  }
+};
+
 bool run(spikenm_net *net, const float *const *x, const NetSizes &sizes, bool step,
          int64_t threads, float *const *outputs, NetFailure *fail) {
   const NetModel &model = net->model;
   if (!ready_states(net, sizes.images, step, fail)) return false;
   if (sizes.images == 0) return true;
-  NetPlan *plan = plan_for(net, sizes, fail);
+  // Weights that stay in the caches are read again for each image; what lies between the layers is
+  // not, and would not stay there for all images.  Who observes sees all images of an operation.
+  const bool in_turn = sizes.images > 1 && model.weight_bytes <= kCached && !net->observe;
+  const int64_t parts = in_turn ? std::max<int64_t>(1, std::min(threads, sizes.images)) : 1;
+  NetPlan *plan = plan_for(net, sizes.steps, in_turn ? 1 : sizes.images, parts, fail);
   if (!plan) return false;
   net->at_rest = model.states.empty();
-  for (size_t i = 0; i < model.inputs.size(); ++i)
-    net_load(model, model.inputs[i], sizes, step, x[i],
-             static_cast<float *>(plan->memory[static_cast<size_t>(model.inputs[i].value)]));
-  const NetRun call = {model.ops.data(), static_cast<int64_t>(model.ops.size()),
-                       model.values.data(), sizes.steps, sizes.images, threads,
-                       model.loops.data(), static_cast<int64_t>(model.loops.size()),
-                       static_cast<int64_t>(model.values.size()), plan->memory.data(),
-                       plan->shifted.data(), net->state_memory.data(), net->observe,
-                       net->context};
-  net->level->net_run(&call);
-  for (size_t i = 0; i < model.outputs.size(); ++i)
-    net_store(model, model.outputs[i], sizes, step,
-              plan->memory[static_cast<size_t>(model.outputs[i].value)], outputs[i]);
+  Call call = {net, plan, &sizes, step, threads, x, outputs};
+  if (in_turn)
+    snm_parallel(parts, threads, Call::part, &call);
+  else
+    call.run(0, -1, net->state_memory.data());
   return true;
 }
 

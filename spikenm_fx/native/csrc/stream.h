@@ -6,6 +6,11 @@
 
 namespace {
 
+// a / b of numbers that fit 32 bits, which takes half as long.
+SNM_INLINE int64_t quotient(int64_t a, int64_t b) {
+  return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+}
+
 // Which numbers of a token are not zero, in ascending order; values is null where all are 1.
 struct Events {
   int32_t *index;
@@ -65,6 +70,7 @@ struct Run {
   float *y;
   int64_t width, runs, w_step, y_step;
   bool fresh;  // y is set, else added to
+  bool far;    // rows come from beyond the nearest caches
 };
 
 // y[0..width) += rows of w, one after another, kRows at a time: the order of summation is that of
@@ -105,7 +111,8 @@ void add_rows_of(const W *w, const float *scale, int64_t stride, const int32_t *
   bool fresh = run.fresh;
   if (fresh && count == 0)
     for (int64_t o = 0; o < run.width; o += VW) store(run.y + o, vf{});
-  for (; k + 8 <= count; k += 8, fresh = false)
+  // Processors fetch ahead of few long rows at a time, not of many.
+  for (; k + 8 <= count && !run.far; k += 8, fresh = false)
     add_some<8, kValued>(w, scale, stride, index + k, base, value + k, run, fresh);
   // The few that are left, in as few passes over y: most pixels have no more than these.
   for (; k + 4 <= count; k += 4, fresh = false)
@@ -169,7 +176,7 @@ struct StreamLayer {
   void sums(const Events &e, float *y, int64_t o0, int64_t width) const {
     if (flat && !packed())
       return DenseRows{op, o0, op->group_stride, factors(o0)}.add(e, 0, e.count, 0,
-                                                                  {y + o0, width, 1, 0, 0, true});
+                                                                  {y + o0, width, 1, 0, 0, true, true});
     const int64_t pixels = out->h * out->w;
     if (width == row)
       memset(y, 0, sizeof(float) * static_cast<size_t>(pixels * row));
@@ -182,10 +189,11 @@ struct StreamLayer {
     const int64_t channels = in->c / groups;
     for (int64_t k = 0; k < e.count;) {
       // Events of one pixel and group lie side by side.
-      const int64_t block = e.index[k] / channels, base = block * channels;
+      const int64_t block = quotient(e.index[k], channels), base = block * channels;
       int64_t n = 1;
       while (k + n < e.count && e.index[k + n] < base + channels) ++n;
-      const Place at = {block / groups, block % groups, base, o0, width};
+      const int64_t pixel = groups == 1 ? block : quotient(block, groups);
+      const Place at = {pixel, block - pixel * groups, base, o0, width};
       if (packed())
         scatter_packed(e, k, n, at, y);
       else
@@ -224,7 +232,8 @@ struct StreamLayer {
   // visit(tap, output pixel) for every output pixel of a row of taps that reads a pixel.
   template <class Visit>
   void each_tap(int64_t pixel, Visit visit) const {
-    const int64_t iy = pixel / in->w + ph, ix = pixel % in->w + pw;
+    const int64_t line = quotient(pixel, in->w);
+    const int64_t iy = line + ph, ix = pixel - line * in->w + pw;
     for (int64_t ky = 0; ky < kh; ++ky) {
       const int64_t dy = iy - ky * dh;
       if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
@@ -252,14 +261,15 @@ struct StreamLayer {
     if (sw == 1 && dw == 1 && at.width == row) return scatter_runs(e, first, n, at, y);
     each_tap(at.pixel, [&](int64_t tap, int64_t to) {
       DenseRows{op, of_group + tap * op->group_stride, w_stride, factors(outs)}.add(
-          e, first, n, at.base, {y + to * row + outs, at.width, 1, 0, 0, false});
+          e, first, n, at.base, {y + to * row + outs, at.width, 1, 0, 0, false, false});
     });
   }
 
   // Neighbouring taps go to neighbouring pixels: one run of both; and where rows neighbour, too,
   // one run after another.
   void scatter_runs(const Events &e, int64_t first, int64_t n, const Place &at, float *y) const {
-    const int64_t iy = at.pixel / in->w + ph, ix = at.pixel % in->w + pw;
+    const int64_t line = quotient(at.pixel, in->w);
+    const int64_t iy = line + ph, ix = at.pixel - line * in->w + pw;
     const int64_t from = most(0, ix - kw + 1), to = least(out->w - 1, ix);
     const int64_t tap = from - (ix - kw + 1), width = (to - from + 1) * row;
     if (from > to) return;
@@ -267,7 +277,7 @@ struct StreamLayer {
       const int64_t top = most(0, iy - out->h + 1), end = least(kh - 1, iy);
       if (top > end) return;
       const Run run = {y + ((iy - top) * out->w + from) * row, width, end - top + 1, kw * row,
-                       -out->w * row, false};
+                       -out->w * row, false, false};
       DenseRows{op, (top * kw + tap) * row, op->taps * row, op->scale}.add(e, first, n, at.base,
                                                                           run);
       return;
@@ -275,7 +285,7 @@ struct StreamLayer {
     for (int64_t ky = 0; ky < kh; ++ky) {
       const int64_t dy = iy - ky * dh;
       if (dy < 0 || dy % sh || dy / sh >= out->h) continue;
-      const Run run = {y + (dy / sh * out->w + from) * row, width, 1, 0, 0, false};
+      const Run run = {y + (dy / sh * out->w + from) * row, width, 1, 0, 0, false, false};
       DenseRows{op, (ky * kw + tap) * row, op->taps * row, op->scale}.add(e, first, n, at.base,
                                                                          run);
     }
@@ -284,6 +294,11 @@ struct StreamLayer {
   // Bias and the tight order of the output; rows may run over into the next one, written after.
   void finish(const float *y, float *to) const {
     const int64_t og = op->group_outputs;
+    if (groups == 1 && og >= 4) {
+      if (og <= VW) return finish_narrow<1>(y, to);
+      if (og <= 2 * VW) return finish_narrow<2>(y, to);
+      if (og <= 4 * VW) return finish_narrow<4>(y, to);
+    }
     for (int64_t p = 0; p < out->h * out->w; ++p)
       for (int64_t g = 0; g < groups; ++g) {
         const float *from = y + p * row + g * op->group_stride;
@@ -294,6 +309,18 @@ struct StreamLayer {
         else
           for (int64_t o = 0; o < og; o += VW) storeu(at + o, load(from + o) + load(bias + o));
       }
+  }
+
+  // Of one group whose biases stay in registers.
+  template <int kVectors>
+  void finish_narrow(const float *y, float *to) const {
+    const int64_t og = op->group_outputs, pixels = out->h * out->w;
+    vf bias[kVectors];
+    for (int k = 0; k < kVectors; ++k) bias[k] = load(op->bias + least(k * VW, row - VW));
+    for (int64_t p = 0; p < pixels; ++p, y += row, to += og)
+#pragma GCC unroll 4
+      for (int k = 0; k < kVectors; ++k)
+        if (k * VW < og) storeu(to + k * VW, load(y + k * VW) + bias[k]);
   }
 };
 
