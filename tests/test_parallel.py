@@ -30,7 +30,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "c10::BFloat16": 2, "bool": 1}
+BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "unsigned char": 1, "bool": 1}
 """Of a number, by what the profiler calls its type."""
 
 METHODS = {"own initial weights": "spikenm", "own magnitudes": "magnitude"}
@@ -171,8 +171,8 @@ def test_masks_learn_on_every_rank(ranks: list[dict[str, Any]], case: str) -> No
 def test_masks_cost_no_communication(ranks: list[dict[str, Any]], case: str) -> None:
     """The collectives of a step are those of the dense model, one by one; none is for masks.
 
-    Credits of EID are of each rank's own activations: their refresh may cost one more, with half of
-    each masked weight, which are 2.5 % of the bytes where every 20th step has one.
+    Credits of EID are of each rank's own activations: their refresh may cost one more, of less than
+    a byte for each masked weight, which are 1 % of the bytes where every 20th step has one.
     """
     every = EID().every
     for found in ranks:
@@ -183,7 +183,7 @@ def test_masks_cost_no_communication(ranks: list[dict[str, Any]], case: str) -> 
         assert min(more.values()) >= 0
         assert sum(n for name, n in more.items() if name.startswith("c10d::")) <= 1
         average = ((every - 1) * ordinary["bytes"] + refresh["bytes"]) / every
-        assert dense["bytes"] < average <= 1.025 * dense["bytes"]
+        assert dense["bytes"] < average <= 1.01 * dense["bytes"]
 
 
 @pytest.mark.parametrize("case", FOREIGN)
