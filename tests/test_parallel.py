@@ -3,16 +3,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 import socket
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from loops import any_moved, close, logits, masks, refused, sequences, spiking_net, step_of
+from parts import collectives
 from strategies import ALL_LAYERS
 from torch import nn
 
@@ -28,10 +27,6 @@ CASES: dict[str, dict[str, Any]] = {
     "views": {"gradient_as_bucket_view": True},
     "no buffers": {"broadcast_buffers": False},
 }
-
-
-BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "unsigned char": 1, "bool": 1}
-"""Of a number, by what the profiler calls its type."""
 
 METHODS = {"own initial weights": "spikenm", "own magnitudes": "magnitude"}
 """Methods of ranks that start from weights of their own, until DDP gives them those of rank 0."""
@@ -50,22 +45,6 @@ def build(*, masked: bool = True, eid: bool = True, nm: str = "2:4") -> nn.Modul
         method = SpikeNM(eid=EID(every=3) if eid else None, fade=0.0)
         spikenm_fx.sparsify(model, nm, rules=ALL_LAYERS, method=method, total_steps=4 * STEPS)
     return model.train()
-
-
-def collectives(run: Any) -> Counter[str]:
-    """What goes over the network meanwhile: calls by name, Python or C++, and their bytes."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        run()
-    found: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.name.startswith(("c10d::", "gloo:")):
-            found[event.name] += 1
-        if event.name.startswith("gloo:"):
-            pairs = zip(event.input_shapes, event.input_dtypes, strict=True)
-            found["bytes"] += sum(math.prod(shape) * BYTES[kind] for shape, kind in pairs)
-    return found
 
 
 def _train(model: nn.Module, options: dict[str, Any], rank: int, accumulate: int = 1) -> Any:

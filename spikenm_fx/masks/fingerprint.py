@@ -76,9 +76,9 @@ def compare(run: Run, same: Tensor) -> None:
             differ = [f for f, equal in zip(_FIELDS, found.tolist(), strict=True) if not equal]
             run.ranks_met, run.compared = False, None
             raise PlanError(
-                f"the ranks differ in the {' and '.join(differ)} of their masks since their last "
-                f"comparison, here step={run.step}, seed={run.seed}: load a checkpoint on every "
-                "rank, or on none, and change masked weights on all of them alike"
+                f"the ranks of this model, which were equal, differ in their "
+                f"{' and '.join(differ)}, here step={run.step}, seed={run.seed}: load a checkpoint "
+                "on every rank, or on none, and change masked weights on all of them alike"
             )
     run.keep_rhythm(0)
 
