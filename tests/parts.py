@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,8 @@ IMPORTED = (
     *("torch.distributed.tensor.parallel", "hypothesis", "pytest", "spikenm_fx.bench.worker"),
 )
 """What each rank needs, imported once: ranks are forks of a process that does nothing else."""
-
+BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "unsigned char": 1, "bool": 1}
+"""Of a number, by what the profiler calls its type."""
 SIZE = 12  # samples of a joint batch: 1, 2, 3 and 4 ranks share them evenly
 
 
@@ -94,3 +97,28 @@ def train_part(model: nn.Module, optimizer: Any, data: list[Tensor], rank: int, 
         optimizer.zero_grad()
         loss_of(model, x[:, rank::ranks]).backward()
         optimizer.step()
+
+
+def collectives(run: Callable[[], object]) -> Counter[str]:
+    """What goes over the network meanwhile: calls by name, Python or C++, and their bytes."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        run()
+    found: Counter[str] = Counter()
+    for event in profiler.events():
+        if event.name.startswith(("c10d::", "gloo:")):
+            found[event.name] += 1
+        if event.name.startswith("gloo:"):
+            pairs = zip(event.input_shapes, event.input_dtypes, strict=True)
+            size = sum(math.prod(shape) * BYTES[kind] for shape, kind in pairs)
+            found["bytes"] += size
+            found[f"bytes of {event.name}"] += size
+    return found
+
+
+def sent(found: dict[str, int], ranks: int) -> float:
+    """Bytes that each rank sends for what :func:`collectives` has found, in rings."""
+    rings = {"all_reduce": 2 / ranks, "all_to_all": 1 / ranks, "all_gather": 1.0}
+    sizes = {key.partition("gloo:")[2]: n for key, n in found.items() if key.startswith("bytes of")}
+    return sum((ranks - 1) * rings[name] * size for name, size in sizes.items())

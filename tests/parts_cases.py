@@ -4,11 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from loops import OverTime, heard, refused, spiking_net, step_of
-from parts import answer, batches, in_use, loss_of, net, sharded, sparse, state_of, train_part
+from parts import (
+    answer,
+    batches,
+    collectives,
+    in_use,
+    loss_of,
+    net,
+    sent,
+    sharded,
+    sparse,
+    state_of,
+    train_part,
+)
 from strategies import ALL_LAYERS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -140,6 +153,70 @@ def unlike(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
 
     found["out of data"] = refused(short, RuntimeError)
     found["steps"] = step_of(model)
+    return found
+
+
+def shared_credits(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """Credits of float32 ranks beside those of one process, and what a rank sends for them."""
+    one, model, dense = sparse(spiking_net(64)), sparse(spiking_net(64)), spiking_net(64)
+    group, ranks = mesh.get_group(), mesh.size()
+    parallel = nn.parallel.DistributedDataParallel(model, process_group=group)
+    plain = nn.parallel.DistributedDataParallel(dense, process_group=group)
+    data, counted = [x.float() for x in batches(7)], {}
+    for name, run in (("sparse", parallel), ("dense", plain)):
+        optimizer = torch.optim.SGD(run.parameters(), lr=0.0)
+        train_part(run, optimizer, data[:1], rank, ranks)
+        if run is parallel:  # later masks may be others, and credits with them
+            first = model.state_dict()
+            first = {k: v.clone() for k, v in first.items() if k.endswith("_eid") and v.any()}
+        train_part(run, optimizer, data[1:5], rank, ranks)
+        for kind, x in (("refresh", data[5]), ("ordinary", data[6])):
+            step = partial(train_part, run, optimizer, [x], rank, ranks)
+            counted[f"{name}, {kind}"] = sent(collectives(step), ranks)
+    train_part(one, torch.optim.SGD(one.parameters(), lr=0.0), data[:1], 0, 1)
+    far = {k: one.state_dict()[k] - v for k, v in first.items()}
+    return {
+        "far": max(float(v.abs().max() / first[k].abs().max()) for k, v in far.items()),
+        "mean": max(float(v.abs().mean() / first[k].abs().mean()) for k, v in far.items()),
+        "state": state_of(model),
+        "sent": counted,
+    }
+
+
+def loaded_apart(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
+    """In the middle of a run one rank, or all, load another state: what they are told."""
+    group, rank = mesh.get_group(), mesh.get_local_rank()
+    found: dict[str, Any] = {}
+    for name, who, step, dtype in (
+        ("another step", (0,), 2, torch.float64),
+        ("another step, float32", (1,), 2, torch.float32),
+        ("the freeze", (0,), 210, torch.float32),
+        ("other masks", (0,), 3, torch.float32),
+        ("other masks, float64", (1,), 3, torch.float64),
+        ("in parts", (0, 1), 2, torch.float64),
+        ("all of them", (0, 1), 2, torch.float32),
+        ("itself", (0,), None, torch.float32),
+    ):
+        model = sparse(net().to(dtype))
+        parallel: Any = model
+        if name == "in parts":
+            sharded(model, mesh)
+        else:
+            parallel = nn.parallel.DistributedDataParallel(model, process_group=group)
+        optimizer = torch.optim.Adam(parallel.parameters(), lr=0.01)
+        data = [x.to(dtype) for x in batches(14)]
+        train_part(parallel, optimizer, data[:3], rank, 2)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        for key, value in state.items() if step is not None else ():
+            if key.endswith("_nm"):
+                value[4] = step + rank * (name == "in parts")
+            if key.endswith("_logits") and name != "in parts":
+                value.copy_(value.flip(0))
+        if rank in who:
+            model.load_state_dict(state)
+        found[name] = refused(partial(train_part, parallel, optimizer, data[3:], rank, 2))
+        found[f"{name}, steps"] = step_of(model)
+        found[f"{name}, masks"] = None if name == "in parts" else in_use(model)
     return found
 
 

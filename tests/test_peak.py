@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -30,23 +31,12 @@ MOST = {
 """Weights over the memory at the start: of masks and logits 1.25, of gradient and momentum 2."""
 
 SCRIPT = """
-import json, warnings, torch
-from spikenm_fx.bench.peak import Counted, verbs
+from spikenm_fx.bench import peak
 from spikenm_fx.masks import piece
 from spikenm_fx.pack.engine import choose
 piece._ON_CPU //= SMALLER
 choose.LARGE //= SMALLER
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-found = {}
-for _, _, run in verbs(64):
-    run()  # imports what it needs
-for name, model, run in verbs(WIDTH):
-    with Counted([*model.parameters(), *model.buffers()]) as counted:
-        kept = run()
-    found[name] = counted.peak / (4 * WIDTH**2)
-    del kept
-print(json.dumps(found))
+peak.main(["--here", "counted", "--width", "WIDTH"])
 """
 
 
@@ -54,13 +44,15 @@ print(json.dumps(found))
 @pytest.mark.parametrize("path", ["native", "torch"])
 def test_verbs_on_a_large_layer_take_a_few_times_its_weight(path: str, tmp_path: object) -> None:
     """By the compiled kernels and without them, counted tensor by tensor."""
-    import json
-
     without = {"SPIKENM_FX_BUILD": "0", "SPIKENM_FX_CACHE": str(tmp_path)}
     environment = {**os.environ, **(without if path == "torch" else {})}
     script = SCRIPT.replace("WIDTH", str(WIDTH)).replace("SMALLER", str(SMALLER))
     ran = subprocess.run(
-        [sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True
+        [sys.executable, "-c", script],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     found = json.loads(ran.stdout.splitlines()[-1])
     assert sorted(found) == sorted(VERBS)

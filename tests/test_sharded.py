@@ -35,8 +35,10 @@ from parts_cases import (
     communicated,
     ended,
     launched,
+    loaded_apart,
     memory,
     neighbours,
+    shared_credits,
     transposed,
     unlike,
     without_values,
@@ -350,6 +352,7 @@ def _rank(rank: int, folder: str) -> None:
     dist.barrier()
     found["checkpoints"] = checkpointed(rank, meshes, folder)
     found["launched"] = launched(meshes[0, 1, 2, 3])
+    found["credits"] = shared_credits(rank, meshes[0, 1, 2, 3])
     found["memory"] = {4: memory(meshes[0, 1, 2, 3])}
     mesh = meshes[0, 1] if rank < 2 else meshes[2, 3]
     found["memory"][2] = memory(mesh)
@@ -363,6 +366,7 @@ def _rank(rank: int, folder: str) -> None:
     else:
         found["neighbours"] = neighbours(rank, mesh)
         found["unlike"] = unlike(rank, mesh)
+        found["apart"] = loaded_apart(rank, mesh)
         found["in tensors"] = parallel_in_tensors(meshes[2, 3])
         found["mixed"] = mixed(meshes[2, 3])
     torch.save(found, f"{folder}/{rank}.pt")
@@ -507,6 +511,57 @@ def test_one_rank_alone_is_refused_on_all(
     for rank in (2, 3):
         assert ranks[rank]["unlike"][what] is not None, "trained without a word"
         assert words in ranks[rank]["unlike"][what]
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("another step", "step and masks"),
+        ("another step, float32", "step and masks"),
+        ("the freeze", "step and masks"),
+        ("other masks", "masks"),
+        ("other masks, float64", "masks"),
+        ("in parts", "step"),
+    ],
+)
+def test_a_rank_that_loads_in_the_middle_is_noticed_by_all(
+    ranks: list[dict[str, Any]], what: str, words: str
+) -> None:
+    """At the next refresh of the credits, whatever step it has loaded: one error on every rank."""
+    for rank in (2, 3):
+        text = ranks[rank]["apart"][what]
+        assert text is not None, "trained without a word"
+        assert f"differ in their {words}" in text
+        assert "load a checkpoint on every rank" in text
+
+
+@pytest.mark.parametrize("what", ["all of them", "itself"])
+def test_ranks_that_load_alike_go_on(ranks: list[dict[str, Any]], what: str) -> None:
+    """The same state on all of them, or its own state on one."""
+    one, other = (ranks[rank]["apart"] for rank in (2, 3))
+    assert one[what] is None
+    assert other[what] is None
+    assert one[f"{what}, steps"] == other[f"{what}, steps"] == (13 if what != "itself" else 14)
+    for name, mask in one[f"{what}, masks"].items():
+        assert torch.equal(mask, other[f"{what}, masks"][name])
+
+
+def test_credits_of_four_ranks_are_those_of_one_process_to_their_six_bits(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """Each rank averages a share; all hold the same bits, and send 1.01 of the dense bytes."""
+    every = EID().every
+    for found in (rank["credits"] for rank in ranks):
+        assert 0 < found["far"] < 2 * 2**0.5 / 31
+        assert found["mean"] < 0.03
+        for key, value in found["state"].items():
+            assert torch.equal(value, ranks[0]["credits"]["state"][key]), key
+        counted = found["sent"]
+        assert (
+            counted["dense, refresh"] == counted["dense, ordinary"] == counted["sparse, ordinary"]
+        )
+        average = ((every - 1) * counted["sparse, ordinary"] + counted["sparse, refresh"]) / every
+        assert counted["dense, ordinary"] < average <= 1.01 * counted["dense, ordinary"]
 
 
 def test_ranks_end_together_where_one_runs_out_of_data(ranks: list[dict[str, Any]]) -> None:

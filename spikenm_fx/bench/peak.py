@@ -35,29 +35,39 @@ BATCH = 32
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Resident memory of each verb in a fresh process, in units of the fp32 weight; a long run.
+    """Memory of each verb in a fresh process, in units of the fp32 weight; a long run.
 
-    Writes ``results/peak.json``.
+    Resident memory, as the system counts it, and that of all tensors.  Writes ``results/peak.json``.
     """
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench peak", description=__doc__)
     parser.add_argument("--width", type=positive, default=8192)
+    parser.add_argument("--counted", type=positive, default=4096, help="width for the tensors")
     parser.add_argument("--steps", type=positive, default=2000)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--here", action="store_true", help="measure verbs in this process, only")
+    parser.add_argument("--here", choices=list(WAYS), help="measure verbs in this process, only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.here:
-        print(json.dumps(resident(options.width)))
+        warnings.simplefilter("ignore")
+        for _, _, run in verbs(64):
+            run()  # what is loaded at the first use is no memory of a verb
+        print(json.dumps(WAYS[options.here](options.width)))
         return
-    command = [sys.executable, "-m", "spikenm_fx.bench", "peak", "--here"]
+    widths = {"resident": options.width, "counted": options.counted}
+    found: dict[str, Any] = {way: _apart(way, width) for way, width in widths.items()}
+    found["alive"] = flat((options.steps // 4, options.steps))
+    save("peak", {"settings": {**widths, "steps": options.steps}, **found}, options.out)
+    print(json.dumps(found))
+
+
+def _apart(way: str, width: int) -> dict[str, float]:
+    """What a process of its own finds."""
+    command = [sys.executable, "-m", "spikenm_fx.bench", "peak", "--here", way]
     ran = subprocess.run(
-        [*command, "--width", str(options.width)], check=True, capture_output=True, text=True
+        [*command, "--width", str(width)], check=True, capture_output=True, text=True
     )
-    found = json.loads(ran.stdout.splitlines()[-1])
-    long = flat((options.steps // 4, options.steps))
-    settings = {"width": options.width, "steps": options.steps}
-    save("peak", {"settings": settings, "verbs": found, "alive": long}, options.out)
-    print(json.dumps({"verbs": found, "alive": long}))
+    found: dict[str, float] = json.loads(ran.stdout.splitlines()[-1])
+    return found
 
 
 def verbs(width: int) -> Iterable[tuple[str, nn.Module, Callable[[], object]]]:
@@ -92,9 +102,6 @@ def resident(width: int) -> dict[str, float]:
     Args:
         width: of the layer.
     """
-    warnings.simplefilter("ignore")
-    for _, _, run in verbs(64):
-        run()  # what is loaded at the first use is no memory of a verb
     found = {}
     for name, _, run in verbs(width):
         gc.collect()
@@ -104,6 +111,24 @@ def resident(width: int) -> dict[str, float]:
         found[name] = round((_status("VmHWM") - before) / (4 * width**2), 3)
         del kept
     return found
+
+
+def counted(width: int) -> dict[str, float]:
+    """Peak of the bytes of all tensors that each verb makes, in units of the weight.
+
+    Args:
+        width: of the layer.
+    """
+    found = {}
+    for name, model, run in verbs(width):
+        with Counted([*model.parameters(), *model.buffers()]) as bytes_of:
+            kept = run()
+        found[name] = round(bytes_of.peak / (4 * width**2), 3)
+        del kept
+    return found
+
+
+WAYS: dict[str, Callable[[int], dict[str, float]]] = {"resident": resident, "counted": counted}
 
 
 def _status(key: str) -> int:

@@ -157,7 +157,7 @@ def _learn(run: Run, share: list[MaskedWeight], optimizer: Optimizer | None = No
         run.about_to_step()
     fresh = [mask for mask in ready if id(mask) not in run.prepared]
     ranks = None if run.watch is None else run.watch.ranks
-    refresh_together([mask for mask in fresh if not mask.frozen], run.step, ranks)
+    refresh_together([mask for mask in fresh if not mask.frozen_at(run.rhythm)], ranks)
     if fresh and run.watch is not None:
         run.watch.warn_if_blind()
     if optimizer is not None and not _active_inner():

@@ -243,7 +243,11 @@ class MaskedWeight:
     @property
     def frozen(self) -> bool:
         """Whether its mask of training is the final one, for good."""
-        return self.method.fixed or (self.learns and self.schedule.frozen(self.run.step))
+        return self.frozen_at(self.run.step)
+
+    def frozen_at(self, step: int) -> bool:
+        """The same of another step."""
+        return self.method.fixed or (self.learns and self.schedule.frozen(step))
 
     @property
     def written(self) -> bool:

@@ -9,13 +9,13 @@ rank that had others would train another model without a word.
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from spikenm_fx.errors import PlanError
+from spikenm_fx.masks.fingerprint import number_of
 from spikenm_fx.masks.start import loaded
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def meet(run: Run, ranks: Any) -> None:
         PlanError: on every rank, if they differ in what their masks are made of.
     """
     run.ranks_met = True
+    run.keep_rhythm(0)
     weights = [weight for weight in run.weights if weight.there]
     settings = {
         "pattern": [(weight.name, str(weight.view.nm), weight.whole.shape) for weight in weights],
@@ -47,7 +48,7 @@ def meet(run: Run, ranks: Any) -> None:
         "step": run.step,
     }
     own = torch.tensor(
-        [_number(value) for value in settings.values()], dtype=torch.int64, device="cpu"
+        [number_of(value) for value in settings.values()], dtype=torch.int64, device="cpu"
     )
     both = torch.stack((own, -own)).to(weights[0].mask.device)
     for group in [ranks] if ranks is not None else _ranks_of(weights):
@@ -79,8 +80,3 @@ def _described(method: Any) -> str:
 def _shown(value: object) -> str:
     """What most weights have in common is said once."""
     return str(list(dict.fromkeys(map(str, value)))) if isinstance(value, list) else str(value)
-
-
-def _number(value: object) -> int:
-    """62 bits, whose negative is a number of 64 bits as well."""
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest()) >> 2

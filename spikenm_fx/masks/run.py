@@ -39,6 +39,7 @@ class Run:
         seed: of the noise.
         watch: of the distillation, where there is one.
         ranks_met: whether the ranks of a data parallel model around were found to agree.
+        compared: what they have compared since, on a device that is not waited for.
         stepped: of each weight stepped last, by its mask's id: the gradient and its version then.
         stepped_by: the optimizer that did.
     """
@@ -51,6 +52,8 @@ class Run:
         self._root: weakref.ref[nn.Module] | None = None
         self._source: weakref.ref[Run] | None = None  # of a copy that has not stepped itself
         self.ranks_met = False
+        self.compared: Tensor | None = None
+        self._ahead = 0
         self.quiet = False  # while the library itself runs the model
         self._warned: set[str] = set()
         self.member_of_row: dict[Any, Tensor] = {}  # of each grouping, see groups.py
@@ -68,7 +71,22 @@ class Run:
         """Go on from there; where credits are due the watch opens its eyes."""
         self._step = step
         if self.watch is not None:
-            self.watch.wake(step)
+            self.watch.wake()
+
+    @property
+    def rhythm(self) -> int:
+        """The step by which credits are refreshed and ranks meet.
+
+        It goes on as it was when a checkpoint is loaded in the middle of a run of several ranks:
+        whether the others have loaded one is not known before they meet.
+        """
+        return self._step + self._ahead
+
+    def keep_rhythm(self, ahead: int) -> None:
+        """Refresh as if there were ``ahead`` steps more than are counted."""
+        self._ahead = ahead
+        if self.watch is not None:
+            self.watch.wake()
 
     def forget_step(self) -> None:
         """Start anew in the middle of nowhere: after a checkpoint was loaded."""
@@ -130,6 +148,8 @@ class Run:
 
     def set(self, *, seed: int, step: int) -> None:
         """Continue from a checkpoint."""
+        if self.ranks_met:
+            self.keep_rhythm(self.rhythm - step)
         self.seed, self.step, self._source = seed, step, None
         self.forget_step()
 

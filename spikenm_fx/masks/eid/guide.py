@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.eid.targets import soft_targets
+from spikenm_fx.masks.eid.together import mean_over_ranks, usable
+from spikenm_fx.masks.fingerprint import compare, fingerprint, summed, told_apart
 from spikenm_fx.masks.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -83,15 +85,15 @@ class Guide:
         self.refreshed = step
         return self.observed.measure() if self.observed is not None else None
 
-    def _take(self, credit: Tensor | None, usable: Tensor | None = None) -> None:
-        """Average in a credit; ``usable``: whether it is, if that is known already."""
+    def _take(self, credit: Tensor | None, known: Tensor | None = None) -> None:
+        """Average in a credit; ``known``: whether it is usable, if that was found out before."""
         if credit is None:
             return
         credit = credit.float()
-        usable = _usable(credit) if usable is None else usable
+        good = usable(credit) if known is None else known
         if credit.device.type != "cpu":  # without waiting for the device
-            credit = torch.where(usable, credit, 0.0 if self.average is None else self.average)
-        elif not usable.numpy():
+            credit = torch.where(good, credit, 0.0 if self.average is None else self.average)
+        elif not good.numpy():
             return  # overflow, or a layer that nothing reached: keep what is known
         if self.average is None:
             self.average = credit.clone()
@@ -121,46 +123,55 @@ class Guide:
 
 
 @torch.no_grad()
-def refresh_together(owners: Iterable[MaskedWeight], step: int, ranks: Any) -> None:
+def refresh_together(owners: Sequence[MaskedWeight], ranks: Any) -> None:
     """Refresh the credits of several weights, of all ranks of a data parallel model together.
 
-    Each rank sees other samples, and masks that differed between ranks would be those of different
-    models.  One collective over all weights gives every rank the mean credit.
+    One collective over all weights gives every rank the mean credit.
 
     Args:
-        owners: of the credits, the same and in the same order on every rank.
-        step: the optimizer step.
+        owners: of the credits, of one run, the same and in the same order on every rank.
         ranks: a process group; None where there is only this process.
+
+    Raises:
+        PlanError: on every rank, if they differ in steps, seeds or masks.
     """
+    if not owners:
+        return
+    step = owners[0].run.rhythm
     due = [(owner, owner.guide) for owner in owners if owner.guide and owner.guide.due(step)]
     _refresh_parts([(owner, guide) for owner, guide in due if owner.shard is not None], step)
     due = [(owner, guide) for owner, guide in due if owner.shard is None]
-    found = [guide._look(step) for _, guide in due]
+    found: Sequence[Tensor | None] = [guide._look(step) for _, guide in due]
     if ranks is not None and any(guide.settings.needs_input for _, guide in due):
-        found = _mean_over_ranks([owner for owner, _ in due], found, ranks)
+        found = mean_over_ranks([owner for owner, _ in due], found, ranks)
     for (_, guide), credit in zip(due, found, strict=True):
         guide._take(credit)
 
 
 def _refresh_parts(due: Sequence[tuple[MaskedWeight, Guide]], step: int) -> None:
     """The same of sharded weights: each rank receives the credits of its part, layer by layer."""
-    parts, usable, owners = [], [], []
+    parts, good, owners = [], [], []
     for owner, guide in due:
         credit, shard = guide._look(step), owner.shard
         if guide.observed is None or not guide.observed.sees or shard is None:
             continue
         if credit is None:
             credit = torch.zeros(owner.whole.shape, dtype=owner.dense.dtype, device=_device(owner))
-        seen = _usable(credit)
+        seen = usable(credit)
         own = _to_send(torch.where(seen, credit, 0.0), shard.mesh.size())
         parts.append(shard.sum_parts(own).to(credit.dtype))
-        usable.append(seen)
+        good.append(seen)
         owners.append((owner, guide))
     if not owners:
         return
     shard = owners[0][0].shard
     assert shard is not None
-    counts = shard.all_reduce(torch.stack(usable).double())
+    run, ranks = owners[0][0].run, shard.mesh.size()
+    own = summed(fingerprint(run, [owner for owner, _ in owners])).to(good[0].device)
+    counts, tokens = shard.all_reduce(torch.cat((torch.stack(good).double(), own))).split(
+        [len(good), len(own)]
+    )
+    compare(run, told_apart(tokens, ranks))
     for (owner, guide), part, count in zip(owners, parts, counts, strict=True):
         part = (part / count.clamp_min(1)).to(owner.mask.device)
         guide._take(part, (count > 0).to(part.device))
@@ -171,25 +182,6 @@ def _device(owner: MaskedWeight) -> torch.device:
     assert owner.shard is not None
     kind = owner.shard.mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-
-
-def _mean_over_ranks(
-    owners: Sequence[MaskedWeight], credits: Sequence[Tensor | None], ranks: Any
-) -> list[Tensor | None]:
-    """The mean over the ranks that saw something usable; zeros, which are not, where none did."""
-    parts = []
-    for owner, credit in zip(owners, credits, strict=True):
-        device = owner.dense.device
-        if credit is None:
-            credit = torch.zeros(owner.view.shape, dtype=torch.float32, device=device)
-        usable = _usable(credit)
-        parts += [torch.where(usable, credit.flatten(), 0.0), usable.float().reshape(1)]
-    together = _to_send(torch.cat(parts), torch.distributed.get_world_size(ranks))
-    torch.distributed.all_reduce(together, group=ranks)
-    wide = together.to(torch.promote_types(together.dtype, torch.float32))
-    sums = wide.split([part.numel() for part in parts])
-    means = (total / count.clamp_min(1) for total, count in zip(sums[::2], sums[1::2], strict=True))
-    return [mean.view(owner.view.shape) for owner, mean in zip(owners, means, strict=True)]
 
 
 _MOST_IN_HALF = 64  # a sum of so many is off by a percent or two at most, one alone by 0.2 %
@@ -203,10 +195,6 @@ def _to_send(credits: Tensor, ranks: int) -> Tensor:
     """
     exact = credits.dtype == torch.float64 or ranks > _MOST_IN_HALF
     return credits if exact else credits.to(torch.bfloat16)
-
-
-def _usable(credit: Tensor) -> Tensor:
-    return torch.isfinite(credit).all() & credit.any()
 
 
 def targets_of(

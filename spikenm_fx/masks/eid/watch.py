@@ -76,14 +76,15 @@ class Watch:
         self._connecting = False
         self._looking = False
         self._postponed = False
-        self.wake(run.step)
+        self.wake()
 
-    def wake(self, step: int) -> None:
-        """Go on to optimizer step ``step``."""
-        self.awake = self._due(step)
+    def wake(self) -> None:
+        """Go on to the optimizer step that the run has come to."""
+        self.awake = self._due()
 
-    def _due(self, step: int) -> bool:
-        return step % self.every == 0 and not self.schedule.frozen(step)
+    def _due(self) -> bool:
+        rhythm = self.run.rhythm
+        return rhythm % self.every == 0 and not self.schedule.frozen(rhythm)
 
     def connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Find the neuron behind each layer inside ``module`` and hook it.
@@ -188,10 +189,9 @@ class Watch:
         if (
             not module.training
             or self._connecting
-            or step % self.every
+            or not self._due()
             or is_captured()
             or not (compiled or torch.is_grad_enabled())
-            or self.schedule.frozen(step)
         ):
             return False
         if self._step != step:
@@ -217,7 +217,7 @@ class Watch:
         for source in self.sources:
             if source.alone:
                 self.missed(source)
-        if self._due(self.run.step) and self.sources and self._blind():
+        if self._due() and self.sources and self._blind():
             self.run.warn(
                 "blind",
                 f"EID saw no forward of a masked layer in step {self.run.step}, where its credits "
