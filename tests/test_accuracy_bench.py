@@ -20,6 +20,8 @@ from spikenm_fx.demo.data import Split
 from spikenm_fx.masks.diagnostics import diagnose, flip_rate, logit_noise
 from spikenm_fx.trace import trace
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny() -> Split:
@@ -38,7 +40,6 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste", "uticket"])
 @pytest.mark.parametrize("at", [1, 3])
 def test_a_killed_run_goes_on(method: str, at: int, tiny: Split, tmp_path) -> None:
@@ -94,7 +95,6 @@ def test_magnitude_is_dense_for_the_first_half(tiny: Split, tmp_path, monkeypatc
     assert [bool(epoch["masks"]) for epoch in result["history"]] == [False, False, True, True]
 
 
-@pytest.mark.slow
 def test_the_command(tiny: Split, tmp_path, capsys, monkeypatch) -> None:
     """A small bench prints a table and writes JSON and a plot."""
     pytest.importorskip("matplotlib")

@@ -39,6 +39,8 @@ from torch.optim.swa_utils import (
 import spikenm_fx
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 20
 FREEZE = 17  # 0.85 of it
 Update = Callable[[nn.Module, nn.Module, float], None]

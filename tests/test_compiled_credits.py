@@ -34,7 +34,10 @@ from spikenm_fx.bench.nets.handwritten import SequenceLIF
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 
 
 class Counting:
@@ -285,7 +288,6 @@ def test_neurons_of_frameworks(name: str) -> None:
 REUSING = {"over time": over_time, "held": Loop, "checkpointed": Recomputed, "together": Together}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "backend"), [*((style, "aot_eager") for style in REUSING), ("together", "inductor")]
 )

@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 STAGES = {
     "masks": (
         *("sparsify", "train", "evaluate", "state_dict", "load", "copy", "verify", "report"),

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from zoo_cases import quarter_width
 
 import spikenm_fx
 
@@ -96,12 +97,13 @@ class TestSpikingJelly:
         from spikingjelly.activation_based import functional, layer, neuron, surrogate
         from spikingjelly.activation_based.model import spiking_resnet
 
-        model = spiking_resnet.spiking_resnet18(
-            num_classes=4,
-            spiking_neuron=neuron.IFNode,
-            surrogate_function=surrogate.ATan(),
-            detach_reset=True,
-        )
+        with quarter_width("spikingjelly/spiking_resnet18"):
+            model = spiking_resnet.spiking_resnet18(
+                num_classes=4,
+                spiking_neuron=neuron.IFNode,
+                surrogate_function=surrogate.ATan(),
+                detach_reset=True,
+            )
         functional.set_step_mode(model, step_mode)
         for module in model.modules():  # fresh batch norms leave deep neurons silent
             if isinstance(module, nn.BatchNorm2d):

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 DEPTH = 54
 PER_STEP = 300
 PER_ACCESS = 2

@@ -105,6 +105,7 @@ def test_a_forward_without_backward_is_let_go() -> None:
         assert alive(seen, but=x) == 0
 
 
+@pytest.mark.slow
 def test_memory_after_a_step_is_memory_before() -> None:
     """Steps, evaluation, fade, freeze and refreshes: bytes and tensors neither grow nor pile up."""
     model = sparse_spiking("1:8", total_steps=15)

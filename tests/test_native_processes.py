@@ -18,7 +18,10 @@ from spikenm_fx import Rule
 from spikenm_fx.native.library import available_kernels
 
 SECONDS = 60  # after which a process counts as hanging
-pytestmark = pytest.mark.skipif(not available_kernels(), reason="no compiled kernels here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not available_kernels(), reason="no compiled kernels here"),
+]
 
 
 def masked() -> nn.Module:

@@ -249,6 +249,7 @@ def compiled() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nm", ["2:4", "1:8"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_whole_run_compiles_once(compiled: Any, nm: str) -> None:
@@ -279,6 +280,7 @@ def test_a_whole_run_compiles_once(compiled: Any, nm: str) -> None:
     close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
@@ -297,6 +299,7 @@ def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
         close(logits(models[0]), logits(models[1]), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [True, False], ids=["examples", "without"])
 @pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks allowed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
