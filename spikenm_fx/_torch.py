@@ -256,16 +256,21 @@ def runs_while_compiling(function: Any) -> Any:
 
 @contextlib.contextmanager
 def run_as_eager() -> Iterator[None]:
-    """What is run inside while a graph is made does not take itself for what is compiled."""
+    """What is run inside while a graph is made is not compiled, nor does it take itself for that.
+
+    Of modules that were compiled in place as well.  Else dynamo would look at their functions while
+    a mode is active under which it compiles nothing, and never look at them again.
+    """
     compiling = getattr(torch.compiler, "_is_compiling_flag", None)
-    if compiling is None:
-        yield
-        return
-    torch.compiler._is_compiling_flag = False
-    try:
-        yield
-    finally:
-        torch.compiler._is_compiling_flag = compiling
+    with torch.compiler.set_stance("force_eager"):
+        if compiling is None:
+            yield
+            return
+        torch.compiler._is_compiling_flag = False
+        try:
+            yield
+        finally:
+            torch.compiler._is_compiling_flag = compiling
 
 
 def keep_in_order(*operators: Any) -> None:

@@ -33,6 +33,7 @@ from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 STEPS, SIZE, RANKS = 6, 4, 2
+PARTS = 5  # of the network
 
 
 def sparse(*, inside: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -187,6 +188,78 @@ def lightning_fsdp1() -> dict[str, Any]:
     return {"refused": refused(lambda: OnTheHost()._setup_model(sparse()))}
 
 
+# -- compilers ------------------------------------------------------------------------------------
+
+
+def _shard(model: nn.Module) -> nn.Module:
+    for block in (model[0], model[2]):
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def _parts(model: nn.Module, compiled: Callable[[nn.Module], Any]) -> nn.Module:
+    for name in ("0", "2"):
+        setattr(model, name, compiled(model.get_submodule(name)))
+    return _shard(model)
+
+
+def _in_place(model: nn.Module, backend: Any) -> nn.Module:
+    for block in (model[0], model[2]) if backend is not None else ():
+        block.compile(backend=backend)
+    return _shard(model)
+
+
+COMPILED: dict[str, Callable[[nn.Module, Callable[[nn.Module], Any], Any], Any]] = {
+    "compiled inside of DDP": lambda m, compiled, _: DistributedDataParallel(compiled(m)),
+    "DDP inside of the compiler": lambda m, compiled, _: compiled(DistributedDataParallel(m)),
+    "compiled parts, then sharded": lambda m, compiled, _: _parts(m, compiled),
+    "parts compiled in place, then sharded": lambda m, _, backend: _in_place(m, backend),
+    "sharded, then compiled": lambda m, compiled, _: compiled(_shard(m)),
+}
+"""A model, what compiles a module, and with which backend (None: not at all)."""
+
+
+def compilers() -> dict[str, Any]:
+    """Each way with EID on, beside the same way uncompiled: states, outputs and graphs."""
+    found = {}
+    for way, build in COMPILED.items():
+        torch.compiler.reset()
+        graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, _: object, made: list = graphs) -> Any:
+            made.append(graph)
+            return graph.forward
+
+        runs = []
+        for how in (None, backend):
+            model = sparse(example_inputs=data()[0])
+            run = build(
+                model, lambda m, b=how: m if b is None else torch.compile(m, backend=b), how
+            )
+            optimizer, outputs = adam(run), []
+            for step, x in enumerate(data()):
+                optimizer.zero_grad()
+                loss_of(run, mine(x)).backward()
+                optimizer.step()
+                if step in (2, 3):
+                    run.eval()
+                    with torch.no_grad():
+                        outputs.append(run(mine(x)).clone())
+                    run.train()
+            state = {k.replace("_orig_mod.", ""): v for k, v in whole(model.state_dict()).items()}
+            runs.append((state, outputs, step_of(model)))
+        (plain, expected, _), (own, outputs, steps) = runs
+        found[way] = {
+            "equal": own.keys() == plain.keys() and all(torch.equal(own[k], plain[k]) for k in own),
+            "outputs": all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True)),
+            "credits": sum(bool(v.any()) for k, v in own.items() if k.endswith("_eid")),
+            "graphs": len(graphs),
+            "steps": steps,
+        }
+    torch.compiler.reset()
+    return found
+
+
 # -- SpikingJelly's own ---------------------------------------------------------------------------
 
 
@@ -306,6 +379,7 @@ CHECKS: dict[str, Callable[[], dict[str, Any]]] = {
     "Lightning, DDP": lightning_ddp,
     "Lightning, FSDP2": lightning_fsdp2,
     "Lightning, FSDP1": lightning_fsdp1,
+    "compilers": compilers,
     "SpikingJelly, DDP": lambda: jelly("ddp"),
     "SpikingJelly, FSDP2": lambda: jelly("fsdp2"),
     "SpikingJelly, in tensors": jelly_tensors,

@@ -61,6 +61,22 @@ def test_launched_ranks_are_one_process(found: list[dict[str, Any]], check: str)
         assert rank["steps"] == [launched.STEPS] * 2
 
 
+@pytest.mark.parametrize("way", launched.COMPILED)
+def test_compiled_ranks_are_those_uncompiled(found: list[dict[str, Any]], way: str) -> None:
+    """``torch.compile`` before and after DDP and ``fully_shard``, EID on: bit by bit the same run.
+
+    Graphs are those of training, of steps in which credits are due, and of evaluation, each once
+    for the whole model, or for its parts where these are compiled or FSDP breaks the graph.
+    """
+    for rank in _of(found, "compilers"):
+        seen = rank[way]
+        assert seen["equal"], "weights, logits, momenta or credits differ"
+        assert seen["outputs"], "evaluation differs"
+        assert seen["credits"] == 2
+        assert seen["steps"] == launched.STEPS
+        assert 1 <= seen["graphs"] <= 3 * (1 if "DDP" in way else launched.PARTS)
+
+
 @pytest.mark.parametrize("check", JELLY)
 @pytest.mark.parametrize("who", ["all", "first"])
 def test_full_checkpoints_go_back_and_forth(

@@ -26,8 +26,9 @@ from spikenm_fx.channels.membrane import (
 from spikenm_fx.errors import PlanError, some_of
 from spikenm_fx.masks.attach import masked_weights
 from spikenm_fx.masks.eid import EID, Guide
+from spikenm_fx.masks.eid.connect import hook_neuron
 from spikenm_fx.masks.eid.slopes import Neuron
-from spikenm_fx.masks.eid.watch import Watch, hook_neuron
+from spikenm_fx.masks.eid.watch import Watch
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.methods.activity import Activity
 from spikenm_fx.masks.methods.regrowth import exchanged, strongest_blocks

@@ -363,7 +363,7 @@ def _masked(mask: MaskedWeight, training: bool) -> Tensor:
     if mask.raw:
         return mask.dense
     if torch.compiler.is_compiling():
-        return mask.masked_anywhere(training)
+        return mask.masked_in_graph(training)
     scores, dense = mask.scores, mask.dense
     dense = dense if mask.gathered is None else mask.gathered
     parameters = (dense,) if scores is None else (dense, scores)

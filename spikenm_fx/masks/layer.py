@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spikenm_fx._torch import (
     data_parallel_group,
+    disable_dynamo,
     in_functorch,
     is_captured,
     is_stacked_by_vmap,
@@ -387,6 +388,19 @@ class MaskedWeight:
             return self.masked(training)
         return self._handed.weight
 
+    def masked_in_graph(self, training: bool) -> Tensor:
+        """The same where a compiler looks: what FSDP has gathered for this mode is masked already.
+
+        What is sharded is masked outside of the graph, and so is what was gathered for the other.
+        """
+        if self.shard is None:
+            return self.masked_anywhere(training)
+        there = self.layer._parameters[self.key]
+        assert there is not None
+        if is_sharded(there) or self.gathered_for != training:
+            return _outside_of_graph(self, training)
+        return there
+
     def _masked_shard(self, training: bool) -> Tensor:
         """The same of a DTensor: what FSDP has gathered is masked, all else is masked here."""
         dense, shard = self.dense, self.shard
@@ -565,6 +579,11 @@ def _final(part: MaskedWeight | Piece) -> Tensor:
     blocks = part.view.to_blocks(part.values)
     logits = None if scores is None else part.method.logits(blocks, scores, draw)
     return part.view.from_blocks(part.method.final_mask(blocks, logits, draw))
+
+
+@disable_dynamo
+def _outside_of_graph(weight: MaskedWeight, training: bool) -> Tensor:
+    return weight.masked(training)
 
 
 def _uneven(weight: MaskedWeight) -> PlanError:

@@ -62,6 +62,9 @@ def gumbel_of_layers(
     Returns:
         float32 ``[sum(counts)]``; the part of a layer is :func:`gumbel` of its key, bit by bit.
     """
+    if len(counts) == 1:
+        like = torch.empty((), dtype=torch.float32, device=device).expand(counts[0])
+        return gumbel(like, keys[0], starts[0] if starts else 0)
     total, offset, words = sum(counts), 0, []
     for count, key, start in zip(counts, keys, starts or [0] * len(counts), strict=True):
         words.append((_int32(key[0] + _WEYL * (start - offset)), key[1], count))

@@ -18,7 +18,9 @@ from spikenm_fx.masks.activity import check_activity, guide_by_activity
 from spikenm_fx.masks.attach import attach, masked_weights, refuse_unmaskable
 from spikenm_fx.masks.checkpoint import check_checkpoint
 from spikenm_fx.masks.eid import EID, Guide
-from spikenm_fx.masks.eid.watch import Observed, Watch, watch_calls
+from spikenm_fx.masks.eid.connect import watch_calls, wire
+from spikenm_fx.masks.eid.observed import Observed
+from spikenm_fx.masks.eid.watch import Watch
 from spikenm_fx.masks.hooks import install
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.methods import Method, method_named
@@ -334,6 +336,6 @@ def _guide(model: nn.Module, eid: EID, graph: SpikingGraph | None) -> None:
         watched = eid.needs_input and holders[key]
         mask.guide = Guide(eid, Observed(watch, holders[key]) if watched else None)
     if graph is not None:
-        watch.wire(model, graph)
+        wire(watch, model, graph)
     if eid.needs_neuron:
         watch_calls(model, watch)

@@ -130,13 +130,15 @@ def _before_layer(hook: FirstHook, module: nn.Module) -> None:
 def _before_call(
     watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
+    from spikenm_fx.masks.eid.connect import connect, postpone
+
     if watch.connected or watch.busy:
         return
     if not is_captured():
         with _outside_of_checkpoints():
-            watch.connect(module, args, kwargs)
+            connect(watch, module, args, kwargs)
     else:
-        watch.postpone()
+        postpone(watch)
 
 
 def first_of(
