@@ -467,7 +467,7 @@ class PartlyUsed(nn.Module):
 @given(st.lists(st.booleans(), min_size=3, max_size=6), st.booleans())
 @settings(max_examples=12, deadline=None)
 def test_with_examples_at_least_as_much_becomes_sparse(used: list[bool], readable: bool) -> None:
-    """Examples show inputs and heads, and leave no layer dense because a forward does not use it."""
+    """Examples show inputs and heads, and leave no layer dense because no forward uses it."""
     used[used.index(True) if True in used else 0] = True
     used = used if sum(used) > 2 else [*used, True, True]
     model, x = PartlyUsed(used, readable=readable), torch.rand(2, 16)

@@ -620,7 +620,7 @@ def test_weights_that_are_no_numbers_are_named() -> None:
 
 
 class Attends(nn.Module):
-    """Spiking self-attention with torch's own module, or with its products written in three ways."""
+    """Spiking self-attention of torch's own module, or with its products written three ways."""
 
     def __init__(self, way: str) -> None:
         super().__init__()
