@@ -8,10 +8,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import Wrapped, cases, network, patterns, trees
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 import spikenm_fx
@@ -442,3 +442,49 @@ def test_layers_that_compute_their_weight(kind, sparse):
     assert (entry(decided, "2").nm is not None) == sparse
     assert sparse or "zeros do not stay in place" in entry(decided, "2").reason
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+class PartlyUsed(nn.Module):
+    """Layers in a row with neurons between them, of which the forward uses some.
+
+    ``readable``: without a branch on data, so that the code alone can be read.
+    """
+
+    def __init__(self, used: list[bool], *, readable: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in used)
+        self.used, self.readable = used, readable
+
+    def forward(self, x: Tensor) -> Tensor:
+        which = [layer for layer, used in zip(self.layers, self.used, strict=True) if used]
+        if not self.readable and float(x.sum()) < -1e9:
+            return x
+        for layer in which[:-1]:
+            x = (layer(x) > 0.1).float()
+        return which[-1](x)
+
+
+@given(st.lists(st.booleans(), min_size=3, max_size=6), st.booleans())
+@settings(max_examples=12, deadline=None)
+def test_with_examples_at_least_as_much_becomes_sparse(used: list[bool], readable: bool) -> None:
+    """Examples show inputs and heads, and leave no layer dense because no forward uses it."""
+    used[used.index(True) if True in used else 0] = True
+    used = used if sum(used) > 2 else [*used, True, True]
+    model, x = PartlyUsed(used, readable=readable), torch.rand(2, 16)
+    shown = plan(model, "2:4", example_inputs=x)
+    sparse = {entry.name for entry in shown.sparse}
+    assert len(sparse) >= len(plan(model, "2:4").sparse)
+    places = [i for i, each in enumerate(used) if each]
+    dense = {f"layers.{places[0]}", f"layers.{places[-1]}"}
+    assert {entry.name for entry in shown.layers} - sparse == dense
+    for entry in shown.layers:
+        unused = not used[int(entry.name.rpartition(".")[2])]
+        assert ("not used in the traced forward" in entry.reason) == unused
+
+
+def test_a_head_that_the_code_does_not_show_is_the_last_layer() -> None:
+    """Where the forward cannot be read, plan without examples leaves the same head dense."""
+    model = PartlyUsed([True] * 4, readable=False)
+    with_examples = plan(model, "2:4", example_inputs=torch.rand(2, 16))
+    without = plan(model, "2:4")
+    assert [e.name for e in without.sparse] == [e.name for e in with_examples.sparse]

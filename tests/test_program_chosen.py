@@ -155,6 +155,25 @@ def test_the_report_says_which_parts_why_and_what_they_cost() -> None:
     assert report.to_dict()["parts"]
 
 
+def test_parts_by_which_the_whole_loses_are_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is faster by itself, and the forward with all of them slower than the model's."""
+    chosen = pytest.importorskip("spikenm_fx.pack.partly")
+
+    def seconds(ways: dict[str, nn.Module], _args: Any) -> dict[str, float]:
+        return {way: 2.0 if way in ("now", "engine") else 1.0 for way in ways}
+
+    monkeypatch.setattr(chosen, "take_turns", seconds)
+    model, engine, x = partly()
+    report = packing(engine)
+    assert not any(isinstance(m, ProgramPart | nn.Identity) for m in engine.modules())
+    assert report.whole is not None
+    assert report.whole.form != "parts"
+    assert "gains nothing by the programs of its parts (0.50x)" in str(report)
+    with torch.no_grad():
+        reset(model)
+        torch.testing.assert_close(engine(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_a_part_called_twice_stays_as_it_is() -> None:
     """Its states would be shared in another order."""
 

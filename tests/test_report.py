@@ -618,3 +618,54 @@ def test_weights_that_are_no_numbers_are_named() -> None:
     result = report(net, torch.rand(1, 4))
     assert [layer.not_finite for layer in result.layers] == [0, 1]
     assert "1 layers hold weights that are NaN or infinite" in str(result)
+
+
+class Attends(nn.Module):
+    """Spiking self-attention of torch's own module, or with its products written three ways."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.fire = way, LIF()
+        self.embed, self.head = nn.Linear(6, 16), nn.Linear(16, 4)
+        if way == "module":
+            self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+        else:
+            self.q, self.k, self.v, self.out = (nn.Linear(16, 16) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, N, 6]``."""
+        x = self.fire(4 * self.embed(x))
+        y = x.flatten(0, 1)
+        if self.way == "module":
+            y = self.attention(y, y, y, need_weights=False)[0]
+        else:
+            q, k, v = (
+                self.fire(4 * layer(x)).flatten(0, 1).unflatten(-1, (4, 4)).transpose(1, 2)
+                for layer in (self.q, self.k, self.v)
+            )
+            if self.way == "matmul":
+                y = (q @ k.transpose(-2, -1)) @ v
+            elif self.way == "einsum":
+                scores = torch.einsum("bhnd,bhmd->bhnm", q, k)
+                y = torch.einsum("bhnm,bhmd->bhnd", scores, v)
+            else:
+                y = nn.functional.scaled_dot_product_attention(q, k, v)
+            y = self.out(self.fire(y.transpose(1, 2).flatten(2).view_as(x)))
+        return self.head(self.fire(y.view_as(x))).mean((0, 2))
+
+
+@pytest.mark.parametrize("way", ["module", "matmul", "einsum", "fused"])
+def test_attention_is_counted_once_at_the_product(way: str) -> None:
+    """Each weight has one row with its product's operations; what holds no weight is said."""
+    torch.manual_seed(0)
+    model, steps, tokens = Attends(way).eval(), 3, 5
+    result = report(model, [2 * torch.rand(steps, 2, tokens, 6)], batch_dim=1)
+    counted = {layer.name: layer.operations.dense for layer in result.layers}
+    each = {name: p.numel() for name, p in model.named_parameters() if p.dim() == 2}
+    tokens_seen = 2 * steps * tokens  # of two samples
+    expected = {n.removesuffix(".weight"): tokens_seen * size for n, size in each.items()}
+    assert counted == expected
+    number = 2 * steps * tokens * tokens * 16  # queries with keys, and with values
+    said = [note for note in result.notes if "products of two signals" in note]
+    assert len(said) == 1
+    assert f" {number:,} multiplications" in said[0]

@@ -134,6 +134,6 @@ def _spread(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "median": round(statistics.median(ratios), 2),
         "least": round(min(ratios), 2),
-        "dense": sum(row["choice"] == "dense" for row in rows),
+        "dense": sum(row["choice"] in ("dense", "torch") for row in rows),
         "of": len(rows),
     }

@@ -33,6 +33,7 @@ from spikenm_fx.trace import NeuronSpec, find_neurons
 __all__ = ["run_parts_as_programs"]
 
 FORWARDS = 5
+NOISE = 1.1  # times measured one after the other differ by so much though nothing else does
 REACHED = ("reset", "n_reset")
 """Names of resets that a framework calls on whatever module has them."""
 
@@ -198,7 +199,7 @@ def run_parts_as_programs(
     if parts.parts and whole is not None:
         with torch.no_grad(), preserved(reference, guarded=False), preserved(engine, guarded=False):
             seconds = take_turns({"model": reference, "engine": engine}, args)
-        least = max(GAINS, whole.gain / GAINS)
+        least = max(1.0, whole.gain / NOISE)
         whole = WholeForward(1e3 * seconds["model"], 1e3 * seconds["engine"], "parts")
         if whole.gain < least:
             why = f"{why} The whole gains nothing by the programs of its parts ({whole.gain:.2f}x)."

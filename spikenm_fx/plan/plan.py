@@ -111,9 +111,9 @@ def plan(
     Kept dense by default, and turned on by a rule that names them: the layer that multiplies the
     analog input, behind no other layer, and the head, whose output the model returns without a
     neuron or layer after it.  A layer that the forward does not use is planned like any other, so
-    that examples leave none dense for it.  Depthwise convolutions stay dense: their blocks would hold one
-    weight.  What a layer sees and feeds is read from the graph; where the code alone
-    does not tell, the first and the last of the module tree stand for input and head.
+    that examples leave none dense for it.  Depthwise convolutions stay dense: their blocks would
+    hold one weight.  What a layer sees and feeds is read from the graph; where the code alone does
+    not tell, the first and the last of the module tree stand for input and head.
 
     Args:
         model: any module; layers are found by inheritance, whatever framework they come from.

@@ -32,6 +32,7 @@ from spikenm_fx.report.synops import LayerCounter
 from spikenm_fx.report.view import Report
 from spikenm_fx.state import advice_if_sharded, preserved_in_eval, reset_to_rest
 from spikenm_fx.trace import trace
+from spikenm_fx.trace.analysis.products import signal_products
 from spikenm_fx.trace.graph import SpikingGraph
 
 __all__ = ["report"]
@@ -401,6 +402,14 @@ def _notes(
     if zeros:
         notes.append(
             "MACs are of all analog inputs, zeros included, whose share is: " + some_of(zeros)
+        )
+    products = signal_products(graph.operations) if graph and graph.operations else []
+    if products:
+        names = ", ".join(dict.fromkeys(name for name, _ in products))
+        times = f"{sum(number for _, number in products):,} multiplications"
+        notes.append(
+            f"products of two signals, as attention's are, hold no weight and count in no row: "
+            f"{times} in the forward that was traced ({names})"
         )
     if graph is None and neurons:
         notes.append(

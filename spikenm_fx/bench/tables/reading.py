@@ -65,9 +65,9 @@ CHAPTERS = (
         _further,
         "Networks of public repositories with random weights, read, decided, folded and packed. "
         "Where spikes differ between engine and model, a membrane lay on its threshold, or the "
-        "network draws at random. Model and engine took turns in one process, after `pack` was done; "
-        "the median of the turns' ratios of processor times is given, as other work ran on the "
-        "machine. Where `pack` answers to keep the model (torch), both run the same code, and what "
-        "differs from 1 is what such a measurement can tell.",
+        "network draws at random. Model and engine took turns in one process, after `pack` was "
+        "done; the median of the turns' ratios of processor times is given, as other work ran on "
+        "the machine. Where `pack` answers to keep the model (torch), both run the same code, and "
+        "what differs from 1 is what such a measurement cannot tell.",
     ),
 )

@@ -7,6 +7,7 @@ axes, or keep every zero a zero, are followed back; behind others it is tried wh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from spikenm_fx.trace.analysis.ops import MATMULS, RESHAPES, op_name
 from spikenm_fx.trace.analysis.zeros import axis_of_blocks, parts_of_sum
 from spikenm_fx.trace.execution.values import ValueInfo
 
-__all__ = ["Product", "ProductFinder", "parameter_behind"]
+__all__ = ["Product", "ProductFinder", "parameter_behind", "signal_products"]
 
 _CASTS = {"to", "float", "double", "half", "bfloat16", "type", "type_as", "cuda", "cpu"}
 _COPIES = {"contiguous", "clone", "detach", "alias", "data", "lift_fresh", "requires_grad"}
@@ -103,6 +104,53 @@ def parameter_behind(node: fx.Node) -> str | None:
     """The matrix parameter that ``node`` is made of, if it is made of parameters only."""
     made = _made(node)
     return str(made.largest.target) if made and made.matrices else None
+
+
+def signal_products(operations: fx.Graph) -> list[tuple[str, int]]:
+    """Products of signals with signals, as queries with keys: of each the name and multiplications.
+
+    They hold no weight; a step of a loop that stands for several counts for all of them.
+
+    Args:
+        operations: of a trace.
+    """
+    found = []
+    for node in operations.nodes:
+        _made(node)
+        steps = 1 + int(node.meta.get("repeats", 0))
+        module = node.meta.get("module")
+        if isinstance(module, nn.MultiheadAttention):
+            found.append(("multi_head_attention", steps * _in_module(node, module)))
+        if node.op not in ("call_function", "call_method") or op_name(node) not in MATMULS:
+            continue
+        operands = _operands(node)
+        if len(operands) > 1 and all(_made(operand) is None for operand in operands):
+            found.append((op_name(node), steps * _multiplications(node, operands)))
+    return found
+
+
+def _in_module(node: fx.Node, module: nn.MultiheadAttention) -> int:
+    given = [*node.args, *(node.kwargs[k] for k in ("query", "key") if k in node.kwargs)]
+    query, key = (_shape(operand) for operand in given[:2] if isinstance(operand, fx.Node))
+    keys = key[1 if module.batch_first and len(key) == 3 else 0]
+    return 2 * math.prod(query[:-1]) * keys * int(module.embed_dim)
+
+
+def _multiplications(node: fx.Node, operands: list[fx.Node]) -> int:
+    name, shapes = op_name(node), [_shape(operand) for operand in operands]
+    if name == "einsum":
+        terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+        sizes = {
+            letter: size
+            for term, shape in zip(terms, shapes, strict=False)
+            for letter, size in zip(term, shape, strict=False)
+        }
+        return math.prod(sizes.values())
+    if name == "scaled_dot_product_attention":  # queries with keys, and what they weigh with values
+        query, keys, values = shapes[0], shapes[1][-2], shapes[2][-1]
+        return math.prod(query[:-1]) * keys * (query[-1] + values)
+    summed = shapes[1][1:] if name.startswith("conv") else shapes[0][-1:]
+    return math.prod(_shape(node)) * math.prod(summed)
 
 
 @dataclass(frozen=True, slots=True)

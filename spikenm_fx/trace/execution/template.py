@@ -162,9 +162,7 @@ def _matches(value: Any, known: Any) -> bool:
     """Whether what was computed has the form that is known."""
     if type(known) is _Made:
         return type(value) is Tensor and value.shape == known.shape
-    return (
-        _is_tuple(value) and len(value) == len(known) and all(map(_matches, value, known))
-    )
+    return _is_tuple(value) and len(value) == len(known) and all(map(_matches, value, known))
 
 
 def _holds_constant(value: Any) -> bool:
