@@ -24,7 +24,7 @@ from spikenm_fx.program.lower import Lowered, Probe
 from spikenm_fx.program.order import loops_of
 from spikenm_fx.state import preserved
 
-__all__ = ["CALLS", "compared", "forgetting"]
+__all__ = ["CALLS", "FORGETS", "compared", "forgetting"]
 
 FORGETS = {Code.NEURON: 5, Code.RECALL: 1}  # among the settings of what has a state
 
@@ -74,12 +74,11 @@ def compared(
     """
     args = x if isinstance(x, tuple) else (x,)
     sizes = _sizes(engine, lowered, args)
-    calls = CALLS if any(op.code in FORGETS for op in lowered.program.ops) else 1
     last: dict[str, Tensor] = {}  # spikes of recurrent neurons
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
     worst = 0.0
     with torch.no_grad(), preserved(model):
-        for _ in range(calls):
+        for _ in range(CALLS):  # also where it seems to keep no state
             wanted, seen = _recorded(model, lowered, args)
             _add_feedback(lowered, seen, last)
             observer = _Observer(lowered, seen, found, sizes)
