@@ -281,7 +281,11 @@ class _Lowering:
         kwargs = self._values(node.kwargs)
         if self.rolled is not None and op_name_or_none(node) == "stack":
             args = (self.rolled.stacked(args[0]), *args[1:])
-        elif self.rolled is not None and str(node.target) not in self.neurons.specs:
+        elif (
+            self.rolled is not None
+            and str(node.target) not in self.neurons.specs
+            and op_name_or_none(node) != "getitem"  # of steps that were taken apart
+        ):
             args, kwargs = self.rolled.settled(node, args, kwargs)
         return Call(self.draft, node, where, args, kwargs, shape)
 

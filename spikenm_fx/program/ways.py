@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.pattern import NM
-from spikenm_fx.program.code import Port, Program, Role
+from spikenm_fx.program.code import Code, Port, Program, Role
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.lower import Lowered, lower
 from spikenm_fx.trace import SpikingGraph, trace
@@ -105,12 +106,16 @@ def _several_calls(given: Given, dtype: Any) -> Lowered | None:
     model = given.model
     if "forward" in vars(model) or model._forward_hooks or model._forward_pre_hooks:
         return None
-    several = _in_a_row(model)
+    states: list[int] = []
+    several = _in_a_row(model, states)
     args = tuple(torch.stack([x] * CALLS) for x in given.args)
     lowered = lower(several, trace(several, args), dtype=dtype, nm=given.nm)
     program = lowered.program
     if _times(program) != {CALLS}:
         raise NotLowered("", "its calls are no steps in time")
+    if any(op.code is Code.REDUCE for op in program.ops):
+        raise NotLowered("", "its calls are no steps in time")
+    lowered.returns = (True, *[False] * (states[-1] if states else 0))
     program.values = [replace(value, timed=False) for value in program.values]
     program.inputs = tuple(map(_untimed, program.inputs))
     program.outputs = tuple(map(_untimed, program.outputs))
@@ -124,8 +129,13 @@ def _untimed(port: Port) -> Port:
     return replace(port, axes=tuple(axes))
 
 
-def _in_a_row(model: nn.Module) -> nn.Module:
-    """The same module, tensors and states included, whose forward is several calls of its own."""
+def _in_a_row(model: nn.Module, states: list[int]) -> nn.Module:
+    """The same module, tensors and states included, whose forward is several calls of its own.
+
+    Args:
+        model: shares all that it has with the result.
+        states: gets how many tensors the state is that its calls hand on.
+    """
     cls = type(model)
     names = list(inspect.signature(model.forward).parameters)
 
@@ -139,8 +149,9 @@ def _in_a_row(model: nn.Module) -> nn.Module:
             outputs.append(found)
         if not all(isinstance(found, Tensor) for found in outputs):
             raise NotLowered("", "one call returns something else than a tensor and its states")
-        whole = torch.stack(outputs)
-        return whole if state is None else (whole, state)
+        if state is not None:
+            states.append(sum(leaf is not None for leaf in tree_flatten(state)[0]))
+        return torch.stack(outputs)
 
     several: nn.Module = object.__new__(type(cls.__name__, (cls,), {"forward": forward}))
     several.__dict__ = model.__dict__
