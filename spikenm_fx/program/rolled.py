@@ -19,8 +19,10 @@ from torch import Tensor, fx
 
 from spikenm_fx._torch import tree_flatten
 from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
+from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
+from spikenm_fx.program.products import per_number
 from spikenm_fx.trace.analysis.ops import op_name
 
 __all__ = ["First", "Rolled"]
@@ -189,7 +191,7 @@ class Rolled:
 
     def _new(self, node: fx.Node, given: First, args: Any, siblings: list[Ref]) -> _Carried:
         layout, axes = self._like(node, given, args, siblings[0])
-        initial = self._initial(node, given)
+        initial = self._initial(node, given, replace(siblings[0], axes=axes))
         where = _where(given.node)
         forgets = not self._kept(given.node)
         value = self.draft.recall(layout, where, bits=False, forgets=forgets, initial=initial)
@@ -209,12 +211,14 @@ class Rolled:
         """The layout of a state: that of what it meets, or, where it is concatenated, alike."""
         old, shape = like.value.layout, tuple(map(size_of, like.axes))
         if old.channels is None:
-            raise NotLowered(_where(node), "it comes before any layer, so that its channels are not known")
+            raise NotLowered(
+                _where(node), "it comes before any layer, so that its channels are not known"
+            )
         if given.shape == shape and op_name(node) != "cat":
             return old, like.axes
         if op_name(node) == "cat" and given.shape is not None and len(given.shape) == len(shape):
             at = (args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
-            alike = all(a == b for i, (a, b) in enumerate(zip(shape, given.shape)) if i != at)
+            alike = all(a == b for i, (a, b) in enumerate(zip(shape, given.shape, strict=True)) if i != at)
             if alike and like.axes[at] == old.channels:
                 channels = (Atom(given.shape[at], "channels"),)
                 rest = [a for a in old.atoms if a not in old.channels]
@@ -223,7 +227,7 @@ class Rolled:
                 return layout, (*like.axes[:at], channels, *like.axes[at + 1 :])
         raise NotLowered(_where(node), "it carries a state of another shape than what it meets")
 
-    def _initial(self, node: fx.Node, given: First) -> Tensor | None:
+    def _initial(self, node: fx.Node, given: First, like: Ref) -> Tensor | None:
         """What the first step was given in the state's place; None for zeros, or if unknown."""
         key = _kind(node)
         alike = [n for n in self.firsts if _kind(n) == key]
@@ -241,11 +245,22 @@ class Rolled:
             return torch.tensor([float(found)])
         if not isinstance(found, Tensor) or not bool(found.any()):
             return None
-        found = found.detach().float()
-        if found.numel() == 1:
-            return found.reshape(1)
-        rows = found.reshape(-1, found.shape[-1])
-        return rows[0] if bool((rows == rows[0]).all()) else None
+        return self._of_a_token(node, like, found.detach().float())
+
+    def _of_a_token(self, node: fx.Node, like: Ref, found: Tensor) -> Tensor | None:
+        """A tensor that is the same in all samples, as the numbers of a token lie."""
+        if found.numel() > 1 and found.dim() != len(like.axes):
+            return None
+        for axis, group in enumerate(like.axes if found.numel() > 1 else ()):
+            if group and all(atom in like.value.layout.lead for atom in group):
+                one = found.narrow(axis, 0, 1)
+                if not torch.equal(found, one.expand_as(found)):
+                    return None
+                found = one
+        try:
+            return per_number(Call(self.draft, node, _where(node), (), {}, None), like, found)
+        except NotLowered:
+            return None
 
 
 def _kind(node: fx.Node) -> Any:
