@@ -105,7 +105,6 @@ class Attention(nn.Module):
         masked: Tensor = mask * k
         return masked.flatten(2, 3)
 
-
     def softmax(self, x: Tensor) -> Tensor:
         """As attention is elsewhere."""
         q, k, v = (self.per_head(f(x)) for f in (self.q, self.k, self.v))

@@ -45,9 +45,7 @@ class Feedback(nn.Module):
         made = {
             "leaky": lambda: snn.RLeaky(0.9, linear_features=WIDTH, init_hidden=hidden),
             "one": lambda: snn.RLeaky(0.9, V=0.5, all_to_all=False, init_hidden=hidden),
-            "synaptic": lambda: snn.RSynaptic(
-                0.8, 0.9, linear_features=WIDTH, init_hidden=hidden
-            ),
+            "synaptic": lambda: snn.RSynaptic(0.8, 0.9, linear_features=WIDTH, init_hidden=hidden),
         }
         self.neuron, self.hidden = made[kind](), hidden
 
@@ -192,7 +190,9 @@ def norse(name: str) -> nn.Module:
 
 
 OVER_TIME: dict[str, Callable[[], nn.Module]] = {
-    **{f"snntorch {k}": lambda k=k: Feedback(k, hidden=False) for k in ("leaky", "one", "synaptic")},
+    **{
+        f"snntorch {k}": lambda k=k: Feedback(k, hidden=False) for k in ("leaky", "one", "synaptic")
+    },
     **{f"spikingjelly {k}": lambda k=k: container(k, "m") for k in ("linear", "element-wise")},
     "norse LIFRecurrent": lambda: norse("LIFRecurrent"),
     "norse cells": Cells,

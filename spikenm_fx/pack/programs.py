@@ -238,9 +238,7 @@ def _folded(lowered: Lowered, whole: Tensor) -> Tensor:
     return whole if lowered.folded is None else whole.flatten(0, 1)
 
 
-def _differs(
-    model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
-) -> bool:
+def _differs(model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]) -> bool:
     try:
         return bool(compared(model, engine, lowered, args).disagreement)
     except Exception:  # a model of one size: its forward may raise anything on others

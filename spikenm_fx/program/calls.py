@@ -44,7 +44,7 @@ class Call:
 
     def refuse(self, why: str) -> NotLowered:
         """The error for this operation."""
-        return NotLowered(self.where, why)
+        return NotLowered(self.where, why, carries=any(isinstance(x, Rest) for x in self.args))
 
     def ref(self, place: int = 0) -> Ref:
         """A tensor argument.

@@ -94,9 +94,7 @@ def compared(
     return Agreement(worst, worst, tuple(n for n in found.values() if n.spikes))
 
 
-def _sizes(
-    engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
-) -> tuple[int, int | None]:
+def _sizes(engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[int, int | None]:
     """Time steps of a whole forward, and the first axis of its batch."""
     steps, batch = max(1, lowered.program.fixed_steps), None
     for at, which in enumerate(lowered.taken):
@@ -107,7 +105,9 @@ def _sizes(
     return steps, batch
 
 
-def _recorded(model: nn.Module, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, _Seen]]:
+def _recorded(
+    model: nn.Module, lowered: Lowered, args: tuple[Tensor, ...]
+) -> tuple[Any, dict[str, _Seen]]:
     seen = {probe.name: _Seen([], []) for probe in lowered.probes.values()}
 
     def record(name: str) -> Any:

@@ -23,12 +23,12 @@ from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
 from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
-from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
+from spikenm_fx.program.draft import REST, Draft, First, NotLowered, Partial, Ref, State
 from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
 from spikenm_fx.program.order import needed, ordered
-from spikenm_fx.program.rolled import First, Rolled
+from spikenm_fx.program.rolled import Rolled
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.nodes import op_name_or_none, readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name

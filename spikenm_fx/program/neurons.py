@@ -14,9 +14,8 @@ from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.engine.neuron import NeuronRule
 from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
-from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest, State, Value
+from spikenm_fx.program.draft import Draft, First, NotLowered, Ref, Rest, State, Value
 from spikenm_fx.program.layers import Layers
-from spikenm_fx.program.rolled import First
 from spikenm_fx.trace import NeuronSpec
 from spikenm_fx.trace.analysis.nodes import op_name_or_none
 from spikenm_fx.trace.neurons.recurrent import Recurrence, recurrence_of
@@ -233,7 +232,9 @@ class Neurons:
         if recurrence is None or recurrence.inputs is None:
             return ref
         sizes = tuple(map(size_of, ref.axes))
-        return self.layers.layer(recurrence.name(name, recurrence.inputs_key), recurrence.inputs, ref, sizes)
+        return self.layers.layer(
+            recurrence.name(name, recurrence.inputs_key), recurrence.inputs, ref, sizes
+        )
 
     def _fed_back(self, name: str, recurrence: Recurrence, spikes: Ref) -> Ref:
         """What a neuron adds to its input for its spikes of the step before."""

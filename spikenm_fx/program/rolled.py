@@ -4,8 +4,8 @@
 A neuron that is code in a forward, a readout that integrates, spikes that are fed back: all of
 these carry values from step to step.  The second step of the loop says what every step does; where
 it reads what the first step made, there is a state.  Which value of a step is stored for the next
-one shows in the third step, which reads it in the same place.  What the first step was given instead
-is how the state starts.  The first step itself is not looked at otherwise: the comparison of the
+one shows in the third step, which reads it in the same place.  What the first step was given
+instead is how the state starts.  The first step itself is not looked at otherwise: the comparison of the
 program with the model tells whether it was like the others.
 """
 
@@ -21,27 +21,14 @@ from spikenm_fx._torch import tree_flatten
 from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
 from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import Code
-from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
+from spikenm_fx.program.draft import Draft, First, NotLowered, Ref, Value
 from spikenm_fx.program.products import per_number
 from spikenm_fx.trace.analysis.ops import op_name
 
-__all__ = ["First", "Rolled"]
+__all__ = ["Rolled"]
 
 STEPS = 3
 """Steps of a loop that are needed to see what it carries."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class First:
-    """What the first step of a loop made.
-
-    Attributes:
-        node: that made it.
-        shape: of it.
-    """
-
-    node: fx.Node
-    shape: tuple[int, ...] | None
 
 
 @dataclass(eq=False, slots=True)
@@ -218,7 +205,9 @@ class Rolled:
             return old, like.axes
         if op_name(node) == "cat" and given.shape is not None and len(given.shape) == len(shape):
             at = (args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
-            alike = all(a == b for i, (a, b) in enumerate(zip(shape, given.shape, strict=True)) if i != at)
+            alike = all(
+                a == b for i, (a, b) in enumerate(zip(shape, given.shape, strict=True)) if i != at
+            )
             if alike and like.axes[at] == old.channels:
                 channels = (Atom(given.shape[at], "channels"),)
                 rest = [a for a in old.atoms if a not in old.channels]

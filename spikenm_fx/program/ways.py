@@ -72,8 +72,7 @@ def _fewer_steps(given: Given, dtype: Any) -> Lowered | None:
             continue
         alike = [x.dim() > axis and x.shape[axis] == size for x in given.args]
         short = tuple(
-            x.narrow(axis, 0, STEPS) if cut else x
-            for x, cut in zip(given.args, alike, strict=True)
+            x.narrow(axis, 0, STEPS) if cut else x for x, cut in zip(given.args, alike, strict=True)
         )
         try:
             found = lower(given.model, trace(given.model, short), dtype=dtype, nm=given.nm)
