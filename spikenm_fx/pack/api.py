@@ -63,8 +63,9 @@ def pack(
 
     Args:
         model: on the CPU, folded (see :func:`spikenm_fx.fold`).
-        example_inputs: a tensor, a tuple of arguments, or a mapping from their names; needed to fuse and to measure.  Spikes of
-            typical inputs make the measured choice right for typical inputs.
+        example_inputs: a tensor, a tuple of arguments, or a mapping from their names; needed to
+            fuse and to measure.  Spikes of typical inputs make the
+            measured choice right for them.
         backend: ``"auto"`` times every candidate of each layer on the examples and keeps the
             fastest, dense torch being one of them; ``"dense"``, ``"reference"``, ``"fma"``,
             ``"lut"``, ``"event"`` or ``"event8"`` force one wherever it is possible; a mapping

@@ -23,13 +23,14 @@ from spikenm_fx.pack.summary import (
 from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM
-from spikenm_fx.program.check import compared, forgetting
-from spikenm_fx.program.code import INPUTS
+from spikenm_fx.program.check import FORGETS, compared, forgetting
+from spikenm_fx.program.code import INPUTS, Code
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.held import Memory
 from spikenm_fx.program.image import image_of
-from spikenm_fx.program.lower import Lowered, lower
+from spikenm_fx.program.lower import Lowered
+from spikenm_fx.program.ways import WAYS, Given, Way
 from spikenm_fx.state import preserved
 from spikenm_fx.trace import trace
 
@@ -98,17 +99,53 @@ def proved_program(
         graph = trace(model, args)
     except TraceError as error:
         raise PackError(f"the model does not run on the examples: {error}") from error
-    lowered = lower(model, graph, dtype=dtype, nm=nm)
-    lowered.names = _names(model, len(args))
-    result = _result(model, args, lowered)
+    given = Given(model, args, graph, nm)
+    first: NotLowered | None = None
+    for way in WAYS:
+        try:
+            found = _proved(given, way, dtype, check=check, memory=memory)
+        except NotLowered as error:
+            first = first or error
+            if not first.carries:
+                break
+            continue
+        except TraceError:
+            continue
+        if found is not None:
+            return found
+    assert first is not None
+    raise first
+
+
+def _proved(
+    given: Given, way: Way, dtype: torch.dtype | None, *, check: bool, memory: Memory
+) -> tuple[Engine, Lowered, Proof | None] | None:
+    """A program that was read in one of the ways; None where that one does not apply."""
+    lowered = way(given, dtype)
+    if lowered is None:
+        return None
+    lowered.names = _names(given.model, len(given.args))
+    result = _result(given.model, given.args, lowered)
     engine = Engine(image_of(lowered, result, memory))
-    proof = None
-    if check and dtype is None:  # rounded weights would differ from the model's
-        start = time.perf_counter()
-        _prove(model, engine, lowered, args, result)
-        proof = Proof(1, time.perf_counter() - start)
-        engine = Engine(image_of(lowered, result, memory))
-    return engine, lowered, proof
+    exact = lowered
+    carries = any(op.code in (Code.COMPARE, Code.RECALL) for op in lowered.program.ops)
+    if dtype is not None and carries:  # rounded weights would differ from the model's
+        whole = way(given, None)
+        assert whole is not None
+        exact = whole
+        exact.names = lowered.names
+    if (not check or dtype is not None) and not carries:
+        return engine, lowered, None
+    start = time.perf_counter()
+    shown = engine if exact is lowered else Engine(image_of(exact, result, memory))
+    _prove(given.model, shown, exact, given.args, result)
+    for op, other in zip(lowered.program.ops, exact.program.ops, strict=True):
+        if op.code in FORGETS:
+            op.settings = other.settings
+    lowered.program.only_steps = exact.program.only_steps
+    lowered.program.only_images = exact.program.only_images
+    proof = Proof(1, time.perf_counter() - start) if dtype is None else None
+    return Engine(image_of(lowered, result, memory)), lowered, proof
 
 
 def _names(model: nn.Module, count: int) -> tuple[str, ...]:
@@ -150,12 +187,18 @@ def _prove(
     calls in a row tell whether a forward starts by resetting the model.
     """
     wrong = compared(model, engine, lowered, args).disagreement
-    if wrong:
-        if all(forgetting(lowered, forgets=True)):
-            raise NotLowered("", f"it differs from the model: {wrong}; please report that")
+    for change in (_keep_carried, _forget_all):
+        if not wrong:
+            break
+        if not change(lowered):
+            continue
         engine = Engine(image_of(lowered, result))
-        if compared(model, engine, lowered, args).disagreement:
-            raise NotLowered("", f"it differs from the model: {wrong}; please report that")
+        again = compared(model, engine, lowered, args).disagreement
+        wrong = wrong if again else ""
+    if wrong:
+        raise NotLowered(
+            "", f"it differs from the model: {wrong}; please report that", carries=True
+        )
     more, longer = list(args), list(args)
     images = steps = 0
     for at, which in enumerate(lowered.taken):
@@ -176,14 +219,26 @@ def _prove(
         lowered.program.only_steps = steps
 
 
+def _keep_carried(lowered: Lowered) -> bool:
+    """Let what a loop carries go on from call to call; False where that changes nothing."""
+    held = [op for op in lowered.program.ops if op.code is Code.RECALL]
+    changed = any(op.settings[1] for op in held)
+    for op in held:
+        op.settings = (op.settings[0], 0)
+    return changed
+
+
+def _forget_all(lowered: Lowered) -> bool:
+    """Let each forward start at rest; False where it does already."""
+    return not all(forgetting(lowered, forgets=True))
+
+
 def _folded(lowered: Lowered, whole: Tensor) -> Tensor:
     """An input as the model takes it, of one with axes of their own for samples and steps."""
     return whole if lowered.folded is None else whole.flatten(0, 1)
 
 
-def _differs(
-    model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
-) -> bool:
+def _differs(model: nn.Module, engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]) -> bool:
     try:
         return bool(compared(model, engine, lowered, args).disagreement)
     except Exception:  # a model of one size: its forward may raise anything on others

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
-from spikenm_fx.program.draft import Draft, NotLowered, Ref
+from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest
 from spikenm_fx.program.neurons import Returned
 
 __all__ = ["Call", "Function", "Lowered"]
@@ -44,7 +44,7 @@ class Call:
 
     def refuse(self, why: str) -> NotLowered:
         """The error for this operation."""
-        return NotLowered(self.where, why)
+        return NotLowered(self.where, why, carries=any(isinstance(x, Rest) for x in self.args))
 
     def ref(self, place: int = 0) -> Ref:
         """A tensor argument.
@@ -57,7 +57,8 @@ class Call:
             given = given.spikes
         if not isinstance(given, Ref):
             what = "a parameter or constant" if isinstance(given, Tensor) else repr(given)
-            raise self.refuse(f"it works on {what}, which is no value of the program")
+            why = f"it works on {what}, which is no value of the program"
+            raise NotLowered(self.where, why, carries=isinstance(given, Rest))
         return given
 
 

@@ -24,7 +24,7 @@ from spikenm_fx.program.lower import Lowered, Probe
 from spikenm_fx.program.order import loops_of
 from spikenm_fx.state import preserved
 
-__all__ = ["CALLS", "compared", "forgetting"]
+__all__ = ["CALLS", "FORGETS", "compared", "forgetting"]
 
 FORGETS = {Code.NEURON: 5, Code.RECALL: 1}  # among the settings of what has a state
 
@@ -74,12 +74,11 @@ def compared(
     """
     args = x if isinstance(x, tuple) else (x,)
     sizes = _sizes(engine, lowered, args)
-    calls = CALLS if any(op.code in FORGETS for op in lowered.program.ops) else 1
     last: dict[str, Tensor] = {}  # spikes of recurrent neurons
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
     worst = 0.0
     with torch.no_grad(), preserved(model):
-        for _ in range(calls):
+        for _ in range(CALLS):  # also where it seems to keep no state
             wanted, seen = _recorded(model, lowered, args)
             _add_feedback(lowered, seen, last)
             observer = _Observer(lowered, seen, found, sizes)
@@ -95,9 +94,7 @@ def compared(
     return Agreement(worst, worst, tuple(n for n in found.values() if n.spikes))
 
 
-def _sizes(
-    engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]
-) -> tuple[int, int | None]:
+def _sizes(engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[int, int | None]:
     """Time steps of a whole forward, and the first axis of its batch."""
     steps, batch = max(1, lowered.program.fixed_steps), None
     for at, which in enumerate(lowered.taken):
@@ -108,7 +105,9 @@ def _sizes(
     return steps, batch
 
 
-def _recorded(model: nn.Module, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[Any, dict[str, _Seen]]:
+def _recorded(
+    model: nn.Module, lowered: Lowered, args: tuple[Tensor, ...]
+) -> tuple[Any, dict[str, _Seen]]:
     seen = {probe.name: _Seen([], []) for probe in lowered.probes.values()}
 
     def record(name: str) -> Any:

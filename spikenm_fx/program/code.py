@@ -6,7 +6,8 @@ opened (``net_model.cpp``), and runs the operations in their order.  Layout of t
 
 .. code-block:: text
 
-    8 words        version, values, operations, outputs, fixed steps, only steps, only images, inputs
+    8 words        version, values, operations, outputs, fixed steps, only steps, only images,
+                   inputs
     5 per value    bits, timed, height, width, channels
     26 per port    value, rank, 8 x (role, size, joined): each input, then each output
     32 per op      code, in, in, out, out, 4 tensors, what :class:`Op` calls settings

@@ -13,13 +13,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.program.axes import Atom, Axes, Layout, fresh
 from spikenm_fx.program.code import Code, Op
 
-__all__ = ["REST", "Draft", "NotLowered", "Partial", "Ref", "Rest", "State", "Value"]
+__all__ = ["REST", "Draft", "First", "NotLowered", "Partial", "Ref", "Rest", "State", "Value"]
 
 
 class NotLowered(PackError):
@@ -28,11 +28,12 @@ class NotLowered(PackError):
     Args:
         where: qualified name of the part, or "".
         why: a sentence.
+        carries: it is one that does not hold where a loop's steps are read with what they carry.
     """
 
-    def __init__(self, where: str, why: str) -> None:
+    def __init__(self, where: str, why: str, *, carries: bool = False) -> None:
         super().__init__(f"{where}: {why}" if where else why)
-        self.where, self.why = where, why
+        self.where, self.why, self.carries = where, why, carries
 
 
 @dataclass(eq=False, slots=True)
@@ -84,6 +85,19 @@ class State:
 
     neuron: str
     step: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class First:
+    """What the first step of a loop made.
+
+    Attributes:
+        node: that made it.
+        shape: of it.
+    """
+
+    node: fx.Node
+    shape: tuple[int, ...] | None
 
 
 class Rest:
@@ -281,7 +295,9 @@ class Draft:
         steps = {ref.step for ref in refs if ref.step is not None}
         whole = any(self.time in ref.atoms for ref in refs if self.time is not None)
         if len(steps) > 1 or (steps and whole):
-            raise NotLowered(where, "it mixes time steps, so that it has no order of its own")
+            raise NotLowered(
+                where, "it mixes time steps, so that it has no order of its own", carries=True
+            )
         return steps.pop() if steps else None
 
     def mean_of(self, ref: Ref) -> Ref | None:

@@ -145,9 +145,7 @@ class Engine(nn.Module):
         """
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
-    def _call(
-        self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], *, step: bool
-    ) -> Any:
+    def _call(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], *, step: bool) -> Any:
         if len(inputs) == len(self._names) == 1 and not named:
             x = inputs[0]
             plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
@@ -169,9 +167,7 @@ class Engine(nn.Module):
         found = self._net.call(ready, step=step, threads=kernel_threads())
         return found[0] if self._result == "tensor" else self._returned(found)
 
-    def _bound(
-        self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _bound(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The inputs that the program reads, in order."""
         given = dict(zip(self._names, inputs, strict=False))
         wrong = [n for n in named if n in given or n not in self._names]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +13,17 @@ from torch import Tensor
 from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import POINTWISE, Code
-from spikenm_fx.program.draft import Partial, Ref, State, Value
+from spikenm_fx.program.draft import NotLowered, Partial, Ref, Rest, State, Value
 from spikenm_fx.program.neurons import Returned
 from spikenm_fx.program.pools import POOLS, pooled
-from spikenm_fx.program.products import PRODUCTS, broadcast, sliced, summed, with_constant
+from spikenm_fx.program.products import (
+    PRODUCTS,
+    broadcast,
+    per_number,
+    sliced,
+    summed,
+    with_constant,
+)
 from spikenm_fx.program.strided import distances
 
 __all__ = ["FUNCTIONS"]
@@ -274,6 +282,8 @@ def _sub(call: Call) -> Lowered:
         return with_constant(call, a, 1.0, -b)
     if isinstance(a, Tensor):
         return with_constant(call, b, -1.0, a)
+    if isinstance(a, Ref) and a == b:
+        return 0.0  # as soft - soft.detach(), which hands a gradient on
     if isinstance(b, int | float):
         return _scaled(call, a, 1.0, -float(b))
     if isinstance(a, int | float):
@@ -359,7 +369,8 @@ def _alike(a: Ref, b: Ref) -> bool:
 def _cat(call: Call) -> Ref:
     members, axis = call.args[0], call.get(1, "dim", 0)
     if len(members) < 2 or not all(isinstance(m, Ref) for m in members):
-        raise call.refuse("it joins what are no values of the program")
+        why = "it joins what are no values of the program"
+        raise NotLowered(call.where, why, carries=any(isinstance(m, Rest) for m in members))
     joined: Ref = members[0]
     for other in members[1:]:
         joined = _cat_two(call, joined, other, axis % len(joined.axes))
@@ -436,6 +447,76 @@ def _softmax(mode: int) -> Function:
     return lowered
 
 
+COMPARED = {"gt": 0, "ge": 1, "lt": 2, "le": 3}
+TURNED = {0: 2, 1: 3, 2: 0, 3: 1}  # the same with operands the other way round
+
+
+def _compare(name: str) -> Function:
+    """Spikes where one passes the other."""
+
+    def lowered(call: Call) -> Ref:
+        a, b, mode = call.args[0], call.args[1], COMPARED[name]
+        if not isinstance(a, Ref):
+            a, b, mode = b, a, TURNED[mode]
+        if isinstance(b, Ref):
+            call.args = (a, b)
+            return _above(call, _joined(call, 1), mode, torch.zeros(1))
+        return _above(call, a, mode, torch.as_tensor(b))
+
+    return lowered
+
+
+def _above(call: Call, given: Any, mode: int, threshold: Tensor) -> Ref:
+    if not isinstance(given, Ref) or given.value.layout.channels is None:
+        raise call.refuse("it comes before any layer, so that its channels are not known")
+    row = per_number(call, given, threshold)
+    if row.numel() > 1:
+        whole = math.prod(given.value.layout.size)
+        row = row.repeat(whole // row.numel())
+    stored = call.draft.keep("threshold", row.reshape(1, -1).contiguous())
+    source, layout = call.draft.floats(given), given.value.layout
+    made = call.draft.apply(
+        Code.COMPARE, layout, source, settings=(mode,), tensors=(stored,), bits=True
+    )
+    return replace(given, value=made, step=call.draft.step_of(call.where, given))
+
+
+def _surrogate(call: Call) -> Ref:
+    """A step function of the user's own: which one, a few numbers tell."""
+    probe = torch.tensor([-1.0, -1e-6, 0.0, 1e-6, 1.0])
+    rest = call.args[1:]
+    if not callable(call.node.target) or any(isinstance(leaf, Ref) for leaf in rest):
+        raise call.refuse("its step function takes a threshold that is computed")
+    with torch.no_grad():
+        try:
+            found = call.node.target(probe, *rest, **call.kwargs)
+        except Exception as error:
+            raise call.refuse(f"its step function does not run on five numbers: {error}") from None
+    for mode, spikes in ((0, probe > 0), (1, probe >= 0)):
+        if isinstance(found, Tensor) and torch.equal(found.float(), spikes.float()):
+            return _above(call, call.args[0], mode, torch.zeros(1))
+    raise call.refuse("its step function is none that fires from 0 on")
+
+
+def _where(call: Call) -> Lowered:
+    """One number or the other, as spikes say."""
+    spikes, a, b = call.args[:3]
+    if not isinstance(spikes, Ref) or not spikes.value.bits:
+        raise call.refuse("it chooses by something else than spikes")
+    parts = []
+    for given, mode in ((a, 2), (b, 3)):
+        if isinstance(given, Ref):
+            call.args = (spikes, given)
+            parts.append(_joined(call, mode))
+        elif isinstance(given, int | float):
+            factor, shift = (given, 0.0) if mode == 2 else (-given, given)
+            parts.append(_scaled(call, spikes, float(factor), float(shift)))
+        else:
+            raise call.refuse("it chooses between tensors of the model")
+    call.args = tuple(parts)
+    return _joined(call, 0)
+
+
 FUNCTIONS: dict[str, Function] = {
     **dict.fromkeys(("detach", "clone", "contiguous", "identity", "dropout", "alias"), _same),
     **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d"), _same),
@@ -463,6 +544,10 @@ FUNCTIONS: dict[str, Function] = {
     "cat": _cat,
     "relu": _relu,
     **{name: _pointwise(name) for name in POINTWISE},
+    **{name: _compare(name) for name in COMPARED},
+    "surrogate": _surrogate,
+    "where": _where,
+    "neg": lambda call: _scaled(call, call.args[0], -1.0, 0.0),
     "softmax": _softmax(0),
     "log_softmax": _softmax(1),
     **POOLS,

@@ -23,13 +23,14 @@ from spikenm_fx.pattern import NM, is_weight_layer
 from spikenm_fx.program.axes import Atom, Layout
 from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
-from spikenm_fx.program.draft import REST, Draft, NotLowered, Partial, Ref, State
+from spikenm_fx.program.draft import REST, Draft, First, NotLowered, Partial, Ref, State
 from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
-from spikenm_fx.program.order import ordered
+from spikenm_fx.program.order import needed, ordered
+from spikenm_fx.program.rolled import Rolled
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
-from spikenm_fx.trace.analysis.nodes import readers
+from spikenm_fx.trace.analysis.nodes import op_name_or_none, readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name
 from spikenm_fx.trace.neurons.recurrent import Recurrence, linear_of
 
@@ -128,11 +129,26 @@ def lower(
         NotLowered: naming the part that has no operation, and why.
         PackError: for a weight that cannot be packed.
     """
-    return _Lowering(model, graph, dtype, nm).run()
+    try:
+        return _Lowering(model, graph, dtype, nm).run()
+    except NotLowered as plain:
+        try:
+            return _Lowering(model, graph, dtype, nm, rolled=True).run()
+        except NotLowered as error:
+            error.carries = plain.carries
+            raise error if plain.carries else plain from None
 
 
 class _Lowering:
-    def __init__(self, model: nn.Module, graph: SpikingGraph, dtype: Any, nm: NM | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: SpikingGraph,
+        dtype: Any,
+        nm: NM | None,
+        *,
+        rolled: bool = False,
+    ) -> None:
         if graph.operations is None:
             raise NotLowered("", "it was not traced: give example inputs")
         self.model, self.graph = model, graph
@@ -145,6 +161,7 @@ class _Lowering:
         self.draft = Draft(model)
         self.layers = Layers(self.draft, dtype, nm)
         self.neurons = Neurons(self.draft, self.layers, specs, calls)
+        self.rolled = Rolled(self.draft, self.nodes) if rolled else None
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[Ref] = []
         self.given: int = 0
@@ -159,6 +176,8 @@ class _Lowering:
             self.env[node] = self._visit(node)
         if not self.inputs:
             raise NotLowered("", "its forward reads no tensor that was given")
+        if self.rolled is not None:
+            self.rolled.finish()
         self._check_time()
         self.layers.store()
         program = self._program()
@@ -191,21 +210,25 @@ class _Lowering:
         if node.op == "output":
             return self._output(self._values(node.args[0]))
         if node.op == "get_attr":
-            return self._attribute(str(node.target))
+            return self._attribute(node)
         if node.op == "call_module":
             return self._module(node, str(node.target))
         name = op_name(node)
         where = f"{name} in {node.meta.get('scope') or 'the forward'}"
-        if node.meta.get("fires"):
-            raise NotLowered(
-                where,
-                "a neuron is code in a forward there; put it into a module and describe that with "
-                "spikenm_fx.trace.register_neuron(cls, read=...)",
-            )
-        if name in _ZEROS:
+        if node.meta.get("fires") and self.rolled is None:
+            raise NotLowered(where, "a neuron is code in a forward there", carries=True)
+        if self.rolled is not None:
+            if name in _ZEROS and node.meta["value"].shape is not None:
+                return torch.zeros(node.meta["value"].shape)
+            leaves = tree_flatten((self._values(node.args), self._values(node.kwargs)))[0]
+            if self.rolled.is_first(leaves):
+                return self.rolled.first(node)
+        elif name in _ZEROS:
             return REST
         constant = self._constant(node)
         if constant is not None:
+            if self.rolled is not None:
+                self.rolled.constants[node] = constant
             return constant
         if name in _LAYERS:
             return self._functional(self._call(node, where), name)
@@ -255,7 +278,16 @@ class _Lowering:
         info = node.meta.get("value")
         shape = None if info is None else info.shape
         args = tuple(self._values(arg) for arg in node.args)
-        return Call(self.draft, node, where, args, self._values(node.kwargs), shape)
+        kwargs = self._values(node.kwargs)
+        if self.rolled is not None and op_name_or_none(node) == "stack":
+            args = (self.rolled.stacked(args[0]), *args[1:])
+        elif (
+            self.rolled is not None
+            and str(node.target) not in self.neurons.specs
+            and op_name_or_none(node) != "getitem"  # of steps that were taken apart
+        ):
+            args, kwargs = self.rolled.settled(node, args, kwargs)
+        return Call(self.draft, node, where, args, kwargs, shape)
 
     def _values(self, arg: Any) -> Any:
         if isinstance(arg, fx.Node):
@@ -282,18 +314,31 @@ class _Lowering:
         self.taken.append(place)
         return self.inputs[-1]
 
-    def _attribute(self, target: str) -> Any:
-        """A parameter or buffer; what is empty or zero may be a state at rest."""
+    def _attribute(self, node: fx.Node) -> Any:
+        """A parameter, buffer or constant; what is empty or zero may be a state at rest."""
         found: Any = self.model
-        for part in target.split("."):
+        for part in str(node.target).split("."):
             found = getattr(found, part, None)
+        if found is None:
+            found = node.meta.get("tensor")
         is_state = isinstance(found, Tensor) and not isinstance(found, nn.Parameter)
-        if is_state and not bool(found.any()):
+        if self.rolled is None and is_state and not bool(found.any()):
             return REST
         return found
 
     def _module(self, node: fx.Node, name: str) -> Any:
         module = node.meta["module"]
+        if self.rolled is not None:
+            leaves = tree_flatten((self._values(node.args), self._values(node.kwargs)))[0]
+            if self.rolled.is_first(leaves):
+                if name in self.neurons.specs:
+                    self.neurons.pass_first(name)
+                return self.rolled.first(node)
+            if name not in self.neurons.specs and all(isinstance(x, Tensor) for x in leaves):
+                with torch.no_grad():  # of what the first step starts with
+                    made: Tensor = module(*self._values(node.args))
+                self.rolled.constants[node] = made
+                return made
         call = self._call(node, name or type(module).__name__)
         if name in self.neurons.specs:
             given = (*call.args[1:], *call.kwargs.values())
@@ -337,6 +382,8 @@ class _Lowering:
                 "the model returns its state; let the forward return spikes or membranes alone, a "
                 "program keeps states itself",
             )
+        if isinstance(given, First):
+            raise NotLowered("", "the model returns what its first time step made")
         if isinstance(given, Partial):
             raise NotLowered("", "the model returns a sum over some of the time steps")
         if not isinstance(given, Ref):
@@ -393,7 +440,7 @@ class _Lowering:
         for op in self.draft.ops:
             if op.code is Code.NEURON and op.outputs[1] not in used:
                 op.outputs = op.outputs[:1]
-        ops = ordered(self.draft.ops)
+        ops = ordered(needed(self.draft.ops, {port.value for port in outputs}))
         return Program(types, ops, ports, outputs, self.draft.constant_steps)
 
     def _unfolded(self) -> list[Ref]:

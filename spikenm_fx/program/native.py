@@ -199,9 +199,7 @@ class Net:
             index: of the input.
         """
         shape, free, axis = (_i64 * RANK)(), (_i32 * RANK)(), _i32()
-        rank = self._library.spikenm_input_at(
-            self._handle, index, shape, ctypes.byref(axis), free
-        )
+        rank = self._library.spikenm_input_at(self._handle, index, shape, ctypes.byref(axis), free)
         return tuple(shape[:rank]), axis.value, tuple(bool(f) for f in free[:rank])
 
     def level(self, level: int) -> bool:

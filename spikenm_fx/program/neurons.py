@@ -14,9 +14,10 @@ from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.engine.neuron import NeuronRule
 from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
-from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest, State, Value
+from spikenm_fx.program.draft import Draft, First, NotLowered, Ref, Rest, State, Value
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.trace import NeuronSpec
+from spikenm_fx.trace.analysis.nodes import op_name_or_none
 from spikenm_fx.trace.neurons.recurrent import Recurrence, recurrence_of
 
 __all__ = ["Neurons", "Returned"]
@@ -98,6 +99,10 @@ class Neurons:
         shows = spec.framework == "snntorch" and spec.synapse is None
         return Returned(spikes, membrane if shows else State(name, step or 0))
 
+    def pass_first(self, name: str) -> None:
+        """A neuron's call in the first step of a loop, which the others tell enough of."""
+        self.draft.steps[name] = self.draft.steps.get(name, 0) + 1
+
     def _refuse(self, name: str, module: Any, spec: NeuronSpec, ref: Ref) -> None:
         what = f"{spec.framework} {spec.class_name}"
         if not spec.exact:
@@ -134,6 +139,11 @@ class Neurons:
         return True
 
     def _state(self, name: str, given: Any) -> Any:
+        if isinstance(given, First):
+            node = given.node
+            while op_name_or_none(node) == "getitem":
+                node = node.all_input_nodes[0]
+            return State(name, 0) if str(node.target) == name else given
         if isinstance(given, tuple):
             parts = [self._state(name, part) for part in given]
             return parts[0] if parts and all(type(p) is type(parts[0]) for p in parts) else given
@@ -222,7 +232,9 @@ class Neurons:
         if recurrence is None or recurrence.inputs is None:
             return ref
         sizes = tuple(map(size_of, ref.axes))
-        return self.layers.layer(recurrence.name(name, recurrence.inputs_key), recurrence.inputs, ref, sizes)
+        return self.layers.layer(
+            recurrence.name(name, recurrence.inputs_key), recurrence.inputs, ref, sizes
+        )
 
     def _fed_back(self, name: str, recurrence: Recurrence, spikes: Ref) -> Ref:
         """What a neuron adds to its input for its spikes of the step before."""

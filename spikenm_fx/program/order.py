@@ -7,7 +7,23 @@ from collections.abc import Sequence
 
 from spikenm_fx.program.code import Code, Op
 
-__all__ = ["loops_of", "ordered"]
+__all__ = ["loops_of", "needed", "ordered"]
+
+
+def needed(ops: Sequence[Op], outputs: set[int]) -> list[Op]:
+    """The operations that an output or a state needs, in their order.
+
+    Args:
+        ops: in an order in which each reads what those before it gave.
+        outputs: numbers of the values that the program gives.
+    """
+    kept: list[Op] = []
+    read = set(outputs)
+    for op in reversed(ops):
+        if op.code in (Code.NEURON, Code.RECALL, Code.STORE) or read & set(op.outputs):
+            kept.append(op)
+            read |= set(op.inputs)
+    return kept[::-1]
 
 
 def ordered(ops: Sequence[Op]) -> list[Op]:

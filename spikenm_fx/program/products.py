@@ -21,7 +21,7 @@ from spikenm_fx.program.draft import Ref, Value
 from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.strided import COPY, MULTIPLY, Group, distances, laid_out, nested, strided
 
-__all__ = ["PRODUCTS", "broadcast", "sliced", "summed", "with_constant"]
+__all__ = ["PRODUCTS", "broadcast", "per_number", "sliced", "summed", "with_constant"]
 
 
 def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
@@ -41,7 +41,7 @@ def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
     if given.value.layout.channels is None:
         raise call.refuse("it comes before any layer, so that its channels are not known")
     step = call.draft.step_of(call.where, given)
-    rows = [_per_number(call, given, torch.as_tensor(x)) for x in (factor, shift)]
+    rows = [per_number(call, given, torch.as_tensor(x)) for x in (factor, shift)]
     size = max(row.numel() for row in rows)
     if size > 1:
         whole = math.prod(given.value.layout.size)
@@ -50,8 +50,17 @@ def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
     return Ref(call.draft.scaled(given, rows[0], rows[1]), given.axes, step)
 
 
-def _per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
-    """One number, one for each channel, or one for each number of a token, as these lie."""
+def per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
+    """One number, one for each channel, or one for each number of a token, as these lie.
+
+    Args:
+        call: the operation.
+        ref: what it works on.
+        constant: of any shape that torch would broadcast with ``ref``.
+
+    Raises:
+        NotLowered: where it differs between time steps or samples.
+    """
     constant = constant.detach().float()
     if constant.numel() == 1:
         return constant.reshape(1)

@@ -98,9 +98,12 @@ def _looks_like_neuron(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict) or _has_weights(module):
         return False
     parts = list(nn.Module.modules(module))
+    around = any(adapter.owns(part) for part in parts[1:] for adapter in ADAPTERS)
+    if around and _memories(module):
+        return False  # it keeps a state of its own beside that of a neuron: code around it
     if any(_reaches_surrogate(part) for part in parts):
         return True
-    if any(adapter.owns(part) for part in parts[1:] for adapter in ADAPTERS):
+    if around:
         return len(list(module.children())) == 1  # a thin wrapper around one neuron
     names = set(vars(module)) | set(module._buffers) | set(_memories(module))
     resets = any(hasattr(module, name) for name in RESET_METHODS)
