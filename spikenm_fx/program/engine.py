@@ -20,8 +20,6 @@ from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
 
-_FLOAT = torch.float32
-
 
 class Engine(nn.Module):
     """A packed network as one native program.
@@ -96,7 +94,7 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(x, step=False)
+        return self._call(x, False)
 
     def step(self, x: Tensor) -> Any:
         """Run one time step, from the states that the last call left.
@@ -110,7 +108,7 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(x, step=True)
+        return self._call(x, True)
 
     def reset(self) -> None:
         """Put all neurons to rest."""
@@ -129,12 +127,11 @@ class Engine(nn.Module):
         """
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
-    def _call(self, x: Tensor, *, step: bool) -> Any:
-        plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
-        if plain and (step or self._folded is None) and x.is_contiguous():
+    def _call(self, x: Tensor, step: bool) -> Any:
+        if type(x) is Tensor and (step or self._folded is None):
             quick = self._net.quick(x, step, kernel_threads())
             if quick is not None:
-                return quick[0] if self._result == "tensor" else self._returned(quick)
+                return quick if self._result == "tensor" else self._returned(quick)
         if not isinstance(x, Tensor) or x.dtype != torch.float32 or x.device.type != "cpu":
             what = f"{x.dtype} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
             raise PackError(f"the input is {what}; an engine takes a float32 tensor on the CPU")
@@ -147,8 +144,8 @@ class Engine(nn.Module):
         found = self._net.call(x, step=step, threads=kernel_threads())
         return found[0] if self._result == "tensor" else self._returned(found)
 
-    def _returned(self, found: Iterable[Tensor]) -> Any:
-        given: list[Tensor | None] = list(found)
+    def _returned(self, found: Tensor | Iterable[Tensor]) -> Any:
+        given: list[Tensor | None] = [found] if isinstance(found, Tensor) else list(found)
         if not all(self._places):  # a state that the model returns, and the engine keeps
             outputs = iter(given)
             given = [next(outputs) if is_output else None for is_output in self._places]
