@@ -28,8 +28,9 @@ from spikenm_fx.bench.subjects import (
 from spikenm_fx.pack import PackReport, native_status, pack, packing
 from spikenm_fx.pack.check.agreement import agreement as layer_by_layer
 from spikenm_fx.pattern import NM
+from spikenm_fx.program import Engine
 
-__all__ = ["agreement", "main"]
+__all__ = ["agreement", "classes_of", "compiled_copy", "from_rest", "main"]
 
 
 def main(arguments: list[str]) -> None:
@@ -89,7 +90,7 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
     if options.int8:
         candidates["packed int8"] = pack(network.model, x, dtype=torch.int8)
     if not options.no_compile:
-        candidates["compiled"] = _compiled(network, x)
+        candidates["compiled"] = compiled_copy(network, x)
     row = {
         "network": name,
         "pattern": str(nm),
@@ -101,7 +102,7 @@ def _row(name: str, nm: NM, batch: int, options: Any) -> dict[str, Any]:
         "channels_last_mismatch": _channels_last_mismatch(network, x),
     }
     with torch.no_grad():
-        calls = {key: _call(network, model, x) for key, model in candidates.items()}
+        calls = {key: from_rest(network, model, x) for key, model in candidates.items()}
         seconds = interleaved(
             calls,
             repeats=options.repeats,
@@ -152,18 +153,35 @@ def _print(row: dict[str, Any]) -> None:
     )
 
 
-def _call(network: Network, model: nn.Module, x: Tensor) -> Callable[[], object]:
+def from_rest(network: Network, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A forward of the network, or of what was made of it, that forgets its state first.
+
+    Args:
+        network: with its reset.
+        model: eager, compiled or an engine.
+        x: its input.
+    """
     # A compiled module wraps the one that holds the state.
     target = getattr(model, "_orig_mod", model)
 
-    def call() -> object:
-        network.reset(target)
-        return model(x)
+    def call() -> Tensor:
+        if isinstance(target, Engine):
+            target.reset()
+        else:
+            network.reset(target)
+        found: Tensor = model(x)
+        return found
 
     return call
 
 
-def _compiled(network: Network, x: Tensor) -> nn.Module:
+def compiled_copy(network: Network, x: Tensor) -> nn.Module:
+    """A copy of the network's model behind ``torch.compile``, compiled for an input.
+
+    Args:
+        network: model and reset.
+        x: the input.
+    """
     module = copy.deepcopy(network.model)
     network.reset(module)
     compiled: Any = torch.compile(module, dynamic=False)
@@ -197,10 +215,10 @@ def agreement(network: Network, engine: nn.Module, x: Tensor) -> dict[str, float
         "layer_mismatch": max(neuron.share for neuron in found.neurons),
         "spike_mismatch_to_float64": _mismatch(spikes, exact),
         "eager_mismatch_to_float64": _mismatch(wanted, exact),
-        "same_predictions": float((_classes(output) == _classes(expected)).float().mean()),
-        "predictions_of_float64": float((_classes(output) == _classes(true)).float().mean()),
+        "same_predictions": float((classes_of(output) == classes_of(expected)).float().mean()),
+        "predictions_of_float64": float((classes_of(output) == classes_of(true)).float().mean()),
         "eager_predictions_of_float64": float(
-            (_classes(expected) == _classes(true)).float().mean()
+            (classes_of(expected) == classes_of(true)).float().mean()
         ),
         "largest_difference": float((output - expected).abs().max()),
     }
@@ -220,7 +238,12 @@ def _mismatch(spikes: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     return wrong / sum(value.numel() for value in others.values())
 
 
-def _classes(output: Tensor) -> Tensor:
+def classes_of(output: Tensor) -> Tensor:
+    """The class of each sample, of an output over steps or of their mean.
+
+    Args:
+        output: ``([T], samples, classes)``.
+    """
     return (output.mean(0) if output.dim() > 2 else output).argmax(-1)
 
 

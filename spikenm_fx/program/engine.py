@@ -20,8 +20,6 @@ from spikenm_fx.program.native import Net
 
 __all__ = ["Engine", "load_engine"]
 
-_FLOAT = torch.float32
-
 
 class Engine(nn.Module):
     """A packed network as one native program.
@@ -111,7 +109,7 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(inputs, named, step=False)
+        return self._call(inputs, named, False)
 
     def step(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Run one time step, from the states that the last call left.
@@ -126,7 +124,7 @@ class Engine(nn.Module):
         Raises:
             PackError: for an input that it does not take, by name.
         """
-        return self._call(inputs, named, step=True)
+        return self._call(inputs, named, True)
 
     def reset(self) -> None:
         """Put all neurons to rest."""
@@ -145,14 +143,13 @@ class Engine(nn.Module):
         """
         write_atomically(Path(path), lambda part: part.write_bytes(self.content))
 
-    def _call(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], *, step: bool) -> Any:
+    def _call(self, inputs: tuple[Tensor, ...], named: Mapping[str, Tensor], step: bool) -> Any:
         if len(inputs) == len(self._names) == 1 and not named:
             x = inputs[0]
-            plain = type(x) is Tensor and x.dtype is _FLOAT and x.is_cpu and not x.requires_grad
-            if plain and (step or self._folded is None) and x.is_contiguous():
+            if type(x) is Tensor and (step or self._folded is None):
                 quick = self._net.quick(x, step, kernel_threads())
                 if quick is not None:
-                    return quick[0] if self._result == "tensor" else self._returned(quick)
+                    return quick if self._result == "tensor" else self._returned(quick)
         else:
             inputs = self._bound(inputs, named)
         for x in inputs:
@@ -181,8 +178,8 @@ class Engine(nn.Module):
         given.update(named)
         return tuple(given[self._names[at]] for at in self._taken)
 
-    def _returned(self, found: Iterable[Tensor]) -> Any:
-        given: list[Tensor | None] = list(found)
+    def _returned(self, found: Tensor | Iterable[Tensor]) -> Any:
+        given: list[Tensor | None] = [found] if isinstance(found, Tensor) else list(found)
         if not all(self._places):  # a state that the model returns, and the engine keeps
             outputs = iter(given)
             given = [next(outputs) if is_output else None for is_output in self._places]

@@ -16,7 +16,7 @@ from spikenm_fx.native.library import native_library
 
 __all__ = ["Net", "Observer"]
 
-_empty_like = torch.empty_like
+_empty_like, _FLOAT = torch.empty_like, torch.float32
 
 RANK = 8
 MESSAGE = 512
@@ -36,11 +36,12 @@ class _Shape(ctypes.Structure):
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A call of one shape: what the library made of it, and tensors like its outputs."""
+    """A call of one shape: what the library made of it, its outputs' shapes, or one like it."""
 
     shape: tuple[int, ...]
     handle: int
-    like: tuple[Tensor, ...]
+    like: Tensor | None
+    outputs: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Net:
         self._last: list[_Prepared | None] = [None, None]  # of whole inputs, and of steps
         self._prepared: dict[tuple[bool, tuple[int, ...]], _Prepared] = {}
         self._go = self._library.snm_net_go
+        self._threads = 0
         self._pointer_array = _ptr * self.outputs
 
     def __del__(self) -> None:
@@ -123,35 +125,35 @@ class Net:
             self._known[key] = _Shapes(given, held, tuple(found))
         return self._known[key]
 
-    def quick(self, x: Tensor, step: bool, threads: int) -> tuple[Tensor, ...] | None:
-        """As :meth:`call`, of one input shaped as the last one.
+    def quick(self, x: Tensor, step: bool, threads: int) -> Tensor | list[Tensor] | None:
+        """As :meth:`call`, of one input shaped as the last one; an only output comes by itself.
 
         Nothing is looked up that need not be: a small network takes less time than that.
 
         Args:
-            x: as in :meth:`call`.
+            x: any input.
             step: it is one time step.
             threads: at most.
 
         Returns:
-            None where too many shapes were seen.
+            None where :meth:`call` must look at the input, or say what is wrong with it.
         """
+        if x.dtype is not _FLOAT or not x.is_cpu or x.requires_grad or not x.is_contiguous():
+            return None
         last = self._last[step]
         if last is None or x.shape != last.shape:
             last = self._prepare(x, step=step)
             if last is None:
                 return None
-        if len(last.like) == 1:
-            y = _empty_like(last.like[0])
-            found: tuple[Tensor, ...] = (y,)
-            code = self._go(last.handle, x.data_ptr(), y.data_ptr(), None, threads, self._message)
-        else:
-            found = tuple([_empty_like(like) for like in last.like])
-            pointers = self._pointer_array(*[y.data_ptr() for y in found])
-            code = self._go(last.handle, x.data_ptr(), None, pointers, threads, self._message)
-        if code:
-            self._raise_unless(-1)
-        return found
+        if threads != self._threads:
+            self._library.snm_net_threads(self._handle, threads)
+            self._threads = threads
+        if last.like is not None:
+            y = _empty_like(last.like)
+            return None if self._go(last.handle, x.data_ptr(), y.data_ptr()) else y
+        found = [torch.empty(size, dtype=_FLOAT, device="cpu") for size in last.outputs]
+        pointers = self._pointer_array(*[y.data_ptr() for y in found])
+        return None if self._go(last.handle, x.data_ptr(), pointers) else found
 
     def _prepare(self, x: Tensor, *, step: bool) -> _Prepared | None:
         shape = tuple(x.shape)
@@ -160,12 +162,13 @@ class Net:
             if len(self._prepared) >= _SHAPES:  # they live as long as the network
                 return None
             known = self._shapes((shape,), step=step)
-            like = tuple(torch.empty(size, dtype=torch.float32) for size in known.outputs)
             handle = self._library.snm_net_prepare(
                 self._handle, known.given, 1, int(step), self._message
             )
             self._raise_unless(0 if handle else -1)
-            found = self._prepared[step, shape] = _Prepared(shape, handle, like)
+            sizes = known.outputs
+            like = torch.empty(sizes[0], dtype=_FLOAT, device="cpu") if len(sizes) == 1 else None
+            found = self._prepared[step, shape] = _Prepared(shape, handle, like, sizes)
         self._last[step] = found
         return found
 
@@ -261,7 +264,9 @@ def _declared(library: Any) -> Any:
         library.snm_net_call.argtypes = [_ptr, _ptr, _ptr, _i32, _i32, _i64, _ptr, _text]
         library.snm_net_prepare.argtypes = [_ptr, _ptr, _i32, _i32, _text]
         library.snm_net_prepare.restype = _ptr
-        library.snm_net_go.argtypes = [_ptr, _ptr, _ptr, _ptr, _i64, _text]
+        library.snm_net_go.argtypes = [_ptr] * 3
+        library.snm_net_threads.argtypes = [_ptr, _i64]
+        library.snm_net_threads.restype = None
         library.snm_net_level.argtypes = [_ptr, _i32]
         library.snm_net_bytes.argtypes = [_ptr] * 3
         library.snm_net_op_bytes.argtypes = [_ptr, _i64]

@@ -34,6 +34,7 @@ class Chapter:
         command: what makes them.
         body: gets the files' contents, one argument each, and returns Markdown.
         about: what was measured, and what to conclude, without figures.
+        later: files that are shown as well once they are there.
     """
 
     title: str
@@ -41,6 +42,7 @@ class Chapter:
     command: str
     body: Callable[..., str]
     about: str = ""
+    later: tuple[str, ...] = ()
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -47,19 +47,23 @@ def page(folder: Path) -> str:
             f"{', '.join(lost)} in {folder}: read by no chapter; add a Chapter to "
             "spikenm_fx/bench/tables, or delete the file"
         )
-    return "\n".join([_HEAD, *(_text(chapter, folder) for chapter in CHAPTERS)])
+    return "\n".join([_HEAD, *filter(None, (_text(chapter, folder) for chapter in CHAPTERS))])
 
 
 def unread(folder: Path) -> list[str]:
     """Names of JSON files that no chapter reads."""
-    known = {f"{file}.json" for chapter in CHAPTERS for file in chapter.files}
+    known = {f"{file}.json" for chapter in CHAPTERS for file in chapter.files + chapter.later}
     return sorted({path.name for path in folder.glob("*.json")} - known)
 
 
 def _text(chapter: Chapter, folder: Path) -> str:
-    results = [_read(folder, name) for name in chapter.files]
+    there = [name for name in chapter.later if (folder / f"{name}.json").exists()]
+    files = [*chapter.files, *there]
+    if not files:
+        return ""
+    results = [_read(folder, name) for name in files]
     parts = [f"## {chapter.title}", chapter.about, chapter.body(*results)]
-    sources = zip(chapter.files, map(machine_of, results), strict=True)
+    sources = zip(files, map(machine_of, results), strict=True)
     parts.append("\n".join(f"- [{name}.json]({name}.json): {where}" for name, where in sources))
     parts.append(f"```\n{chapter.command}\n```")
     return "\n\n".join(part for part in parts if part) + "\n"

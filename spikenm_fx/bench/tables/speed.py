@@ -150,6 +150,28 @@ def _streams(*results: Result) -> str:
     return markdown(head, rows)
 
 
+OTHERS = {"eager": "eager", "compiled": "torch.compile", "engine": "`pack` alone"}
+"""What programs are compared with, and how tables call it."""
+
+
+def _programs(*results: Result) -> str:
+    head = ["", "network", "N:M", "batch", "firing", "program"]
+    rows = [
+        [_threads(result), row["network"], row["pattern"], row["batch"], percent(row["rate"])]
+        + [f"{row['ms']['program']:.1f} ms"]
+        + [_over(row, other) for other in OTHERS]
+        for result in results
+        for row in result["rows"]
+    ]
+    means = [
+        [_threads(result), key, times(group["mean"]), times(group["least"])]
+        for result in results
+        for key, group in result["summary"].items()
+    ]
+    whole = markdown(["", "programs", "geometric mean", "least"], means)
+    return f"{whole}\n\n{markdown([*head, *(f'over {o}' for o in OTHERS.values())], rows)}"
+
+
 def _over(row: dict[str, Any], key: str) -> str:
     return times(row[f"over_{key}"]) if f"over_{key}" in row else ""
 
@@ -238,13 +260,23 @@ CHAPTERS = (
     Chapter(
         "Streaming",
         ("stream-1t",),
-        "python -m spikenm_fx.bench stream --nmnist FILE --c-runtime FOLDER",
+        "python -m spikenm_fx.bench stream --nmnist FILE --c-runtime FOLDER (and --threads 2)",
         _streams,
         "One time step per call, states kept: `pack(model, x, program=True).step(frame)`. Weights "
         "that do not fit the caches, and large batches of images, gain least. Beside it the same "
         'with int8 weights, and with `memory="small"`, whose weights stay as they are stored: '
         "their time, and what they keep in memory. Below 1x the other one wins. The machine was "
         "shared with other work: ratios hold, times are long.",
+        later=("stream-2t",),
+    ),
+    Chapter(
+        "Networks as programs",
+        (),
+        "python -m spikenm_fx.bench programs (and --threads 2)",
+        _programs,
+        "T=4, a whole input per call: `pack(model, x, program=True)`, over eager and compiled "
+        "torch, and over the engine without a program, which times its kernels for each layer.",
+        later=("programs-1t", "programs-2t"),
     ),
     Chapter(
         "Instructions on aarch64",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "net_weights.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -16,16 +17,18 @@ bool is_vector(const NetTensor *t, int64_t size) {
 
 int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// At most eight bits, of which none lies beyond the memory.
 int64_t read_bits(const uint8_t *from, int64_t first, int64_t count) {
-  int64_t found = 0;
-  for (int64_t b = 0; b < count; ++b)
-    found |= static_cast<int64_t>(from[(first + b) / 8] >> ((first + b) % 8) & 1) << b;
-  return found;
+  const int64_t shift = first % 8;
+  uint32_t word = count ? from[first / 8] : 0;
+  if (shift + count > 8) word |= static_cast<uint32_t>(from[first / 8 + 1]) << 8;
+  return word >> shift & ((1u << count) - 1);
 }
 
 void write_bits(uint8_t *to, int64_t first, int64_t count, int64_t bits) {
-  for (int64_t b = 0; b < count; ++b)
-    to[(first + b) / 8] |= static_cast<uint8_t>((bits >> b & 1) << ((first + b) % 8));
+  const int64_t shift = first % 8;
+  to[first / 8] |= static_cast<uint8_t>(bits << shift);
+  if (shift + count > 8) to[first / 8 + 1] |= static_cast<uint8_t>(bits >> (8 - shift));
 }
 
 }  // namespace
@@ -80,21 +83,14 @@ float StoredWeight::value(int64_t at) const {
   return values->dtype == kF16 ? from_half(half) : from_brain(half);
 }
 
+// Where the taps of a row of the kernel lie, from its end.
+int64_t StoredWeight::place_of(int64_t tap) const { return tap / kw * kw + (kw - 1 - tap % kw); }
+
 // The row that holds a kept value: `at` runs over (tap, block, kept) of an output.
 int64_t StoredWeight::packed_row(int64_t output, int64_t at) const {
   const int64_t group = output / (outputs / groups);
   const int64_t j = at % keep, block = at / keep % blocks(), tap = at / keep / blocks();
-  const int64_t place = tap / kw * kw + (kw - 1 - tap % kw);
-  return ((group * blocks() + block) * taps + place) * keep + j;
-}
-
-int64_t StoredWeight::dense_row(int64_t output, int64_t at, int64_t position) const {
-  const int64_t group = output / (outputs / groups);
-  const int64_t block = at / keep % blocks(), tap = at / keep / blocks();
-  const int64_t stored = block * of + position;
-  const int64_t input = channels ? stored % pixels * channels + stored / pixels : stored;
-  const int64_t place = tap / kw * kw + (kw - 1 - tap % kw);
-  return (group * inputs + input) * taps + place;
+  return ((group * blocks() + block) * taps + place_of(tap)) * keep + j;
 }
 
 // Place of an output's position in a packed row.
@@ -103,42 +99,74 @@ int64_t StoredWeight::code_bit(int64_t output) const {
 }
 
 bool StoredWeight::lay_out(char *to, const NetLayerMemory &m, int64_t stride) const {
-  const int64_t group_outputs = outputs / groups, bits = position_bits(of), size = element();
-  uint8_t *codes = reinterpret_cast<uint8_t *>(to) + m.codes;
+  const int64_t group_outputs = outputs / groups, used = kept() * position_bits(of);
+  for (int64_t first = 0; first < outputs; first += kTogether)
+    if (!lay_out_some(to, m, stride, first, std::min(kTogether, outputs - first))) return false;
   for (int64_t o = 0; o < outputs; ++o) {
-    const int64_t lane = o % group_outputs, padded = o / group_outputs * stride + lane;
+    const int64_t padded = o / group_outputs * stride + o % group_outputs;
     const uint8_t *row = indices->data + o * indices->shape[1];
-    float factor = 1.0f;
-    if (scale) memcpy(&factor, scale->data + 4 * o, 4);
-    if (!std::isfinite(factor)) return false;
-    for (int64_t at = 0, before = -1; at < kept(); ++at) {
-      const int64_t position = read_bits(row, at * bits, bits);
-      if (at % keep == 0) before = -1;
-      if (position >= of || position <= before) return false;
-      before = position;
-      const bool within = at / keep % blocks() * of + position < inputs;
-      const float weight = value(o * kept() + at) * factor;
-      // Beyond the last input zeros fill up the last, shorter block.
-      if (!std::isfinite(weight) || (!within && weight != 0.0f)) return false;
-      if (m.form == kPackedRows) {
-        const int64_t r = packed_row(o, at);
-        memcpy(to + (r * group_outputs + lane) * size, values->data + (o * kept() + at) * size,
-               static_cast<size_t>(size));
-        write_bits(codes + r * m.code_bytes, code_bit(o), bits, position);
-      } else if (within && m.form == kDense8Rows) {
-        to[dense_row(o, at, position) * stride + lane] =
-            static_cast<char>(values->data[o * kept() + at]);
-      } else if (within) {
-        memcpy(to + 4 * (dense_row(o, at, position) * stride + lane), &weight, 4);
-      }
-    }
-    const int64_t used = kept() * bits;
     if (read_bits(row, used, indices->shape[1] * 8 - used)) return false;
     if (bias) memcpy(to + m.bias + 4 * padded, bias->data + 4 * o, 4);
     for (int64_t k = 0; k < kw && scale; ++k)
-      memcpy(to + m.scale + 4 * (k * groups * stride + padded), &factor, 4);
+      memcpy(to + m.scale + 4 * (k * groups * stride + padded), scale->data + 4 * o, 4);
   }
   return true;
+}
+
+// Outputs side by side, as many as share a line of the cache in rows of floats.
+bool StoredWeight::lay_out_some(char *to, const NetLayerMemory &m, int64_t stride, int64_t first,
+                                int64_t count) const {
+  const int64_t group_outputs = outputs / groups, bits = position_bits(of), all = kept();
+  int64_t group[kTogether], lane[kTogether], before[kTogether];
+  float factor[kTogether];
+  for (int64_t r = 0; r < count; ++r) {
+    group[r] = (first + r) / group_outputs, lane[r] = (first + r) % group_outputs;
+    factor[r] = 1.0f;
+    if (scale) memcpy(factor + r, scale->data + 4 * (first + r), 4);
+    if (!std::isfinite(factor[r])) return false;
+  }
+  int64_t at = 0;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t block = 0; block < blocks(); ++block)
+      for (int64_t j = 0; j < keep; ++j, ++at)
+        for (int64_t r = 0; r < count; ++r) {
+          const int64_t o = first + r, from = o * all + at;
+          const int64_t position = read_bits(indices->data + o * indices->shape[1], at * bits, bits);
+          if (position >= of || (j && position <= before[r])) return false;
+          before[r] = position;
+          const int64_t input = block * of + position;
+          const float weight = value(from) * factor[r];
+          // Beyond the last input zeros fill up the last, shorter block.
+          if (!std::isfinite(weight) || (input >= inputs && weight != 0.0f)) return false;
+          if (m.form == kPackedRows)
+            put_packed(to, m, ((group[r] * blocks() + block) * taps + place_of(tap)) * keep + j, o,
+                       from, position);
+          else if (input < inputs)
+            put_dense(to, m, dense_row(group[r], input, tap) * stride + lane[r], from, weight);
+        }
+  return true;
+}
+
+void StoredWeight::put_packed(char *to, const NetLayerMemory &m, int64_t row, int64_t output,
+                              int64_t from, int64_t position) const {
+  const int64_t group_outputs = outputs / groups, size = element();
+  memcpy(to + (row * group_outputs + output % group_outputs) * size, values->data + from * size,
+         static_cast<size_t>(size));
+  write_bits(reinterpret_cast<uint8_t *>(to) + m.codes + row * m.code_bytes, code_bit(output),
+             position_bits(of), position);
+}
+
+void StoredWeight::put_dense(char *to, const NetLayerMemory &m, int64_t at, int64_t from,
+                             float weight) const {
+  if (m.form == kDense8Rows)
+    to[at] = static_cast<char>(values->data[from]);
+  else
+    memcpy(to + 4 * at, &weight, 4);
+}
+
+int64_t StoredWeight::dense_row(int64_t group, int64_t stored, int64_t tap) const {
+  const int64_t input = channels ? stored % pixels * channels + stored / pixels : stored;
+  return (group * inputs + input) * taps + place_of(tap);
 }
 
 void StoredWeight::read_back(const char *from, const NetLayerMemory &m, uint8_t *to_values,

@@ -17,6 +17,9 @@ struct StoredWeight {
   int64_t pixels, channels;  // channels not 0: inputs run (channel, pixel), the value other way
 
   bool fits() const;
+  // Whether so few weights are kept that packed rows are faster than rows of floats: they are
+  // shorter even though a block is read for any of its inputs.
+  bool is_sparse() const { return values->dtype == kF32 && of <= 16 && 8 * keep <= of; }
   int64_t index_bytes() const { return outputs * ((kept() * position_bits(of) + 7) / 8); }
   // Rows of `stride` outputs of a group; `small` keeps them packed.  False if it is too large.
   bool plan(bool small, int64_t stride, NetLayerMemory *memory) const;
@@ -30,8 +33,16 @@ struct StoredWeight {
   int64_t blocks() const { return (inputs + of - 1) / of; }
   int64_t kept() const { return taps * blocks() * keep; }  // of one output
   int64_t element() const { return values->dtype == kF32 ? 4 : values->dtype == kI8 ? 1 : 2; }
+  static constexpr int64_t kTogether = 16;
+  bool lay_out_some(char *to, const NetLayerMemory &memory, int64_t stride, int64_t first,
+                    int64_t count) const;
+  void put_packed(char *to, const NetLayerMemory &memory, int64_t row, int64_t output, int64_t from,
+                  int64_t position) const;
+  void put_dense(char *to, const NetLayerMemory &memory, int64_t at, int64_t from,
+                 float weight) const;
   float value(int64_t at) const;
+  int64_t place_of(int64_t tap) const;
   int64_t packed_row(int64_t output, int64_t at) const;
-  int64_t dense_row(int64_t output, int64_t at, int64_t position) const;
+  int64_t dense_row(int64_t group, int64_t stored, int64_t tap) const;
   int64_t code_bit(int64_t output) const;
 };

@@ -25,6 +25,7 @@ struct spikenm_net {
   std::vector<float *> state_memory;
   int64_t state_images = -1;
   bool at_rest = true;
+  int64_t threads = 1;
   const snm_kernels *level = nullptr;
   NetSizes sizes;  // of the last call
   bool step = false, ran = false;
@@ -351,15 +352,21 @@ SNM_EXPORT snm_prepared *snm_net_prepare(spikenm_net *net, const NetShape *given
   return &net->prepared.back();
 }
 
-// As snm_net_call of one input; `outputs` may be null where there is one output, y.
-SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, float *y,
-                              float *const *outputs, int64_t threads, char *message) {
+// As snm_net_call of one input; `outputs`: the memory of the only output, or that of each.  What is wrong a call
+// of snm_net_call tells.
+SNM_EXPORT int32_t snm_net_go(snm_prepared *call, const float *x, void *outputs) {
   NetFailure fail;
-  const std::lock_guard<std::mutex> turn(call->net->turn);
-  if (run(call->net, &x, call->sizes, call->step, threads, outputs ? outputs : &y,
-          &fail))
-    return 0;
-  return told(fail, message);
+  spikenm_net *net = call->net;
+  float *only = static_cast<float *>(outputs);
+  float *const *each = net->model.outputs.size() == 1 ? &only : static_cast<float **>(outputs);
+  const std::lock_guard<std::mutex> turn(net->turn);
+  return run(net, &x, call->sizes, call->step, net->threads, each, &fail) ? 0 : -1;
+}
+
+// How many threads calls of snm_net_go may use from now on.
+SNM_EXPORT void snm_net_threads(spikenm_net *net, int64_t threads) {
+  const std::lock_guard<std::mutex> turn(net->turn);
+  net->threads = threads;
 }
 
 // Calls `observe` after each operation with its number, its first input and its output.
