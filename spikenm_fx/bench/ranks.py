@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import tempfile
 import warnings
@@ -61,9 +62,21 @@ def agreement(device: str, ranks: int) -> dict[str, Any]:
     Args:
         device: ``"cuda"`` or ``"cpu"``.
         ranks: at most as many as there are devices.
+
+    Raises:
+        RuntimeError: if a rank fails.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_rank, (device, ranks, folder), nprocs=ranks)
+        context = multiprocessing.get_context("spawn")  # CUDA does not live through a fork
+        each = [
+            context.Process(target=_rank, args=(r, device, ranks, folder)) for r in range(ranks)
+        ]
+        for process in each:
+            process.start()
+        for process in each:
+            process.join()
+        if any(process.exitcode for process in each):
+            raise RuntimeError("a rank has failed; what it said stands above")
         found: dict[str, Any] = json.loads(Path(folder, "found.json").read_text())
     return found
 
