@@ -147,14 +147,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """Step time, launches and agreement with the CPU on CUDA devices; says where there is none.
+    """Step time, launches and agreement with the CPU on a CUDA device; says where there is none.
 
     It uses the torch that is there, which ``--no-venv`` makes that of the calling environment.
     """
     if session.virtualenv.is_sandboxed:
         install_package(session)
     session.run("python", "-m", "spikenm_fx.bench", "gpu", *session.posargs)
-    session.run("python", "-m", "spikenm_fx.bench", "ranks")  # over NCCL, where there are two
 
 
 @nox.session

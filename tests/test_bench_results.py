@@ -7,7 +7,7 @@ from argparse import ArgumentParser
 import pytest
 import torch
 
-from spikenm_fx.bench import dispatch, gpu, ranks
+from spikenm_fx.bench import dispatch, gpu
 from spikenm_fx.bench.measure import add_resuming, measured
 from spikenm_fx.bench.versions import Version, versions
 
@@ -82,15 +82,3 @@ def test_without_a_device_nothing_is_claimed(tmp_path, capsys):
     saved = json.loads((tmp_path / "gpu.json").read_text())
     assert saved["status"] == gpu.NOT_MEASURED
     assert "steps" not in saved
-    ranks.main(["--out", str(tmp_path)])
-    assert "two CUDA devices are needed" in capsys.readouterr().out
-    assert not (tmp_path / "ranks.json").exists()
-
-
-@pytest.mark.slow
-def test_ranks_are_compared_with_one_process():
-    """What runs over NCCL where there are devices is tried over Gloo."""
-    for way, row in ranks.agreement("cpu", 2).items():
-        assert row["steps_with_other_masks"] == 0, way
-        assert row["credits_off"] < 1e-12
-        assert 0 < row["float32_credits_off"] < 0.05
