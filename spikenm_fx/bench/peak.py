@@ -37,7 +37,7 @@ BATCH = 32
 def main(arguments: Sequence[str]) -> None:
     """Memory of each verb in a fresh process, in units of the fp32 weight; a long run.
 
-    Resident memory, as the system counts it, and that of all tensors, to ``results/peak.json``.
+    Resident memory, as the system counts it, and all tensors.  Writes ``results/peak.json``.
     """
     parser = argparse.ArgumentParser(prog="spikenm_fx.bench peak", description=__doc__)
     parser.add_argument("--width", type=positive, default=8192)
