@@ -336,7 +336,7 @@ def test_spiking_networks_with_eid_compile_whole(fullgraph: bool, examples: bool
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_compiled_optimizer_step() -> None:
-    """``torch.compile`` of ``optimizer.step``: the same run, and nothing of the masks is compiled."""
+    """``torch.compile`` of ``optimizer.step``: the same run, and no code of masks is compiled."""
     models = [sparse_spiking(), sparse_spiking()]
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     torch.compiler.reset()
