@@ -337,6 +337,23 @@ def test_spiking_networks_with_eid_compile_whole(fullgraph: bool, examples: bool
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_compiled_optimizer_step() -> None:
+    """``torch.compile`` of ``optimizer.step``: the same run, and no code of masks is compiled."""
+    models = [sparse_spiking(), sparse_spiking()]
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
+    torch.compiler.reset()
+    step = torch.compile(lambda: optimizers[0].step(), backend="eager")
+    for x in sequences(3):
+        optimizers[0].zero_grad()
+        models[0](x).square().mean().backward()
+        step()
+        train_step(models[1], optimizers[1], x)
+    torch.compiler.reset()
+    assert step_of(models[0]) == 3
+    assert same(models[0].state_dict(), models[1].state_dict())
+
+
 # -- torch.export, torch.jit, torch.fx ------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 import functools
 import sys
 import weakref
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from spikenm_fx._torch import disable_dynamo, dynamo_is_imported
 from spikenm_fx.errors import PlanError, no_module
 from spikenm_fx.masks.eid.guide import refresh_together
 from spikenm_fx.masks.layer import MaskedWeight
@@ -46,8 +48,19 @@ __all__ = ["install", "step"]
 @functools.cache
 def install() -> None:
     """Register the two hooks, once for the process."""
-    register_optimizer_step_pre_hook(_before)
-    register_optimizer_step_post_hook(_after)
+    register_optimizer_step_pre_hook(_never_compiled(_before))
+    register_optimizer_step_post_hook(_never_compiled(_after))
+
+
+def _never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled ``optimizer.step()`` calls it as it is; dynamo is not imported for that."""
+    left_out = disable_dynamo(hook)
+
+    @functools.wraps(hook)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return (left_out if dynamo_is_imported() else hook)(*args, **kwargs)
+
+    return called
 
 
 def step(model: nn.Module) -> None:
