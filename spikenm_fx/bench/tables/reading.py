@@ -38,11 +38,12 @@ def _further(result: Result) -> str:
         if row["error"]:
             rows.append((name, row["error"], *[""] * (len(head) - 2)))
             continue
+        ratio = row.get("ratio", row["model_ms"] / row["engine_ms"])
         rows.append((
             name, row["layers"], f"{row['neurons']} / {row['there']}",
             f"{row['edges']}, {row['wrong']}, {row['missed']}",
             f"{row['sparse']} / {row['sparse_without']}", "equal" if row["folded"] else "differs",
-            f"{row['difference']:.1g}", f"{row['ratio']:.2f} ({row['form']})",
+            f"{row['difference']:.1g}", f"{ratio:.2f} ({row['form']})",
         ))  # fmt: skip
         only = [f"`{layer}` ({why})" for layer, why in row.get("only_without", {}).items()]
         notes += [f"- {row['network']}: {', '.join(only)}"] if only else []
@@ -52,6 +53,12 @@ def _further(result: Result) -> str:
         told = (
             "\n\nLayers that become N:M without examples alone, each with what the examples show:"
             "\n\n" + "\n".join(notes)
+        )
+    earlier = [row["network"] for row in result["rows"] if "ratio" not in row]
+    if earlier:
+        told += (
+            "\n\nMeasured with an earlier version, where times are those that `pack` took itself: "
+            f"{', '.join(earlier)}."
         )
     return f"{right} of {len(result['cases'])} cases right.\n\n{markdown(head, rows)}{told}"
 
