@@ -5,8 +5,8 @@ A neuron that is code in a forward, a readout that integrates, spikes that are f
 these carry values from step to step.  The second step of the loop says what every step does; where
 it reads what the first step made, there is a state.  Which value of a step is stored for the next
 one shows in the third step, which reads it in the same place.  What the first step was given
-instead is how the state starts.  The first step itself is not looked at otherwise: the comparison of the
-program with the model tells whether it was like the others.
+instead is how the state starts.  The first step itself is not looked at otherwise: the comparison
+of the program with the model tells whether it was like the others.
 """
 
 from __future__ import annotations
