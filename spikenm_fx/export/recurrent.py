@@ -21,4 +21,5 @@ def own_recurrence(module: nn.Module, spec: NeuronSpec) -> Recurrence | None:
         spec: as it was read.
     """
     found = recurrence_of(module, spec) if is_own_class(module, "snntorch", "RLeaky") else None
-    return found if found is not None and is_weight_layer(found.feedback) else None
+    layer = None if found is None else found.feedback
+    return found if isinstance(layer, nn.Module) and is_weight_layer(layer) else None

@@ -214,7 +214,9 @@ class _Reader:
         self.calls[name] += 1
         self._feed(name, flow, step=step, neuron=True)
         if recurrence is not None:
-            self._part(recurrence.name(name), "layer", flow.shape, recurrence.feedback)
+            layer = recurrence.feedback
+            assert isinstance(layer, nn.Module)
+            self._part(recurrence.name(name), "layer", flow.shape, layer)
             self.seen[recurrence.name(name)].append((None, frozenset([(name, 0)])))
             self.seen[name][-1] = (step, self.seen[name][-1][1] | {(recurrence.name(name), 1)})
         out = Flow(((name, step),), flow.lead, flow.shape)

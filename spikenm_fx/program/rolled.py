@@ -204,7 +204,8 @@ class Rolled:
         if given.shape == shape and op_name(node) != "cat":
             return old, like.axes
         if op_name(node) == "cat" and given.shape is not None and len(given.shape) == len(shape):
-            at = (args[1] if len(args) > 1 else node.kwargs.get("dim", 0)) % len(shape)
+            given_at: Any = args[1] if len(args) > 1 else node.kwargs.get("dim", 0)
+            at = int(given_at) % len(shape)
             alike = all(
                 a == b for i, (a, b) in enumerate(zip(shape, given.shape, strict=True)) if i != at
             )

@@ -51,7 +51,7 @@ class Given:
     @property
     def records_some_steps(self) -> bool:
         """Whether steps of a loop stand for others."""
-        nodes = [] if self.graph.operations is None else self.graph.operations.nodes
+        nodes: Any = [] if self.graph.operations is None else self.graph.operations.nodes
         return any(node.meta.get("repeats") for node in nodes)
 
 
