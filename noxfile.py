@@ -99,7 +99,7 @@ def sanitize(session: nox.Session) -> None:
         "UBSAN_OPTIONS": "halt_on_error=1",
     }
     # A sanitizer ends the process: what pytest captures of its last words would be lost.
-    visible = ("pytest", "-q", "--capture=sys")
+    visible = ("pytest", "-q", "--capture=sys", "--hypothesis-profile", "quick")
     session.run("python", "-m", *visible, *(session.posargs or KERNEL_TESTS), env=checked)
 
 

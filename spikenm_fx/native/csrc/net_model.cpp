@@ -19,15 +19,6 @@ bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
-// Whether vectors look numbers up in a table here.
-bool picks_quickly() {
-#if defined(SNM_X86)
-  return snm_level(1) != nullptr;
-#else
-  return true;  // 64-bit Arm
-#endif
-}
-
 }  // namespace
 
 NetMemory::~NetMemory() { free(at_); }
@@ -255,8 +246,7 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
                          w[kLayerFlat] == 2 ? in.c : 0};
   if (!stored.fits()) return (*fail)("the weights of a layer are not what its program says");
   NetLayerMemory at = {};
-  const bool packs = small || (flat && stored.is_sparse() && picks_quickly());
-  if (!stored.plan(packs, op->group_stride, &at) || !memory.back().take(at.size))
+  if (!stored.plan(small, op->group_stride, &at) || !memory.back().take(at.size))
     return (*fail)("there is no memory for the weights of a layer");
   char *to = memory.back().bytes();
   op->form = at.form;

@@ -17,9 +17,6 @@ struct StoredWeight {
   int64_t pixels, channels;  // channels not 0: inputs run (channel, pixel), the value other way
 
   bool fits() const;
-  // Whether so few weights are kept that packed rows are faster than rows of floats: they are
-  // shorter even though a block is read for any of its inputs.
-  bool is_sparse() const { return values->dtype == kF32 && of <= 16 && 8 * keep <= of; }
   int64_t index_bytes() const { return outputs * ((kept() * position_bits(of) + 7) / 8); }
   // Rows of `stride` outputs of a group; `small` keeps them packed.  False if it is too large.
   bool plan(bool small, int64_t stride, NetLayerMemory *memory) const;
