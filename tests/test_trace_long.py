@@ -81,6 +81,32 @@ class Deep(nn.Module):
         return x
 
 
+class Lifted(nn.Module):
+    """A layer that is given the entries of the first axis one by one, as Norse's ``Lift`` does."""
+
+    def __init__(self, layer: nn.Module, take: str) -> None:
+        super().__init__()
+        self.layer, self.take = layer, take
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.take == "iteration":
+            return torch.stack([self.layer(part) for part in x])
+        return torch.stack([self.layer(x[t]) for t in range(x.shape[0])])
+
+
+class Fires(nn.Module):
+    """Neurons over the first axis of ``[T, B, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        v, out = torch.zeros_like(x[0]), []
+        for t in range(x.shape[0]):
+            v = v / 2 + x[t]
+            s = Fire.apply(v - 0.5)
+            v = v * (1 - s)
+            out.append(s)
+        return torch.stack(out)
+
+
 def told(graph: SpikingGraph) -> dict[str, object]:
     """What a trace says of layers, neurons and edges, apart from lengths and numbers of calls."""
     layers = {
@@ -126,6 +152,45 @@ def test_what_is_recorded_does_not_grow_with_the_steps(build) -> None:
         if (graph := trace(model, torch.rand(2, steps, width)).operations) is not None
     ]
     assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("take", ["index", "iteration"])
+def test_layers_without_state_are_lifted_over_time(take: str) -> None:
+    """A loop along the first axis, of the input or of stacked steps, is one over time."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(Lifted(nn.Linear(12, 16), take), Fires(), Lifted(nn.Linear(16, 16), take), Fires()),
+        Lifted(nn.Linear(16, 4), take),
+    )
+    x = 3 * torch.rand(80, 2, 12)
+    few, middle, many = (trace(model, x[:steps]) for steps in (6, 40, 80))
+    assert told(many) == told(few)
+    assert coupled(many) == coupled(few)
+    assert {r.calls for r in many.layers.values()} == {80}
+    counts = []
+    for graph in (middle, many):
+        assert graph.operations is not None
+        made = (n for n in graph.operations.nodes if n.op != "get_attr" and "getitem" not in n.name)
+        counts.append(len([n for n in made if "unbind" not in n.name]))
+    assert counts[0] == counts[1]
+
+
+def test_heads_are_no_steps() -> None:
+    """Parts of channels that come to lie along the first axis are recorded one by one."""
+
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.each, self.out = nn.Linear(8, 48), nn.Linear(4, 4), nn.Linear(48, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            heads = self.q(x).view(12, 12, 4).permute(1, 0, 2)
+            return self.out(torch.cat([self.each(heads[h]) for h in range(12)], -1))
+
+    graph = trace(Heads(), torch.rand(12, 8))
+    assert graph.operations is not None
+    called = [n for n in graph.operations.nodes if n.target == "each"]
+    assert len(called) == 12
 
 
 def test_depth_is_no_loop_over_time() -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from spikenm_fx.bench.frontier import gain_at_a_quarter
-from spikenm_fx.bench.tables import channels, learning, reading, speed
+from spikenm_fx.bench.tables import channels, learning, reading, running, speed
 from spikenm_fx.bench.tables.chapter import Chapter, Result, machine_of, percent, times
 from spikenm_fx.bench.tables.learning import accuracy_of
 from spikenm_fx.errors import SpikeNMError
@@ -19,6 +19,7 @@ CHAPTERS: tuple[Chapter, ...] = (
     *channels.CHAPTERS,
     *speed.CHAPTERS,
     *reading.CHAPTERS,
+    *running.CHAPTERS,
 )
 BEGIN = "<!-- figures: written by python -m spikenm_fx.bench tables -->"
 END = "<!-- end of figures -->"

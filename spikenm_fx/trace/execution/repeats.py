@@ -2,9 +2,11 @@
 """Notice that a model repeats itself: the steps of a loop over time are recorded a few times only.
 
 What is recorded is a sequence of operations, each with its place in the code and its inputs.  Where
-the last ones are tandem repeats of one block, and a step reads what the one before it made, that is
-a loop over time.  From there on an operation that repeats the one a period before it stands for the
-same nodes; the values go on to be computed.  The first operation that differs ends this.
+the last ones are tandem repeats of one block, and a step reads what the one before it made, or is
+given the next entry of the input's first axis, that is a loop over time, or over samples.  (A loop
+over parts of channels, as of heads, goes along another axis, and is recorded.)  From there on an
+operation that repeats the one a period before it stands for the same nodes; the values go on to be
+computed.  The first operation that differs ends this.
 """
 
 from __future__ import annotations
@@ -31,6 +33,22 @@ _PARTS = frozenset({"__getitem__", "__setitem__", "getitem", "setitem", "select"
 
 _TAKEN_APART = frozenset({"unbind", "chunk", "split", "tensor_split"})
 """Operations whose results are parts of one tensor, one for each step."""
+
+_MOVES = frozenset(
+    {
+        "permute",
+        "transpose",
+        "movedim",
+        "moveaxis",
+        "swapaxes",
+        "swapdims",
+        "adjoint",
+        "t",
+        "einsum",
+    }
+    | {"__get__", "rearrange", "roll", "flip", "sum", "mean", "cat", "concat", "index_select"}
+)
+"""Operations after which the first axis may be another one, of the same size by chance."""
 
 _users: dict[CodeType, bool] = {}
 
@@ -108,6 +126,8 @@ class Repeats:
         # by operation: the first one that it repeats, in a step that repeats another as a whole
         self._alike_with: list[int] = []
         self._of_data: set[fx.Node] = set()
+        self._in_order: set[fx.Node] = set()  # their first axis is that of the model's input
+        self._lengths: set[int] = set()  # of it
         self._last: dict[tuple[Any, ...], int] = {}
         self._period = 0
         self._alike = 0  # operations in a row that equal those a period before
@@ -153,9 +173,10 @@ class Repeats:
         self._made_by |= dict.fromkeys(operation.nodes, index)
         if any(node is not None and self._is_data(node) for node in operation.inputs):
             self._of_data.update(operation.nodes)
+            self._follow_first_axis(operation)
         self._last[operation.locus] = index
         enough = self._period > 0 and self._alike >= _PERIODS * self._period
-        if enough and self._alike % self._period == 0 and self._is_recurrent():
+        if enough and self._alike % self._period == 0 and self._is_over_time():
             self._next = len(self._operations) - self._period
             for step in self._operations[self._next :]:
                 step.template = None  # another loop around this one was here before
@@ -164,14 +185,56 @@ class Repeats:
         """Whether it is made of the model's input, not of parameters and constants alone."""
         return node.op == "placeholder" or node in self._of_data
 
-    def _is_recurrent(self) -> bool:
-        """Whether a step goes on from the one before, so that the loop is one over time."""
+    def _is_over_time(self) -> bool:
+        """Whether a step goes on from the one before, or takes what comes next in the input."""
         start = len(self._operations) - self._period
         return any(
             step.is_neuron
+            or self._takes_next(step)
             or any(start - self._period <= self._made(node) < start for node in step.inputs)
             for step in self._operations[start:]
         )
+
+    def _takes_next(self, step: Operation) -> bool:
+        """Whether it is given one entry of the first axis: ``x[t]``, or an item of ``unbind``."""
+        first = step.inputs[0] if step.inputs else None
+        if first is None:
+            return False
+        if self._is_in_order(first):
+            numbers = [at for at in step.plain if type(at) is int]
+            if len(numbers) != len(step.plain):
+                return False
+            by_index = _name(step) in ("__getitem__", "getitem") and len(numbers) == 1
+            return by_index or (_name(step) == "select" and numbers[:-1] == [0])
+        made = self._made(first)
+        if made < 0:
+            return False
+        whole = self._operations[made]
+        return (
+            _name(whole) == "unbind"
+            and whole.plain in ((), (0,))
+            and self._is_in_order(whole.inputs[0])
+        )
+
+    def _is_in_order(self, node: fx.Node | None) -> bool:
+        return node is not None and (node.op == "placeholder" or node in self._in_order)
+
+    def _follow_first_axis(self, operation: Operation) -> None:
+        """Note which of its results go along the first axis of the model's input."""
+        first, name = operation.inputs[0], _name(operation)
+        if self._is_in_order(first) and name not in _MOVES:
+            assert first is not None
+            length = _length(first)
+        elif name == "stack" and operation.plain in ((), (0,)):
+            length = len(operation.inputs)
+            if length not in self._lengths:
+                return
+        else:
+            return
+        found = [node for node in operation.nodes if _length(node) == length]
+        self._in_order.update(found)
+        if length is not None:
+            self._lengths.add(length)
 
     def _made(self, node: fx.Node | None) -> int:
         return -1 if node is None else self._made_by.get(node, -1)
@@ -211,6 +274,12 @@ class Repeats:
 
 def _name(operation: Operation) -> str:
     return str(getattr(operation.locus[0], "__name__", ""))
+
+
+def _length(node: fx.Node) -> int | None:
+    """Of the first axis; None for what has none."""
+    shape = node.meta["value"].shape if "value" in node.meta else None
+    return shape[0] if shape else None
 
 
 def _same(known: Sequence[Any], new: Sequence[Any], *, numbers: bool = True) -> bool:
