@@ -425,6 +425,7 @@ def test_full_disk_leaves_nothing_behind(
     before = sorted(project.iterdir())
     words = [word.format(out="out") for word in WRITES[name]]
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would keep half of a module
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:

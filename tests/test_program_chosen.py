@@ -87,11 +87,11 @@ def test_auto_without_examples_or_with_a_backend_is_the_copy() -> None:
     assert isinstance(forced, nn.Sequential)
 
 
-class Softmax(nn.Module):
+class Sorted(nn.Module):
     """What no program computes."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.softmax(-1)
+        return x.sort(-1).values
 
 
 def wide(inputs: int, outputs: int) -> list[nn.Module]:
@@ -107,7 +107,7 @@ class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(*wide(64, 128), Softmax(), *wide(128, 64))
+        self.body = nn.Sequential(*wide(64, 128), Sorted(), *wide(128, 64))
         self.block = nn.Sequential(*wide(64, 32))
         self.gain = 3.0
 
@@ -146,7 +146,7 @@ def test_the_report_says_which_parts_why_and_what_they_cost() -> None:
     native = [part.names[0] for part in report.parts if not part.reason]
     assert native == ["body.0", "body.5", "block"]
     reasons = {part.names[0]: part.reason for part in report.parts if part.reason}
-    assert "softmax in body.4" in reasons["body"]
+    assert "sort in body.4" in reasons["body"]
     assert reasons[""]
     assert all(part.milliseconds > 0 for part in report.parts)
     assert report.whole is not None
@@ -179,7 +179,7 @@ def test_a_part_called_twice_stays_as_it_is() -> None:
 
     class Twice(Branches):
         def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.body[0:2](x).softmax(-1)
+            y: Tensor = self.body[0:2](x).sort(-1).values
             self.block(y[..., :64])
             z: Tensor = self.block(y[..., :64])
             return z
@@ -194,7 +194,7 @@ def test_a_single_step_model_keeps_the_states_of_its_parts() -> None:
     """One step a call: parts go on from where they were."""
     torch.manual_seed(0)
     body = [nn.Linear(64, 256), RuleNeuron(STEP), nn.Linear(256, 64), RuleNeuron(STEP)]
-    model, frames = nn.Sequential(*body, Softmax()).eval(), 3 * torch.rand(8, 1, 64)
+    model, frames = nn.Sequential(*body, Sorted()).eval(), 3 * torch.rand(8, 1, 64)
     with pytest.warns(SpikeNMWarning):
         engine = pack(model, frames[0], program=True)
     assert isinstance(engine[0], ProgramPart)  # type: ignore[index]

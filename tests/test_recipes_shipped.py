@@ -48,8 +48,8 @@ APPLIED = [file.stem for file in FILES if load_recipe(file).target.package is no
 
 
 NO_PROGRAM = {
-    "norse-convnet": "add in out",  # a readout that is written as sums and products of its state
-    "norse-convnet4": "add in out",
+    "norse-convnet": "setitem in the forward",  # each step writes its output into a tensor
+    "norse-convnet4": "setitem in the forward",
 }
 """Recipes of installed packages whose networks are no native program, and where that ends."""
 

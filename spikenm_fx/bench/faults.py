@@ -11,6 +11,7 @@ import os
 import random
 import resource
 import signal
+import sys
 import tempfile
 import time
 import warnings
@@ -128,6 +129,7 @@ def refusals(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _full() -> None:
+    sys.dont_write_bytecode = True  # Python would keep half of a module, and fail at it later
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
 

@@ -159,7 +159,7 @@ def from_rest(network: Network, model: nn.Module, x: Tensor) -> Callable[[], Ten
     Args:
         network: with its reset.
         model: eager, compiled or an engine.
-        x: its input.
+        x: its input, of the shape that the network takes.
     """
     # A compiled module wraps the one that holds the state.
     target = getattr(model, "_orig_mod", model)
@@ -180,7 +180,7 @@ def compiled_copy(network: Network, x: Tensor) -> nn.Module:
 
     Args:
         network: model and reset.
-        x: the input.
+        x: the input, of the shape that it takes.
     """
     module = copy.deepcopy(network.model)
     network.reset(module)

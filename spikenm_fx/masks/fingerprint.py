@@ -50,12 +50,12 @@ def fingerprint(run: Run, weights: Iterable[MaskedWeight]) -> Tensor:
 
 
 def summed(own: Tensor) -> Tensor:
-    """What ranks add up of :func:`fingerprint`: float64 ``[6]``, the numbers and their squares."""
+    """What ranks add up of a :func:`fingerprint`: shape ``(6,)``, its numbers and their squares."""
     return torch.cat((own.double(), own.double().square()))
 
 
 def told_apart(total: Tensor, ranks: int) -> Tensor:
-    """By the sum over some ranks of :func:`summed`: whether each field is the same on all."""
+    """By the sum of :func:`summed` (shape ``(6,)``) over some ranks: what is the same on all."""
     numbers, squares = total.double().chunk(2)
     return numbers.square() == ranks * squares
 
@@ -65,7 +65,7 @@ def compare(run: Run, same: Tensor) -> None:
 
     Args:
         run: of the model.
-        same: bool ``[3]``, whether each field is the same on all ranks.
+        same: bool of the shape ``(3,)``, whether each field is the same on all ranks.
 
     Raises:
         PlanError: on every rank, if they differ.

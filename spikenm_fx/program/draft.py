@@ -246,7 +246,7 @@ class Draft:
             name: of the part that it belongs to.
             bits: it will be spikes.
             forgets: each forward starts at rest.
-            initial: before the first step, ``(1,)`` or one per channel; None for zeros.
+            initial: before the first step, of shape ``(1,)`` or one per channel; None for zeros.
         """
         made = self.value(layout, bits=bits)
         tensors: tuple[str | None, ...] = ()

@@ -130,15 +130,13 @@ def _before_layer(hook: FirstHook, module: nn.Module) -> None:
 def _before_call(
     watch: Watch, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    from spikenm_fx.masks.eid.connect import connect, postpone
-
     if watch.connected or watch.busy:
         return
     if not is_captured():
         with _outside_of_checkpoints():
-            connect(watch, module, args, kwargs)
+            watch.connect(module, args, kwargs)
     else:
-        postpone(watch)
+        watch.postpone()
 
 
 def first_of(

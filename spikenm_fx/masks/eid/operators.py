@@ -186,20 +186,16 @@ def _elsewhere(ticket: Tensor) -> tuple[int, ...]:
 
 @runs_while_compiling
 def _can_learn(ticket: Tensor) -> bool:
-    from spikenm_fx.masks.eid.look import can_learn
-
     hook: CallHook = _hooks[int(ticket)]
-    return not hook.looked and can_learn(hook.watch, hook.module)
+    return not hook.looked and hook.watch.can_learn(hook.module)
 
 
 @runs_while_compiling
 def _look(ticket: Tensor, layout: int, *tensors: Tensor) -> bool:
-    from spikenm_fx.masks.eid.look import look
-
     hook: CallHook = _hooks[int(ticket)]
     hook.looked = True
     args, kwargs = _filled(layout, tensors)
-    look(hook.watch, hook.module, args, kwargs)
+    hook.watch.look(hook.module, args, kwargs)
     return True
 
 

@@ -7,15 +7,17 @@ for the credits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spikenm_fx._torch import data_parallel_group, in_backward, is_captured, tree_leaves
+from spikenm_fx.masks.eid.connect import connect, postpone
 from spikenm_fx.masks.eid.forward_hooks import first_of
 from spikenm_fx.masks.eid.locate import locate
+from spikenm_fx.masks.eid.look import can_learn, look
 from spikenm_fx.masks.eid.replay import Call
 from spikenm_fx.masks.eid.settings import EID
 from spikenm_fx.masks.eid.slopes import Neuron, Source, Use
@@ -73,6 +75,24 @@ class Watch:
     def connected(self) -> bool:
         """Whether every layer knows what it drives."""
         return not self.needs_neuron or all(source.connected for source in self.sources)
+
+    # What hooks ask for, which cannot import what makes hooks.
+
+    def connect(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Find the neuron behind each layer inside ``module`` and hook it."""
+        connect(self, module, args, kwargs)
+
+    def postpone(self) -> None:
+        """A transform or a tracer runs, whose tensors no trace can read: say so once."""
+        postpone(self)
+
+    def can_learn(self, module: nn.Module) -> bool:
+        """Whether :meth:`look` at ``module`` would show anything that is not known yet."""
+        return can_learn(self, module)
+
+    def look(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Learn of the neurons in ``module`` what a compiled graph cannot be asked."""
+        look(self, module, args, kwargs)
 
     def recording(self, module: nn.Module, one: Source | Neuron, *, compiled: bool = False) -> bool:
         """Whether this call of a layer or neuron is to be kept.
