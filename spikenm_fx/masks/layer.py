@@ -398,7 +398,8 @@ class MaskedWeight:
         there = self.layer._parameters[self.key]
         assert there is not None
         if is_sharded(there) or self.gathered_for != training:
-            return _outside_of_graph(self, training)
+            weight: Tensor = _outside_of_graph(self, training)
+            return weight
         return there
 
     def _masked_shard(self, training: bool) -> Tensor:
