@@ -50,7 +50,7 @@ def _faults(result: Result) -> str:
 CHAPTERS = (
     Chapter(
         "Peak memory and long runs",
-        ("peak",),
+        (),
         "python -m spikenm_fx.bench peak",
         _peak,
         "One square linear layer at 2:4 and a batch of 32, SGD; W is its fp32 weight, and what was "
@@ -58,13 +58,15 @@ CHAPTERS = (
         "process of its own. Counted: all tensors of torch and NumPy, allocation by allocation. "
         "Training makes gradient and momentum, 2 W, within its figure. The long run has credits "
         "refreshed every fifth step, and evaluations.",
+        later=("peak",),
     ),
     Chapter(
         "Kills and disks that refuse",
-        ("faults",),
+        (),
         "python -m spikenm_fx.bench faults --out spikenm_fx/bench/results",
         _faults,
         "Data parallel ranks with credits, Adam, SIGKILL at random moments; each run goes on from "
         "its last checkpoint, and states are compared bit by bit.",
+        later=("faults",),
     ),
 )
