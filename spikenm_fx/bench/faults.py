@@ -57,7 +57,8 @@ def main(arguments: Sequence[str]) -> int:
         }
     print(json.dumps(found))
     if options.out is not None:
-        save("faults", {"settings": {"ranks": RANKS, "steps": STEPS, "every": EVERY}, **found})
+        run = {"ranks": RANKS, "steps": STEPS, "every": EVERY}
+        save("faults", {"settings": run, **found}, options.out)
     good = found["kills"]["other"] == 0 and all(r["sound"] for r in found["refusals"].values())
     return 0 if good else 1
 
