@@ -183,3 +183,11 @@ TestSparseModel = SparseModel.TestCase
 TestSparseModel.settings = settings(
     max_examples=EXAMPLES, stateful_step_count=8, deadline=None, print_blob=True
 )
+
+
+def test_a_model_that_was_cast_goes_on_as_one_into_which_its_state_is_loaded() -> None:
+    """The spread of its logits is that of the new dtype, down to the last bit."""
+    case = SparseModel()
+    SparseModel.sparsify(case, "1:2", "spikenm", "Adam", 12, permuted=False)
+    SparseModel.cast(case, "float64")
+    SparseModel.copy(case, "state dict")

@@ -27,6 +27,7 @@ from spikenm_fx.masks.keys import DENSE, EID_KEY, LOGITS, META, MOMENTUM, PRIOR
 from spikenm_fx.masks.layer import MaskedWeight
 from spikenm_fx.masks.shard import is_sharded, refuse_whole
 from spikenm_fx.masks.start import loaded
+from spikenm_fx.masks.update import draw_masks
 from spikenm_fx.pattern import is_weight_layer
 from spikenm_fx.state import read_parameter
 
@@ -144,9 +145,15 @@ class MaskedLayer(StoredMask):
         )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: mask.dense.dtype for name, mask in self._nm_masks.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for mask in self._nm_masks.values():
+        cast = []
+        for name, mask in self._nm_masks.items():
             mask.move(fn)
+            if mask.dense.dtype != before[name] and mask.shard is None:
+                cast.append(mask)
+        for mask in cast:  # as of a model of that dtype into which this one's state is loaded
+            draw_masks([mask], mask.run.step, follow_prior=False)
         return self
 
     def __delattr__(self, name: str) -> None:
