@@ -47,6 +47,7 @@ _MODULES = {
     "torch.serialization": {"_get_layout"},
     "torch": {"Size"},
     "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},  # their name in Python 3.13
     "builtins": {"set", "frozenset"},
     "collections": {"OrderedDict"},
 }

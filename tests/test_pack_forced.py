@@ -60,6 +60,7 @@ def _mismatch(case: Case, engine: nn.Module) -> dict[str, float]:
     return forced_mismatch(case.model, engine, *case.inputs)
 
 
+@pytest.mark.framework
 @pytest.mark.parametrize(
     ("name", "nm", "backend"),
     [
@@ -104,6 +105,7 @@ def test_a_wrong_layer_is_seen_where_it_is(name):
     assert max(found.values()) < LIMIT
 
 
+@pytest.mark.framework
 def test_the_model_s_spikes_go_on_as_bits():
     """Layers behind a fused neuron read the forced spikes the way they read its own."""
     case = _network("spiking_vgg11_bn", "2:4")

@@ -3,10 +3,13 @@
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, layer, neuron
 from torch import Tensor, nn
 
 import spikenm_fx
+
+functional = pytest.importorskip("spikingjelly.activation_based.functional")
+layer = pytest.importorskip("spikingjelly.activation_based.layer")
+neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
 
 
 def chain(mode: str) -> nn.Module:
