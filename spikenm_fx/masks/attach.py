@@ -147,13 +147,11 @@ class MaskedLayer(StoredMask):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         before = {name: mask.dense.dtype for name, mask in self._nm_masks.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        cast = []
         for name, mask in self._nm_masks.items():
             mask.move(fn)
             if mask.dense.dtype != before[name] and mask.shard is None:
-                cast.append(mask)
-        for mask in cast:  # as of a model of that dtype into which this one's state is loaded
-            draw_masks([mask], mask.run.step, follow_prior=False)
+                # as of a model of that dtype into which this one's state is loaded
+                draw_masks([mask], mask.run.step, follow_prior=False)
         return self
 
     def __delattr__(self, name: str) -> None:

@@ -36,17 +36,10 @@ _TAKEN_APART = frozenset({"unbind", "chunk", "split", "tensor_split"})
 
 _MOVES = frozenset(
     {
-        "permute",
-        "transpose",
-        "movedim",
-        "moveaxis",
-        "swapaxes",
-        "swapdims",
-        "adjoint",
-        "t",
-        "einsum",
+        *("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "adjoint", "t"),
+        *("__get__", "einsum", "rearrange", "roll", "flip", "sum", "mean", "cat", "concat"),
+        "index_select",
     }
-    | {"__get__", "rearrange", "roll", "flip", "sum", "mean", "cat", "concat", "index_select"}
 )
 """Operations after which the first axis may be another one, of the same size by chance."""
 
