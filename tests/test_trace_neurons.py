@@ -118,8 +118,9 @@ def test_norse(name: str) -> None:
 @pytest.mark.parametrize("norm_input", [True, False])
 @pytest.mark.parametrize("tau_syn", [None, 3.0])
 @pytest.mark.parametrize("spikes", ["SingleSpike", "MultiSpike"])
-def test_sinabs(norm_input: bool, tau_syn: float | None, spikes: str) -> None:
-    """Sinabs' alphas, synapse, single and multiple spikes are reproduced; time is axis 1."""
+@pytest.mark.parametrize("floor", [None, -0.05])
+def test_sinabs(norm_input: bool, tau_syn: float | None, spikes: str, floor: float | None) -> None:
+    """Sinabs' alphas, synapse, several spikes, floor are reproduced; time is axis 1."""
     layers = pytest.importorskip("sinabs.layers")
     activation = pytest.importorskip("sinabs.activation")
     lif = layers.LIF(
@@ -128,6 +129,7 @@ def test_sinabs(norm_input: bool, tau_syn: float | None, spikes: str) -> None:
         spike_threshold=torch.tensor(0.4),
         spike_fn=getattr(activation, spikes),
         norm_input=norm_input,
+        min_v_mem=floor,
     )
     x = drive()
     with torch.no_grad():
@@ -136,6 +138,7 @@ def test_sinabs(norm_input: bool, tau_syn: float | None, spikes: str) -> None:
     check(spec, x, out)
     assert spec is not None
     assert spec.time_axis == 1
+    assert spec.floor == floor
     assert spec.output == ("spike" if spikes == "SingleSpike" else "integer")
 
 

@@ -28,7 +28,7 @@ __all__ = ["main"]
 STREAMS = {"700-512-512-20": (700, 512, 512, 20), "2312-256-10": (2312, 256, 10)}
 STREAMS |= {"700-2048-2048-20": (700, 2048, 2048, 20)}
 LAYERS = {"Linear 512x512": 512, "Linear 4096x4096": 4096}
-STEPS = 50
+STEPS = 200  # a stream goes on: the first steps, which fetch all weights from memory, weigh little
 NMNIST = "N-MNIST recordings"
 TWO_OF_FOUR = NM(2, 4)
 

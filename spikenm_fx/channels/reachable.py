@@ -42,6 +42,8 @@ def can_spike(spec: NeuronSpec, largest: Tensor) -> Tensor:
     start = _most(spec.initial)
     if spec.reset == "hard":
         start = max(start, _most(spec.reset_value))
+    if spec.floor is not None:
+        start = max(start, spec.floor)
     settled = rest + (drive / (1 - decay) if decay < 1 else drive * torch.inf)
     # below rest the membrane rises towards it; a negative drive keeps it at rest + drive at most
     settled = torch.where(drive > 0, settled, rest + drive.clamp(max=0))

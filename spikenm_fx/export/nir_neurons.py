@@ -153,6 +153,11 @@ def _refuse(part: Part, spec: NeuronSpec, reader: Reader) -> None:
             f"{name}: its update rule is not fully known, so that nobody can tell whether "
             f"{reader.name} computes the same; tell it with spikenm_fx.trace.register_neuron"
         )
+    if spec.floor is not None:
+        raise ExportError(
+            f"{name} keeps its membrane from falling below {spec.floor:g}, which NIR cannot say; "
+            "make it with min_v_mem=None"
+        )
     if spec.synapse is not None:
         raise ExportError(
             f"{name} filters its input by a synapse ({spec.synapse.drives} current drives the "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -96,10 +97,26 @@ def proved_program(
             "", f"the model takes something else than tensors; a program takes 1 to {INPUTS}"
         )
     try:
-        graph = trace(model, args)
+        given = Given(model, args, trace(model, args), nm)
     except TraceError as error:
         raise PackError(f"the model does not run on the examples: {error}") from error
-    given = Given(model, args, graph, nm)
+    try:
+        return _first_way(given, dtype, check=check, memory=memory)
+    except NotLowered as error:
+        if not error.inside:
+            raise
+        inside = replace(given, graph=trace(model, args, inside=True), inside=True)
+        try:
+            return _first_way(inside, dtype, check=check, memory=memory)
+        except (NotLowered, TraceError) as other:
+            why = f"{error.why}; nor is there a program of what its code does ({other})"
+            raise NotLowered(error.where, why) from other
+
+
+def _first_way(
+    given: Given, dtype: torch.dtype | None, *, check: bool, memory: Memory
+) -> tuple[Engine, Lowered, Proof | None]:
+    """The first of the ways to read a model that gives a program equal to it."""
     first: NotLowered | None = None
     for way in WAYS:
         try:

@@ -29,11 +29,14 @@ class NotLowered(PackError):
         where: qualified name of the part, or "".
         why: a sentence.
         carries: it is one that does not hold where a loop's steps are read with what they carry.
+        inside: it is a neuron's rule, which its own code may tell.
     """
 
-    def __init__(self, where: str, why: str, *, carries: bool = False) -> None:
+    def __init__(
+        self, where: str, why: str, *, carries: bool = False, inside: bool = False
+    ) -> None:
         super().__init__(f"{where}: {why}" if where else why)
-        self.where, self.why, self.carries = where, why, carries
+        self.where, self.why, self.carries, self.inside = where, why, carries, inside
 
 
 @dataclass(eq=False, slots=True)

@@ -38,6 +38,7 @@ __all__ = ["Lowered", "Probe", "lower"]
 
 _PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
 _LAYERS = ("linear", "conv1d", "conv2d")
+_PRODUCTS = ("matmul", "mm")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 
 
@@ -230,7 +231,7 @@ class _Lowering:
             if self.rolled is not None:
                 self.rolled.constants[node] = constant
             return constant
-        if name in _LAYERS:
+        if name in _LAYERS or (name in _PRODUCTS and self._by_a_constant(node)):
             return self._functional(self._call(node, where), name)
         if name not in FUNCTIONS:
             if not node.users:
@@ -250,16 +251,25 @@ class _Lowering:
         with torch.no_grad():
             return node.target(*args, **kwargs)
 
+    def _by_a_constant(self, node: fx.Node) -> bool:
+        """Whether a product's second factor is a matrix of the model."""
+        factor = self._values(node.args[1]) if len(node.args) > 1 else None
+        return isinstance(factor, Tensor) and factor.dim() == 2
+
     def _functional(self, call: Call, kind: str) -> Ref:
-        """``F.linear`` or ``F.conv`` with a parameter of the model."""
+        """``F.linear``, ``F.conv`` or a product with a parameter, or what comes of one alone."""
         weight, bias = call.get(1, "weight"), call.get(2, "bias")
         names = {id(p): n for n, p in self.model.named_parameters(remove_duplicate=False)}
-        if not isinstance(weight, nn.Parameter) or id(weight) not in names:
-            raise call.refuse("its weight is no parameter of the model as it is")
+        if not isinstance(weight, Tensor):
+            raise call.refuse("its weight is computed from the input")
+        if kind in _PRODUCTS:
+            weight, bias = weight.t(), None
+        if not isinstance(weight, nn.Parameter):
+            weight = nn.Parameter(weight.detach(), requires_grad=False)
         if bias is not None and not isinstance(bias, Tensor):
             raise call.refuse("its bias is computed in the forward")
         layer: Any
-        if kind == "linear":
+        if kind == "linear" or kind in _PRODUCTS:
             layer = linear_of(weight, bias)
         else:
             make = nn.Conv1d if kind == "conv1d" else nn.Conv2d
@@ -272,7 +282,8 @@ class _Lowering:
             if bias is not None:
                 layer.bias = nn.Parameter(bias.detach(), requires_grad=False)
         assert call.shape is not None
-        return self.layers.layer(names[id(weight)], layer.eval(), call.ref(), call.shape)
+        name = names.get(id(call.get(1, "weight")), call.node.name)
+        return self.layers.layer(name, layer.eval(), call.ref(), call.shape)
 
     def _call(self, node: fx.Node, where: str) -> Call:
         info = node.meta.get("value")

@@ -110,6 +110,7 @@ class Neurons:
                 name,
                 f"the update rule of {what} is not fully known; describe it with "
                 "spikenm_fx.trace.register_neuron(cls, read=...)",
+                inside=True,
             )
         if hooked(module) or "forward" in vars(module):
             raise NotLowered(name, "hooks, or a forward set on the instance, see its spikes")
@@ -168,6 +169,12 @@ class Neurons:
         if ref.step is not None or self.calls[name] > 1:
             raise NotLowered(name, "it steps through time itself, and is called more than once")
         axis = self._folded(spec, ref) if spec.folded_time else ref.axes[spec.time_axis]
+        if not axis and not spec.folded_time:  # of size 1, made in the forward: a single step
+            spikes, membrane = self._op(
+                name, spec, self._driven(name, ref), timed=False, forgets=spec.returns_state
+            )
+            self.draft.whole.append((spikes.value.layout, name))
+            return spikes, membrane
         if len(axis) != 1 or axis[0] in ref.value.layout.features:
             raise NotLowered(name, f"axis {spec.time_axis} of its input is not time alone")
         if any(not isinstance(x, Rest) and x is not None for x in given):
@@ -255,7 +262,10 @@ class Neurons:
         return Layout(atoms, layout.channels, layout.height, layout.width)
 
     def _parameters(self, name: str, spec: NeuronSpec, ref: Ref) -> Tensor:
-        """``(8, 1)`` or ``(8, channels)``: the rule's rows, and the membrane at rest."""
+        """``(8, 1)`` or ``(8, channels)``: the rule's rows, and the membrane at rest.
+
+        A ninth row is the least that the membrane may be.
+        """
         rule = NeuronRule.of(spec, 1)
         if rule is None:
             channels = ref.value.layout.channels
@@ -265,7 +275,10 @@ class Neurons:
             rule = NeuronRule.of(spec, size_of(channels))
             if rule is None or not _along(spec, at):
                 raise NotLowered(name, "its parameters do not run along the channels")
-        return torch.cat([rule.parameters, rule.initial[None]]).contiguous()
+        rows = [rule.parameters, rule.initial[None]]
+        if spec.floor is not None:
+            rows.append(torch.full_like(rows[1], spec.floor))
+        return torch.cat(rows).contiguous()
 
 
 def _along(spec: NeuronSpec, axis: int) -> bool:

@@ -41,12 +41,14 @@ class Given:
         args: the example inputs.
         graph: its trace on these.
         nm: what each layer must be that is not entirely dense, or None.
+        inside: neurons whose rule is not known are read by their own code.
     """
 
     model: nn.Module
     args: tuple[Tensor, ...]
     graph: SpikingGraph
     nm: NM | None
+    inside: bool = False
 
     @property
     def records_some_steps(self) -> bool:
@@ -75,7 +77,8 @@ def _fewer_steps(given: Given, dtype: Any) -> Lowered | None:
             x.narrow(axis, 0, STEPS) if cut else x for x, cut in zip(given.args, alike, strict=True)
         )
         try:
-            found = lower(given.model, trace(given.model, short), dtype=dtype, nm=given.nm)
+            graph = trace(given.model, short, inside=given.inside)
+            found = lower(given.model, graph, dtype=dtype, nm=given.nm)
         except NotLowered as error:
             last = error
             continue
@@ -108,7 +111,8 @@ def _several_calls(given: Given, dtype: Any) -> Lowered | None:
     states: list[int] = []
     several = _in_a_row(model, states)
     args = tuple(torch.stack([x] * CALLS) for x in given.args)
-    lowered = lower(several, trace(several, args), dtype=dtype, nm=given.nm)
+    graph = trace(several, args, inside=given.inside)
+    lowered = lower(several, graph, dtype=dtype, nm=given.nm)
     program = lowered.program
     if _times(program) != {CALLS}:
         raise NotLowered("", "its calls are no steps in time")

@@ -35,6 +35,7 @@ def trace(
     example_kwargs: Mapping[str, Any] | None = None,
     limits: Limits | None = None,
     measure: bool = False,
+    inside: bool = False,
 ) -> SpikingGraph:
     """Read ``model``: its layers and neurons, who feeds whom, and what flows between them.
 
@@ -60,6 +61,8 @@ def trace(
         limits: bounds on time and size for each attempt.
         measure: also look at the example's values on every edge (edge attribute ``measured``), to
             hold the inferred signals against them; slower.
+        inside: look into neurons whose rule is not known, too: what they compute stands in the
+            graph, operation by operation, and they are no neurons in it.
 
     Returns:
         The graph; its ``route`` says how it was obtained and its ``notes`` what was unusual.
@@ -74,16 +77,17 @@ def trace(
     inner, prefix, notes = _unwrap(model)
     _refuse_unreadable(inner)
     args, kwargs = _arguments(example_inputs, example_kwargs)
-    plainly = bool(args or kwargs) and limits is None and not measure
+    plainly = bool(args or kwargs) and limits is None and not (measure or inside)
     if plainly and (graph := kept(model, _seen(model, args, kwargs))) is not None:
         return graph
     neurons = find_neurons(inner)
     with _quiet(inner, notes), preserved(inner) as restore:
         if not args and not kwargs:
-            result = _symbolic(inner, neurons)
+            result = _symbolic(inner, _known(neurons) if inside else neurons)
         else:
             _check_devices(inner, args, kwargs)
-            result = _attempts(inner, neurons, args, kwargs, limits or Limits(), restore, measure)
+            limits = limits or Limits()
+            result = _attempts(inner, neurons, args, kwargs, limits, restore, measure, inside)
             scripted = _scripted_notes(inner)
             result.notes += scripted
             if scripted and result.route == "fx":
@@ -108,8 +112,11 @@ def _attempts(
     limits: Limits,
     restore: Callable[[], None],
     measure: bool,
+    inside: bool,
 ) -> Trace:
     """Trace; make what fails opaque and try again; record the execution of the whole at last."""
+    every = neurons  # all of them start at rest
+    neurons = _known(neurons) if inside else neurons
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
     # what a neuron emits is measured, under strong drive too, unless its whole rule is known
     unknown = {model.get_submodule(n) for n, s in neurons.items() if not s.exact}
@@ -119,7 +126,7 @@ def _attempts(
     for attempt in range(_ATTEMPTS):
         if attempt:
             restore()
-        _start_fresh(model, neurons)
+        _start_fresh(model, every)
         leaf = LeafRule(modules, opaque, unknown)
         unseen = None if unseen is None else Unseen()
         tracer = ValueTracer(model, leaf, limits.again(), measure=measure, unseen=unseen)
@@ -139,7 +146,7 @@ def _attempts(
                 break
             opaque.add(type(failed))
     restore()
-    _start_fresh(model, neurons)
+    _start_fresh(model, every)
     tracer = ValueTracer(model, LeafRule(modules, set(), unknown), limits.again(), measure=measure)
     try:
         graph = tracer.run_recorded(args, kwargs)
@@ -154,6 +161,10 @@ def _attempts(
             "The model was left as it was." + advice_if_sharded(model)
         ) from failure.cause
     return _result(tracer, graph, neurons, "execution", notes)
+
+
+def _known(neurons: Mapping[str, NeuronSpec]) -> dict[str, NeuronSpec]:
+    return {name: spec for name, spec in neurons.items() if spec.exact}
 
 
 def _result(

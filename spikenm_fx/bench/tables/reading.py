@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown
+from spikenm_fx.bench.tables.chapter import Chapter, Result, markdown, times
 from spikenm_fx.bench.trace import table
 from spikenm_fx.bench.tracing import Row
 
@@ -63,6 +63,31 @@ def _further(result: Result) -> str:
     return f"{right} of {len(result['cases'])} cases right.\n\n{markdown(head, rows)}{told}"
 
 
+def _lowering(result: Result) -> str:
+    rows = result["rows"]
+    done = [row for row in rows if not row["error"]]
+    whole = sum(row["whole"] for row in done)
+    lines = []
+    for row in rows:
+        if row["error"]:
+            lines.append((row["network"], row["error"], "", "", "", ""))
+            continue
+        programs = "the whole" if row["whole"] else row["programs"] or "none"
+        why = row["why"].removeprefix("pack: There is no program of this network. ")
+        lines.append(
+            (
+                row["network"],
+                programs,
+                f"{row['native']} of {row['layers']}",
+                f"{row['difference']:.0e}" if row["difference"] else "0",
+                times(row["gain"]),
+                why.partition(" It runs without one")[0].replace("|", "\\|"),
+            )
+        )
+    head = ("network", "programs", "layers in them", "difference", "over the model", "why not all")
+    return f"{whole} of {len(rows)} whole.\n\n{markdown(head, lines)}"
+
+
 CHAPTERS = (
     Chapter("Tracing", ("trace",), "python -m spikenm_fx.bench trace --repos DIR", _trace),
     Chapter(
@@ -76,5 +101,17 @@ CHAPTERS = (
         "done; the median of the turns' ratios of processor times is given, as other work ran on "
         "the machine. Where `pack` answers to keep the model (torch), both run the same code, and "
         "what differs from 1 is what such a measurement cannot tell.",
+    ),
+    Chapter(
+        "Which networks become programs",
+        ("lowering",),
+        "python -m spikenm_fx.bench lowering --repos DIR",
+        _lowering,
+        "Models of frameworks and of public repositories, pruned to 2:4: how much of each runs as "
+        "native programs (`pack(model, x, program=True)`), and what keeps the rest out. `pack` "
+        "itself compares each program with the model, neuron by neuron on the model's own spikes; "
+        "the difference here is that of the whole outputs on other inputs, where a membrane on its "
+        "threshold may decide otherwise. Over the model: as `pack` measured it; the machine was "
+        "busy with other work.",
     ),
 )

@@ -35,6 +35,7 @@ __all__ = ["correlate", "filtered_slopes", "has_known_slope", "presynaptic_rate"
 def has_known_slope(spec: NeuronSpec) -> bool:
     """Whether :func:`filtered_slopes` can work from the spec alone."""
     known = spec.exact and spec.output == "spike" and spec.kind != "integrator"
+    known = known and spec.floor is None  # what was raised to it has no slope
     return known and spec.surrogate is not None and callable(spec.surrogate.function)
 
 

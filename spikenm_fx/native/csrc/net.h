@@ -87,6 +87,7 @@ struct NetOp {
   // Neuron and affine: rows of parameters, each `wide` long: 16 equal ones, or one per number.
   int64_t wide;
   int64_t state_stride;  // of a neuron: floats of one image's membranes
+  const float *floor;    // of a neuron whose membrane cannot fall below it: that row; else null
 };
 
 // Operations [from, to) that run step by step, as a step reads what the one before it stored.

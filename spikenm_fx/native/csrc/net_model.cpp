@@ -311,7 +311,10 @@ bool NetModel::check_neuron(const NetImage &image, int64_t index, NetOp *op, Net
     const NetValue &shown = values[static_cast<size_t>(w[kOut1])];
     if (shown.bits || shown.size != out.size || shown.timed != out.timed) return false;
   }
-  if (!spread(tensor(image, w[kTensor0]), 8, out, op, fail)) return false;
+  const NetTensor *rule = tensor(image, w[kTensor0]);
+  const int64_t rows = rule && rule->rank == 2 && rule->shape[0] == 9 ? 9 : 8;
+  if (!spread(rule, rows, out, op, fail)) return false;
+  op->floor = rows == 9 ? memory.back().floats() + 8 * op->wide : nullptr;
   op->state_stride = round_up(out.size, 64) + 64;
   NetState *state = state_of(w[kNeuronState]);
   if (!state || state->value != kNoValue) return false;

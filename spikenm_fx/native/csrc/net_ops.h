@@ -56,6 +56,7 @@ struct NetNeuron {
           vf now = loadu(v + i + j);
           vf syn = rule.syn_decay ? loadu(current + i + j) : vf{};
           const vf emitted = step(own, loadu(x + j), now, syn, &word, j);
+          if (op->floor) now = raised(now, load(op->floor + (alike ? 0 : i + j)));
           storeu(v + i + j, now);
           if (rule.syn_decay) storeu(current + i + j, syn);
           if (emits != kSpikes)
@@ -80,6 +81,12 @@ struct NetNeuron {
     }
     v = v * own.decay + x * own.gain + own.drive;
     return emits == kMembrane ? v : counted(own, v);
+  }
+
+  // max(v, floor), rounded as sinabs does.
+  static vf raised(vf v, vf floor) {
+    const vf over = v - floor;
+    return select(reinterpret_cast<vi>(over < vf{}), vf{}, over) + floor;  // NaN stays
   }
 
   // As many spikes as thresholds fit into the membrane; the reset takes each of them off.

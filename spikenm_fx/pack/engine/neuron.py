@@ -25,6 +25,8 @@ def why_not_native(spec: NeuronSpec) -> str:
         return f"the update rule of {spec.framework} {spec.class_name} is not fully known"
     if spec.output != "spike" or spec.kind == "integrator":
         return f"{spec.class_name} emits {spec.output} values, not spikes"
+    if spec.floor is not None:
+        return f"{spec.class_name} keeps its membrane above {spec.floor:g}, for which no kernel is"
     if spec.reset_timing == "corrected" and spec.reset == "hard":
         return "a hard reset that is moved between steps has no kernel"
     return ""

@@ -73,6 +73,11 @@ _TRACING = threading.RLock()
 """fx exchanges ``nn.Module.__call__`` while it traces: one trace at a time, nested ones allowed."""
 
 _DETACHING = frozenset({Tensor.detach_, torch.detach_})
+# what returns its argument where that is already so, and writes nothing
+_AS_IT_WAS = frozenset({
+    *(Tensor.contiguous, Tensor.to, Tensor.type, Tensor.type_as, Tensor.cpu, Tensor.cuda),
+    *(Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.requires_grad_),
+})  # fmt: skip
 
 _innermost = threading.local()
 """The tracer that this thread runs; one around it records nothing meanwhile."""
@@ -531,8 +536,8 @@ class ValueTracer(fx.Tracer):
         """Turn a result into traced tensors; containers are taken apart."""
         if isinstance(value, Tensor):
             same = unwrapped.origin(value)
-            if same is not None:  # in place: the result is the argument
-                self._rebind(same, node)
+            if same is not None:  # the result is the argument: written to, or as it was
+                self._rebind(same, node, written=node.target not in _AS_IT_WAS)
                 return same
             return self.noted(as_traced(value, node, unwrapped.base(value)))
         return rebuild(value, lambda key, item: self._item(node, key, item, unwrapped))
@@ -554,14 +559,14 @@ class ValueTracer(fx.Tracer):
             widen(child, item)
         return self._wrap(child, item, unwrapped)
 
-    def _rebind(self, written: Tensor, node: fx.Node) -> None:
-        """Every later use of ``written``, and of what it is a view of, comes from ``node``."""
-        node.meta["value"] = describe(written)
-        if not isinstance(written, Traced):
+    def _rebind(self, tensor: Tensor, node: fx.Node, *, written: bool = True) -> None:
+        """Every later use of ``tensor`` comes from ``node``; if written, of its base as well."""
+        node.meta["value"] = describe(tensor)
+        if not isinstance(tensor, Traced):
             raise Untraceable("the model writes into a tensor that it did not make in this call")
-        written.node = node
-        self.noted(written)
-        base = written.base
+        tensor.node = node
+        self.noted(tensor)
+        base = tensor.base if written else None
         while base is not None:
             update = (write_view, (base.node, node))
             base.node, base = self._node(update, functools.partial(describe, base)), base.base

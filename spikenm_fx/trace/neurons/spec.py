@@ -92,6 +92,7 @@ class NeuronSpec:
         reset_timing: ``"now"``, in the step of the spike; ``"next"``, in the one after;
             ``"corrected"``, see the module's head.
         reset_amount: what a ``"subtract"`` reset takes off; None for the threshold.
+        floor: the membrane is raised to it after the reset; None where it may fall without end.
         detach_reset: True where no gradient flows through the reset.
         surrogate: derivative used in training.
         output: the values it emits: ``"spike"`` {0,1}, ``"integer"`` levels, spikes times a
@@ -126,6 +127,7 @@ class NeuronSpec:
     reset_value: Scalar = 0.0
     reset_timing: ResetTiming = "now"
     reset_amount: Scalar | None = None
+    floor: float | None = None
     detach_reset: bool = False
     surrogate: Surrogate | None = None
     output: Output = "spike"
@@ -223,13 +225,17 @@ def _charge(spec: NeuronSpec, x: Tensor, state: State) -> tuple[Tensor, Tensor, 
 
 def _discharge(spec: NeuronSpec, h: Tensor, i: Tensor, late: Tensor | None) -> tuple[Tensor, State]:
     if spec.kind == "integrator":
-        return h, State(h, i)
+        return h, State(_raised(spec, h), i)
     spikes = _fires(spec, h)
     if late is None:
         h = _reset(spec, h, spikes)
     elif spec.reset_timing == "corrected":
         h = _reset(spec, h, spikes - late)
-    return spikes, State(h, i)
+    return spikes, State(_raised(spec, h), i)
+
+
+def _raised(spec: NeuronSpec, h: Tensor) -> Tensor:
+    return h if spec.floor is None else torch.relu(h - spec.floor) + spec.floor  # as sinabs rounds
 
 
 def _drive(synapse: Synapse | None, x: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:

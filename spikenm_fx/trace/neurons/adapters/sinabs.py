@@ -43,7 +43,6 @@ def read(module: nn.Module) -> NeuronSpec:
         class_name=name,
         kind=_kind(name, syn is not None),
         exact=is_own_class(module, "sinabs", *OWN)
-        and (floor is None or float(floor) == -math.inf)
         and (output != "integer" or isinstance(getattr(m, "spike_fn", None), type))
         # MembraneReset adds its value to every neuron, spiking or not: only 0 is a reset
         and (not hard or getattr(reset, "reset_value", 0.0) == 0.0),
@@ -53,6 +52,7 @@ def read(module: nn.Module) -> NeuronSpec:
         threshold=scalar(getattr(m, "spike_threshold", None), 1.0),
         reset="none" if output == "analog" else "hard" if hard else "subtract",
         reset_amount=None if amount is None else scalar(amount),
+        floor=None if floor is None or float(floor) == -math.inf else float(floor),
         surrogate=_surrogate(getattr(m, "surrogate_grad_fn", None)),
         output=output,
         state=tuple(name for name, _ in m.named_buffers(recurse=False)),
