@@ -375,6 +375,7 @@ def test_inputs_that_do_not_fit_each_other_are_refused(
     assert engine(*x).shape == (T, B, 5)
 
 
+@pytest.mark.slow
 def test_several_inputs_from_a_file(runner: Path, tmp_path: Path) -> None:
     """In a fresh process, by ``spikenm-run``, whole and as a stream: the same bits."""
     _, engine, x = two_sources()
