@@ -22,6 +22,8 @@ KERNEL_TESTS = (
     "tests/test_native_sampler.py",
     "tests/test_permute_search.py",
     "tests/test_program.py",
+    "tests/test_program_breadth.py",
+    "tests/test_program_carried.py",
     "tests/test_program_file.py",
     "tests/test_small.py",
 )

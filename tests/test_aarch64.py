@@ -22,6 +22,15 @@ from hypothesis import strategies as st
 from pack_strategies import cases, prune
 from program_strategies import Example, examples
 from test_program import program
+from test_program_carried import (
+    FUNCTIONS,
+    INPUTS,
+    OVER_TIME,
+    Between,
+    T,
+    tensor,
+    two_sources,
+)
 from torch import Tensor, nn
 
 from spikenm_fx.native.library import Neuron, kernels, native_status
@@ -29,6 +38,7 @@ from spikenm_fx.pack.kernels.cpu import LayerShape, pack_spikes, run_spikes
 from spikenm_fx.pack.kernels.layouts import Layout, layout_for, supports
 from spikenm_fx.pack.weights.format import LayerGeometry, pack_weight
 from spikenm_fx.pattern import NM
+from spikenm_fx.program import Engine
 
 FOLDER = os.environ.get("SPIKENM_FX_AARCH64", "")
 LEVELS = native_status().levels
@@ -170,11 +180,20 @@ def test_layer_kernels_give_the_bits_of_x86(calls: list[LayerCall]) -> None:
     assert at == len(found)
 
 
-def run_by_arm(example_input: Tensor) -> Tensor:
+def run_by_arm(*inputs: Tensor) -> Tensor:
     """The first output of the saved network, in one row."""
-    np.save(Path(FOLDER) / "x.npy", example_input.numpy())
-    text = emulated("spikenm-run", Path(FOLDER) / "net.snm", Path(FOLDER) / "x.npy")
+    files = [Path(FOLDER) / f"x{at}.npy" for at in range(len(inputs))]
+    for file, x in zip(files, inputs, strict=True):
+        np.save(file, x.numpy())
+    text = emulated("spikenm-run", Path(FOLDER) / "net.snm", *files)
     return torch.tensor([float(number) for number in text.split()])
+
+
+def gives_the_bits_of_x86(engine: Engine, *inputs: Tensor) -> None:
+    engine.save(Path(FOLDER) / "net.snm")
+    assert engine._net.level(1)
+    engine.reset()
+    assert torch.equal(run_by_arm(*inputs), tensor(engine(*inputs)).flatten())
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -182,14 +201,32 @@ def run_by_arm(example_input: Tensor) -> Tensor:
 def test_programs_give_the_bits_of_x86(
     example: Example, dtype: torch.dtype | None, small: bool
 ) -> None:
-    """Random networks with every operation, fast and small, in every stored type."""
+    """Random networks of layers and neurons, fast and small, in every stored type."""
     memory = "small" if small else "fast"
     engine = program(example.model, example.x, dtype=dtype, memory=memory)
-    engine.save(Path(FOLDER) / "net.snm")
-    assert engine._net.level(1)
-    engine.reset()
-    expected = engine(example.x).flatten()
-    assert torch.equal(run_by_arm(example.x), expected)
+    gives_the_bits_of_x86(engine, example.x)
+
+
+@pytest.mark.parametrize("name", OVER_TIME)
+def test_what_steps_carry_gives_the_bits_of_x86(name: str) -> None:
+    """Recurrent layers, feedback, neurons written in forward."""
+    torch.manual_seed(0)
+    x = 2 * torch.rand(T, 2, INPUTS)
+    gives_the_bits_of_x86(program(OVER_TIME[name]().eval(), x), x)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_softmax_give_the_bits_of_x86(name: str) -> None:
+    """Exponentials and what is made of them, on numbers of both signs and of any size."""
+    torch.manual_seed(0)
+    x = 3 * torch.randn(4, 2, 5, 6)
+    gives_the_bits_of_x86(program(Between(FUNCTIONS[name]).eval(), x), x)
+
+
+def test_several_inputs_give_the_bits_of_x86() -> None:
+    """Two over time, and one that is the same in all steps."""
+    _, engine, x = two_sources()
+    gives_the_bits_of_x86(engine, *x)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "3:16", "5:32"])

@@ -59,6 +59,7 @@ def test_dispatch_measures_what_pack_chooses(tmp_path):
     assert sum(group["of"] for group in saved["summary"].values()) == 2
 
 
+@pytest.mark.slow
 def test_two_versions_answer_the_same_questions(tmp_path):
     """A worker runs whatever package its folder holds; a folder without one is refused."""
     with pytest.raises(OSError, match="holds no package"):

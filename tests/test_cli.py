@@ -414,6 +414,7 @@ WRITES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRITES)
 def test_full_disk_leaves_nothing_behind(
     run, project: Path, weights: Path, name: str, monkeypatch: pytest.MonkeyPatch
@@ -570,6 +571,7 @@ def test_recipes_say_which_share_of_channels_stays(run, project: Path, weights: 
     assert "keep" in run("recipe", "show", file).err
 
 
+@pytest.mark.slow
 def test_dead_channels_are_removed_from_a_file(run, project: Path, weights: Path) -> None:
     """Parameters, bytes, SynOps and times before and after; every command reads what is left."""
     state = load_state(weights)
@@ -614,6 +616,7 @@ def test_channels_that_are_silent_on_data_are_removed(run, project: Path, weight
     assert ran.data["removal"]["removed"] > 0
 
 
+@pytest.mark.slow
 def test_a_share_of_the_channels_is_kept(run, project: Path, weights: Path) -> None:
     """As many as asked for, in multiples; wrong words and files are refused, nothing is written."""
     out, words = project / "smaller.safetensors", ("--root", project, "-i", "2,3,8,8")
@@ -1028,6 +1031,7 @@ def test_bench_lists_runs_and_hands_back_its_figures(run, project: Path) -> None
     assert "did you mean 'sampler'" in wrong.data["error"]["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -1070,6 +1074,7 @@ def test_demo_looks_at_its_folder_first(run, tmp_path: Path) -> None:
     assert "no folder" in ran.err
 
 
+@pytest.mark.slow
 def test_init_without_a_shape_finds_one_that_runs(run, project: Path) -> None:
     """The draft is accepted as it stands, by the command that init prints, from its own folder."""
     out = project / "net.yaml"
@@ -1095,6 +1100,7 @@ def test_own_code_is_found_in_the_current_folder(
     assert run("plan", "net.yaml").code == 0
 
 
+@pytest.mark.slow
 def test_init_repeats_the_plan_of_its_trace(run, tmp_path: Path) -> None:
     """Where the code alone cannot be read and the order misleads, rules say what the trace saw."""
     (tmp_path / "odd_order_for_cli.py").write_text(
@@ -1126,6 +1132,7 @@ def test_pack_takes_the_tightest_pattern(run, project: Path, weights: Path) -> N
     assert tight["packed_bytes"] < 0.6 * loose["packed_bytes"]
 
 
+@pytest.mark.slow
 def test_verify_by_a_recipe(run, project: Path, weights: Path) -> None:
     """The recipe's plan is what is required, of checkpoints and of packed files."""
     out, sparse, packed = (
@@ -1145,6 +1152,7 @@ def test_verify_by_a_recipe(run, project: Path, weights: Path) -> None:
     assert run("verify", weights, *words, "--except", "bodi").code == 3
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_kinds_are_told_apart(run, project: Path, weights: Path) -> None:
     """Packed, wrapped and unfolded files: what was found, and what to do."""
     sparse, packed = project / "s.safetensors", project / "p.safetensors"
@@ -1194,6 +1202,7 @@ def test_an_empty_shape_is_wrong_usage(run, project: Path) -> None:
         assert run(*command, TARGET, "--root", project, "-i", "").code == 2
 
 
+@pytest.mark.slow
 def test_doctor_advises_only_rules_that_work(run, tmp_path: Path) -> None:
     """No rule for a layer of one input channel, depthwise or not; the two are told apart."""
     (tmp_path / "one_channel_for_cli.py").write_text(
@@ -1212,6 +1221,7 @@ def test_doctor_advises_only_rules_that_work(run, tmp_path: Path) -> None:
     assert "rule turns it on" in layers["head.1"]["advice"]
 
 
+@pytest.mark.slow
 def test_an_installed_package_is_allowed_by_its_place(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1246,6 +1256,7 @@ def test_help_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_each_verb_imports_what_it_needs() -> None:
     """Verbs at hand need no package but torch's; a trace needs no compiler, recipes pydantic."""
     code = (

@@ -57,6 +57,7 @@ def test_one_sum_tells_whether_all_ranks_have_the_same(others: list[int], one: i
         assert same.tolist() == [len(set(ranks)) == 1, True, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nm", ["2:4", "1:8"])
 def test_six_bits_move_targets_less_than_other_samples_do(nm: str) -> None:
     """On average over a network's blocks far less than leaving out every other sample does."""

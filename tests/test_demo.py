@@ -10,7 +10,7 @@ import spikenm_fx
 def rows():
     """One epoch of each network, and the patterns that the progress was told of.
 
-    On every fourth image.
+    On every sixteenth image: two steps of each.
     """
     pytest.importorskip("sklearn")
     from spikenm_fx.demo import run
@@ -18,7 +18,7 @@ def rows():
 
     told: list[str] = []
     with pytest.MonkeyPatch.context() as patched:
-        few = Split(*(part[::4] for part in run.digits()))
+        few = Split(*(part[::16] for part in run.digits()))
         patched.setattr(run, "digits", lambda: few)
         return list(run.run_demo(epochs=1, on_step=told.append)), told, run.steps_of(1)
 

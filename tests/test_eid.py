@@ -813,6 +813,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
     optimizer.step()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_resume_is_bit_exact(at: int) -> None:
     """A run resumed from disk, credits included, ends in the same bits."""

@@ -40,6 +40,7 @@ def in_a_fresh_process(code: str, folder: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_torch_export_in_a_fresh_process(tmp_path) -> None:
     """A folded model is a program of torch alone."""
     model, x = folded(), torch.rand(4, 3, 16) * 3
@@ -57,6 +58,7 @@ def test_torch_export_in_a_fresh_process(tmp_path) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fma", "event", "dense"])
 def test_an_exported_engine_holds_packed_values_alone(backend, tmp_path, monkeypatch) -> None:
     """Nothing that a kernel reads is stored: other layouts may do so when it is loaded."""
@@ -89,6 +91,7 @@ def test_an_exported_engine_holds_packed_values_alone(backend, tmp_path, monkeyp
     assert len(derived) == 2  # of two layers, once each: now, not when it was stored
 
 
+@pytest.mark.slow
 def test_engines_in_a_fresh_process(tmp_path) -> None:
     """An engine's program names this package's operators; with it imported it computes the same."""
     x = torch.rand(4, 3, 16) * 3

@@ -54,6 +54,7 @@ def test_what_is_not_there_says_so() -> None:
         from spikenm_fx import nothing  # noqa: F401
 
 
+@pytest.mark.slow
 def test_importing_brings_nothing_along() -> None:
     """Neither torch nor yaml is imported before a verb is used, and recipes alone need pydantic."""
     heavy = "('torch', 'networkx', 'pydantic', 'yaml', 'rich', 'typer')"
@@ -99,6 +100,7 @@ for code in {codes!r}:
 """One interpreter imports torch for all of them; this package is new in each fork."""
 
 
+@pytest.mark.slow
 def test_verbs_are_verbs_whatever_was_imported_before() -> None:
     """A verb's name never becomes the module of that name, and both stay within reach."""
     ways = ["", "import spikenm_fx.{0}", "from spikenm_fx.{0} import *"]

@@ -206,6 +206,7 @@ except TorchVersionError as error:
 """
 
 
+@pytest.mark.slow
 def test_an_import_needs_no_private_name() -> None:
     """Where torch has none of them the package imports, finds layers, and says what is amiss."""
     run = [sys.executable, "-c", NOTHING_PRIVATE]

@@ -346,6 +346,7 @@ def test_sampled_masks_fade_into_the_final_one():
     assert shares[2] > 0.999
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_compiled_training_equals_eager():

@@ -63,6 +63,7 @@ def test_training_and_folding(method):
     network().load_state_dict(model.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ALL)
 @pytest.mark.parametrize("stop", [0, 3, 5])
 def test_resuming_is_bit_exact(method, stop):

@@ -203,6 +203,7 @@ def _close_together(keep: int, m: int, inner: int) -> tuple[Blocks, Tensor, Tens
         return case, _draw(case), _gradient(case)
 
 
+@pytest.mark.slow
 @needs_kernels
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(

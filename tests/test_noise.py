@@ -49,6 +49,7 @@ def test_same_in_another_process(here):
     assert done.stdout.splitlines() == [here, here]
 
 
+@pytest.mark.slow
 @given(
     st.integers(0, 2**40), st.integers(0, 2**40), st.text(max_size=20), st.integers(0, 2**31 - 65)
 )

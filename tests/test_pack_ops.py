@@ -25,6 +25,7 @@ def _layer(kernel: str, spatial: int) -> tuple[PackedLayer, torch.Tensor]:
     return PackedLayer(packed, torch.randn(24), choice=kernel), x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", available_kernels())
 @pytest.mark.parametrize("spatial", [0, 1, 2])
 def test_opcheck_sparse_layer(kernel, spatial):

@@ -375,6 +375,7 @@ def test_inputs_that_do_not_fit_each_other_are_refused(
     assert engine(*x).shape == (T, B, 5)
 
 
+@pytest.mark.slow
 def test_several_inputs_from_a_file(runner: Path, tmp_path: Path) -> None:
     """In a fresh process, by ``spikenm-run``, whole and as a stream: the same bits."""
     _, engine, x = two_sources()
@@ -442,22 +443,24 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class Between(nn.Module):
+    """A function between a convolution and a linear layer, over images."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(72, 5)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.function(4 * self.conv(x)).flatten(1))
+        return out
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_of_one_number_and_softmax(name: str) -> None:
     """On images, between layers, as torch computes them."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.head = nn.Conv2d(2, 6, 3), nn.Linear(72, 5)
-            self.function = FUNCTIONS[name]
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.head(self.function(4 * self.conv(x)).flatten(1))
-            return out
-
     torch.manual_seed(0)
-    model, x = Net().eval(), torch.randn(B, 2, 5, 6)
+    model, x = Between(FUNCTIONS[name]).eval(), torch.randn(B, 2, 5, 6)
     engine = program(model, x)
     with torch.no_grad():
         for y in (x, torch.cat([x, 9 * x])):

@@ -46,6 +46,7 @@ print([name for name in others if f"spikenm_fx.{name}" in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_a_program_needs_nothing_of_the_other_engine(tmp_path: Path) -> None:
     """Where it covers the network, no tensor that waits, and nothing that makes one, is there."""
     done = subprocess.run(

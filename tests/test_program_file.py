@@ -90,6 +90,7 @@ def test_a_loaded_engine_gives_the_same_bits(engine: Engine, tmp_path: Path) -> 
     assert file.read_bytes() == (tmp_path / "again.snm").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_neither_the_model_nor_the_packing(tmp_path: Path) -> None:
     """It loads and runs without the modules that made it, and gives the same bits."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -334,6 +335,7 @@ def wrapped_first(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
 
 def _rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # what imports have made: who asks for living tensors need not look at it
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped|.*deprecated")
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)

@@ -375,6 +375,7 @@ def test_a_step_that_the_scaler_skips(name: str) -> None:
         assert all(same(*pair) == bool(number % 2) for pair in zip(before, after, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [8.0, 2.0**16])
 @pytest.mark.parametrize("name", ["SGD", "SGD, fused", "Adam", "Adam, fused"])
 @pytest.mark.parametrize("unscaled", [False, True], ids=["", "unscale_"])

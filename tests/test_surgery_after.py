@@ -450,6 +450,7 @@ WRITES: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", WRITES)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("after", ["sparsify", "steps", "freeze"])

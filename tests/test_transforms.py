@@ -337,6 +337,7 @@ def test_spiking_networks_with_eid_compile_whole(fullgraph: bool, examples: bool
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_compiled_optimizer_step() -> None:
     """``torch.compile`` of ``optimizer.step``: the same run, and no code of masks is compiled."""
@@ -452,6 +453,7 @@ TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("examples", [True, False], ids=["examples", "without"])
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_transforms_where_credits_are_due(kind: str, examples: bool) -> None:
