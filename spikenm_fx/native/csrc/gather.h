@@ -131,19 +131,19 @@ struct GatherLayer {
   int64_t steps;                  // of the layer's output
   int64_t first = 0, images = 0;  // whose events are listed
   int64_t band = 1, bands = 1;    // lines of a tile, and tiles of an image
-  int64_t lines = 1;              // of taps, whose rows stay in the nearest cache together
+  int64_t lines = 1, columns;     // of taps, whose rows stay in the nearest cache together
   int64_t outputs;                // of a tile: one block, or two
   bool constant;                  // every step is given the same
 
   static constexpr int64_t kMostBytes = 8 << 20, kTilePixels = 1024, kNearBytes = 24 << 10;
-  static constexpr int64_t kMiddleBytes = 256 << 10;
+  static constexpr int64_t kMiddleBytes = 256 << 10, kBusy = 36;
 
   GatherLayer(const NetRun *r, const NetOp *op, const NetOp *behind)
       : run(r), neuron(behind), layer(op, r->values), lists(layer.in) {
     constant = same_steps();
     steps = layer.out->timed && !constant ? r->steps : 1;
     const int64_t line = layer.kw * layer.in->c * kOutputBlock * 4;
-    lines = most(1, least(layer.kh, kNearBytes / line));
+    lines = most(1, least(layer.kh, kNearBytes / line)), columns = layer.kw;
     // Two blocks have more sums under way for each event; one has rows that stay nearer.
     outputs = VW == 16 || line <= kNearBytes ? 2 * kOutputBlock : kOutputBlock;
   }
@@ -167,6 +167,11 @@ struct GatherLayer {
     for (first = 0; first < run->images; first += together) {
       images = least(together, run->images - first);
       snm_parallel(steps * images, threads, list_item, this);
+      // Runs of one tap alone are long enough where many inputs are not silent.
+      int64_t all = 0;
+      for (int64_t image = 0; image < images; ++image) all += events(image);
+      const bool busy = all >= kBusy * steps * images * lists.pixels;
+      columns = busy && lines == 1 ? 1 : layer.kw;
       band = most(1, least(height, kTilePixels / (steps * layer.out->w)));
       if (threads > 1)
         while (band > 1 && blocks * images * ceil_div(height, band) < 4 * threads)
@@ -198,7 +203,8 @@ struct GatherLayer {
         snm_scratch(0, sizeof(float) * static_cast<size_t>(pixels * wide)));
     tile.fetches = of->fetches(tile.image);
     for (int64_t ky = 0; ky < of->layer.kh; ky += of->lines)
-      for (int64_t t = 0; t < of->steps; ++t) of->add_lines(tile, t, ky);
+      for (int64_t kx = 0; kx < of->layer.kw; kx += of->columns)
+        for (int64_t t = 0; t < of->steps; ++t) of->add_taps(tile, t, ky, kx);
     of->finish(tile);
   }
 
@@ -209,31 +215,37 @@ struct GatherLayer {
     bool fetches;  // weights, ahead of their use
   };
 
-  // Of weights that no near cache holds, where most rows are read.
-  bool fetches(int64_t image) const {
-    if (layer.op->taps * layer.in->c * layer.row * 4 < kMiddleBytes) return false;
-    int64_t events = 0;
-    for (int64_t t = 0; t < steps; ++t) events += lists.starts(t * images + image)[lists.pixels];
-    return events >= layer.in->c;
+  int64_t events(int64_t image) const {
+    int64_t count = 0;
+    for (int64_t t = 0; t < steps; ++t) count += lists.starts(t * images + image)[lists.pixels];
+    return count;
   }
 
-  void add_lines(const Tile &tile, int64_t t, int64_t ky) const {
+  // Of weights that no near cache holds, where most rows are read.
+  bool fetches(int64_t image) const {
+    return layer.op->taps * layer.in->c * layer.row * 4 >= kMiddleBytes &&
+           events(image) >= layer.in->c;
+  }
+
+  // The taps of some lines and columns, from these on.
+  void add_taps(const Tile &tile, int64_t t, int64_t ky, int64_t kx) const {
     constexpr int kBlock = static_cast<int>(kOutputBlock / VW);
     const bool ones = lists.ones(t * images + tile.image);
     int64_t o = 0;
     if constexpr (VW > 4)
       if (tile.width == 2 * kOutputBlock)
-        return ones ? add_lines_of<2 * kBlock, false>(tile, 0, t, ky)
-                    : add_lines_of<2 * kBlock, true>(tile, 0, t, ky);
+        return ones ? add_taps_of<2 * kBlock, false>(tile, 0, t, ky, kx)
+                    : add_taps_of<2 * kBlock, true>(tile, 0, t, ky, kx);
     for (; o + kOutputBlock <= tile.width; o += kOutputBlock)
-      ones ? add_lines_of<kBlock, false>(tile, o, t, ky) : add_lines_of<kBlock, true>(tile, o, t, ky);
+      ones ? add_taps_of<kBlock, false>(tile, o, t, ky, kx) : add_taps_of<kBlock, true>(tile, o, t, ky, kx);
     if (o == tile.width) return;  // else there is a last, narrower block
-    ones ? add_lines_of<kBlock / 2, false>(tile, o, t, ky)
-         : add_lines_of<kBlock / 2, true>(tile, o, t, ky);
+    ones ? add_taps_of<kBlock / 2, false>(tile, o, t, ky, kx)
+         : add_taps_of<kBlock / 2, true>(tile, o, t, ky, kx);
   }
 
   template <int kVectors, bool kValued>
-  void add_lines_of(const Tile &tile, int64_t o, int64_t t, int64_t first_line) const {
+  void add_taps_of(const Tile &tile, int64_t o, int64_t t, int64_t first_line,
+                   int64_t first_column) const {
     constexpr int64_t width = least(kOutputBlock, kVectors * VW);
     const NetValue *in = layer.in, *out = layer.out;
     const int64_t row = layer.kw * in->c, line = row * width, apart = layer.kh * line;
@@ -243,19 +255,22 @@ struct GatherLayer {
     const uint32_t *offset = lists.offset(list);
     const float *value = lists.value(list);
     const int64_t pixels = (tile.to - tile.from) * out->w, end = least(layer.kh, first_line + lines);
+    const int64_t end_column = least(layer.kw, first_column + columns);
     float *y = tile.y + t * pixels * outputs + o;
     // What follows is read next, from far away, and here and there: it is fetched in passing.
-    const char *ahead = reinterpret_cast<const char *>(w + end * line);
-    const int64_t share = tile.fetches ? ceil_div(line * 4, steps * pixels * 64) : 0;
+    const char *ahead = reinterpret_cast<const char *>(
+        w + ((end - 1) * layer.kw + end_column) * in->c * width);
+    const int64_t fetched = (end - first_line) * (end_column - first_column) * in->c * width * 4;
+    const int64_t share = tile.fetches ? ceil_div(fetched, steps * pixels * 64) : 0;
     ahead += t * pixels * share * 64;
     for (int64_t oy = tile.from; oy < tile.to; ++oy)
       for (int64_t ox = 0; ox < out->w; ++ox, y += outputs) {
         for (int64_t k = 0; k < share; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
         vf sum[kVectors];
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[j] = first_line ? load(y + j * VW) : vf{};
+        for (int j = 0; j < kVectors; ++j) sum[j] = first_line + first_column ? load(y + j * VW) : vf{};
         const int64_t x = ox * layer.sw - layer.pw;
-        const int64_t left = most(0, x), right = least(in->w, x + layer.kw);
+        const int64_t left = most(0, x + first_column), right = least(in->w, x + end_column);
         for (int64_t ky = first_line; ky < end; ++ky) {
           const int64_t iy = oy * layer.sh - layer.ph + ky * layer.dh;
           if (iy < 0 || iy >= in->h || left >= right) continue;
@@ -308,19 +323,32 @@ struct GatherLayer {
   // `lasting`: the parameters, where all neurons have the same.
   void fire_block(const NetNeuron &behind, const NeuronLanes *lasting, const float *y, int64_t step,
                   int64_t o, int64_t i, float *state, float *current, uint32_t *bits) const {
-    const snm_neuron *rule = &behind.rule;
+    const snm_neuron rule = behind.rule;  // a copy that no store can change
     const int64_t all = behind.out->timed ? run->steps : 1;
     const int64_t bits_step = run->images * behind.out->stride * 2;
-    for (int64_t t = 0; t < all; ++t) bits[t * bits_step] = 0;
-    for (int64_t j = 0; j < kOutputBlock; j += VW) {
-      const NeuronLanes own = lasting ? *lasting : NeuronLanes(rule, i + j, VW);
-      const vf bias = load(layer.op->bias + o + j);
-      vf v = loadu(state + j), syn = rule->syn_decay ? loadu(current + j) : vf{};
-      for (int64_t t = 0; t < all; ++t)
-        bits[t * bits_step] |=
-            static_cast<uint32_t>(lanes(own.step(rule, load(y + t * step + j) + bias, v, syn))) << j;
-      storeu(state + j, v);
-      if (rule->syn_decay) storeu(current + j, syn);
+    constexpr int kVectors = static_cast<int>(kOutputBlock / VW) > 4 ? 4 : kOutputBlock / VW;
+    for (int64_t first = 0; first < kOutputBlock; first += kVectors * VW) {
+      const NeuronLanes same = lasting ? *lasting : NeuronLanes(&rule, i + first, VW);
+      vf v[kVectors], syn[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        v[j] = loadu(state + first + j * VW);
+        syn[j] = rule.syn_decay ? loadu(current + first + j * VW) : vf{};
+      }
+      for (int64_t t = 0; t < all; ++t) {
+        uint32_t word = first ? bits[t * bits_step] : 0;
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+          const int64_t at = first + j * VW;
+          const NeuronLanes own = lasting ? same : NeuronLanes(&rule, i + at, VW);
+          const vf x = load(y + t * step + at) + load(layer.op->bias + o + at);
+          word |= static_cast<uint32_t>(lanes(own.step(&rule, x, v[j], syn[j]))) << at;
+        }
+        bits[t * bits_step] = word;
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        storeu(state + first + j * VW, v[j]);
+        if (rule.syn_decay) storeu(current + first + j * VW, syn[j]);
+      }
     }
   }
 };

@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kLargePage = 2 << 20;
 constexpr int64_t kMostValues = 1 << 24;  // numbers of a token: 64 MiB
-constexpr int64_t kLeastGathered = 32;
+constexpr int64_t kLeastGathered = 32, kLeastPixels = 5;
 constexpr int64_t kHeadWords = 8, kValueWords = 5, kPortWords = 2 + 3 * SPIKENM_RANK;
 
 bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
@@ -251,9 +251,10 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
   op->group_stride = round_up(op->group_outputs, kLanesMost);
   const int64_t row = op->group_stride * w[kLayerGroups];
   if (out.h * out.w * row > 8 * kMostValues) return (*fail)("a layer of its program is too large");
-  // Few outputs are sooner added where they belong, and so are taps that lie apart.
+  // Few outputs are sooner added where they belong, and so are taps that lie apart; weights of few
+  // pixels are sooner read in whole rows than used twice.
   const bool gathers = !flat && w[kLayerGroups] == 1 && w[kLayerDilation + 1] == 1 &&
-                       op->group_outputs >= kLeastGathered;
+                       op->group_outputs >= kLeastGathered && out.h * out.w >= kLeastPixels;
   const StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
                          tensor(image, w[kTensor2]), tensor(image, w[kTensor3]),
                          w[kLayerKeep], w[kLayerOf], out.c, op->inputs, op->taps,

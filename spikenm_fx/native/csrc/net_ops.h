@@ -9,16 +9,20 @@ namespace {
 SNM_INLINE bool fires_at(const uint64_t *bits, int64_t i) { return bits[i / 64] >> (i % 64) & 1; }
 SNM_INLINE void set_bit(uint64_t *bits, int64_t i) { bits[i / 64] |= 1ull << (i % 64); }
 
+// The low VW bits as floats.
+SNM_INLINE vf ones_of(uint32_t bits) {
+  vi lane;
+  for (int k = 0; k < VW; ++k) lane[k] = 1 << k;
+  const vi word = vi{} + static_cast<int32_t>(bits);
+  return select((word & lane) == lane, splat(1.0f), vf{});
+}
+
 // A token as floats; bits are spread into `room`, 64 numbers a word.
 SNM_INLINE const float *as_floats(const NetValue *v, const void *token, float *room) {
   if (!v->bits) return static_cast<const float *>(token);
   const uint64_t *bits = static_cast<const uint64_t *>(token);
-  vi lane;
-  for (int k = 0; k < VW; ++k) lane[k] = 1 << k;
-  for (int64_t i = 0; i < ceil_div(v->size, 64) * 64; i += VW) {
-    const vi word = vi{} + static_cast<int32_t>(bits[i / 64] >> (i % 64));
-    storeu(room + i, select((word & lane) == lane, splat(1.0f), vf{}));
-  }
+  for (int64_t i = 0; i < ceil_div(v->size, 64) * 64; i += VW)
+    storeu(room + i, ones_of(static_cast<uint32_t>(bits[i / 64] >> (i % 64))));
   return room;
 }
 
@@ -259,6 +263,16 @@ SNM_INLINE void affine(const NetOp *op, const float *x, float *y, int64_t size) 
     const int64_t at = alike ? 0 : i;
     storeu(y + i, loadu(x + i) * loadu(op->memory + at) + loadu(shift + at));
   }
+}
+
+SNM_INLINE bool all_finite(const float *x, int64_t size) {
+  vf poison = {};
+  int64_t i = 0;
+  for (; i + VW <= size; i += VW) poison += loadu(x + i) * vf{};
+  float rest = 0.0f;
+  for (int k = 0; k < VW; ++k) rest += poison[k];
+  for (; i < size; ++i) rest += x[i] * 0.0f;
+  return rest == 0.0f;
 }
 
 SNM_INLINE void relu(const float *x, float *y, int64_t size) {

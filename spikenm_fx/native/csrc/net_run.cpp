@@ -120,10 +120,16 @@ struct NetStep {
   }
 
   void strided(int64_t token, float *y) const {
-    const float *x = floats(kIn0, token, 0) + op->word[kStridedOffset];
-    const float *z = op->word[kMode] == kCopy ? x : floats(kIn1, token, 1);
     memset(y, 0, sizeof(float) * static_cast<size_t>(value(kOut0)->stride));
-    Strided(op->word).run(x, z, y);
+    const int64_t offset = op->word[kStridedOffset];
+    const bool copies = op->word[kMode] == kCopy, multiplies = op->word[kMode] == kMul;
+    const Strided plain(op->word, false, false);
+    if (copies && value(kIn0)->bits && plain.copies_runs())
+      return plain.copy_bits(0, static_cast<const uint64_t *>(in(kIn0, token)), offset, y);
+    const float *x = floats(kIn0, token, 0), *z = copies ? x : floats(kIn1, token, 1);
+    const bool finite[2] = {multiplies && all_finite(x, value(kIn0)->size),
+                            multiplies && all_finite(z, value(kIn1)->size)};
+    Strided(op->word, finite[0], finite[1]).run(x + offset, z, y);
   }
 
   void concat(int64_t token) const {
