@@ -40,7 +40,7 @@ void work(void *data) {
   }
 }
 
-constexpr int kSlots = 6;
+constexpr int kSlots = 7;
 
 struct Scratch {
   void *memory[kSlots] = {};

@@ -70,9 +70,12 @@ struct NetTensor {
 // How the weights of a layer lie in memory; each row of taps from its end, so that neighbouring
 // outputs read neighbouring rows.
 //   kDenseRows, kDense8Rows: [group][input][tap][group_stride] floats, or int8.
+//   kTapRows: [block of outputs][tap][input][kOutputBlock] floats, of one group; taps in order, and
+//   the last block only as wide as there are outputs.
 //   kPackedRows: [group][block of inputs][tap][kept][group_outputs] values as they are stored, and
 //   beside each value its position in the block: packed bits, eight outputs to a whole byte.
-enum NetForm : int64_t { kDenseRows, kDense8Rows, kPackedRows };
+enum NetForm : int64_t { kDenseRows, kDense8Rows, kTapRows, kPackedRows };
+constexpr int64_t kOutputBlock = 32;
 
 struct NetOp {
   const int64_t *word;  // kOpWords of them
@@ -84,6 +87,7 @@ struct NetOp {
   int64_t form, type;    // NetForm, and the NetType of packed values
   const uint8_t *codes;  // of packed rows
   int64_t code_bytes;    // of one packed row
+  bool with_neuron;  // the next operation is a neuron that alone reads what this layer gives
   // Neuron and affine: rows of parameters, each `wide` long: 16 equal ones, or one per number.
   int64_t wide;
   int64_t state_stride;  // of a neuron: floats of one image's membranes

@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kLargePage = 2 << 20;
 constexpr int64_t kMostValues = 1 << 24;  // numbers of a token: 64 MiB
+constexpr int64_t kLeastGathered = 32, kLeastPixels = 5;
 constexpr int64_t kHeadWords = 8, kValueWords = 5, kPortWords = 2 + 3 * SPIKENM_RANK;
 
 bool within(int64_t x, int64_t low, int64_t high) { return x >= low && x <= high; }
@@ -92,8 +93,19 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
   }
   for (const NetState &state : states)
     if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
+  for (size_t i = 0; i + 1 < ops.size(); ++i) ops[i].with_neuron = joins_neuron(i);
   for (const NetMemory &each : memory) weight_bytes += each.size();
   return find_loops(fail);
+}
+
+// Whether a layer's sums need not be written, as the neuron behind it alone reads them.
+bool NetModel::joins_neuron(size_t layer) const {
+  const NetOp &op = ops[layer];
+  const int64_t *w = op.word, *next = ops[layer + 1].word;
+  return w[kCode] == kLayer && op.form == kTapRows && next[kCode] == kNeuron &&
+         next[kIn0] == w[kOut0] && next[kOut1] == kNoValue && next[kNeuronEmits] == kSpikes &&
+         last_use[static_cast<size_t>(w[kOut0])] == static_cast<int64_t>(layer) + 1 &&
+         op.group_outputs % kOutputBlock == 0;
 }
 
 // All inputs and outputs have the same batch.
@@ -239,10 +251,14 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
   op->group_stride = round_up(op->group_outputs, kLanesMost);
   const int64_t row = op->group_stride * w[kLayerGroups];
   if (out.h * out.w * row > 8 * kMostValues) return (*fail)("a layer of its program is too large");
+  // Few outputs are sooner added where they belong, and so are taps that lie apart; weights of few
+  // pixels are sooner read in whole rows than used twice.
+  const bool gathers = !flat && w[kLayerGroups] == 1 && w[kLayerDilation + 1] == 1 &&
+                       op->group_outputs >= kLeastGathered && out.h * out.w >= kLeastPixels;
   const StoredWeight stored = {tensor(image, w[kTensor0]), tensor(image, w[kTensor1]),
                          tensor(image, w[kTensor2]), tensor(image, w[kTensor3]),
                          w[kLayerKeep], w[kLayerOf], out.c, op->inputs, op->taps,
-                         w[kLayerGroups], w[kLayerKernel + 1], in.h * in.w,
+                         w[kLayerGroups], w[kLayerKernel + 1], gathers, in.h * in.w,
                          w[kLayerFlat] == 2 ? in.c : 0};
   if (!stored.fits()) return (*fail)("the weights of a layer are not what its program says");
   NetLayerMemory at = {};
@@ -262,7 +278,7 @@ bool NetModel::check_layer(const NetImage &image, NetOp *op, NetFailure *fail) {
   NetPacked &kept = packed.back();
   kept.values.data = nullptr;  // the file is gone when this is read
   kept.weight = {&kept.values, nullptr, nullptr, nullptr, stored.keep, stored.of, stored.outputs,
-                 stored.inputs, stored.taps, stored.groups, stored.kw, 0, 0};
+                 stored.inputs, stored.taps, stored.groups, stored.kw, false, 0, 0};
   return true;
 }
 

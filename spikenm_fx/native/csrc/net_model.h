@@ -80,6 +80,7 @@ struct NetModel {
   bool check_compare(const NetImage &image, NetOp *op, NetFailure *fail);
   bool check_softmax(const NetOp &op) const;
   bool find_loops(NetFailure *fail);
+  bool joins_neuron(size_t layer) const;
   NetState *state_of(int64_t which);
   bool check_norm(const NetImage &image, NetOp *op, NetFailure *fail);
   const NetTensor *tensor(const NetImage &image, int64_t id) const;

@@ -9,12 +9,20 @@ namespace {
 SNM_INLINE bool fires_at(const uint64_t *bits, int64_t i) { return bits[i / 64] >> (i % 64) & 1; }
 SNM_INLINE void set_bit(uint64_t *bits, int64_t i) { bits[i / 64] |= 1ull << (i % 64); }
 
+// The low VW bits as floats.
+SNM_INLINE vf ones_of(uint32_t bits) {
+  vi lane;
+  for (int k = 0; k < VW; ++k) lane[k] = 1 << k;
+  const vi word = vi{} + static_cast<int32_t>(bits);
+  return select((word & lane) == lane, splat(1.0f), vf{});
+}
+
 // A token as floats; bits are spread into `room`, 64 numbers a word.
 SNM_INLINE const float *as_floats(const NetValue *v, const void *token, float *room) {
   if (!v->bits) return static_cast<const float *>(token);
   const uint64_t *bits = static_cast<const uint64_t *>(token);
-  for (int64_t w = 0; w * 64 < v->size; ++w)
-    for (int64_t i = 0; i < 64; ++i) room[w * 64 + i] = static_cast<float>(bits[w] >> i & 1);
+  for (int64_t i = 0; i < ceil_div(v->size, 64) * 64; i += VW)
+    storeu(room + i, ones_of(static_cast<uint32_t>(bits[i / 64] >> (i % 64))));
   return room;
 }
 
@@ -137,6 +145,7 @@ struct NetPoolOp {
 
   // Of spikes the largest is whether any fires: each sets its bit in the windows that hold it.
   void spikes(const uint64_t *x, uint64_t *y, Events *e) const {
+    if (in->c % 64 == 0) return words(x, y);
     memset(y, 0, sizeof(uint64_t) * static_cast<size_t>(out->stride));
     events_of_bits(x, in->size, e);
     for (int64_t k = 0; k < e->count; ++k) {
@@ -148,6 +157,23 @@ struct NetPoolOp {
           if ((ix - ox * sw + pw) % dw == 0) set_bit(y, (oy * out->w + ox) * out->c + c);
       }
     }
+  }
+
+  // Of pixels that are whole words, 64 channels at a time.
+  void words(const uint64_t *x, uint64_t *y) const {
+    const int64_t n = in->c / 64;
+    for (int64_t oy = 0; oy < out->h; ++oy)
+      for (int64_t ox = 0; ox < out->w; ++ox, y += n) {
+        int64_t y0, y1, x0, x1;
+        window(oy, in->h, out->h, kh, sh, ph, dh, &y0, &y1);
+        window(ox, in->w, out->w, kw, sw, pw, dw, &x0, &x1);
+        for (int64_t k = 0; k < n; ++k) {
+          uint64_t any = 0;
+          for (int64_t iy = y0; iy < y1; iy += dh)
+            for (int64_t ix = x0; ix < x1; ix += dw) any |= x[(iy * in->w + ix) * n + k];
+          y[k] = any;
+        }
+      }
   }
 
   static int64_t first(int64_t i, int64_t k, int64_t s, int64_t p, int64_t d) {
@@ -244,6 +270,16 @@ SNM_INLINE void affine(const NetOp *op, const float *x, float *y, int64_t size) 
     const int64_t at = alike ? 0 : i;
     storeu(y + i, loadu(x + i) * loadu(op->memory + at) + loadu(shift + at));
   }
+}
+
+SNM_INLINE bool all_finite(const float *x, int64_t size) {
+  vf poison = {};
+  int64_t i = 0;
+  for (; i + VW <= size; i += VW) poison += loadu(x + i) * vf{};
+  float rest = 0.0f;
+  for (int k = 0; k < VW; ++k) rest += poison[k];
+  for (; i < size; ++i) rest += x[i] * 0.0f;
+  return rest == 0.0f;
 }
 
 SNM_INLINE void relu(const float *x, float *y, int64_t size) {

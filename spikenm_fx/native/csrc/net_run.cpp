@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs the operations of a network one after another; each covers all its time steps and images.
 // Compiled once per ISA level with SNM_NET_RUN naming the result.
+#include "gather.h"
 #include "net_ops.h"
 #include "net_pointwise.h"
 
@@ -12,6 +13,7 @@ constexpr int64_t kWorthThreads = 1 << 17;  // multiply-adds below which one thr
 struct NetStep {
   const NetRun *run;
   const NetOp *op;
+  bool with_neuron = false;  // and the next operation, see NetOp
   int64_t parts = 1;  // of a layer's outputs, where there are too few tokens to share out
 
   const NetValue *value(int which) const { return run->values + op->word[which]; }
@@ -118,10 +120,16 @@ struct NetStep {
   }
 
   void strided(int64_t token, float *y) const {
-    const float *x = floats(kIn0, token, 0) + op->word[kStridedOffset];
-    const float *z = op->word[kMode] == kCopy ? x : floats(kIn1, token, 1);
     memset(y, 0, sizeof(float) * static_cast<size_t>(value(kOut0)->stride));
-    Strided(op->word).run(x, z, y);
+    const int64_t offset = op->word[kStridedOffset];
+    const bool copies = op->word[kMode] == kCopy, multiplies = op->word[kMode] == kMul;
+    const Strided plain(op->word, false, false);
+    if (copies && value(kIn0)->bits && plain.copies_runs())
+      return plain.copy_bits(0, static_cast<const uint64_t *>(in(kIn0, token)), offset, y);
+    const float *x = floats(kIn0, token, 0), *z = copies ? x : floats(kIn1, token, 1);
+    const bool finite[2] = {multiplies && all_finite(x, value(kIn0)->size),
+                            multiplies && all_finite(z, value(kIn1)->size)};
+    Strided(op->word, finite[0], finite[1]).run(x + offset, z, y);
   }
 
   void concat(int64_t token) const {
@@ -163,6 +171,8 @@ struct NetStep {
       for (int64_t i = 0; i < op->word[kStridedCount]; ++i)
         if (!op->word[kStridedLoop + 4 * i + 1]) work *= op->word[kStridedLoop + 4 * i];
     const int64_t threads = work < kWorthThreads ? 1 : run->threads;
+    if (op->word[kCode] == kLayer && op->form == kTapRows)
+      return GatherLayer(run, op, with_neuron ? op + 1 : nullptr).start(threads);
     const bool sliced = op->word[kCode] == kLayer && items < threads &&
                         op->word[kLayerGroups] == 1 && op->group_outputs == op->group_stride;
     if (sliced) {
@@ -176,8 +186,11 @@ struct NetStep {
 void run_all(const NetRun *run, int64_t from, int64_t to) {
   for (int64_t i = from; i < to; ++i) {
     const NetOp *op = run->ops + i;
-    NetStep step{run, op};
+    // Who observes sees what every operation gives.
+    const bool two = op->with_neuron && !run->observe && i + 1 < to;
+    NetStep step{run, op, two};
     step.start();
+    i += two;
     if (!run->observe) continue;
     const bool reads = op->word[kCode] != kRecall, gives = op->word[kCode] != kStore;
     run->observe(run->context, i, reads ? run->memory[op->word[kIn0]] : nullptr,

@@ -9,7 +9,10 @@ namespace {
 struct Strided {
   int64_t mode, loops, size[kStridedLoops], to[kStridedLoops], a[kStridedLoops], b[kStridedLoops];
 
-  explicit Strided(const int64_t *w) : mode(w[kMode]), loops(w[kStridedCount]) {
+  bool finite[2];  // of the operands: zero times any of its numbers is zero
+
+  Strided(const int64_t *w, bool a_finite, bool b_finite)
+      : mode(w[kMode]), loops(w[kStridedCount]), finite{a_finite, b_finite} {
     for (int64_t i = 0; i < loops; ++i) {
       const int64_t *loop = w + kStridedLoop + 4 * i;
       size[i] = loop[0], to[i] = loop[1], a[i] = loop[2], b[i] = loop[3];
@@ -19,11 +22,96 @@ struct Strided {
   // Adds to y, which starts as zeros.
   void run(const float *x, const float *z, float *y) const {
     if (loops == 1) return inner(x, z, y);
+    if (const int which = matrix_among()) return matrices(which == 2, x, z, y);
     outer(0, x, z, y);
   }
 
+  // Spikes that lie side by side in the innermost loop, set where zeros were.
+  bool copies_runs() const {
+    const int64_t k = loops - 1;
+    return mode == kCopy && to[k] == 1 && a[k] == 1;
+  }
+  void copy_bits(int64_t at, const uint64_t *x, int64_t from, float *y) const {
+    if (at + 1 == loops) return spread_bits(x, from, y, size[at]);
+    for (int64_t i = 0; i < size[at]; ++i) copy_bits(at + 1, x, from + i * a[at], y + i * to[at]);
+  }
+
  private:
+  static void spread_bits(const uint64_t *x, int64_t from, float *y, int64_t n) {
+    for (int64_t i = 0; i < n;) {
+      const int64_t shift = (from + i) % 64, there = least(64 - shift, n - i);
+      const uint64_t word = x[(from + i) / 64] >> shift;
+      int64_t j = 0;
+      for (; j + VW <= there; j += VW)
+        storeu(y + i + j, loadu(y + i + j) + ones_of(static_cast<uint32_t>(word >> j)));
+      for (; j < there; ++j) y[i + j] += static_cast<float>(word >> j & 1);
+      i += there;
+    }
+  }
+
+  // Products of rows that lie side by side with one vector: 1 if the rows are those of the first
+  // operand, 2 of the second, 0 where there are none, or not with many vectors.
+  int matrix_among() const {
+    const int64_t k = loops - 1, row = k - 1;
+    if (mode != kMul || to[k] != 0 || a[k] != 1 || b[k] != 1 || to[row] != 1 || size[row] < VW ||
+        size[k] * size[row] > kMostMatrix)
+      return 0;
+    const int found = b[row] == 0 && a[row] > 0 ? 1 : a[row] == 0 && b[row] > 0 ? 2 : 0;
+    int64_t vectors = 1;
+    for (int64_t i = 0; i < row; ++i)
+      if (found && (found == 1 ? a : b)[i] == 0) vectors *= size[i];
+    return vectors >= 4 ? found : 0;
+  }
+
+  static constexpr int64_t kMostMatrix = 1 << 14;
+
+  // Loops along which the matrix stays are turned last, so that it is laid out column by column
+  // once for all vectors; a column of which the vector has nothing is left out.
+  void matrices(bool second, const float *x, const float *z, float *y) const {
+    const int64_t outer_loops = loops - 2;
+    const int64_t *own = second ? b : a, *other = second ? a : b;
+    Matrix m = {own, other, {}, outer_loops, nullptr, nullptr,
+                finite[second ? 1 : 0]};
+    int64_t n = 0;
+    for (int64_t i = 0; i < outer_loops; ++i)
+      if (own[i] != 0) m.order[n++] = i;
+    for (int64_t i = 0; i < outer_loops; ++i)
+      if (own[i] == 0) m.order[n++] = i;
+    m.columns = static_cast<float *>(
+        snm_scratch(2, sizeof(float) * static_cast<size_t>(size[loops - 1] * size[loops - 2])));
+    second ? turn(&m, 0, z, x, y) : turn(&m, 0, x, z, y);
+  }
+
+  struct Matrix {
+    const int64_t *own, *other;
+    int64_t order[kStridedLoops], loops;
+    const float *laid_out;
+    float *columns;
+    bool finite;
+  };
+
+  void turn(Matrix *m, int64_t at, const float *rows, const float *vector, float *y) const {
+    if (at == m->loops) return product_with(m, rows, vector, y);
+    const int64_t k = m->order[at];
+    for (int64_t i = 0; i < size[k]; ++i)
+      turn(m, at + 1, rows + i * m->own[k], vector + i * m->other[k], y + i * to[k]);
+  }
+
+  void product_with(Matrix *m, const float *rows, const float *vector, float *y) const {
+    const int64_t inner = size[loops - 1], outs = size[loops - 2], apart = m->own[loops - 2];
+    if (m->laid_out != rows)
+      for (int64_t i = 0; i < outs; ++i)
+        for (int64_t j = 0; j < inner; ++j) m->columns[j * outs + i] = rows[i * apart + j];
+    m->laid_out = rows;
+    for (int64_t j = 0; j < inner; ++j)
+      if (vector[j] != 0.0f || !m->finite) multiples(vector[j], m->columns + j * outs, y, outs);
+  }
+
   void outer(int64_t at, const float *x, const float *z, float *y) const {
+    if (at + 2 == loops && mode == kMul && to[at] == 0 && to[at + 1] == 1) {
+      if (a[at + 1] == 0 && b[at + 1] == 1) return combination(x, a[at], z, b[at], y, finite[1]);
+      if (a[at + 1] == 1 && b[at + 1] == 0) return combination(z, b[at], x, a[at], y, finite[0]);
+    }
     for (int64_t i = 0; i < size[at]; ++i, x += a[at], z += b[at], y += to[at])
       if (at + 2 == loops) inner(x, z, y);
       else outer(at + 1, x, z, y);
@@ -48,6 +136,29 @@ struct Strided {
     for (; i + VW <= n; i += VW)
       storeu(y + i, loadu(y + i) + joined(mode, loadu(x + i), loadu(z + i)));
     for (; i < n; ++i) y[i] += one(x[i], z[i]);
+  }
+
+  // The sum of rows that lie side by side, each times its factor; those without one are left out.
+  void combination(const float *factor, int64_t next, const float *row, int64_t next_row, float *y,
+                   bool left_out) const {
+    const int64_t turns = size[loops - 2], n = size[loops - 1];
+    constexpr int64_t kWide = 4 * VW;
+    int64_t o = 0;
+    for (; o + kWide <= n; o += kWide) {
+      vf sum[4];
+      for (int j = 0; j < 4; ++j) sum[j] = loadu(y + o + j * VW);
+      for (int64_t i = 0; i < turns; ++i) {
+        const float of = factor[i * next];
+        if (of == 0.0f && left_out) continue;
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j)
+          sum[j] = madd(splat(of), loadu(row + i * next_row + o + j * VW), sum[j]);
+      }
+      for (int j = 0; j < 4; ++j) storeu(y + o + j * VW, sum[j]);
+    }
+    for (int64_t i = 0; i < turns && o < n; ++i)
+      if (factor[i * next] != 0.0f || !left_out)
+        multiples(factor[i * next], row + i * next_row + o, y + o, n - o);
   }
 
   static void multiples(float factor, const float *x, float *y, int64_t n) {

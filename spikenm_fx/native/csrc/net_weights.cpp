@@ -59,7 +59,7 @@ bool StoredWeight::plan(bool small, int64_t stride, NetLayerMemory *m) const {
     m->codes = weights;
     weights += aligned(rows * m->code_bytes + kSlack);
   } else {
-    m->form = values->dtype == kI8 ? kDense8Rows : kDenseRows;
+    m->form = values->dtype == kI8 ? kDense8Rows : gathers ? kTapRows : kDenseRows;
     m->codes = m->code_bytes = 0;
     int64_t rows = 0;
     if (__builtin_mul_overflow(inputs * taps, row, &rows) || rows > (1ll << 36)) return false;
@@ -141,6 +141,8 @@ bool StoredWeight::lay_out_some(char *to, const NetLayerMemory &m, int64_t strid
           if (m.form == kPackedRows)
             put_packed(to, m, ((group[r] * blocks() + block) * taps + place_of(tap)) * keep + j, o,
                        from, position);
+          else if (m.form == kTapRows && input < inputs)
+            put_dense(to, m, tap_row(o, stride, input, tap), from, weight);
           else if (input < inputs)
             put_dense(to, m, dense_row(group[r], input, tap) * stride + lane[r], from, weight);
         }
@@ -162,6 +164,13 @@ void StoredWeight::put_dense(char *to, const NetLayerMemory &m, int64_t at, int6
     to[at] = static_cast<char>(values->data[from]);
   else
     memcpy(to + 4 * at, &weight, 4);
+}
+
+// Of rows of one group.
+int64_t StoredWeight::tap_row(int64_t output, int64_t stride, int64_t input, int64_t tap) const {
+  const int64_t first = output / kOutputBlock * kOutputBlock;
+  const int64_t width = std::min(kOutputBlock, stride - first);
+  return first * taps * inputs + (tap * inputs + input) * width + output - first;
 }
 
 int64_t StoredWeight::dense_row(int64_t group, int64_t stored, int64_t tap) const {

@@ -14,6 +14,7 @@ struct StoredWeight {
   int64_t keep, of;
   int64_t outputs, inputs, taps, groups;  // inputs of one group
   int64_t kw;  // taps of a row of the kernel
+  bool gathers;  // rows of floats lie as kTapRows
   int64_t pixels, channels;  // channels not 0: inputs run (channel, pixel), the value other way
 
   bool fits() const;
@@ -40,6 +41,7 @@ struct StoredWeight {
   float value(int64_t at) const;
   int64_t place_of(int64_t tap) const;
   int64_t packed_row(int64_t output, int64_t at) const;
+  int64_t tap_row(int64_t output, int64_t stride, int64_t input, int64_t tap) const;
   int64_t dense_row(int64_t group, int64_t stored, int64_t tap) const;
   int64_t code_bit(int64_t output) const;
 };

@@ -1,0 +1,356 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of a convolution, output by output: for every pixel the rows of weights of the events that
+// it reads, added in registers.  Events lie pixel after pixel and channel after channel, and so do
+// the rows of one line of taps: what an output reads of one line is one run of events, whose rows
+// are as far from each other as the events are.  Sums are added in the order of the inputs, as
+// stream.h adds them: both give the same bits.
+//
+// Outputs come in narrow blocks: the rows of one line of taps stay in the nearest caches while all
+// pixels and steps of a tile pass by, and their sums wait in the tile for the next line.  A neuron
+// that is all that reads the sums takes them from there.
+#pragma once
+#include "net_ops.h"
+
+namespace {
+
+// The events of many tokens, and where those of each pixel start.
+struct EventLists {
+  const NetValue *in;
+  int64_t pixels, room, bytes;  // bytes: of one token
+  char *memory;
+
+  explicit EventLists(const NetValue *v) : in(v), pixels(v->h * v->w) {
+    room = ceil_div(v->size, 64) * 64 + 64;
+    bytes = ceil_div((room * (v->bits ? 1 : 2) + pixels + 2) * 4, 64) * 64;
+    memory = nullptr;
+  }
+
+  void take(int64_t tokens) {
+    memory = static_cast<char *>(snm_scratch(6, static_cast<size_t>(tokens * bytes)));
+  }
+
+  // How far the row of each event lies behind that of the first number, in bytes of whole blocks.
+  uint32_t *offset(int64_t token) const {
+    return reinterpret_cast<uint32_t *>(memory + token * bytes);
+  }
+  float *value(int64_t token) const { return reinterpret_cast<float *>(offset(token)) + room; }
+  // Of each pixel, and behind the last one: 1 where all values are 1.
+  int32_t *starts(int64_t token) const {
+    return reinterpret_cast<int32_t *>(offset(token)) + room * (in->bits ? 1 : 2);
+  }
+  bool ones(int64_t token) const { return starts(token)[pixels + 1] != 0; }
+
+  void fill(int64_t token, const void *from) const {
+    const int64_t words = ceil_div(in->size, 64);
+    const size_t needed = sizeof(uint64_t) * static_cast<size_t>(2 * words);
+    uint64_t *bits = static_cast<uint64_t *>(snm_scratch(2, needed));
+    int32_t *before = reinterpret_cast<int32_t *>(bits + words);
+    uint32_t *found = offset(token);
+    float *values = value(token);
+    bool ones = true;
+    const float *x = static_cast<const float *>(from);
+    if (!in->bits) ones = bits_of(x, bits);
+    const uint64_t *there = in->bits ? static_cast<const uint64_t *>(from) : bits;
+    int32_t n = 0;
+    for (int64_t w = 0; w < words; ++w) {
+      before[w] = n;
+      if (in->bits || ones)
+        for (uint64_t word = there[w]; word; word &= word - 1)
+          found[n++] = row_of(w * 64 + __builtin_ctzll(word));
+      else
+        for (uint64_t word = there[w]; word; word &= word - 1) {
+          const int64_t at = w * 64 + __builtin_ctzll(word);
+          found[n] = row_of(at);
+          values[n++] = x[at];
+        }
+    }
+    int32_t *start = starts(token);
+    for (int64_t p = 0; p < pixels; ++p) {
+      const int64_t at = p * in->c;
+      const uint64_t part = (1ull << at % 64) - 1;
+      start[p] = before[at / 64] +
+                 (part ? __builtin_popcountll(there[at / 64] & part) : 0);
+    }
+    start[pixels] = n;
+    start[pixels + 1] = ones;
+  }
+
+ private:
+  static uint32_t row_of(int64_t at) {
+    return static_cast<uint32_t>(at) * static_cast<uint32_t>(kOutputBlock * sizeof(float));
+  }
+
+  // Which numbers are not zero; whether all of those are 1.  NaN is not zero.
+  bool bits_of(const float *x, uint64_t *bits) const {
+    vi others = {};
+    for (int64_t i = 0; i < in->size; i += 64) {
+      uint64_t word = 0;
+      vi more = {};
+      for (int64_t j = 0; j < 64; j += VW) {
+        const vf v = loadu(x + i + j);  // up to 63 numbers behind the last one are there
+        const vi there = ~reinterpret_cast<vi>(v == vf{});
+        word |= static_cast<uint64_t>(lanes(there)) << j;
+        more |= there & ~reinterpret_cast<vi>(v == splat(1.0f));
+      }
+      if (in->size - i >= 64) others |= more;
+      else {
+        word &= (1ull << (in->size - i)) - 1;
+        for (uint64_t left = word; left; left &= left - 1)
+          if (x[i + __builtin_ctzll(left)] != 1.0f) others |= ~vi{};
+      }
+      bits[i / 64] = word;
+    }
+    return lanes(others) == 0;
+  }
+};
+
+// Sums of kVectors vectors of outputs over the events of one run.  `w`: where the row of the token's
+// first number would lie; that of another block of outputs lies `apart` behind it.
+template <int kVectors, bool kValued>
+SNM_INLINE void add_run(uintptr_t w, int64_t apart, const uint32_t *offset, const float *value,
+                        int64_t count, vf *sum) {
+  constexpr int kOfBlock = static_cast<int>(kOutputBlock / VW);
+  constexpr int kNarrow = kVectors * VW < kOutputBlock ? 1 : 0;
+  for (int64_t k = 0; k < count; ++k) {
+    const float *row = reinterpret_cast<const float *>(w + (offset[k] >> kNarrow));
+    const vf factor = kValued ? splat(value[k]) : vf{};
+#pragma GCC unroll 8
+    for (int j = 0; j < kVectors; ++j) {
+      const vf weight = loadu(row + (j / kOfBlock ? apart : 0) + j % kOfBlock * VW);
+      sum[j] = kValued ? madd(factor, weight, sum[j]) : sum[j] + weight;
+    }
+  }
+}
+
+// A layer whose weights lie as kTapRows, and the neuron behind it or null.
+struct GatherLayer {
+  const NetRun *run;
+  const NetOp *neuron;
+  StreamLayer layer;
+  EventLists lists;
+  int64_t steps;                  // of the layer's output
+  int64_t first = 0, images = 0;  // whose events are listed
+  int64_t band = 1, bands = 1;    // lines of a tile, and tiles of an image
+  int64_t lines = 1, columns;     // of taps, whose rows stay in the nearest cache together
+  int64_t outputs;                // of a tile: one block, or two
+  bool constant;                  // every step is given the same
+
+  static constexpr int64_t kMostBytes = 8 << 20, kTilePixels = 1024, kNearBytes = 24 << 10;
+  static constexpr int64_t kMiddleBytes = 256 << 10, kBusy = 36;
+
+  GatherLayer(const NetRun *r, const NetOp *op, const NetOp *behind)
+      : run(r), neuron(behind), layer(op, r->values), lists(layer.in) {
+    constant = same_steps();
+    steps = layer.out->timed && !constant ? r->steps : 1;
+    const int64_t line = layer.kw * layer.in->c * kOutputBlock * 4;
+    lines = most(1, least(layer.kh, kNearBytes / line)), columns = layer.kw;
+    // Two blocks have more sums under way for each event; one has rows that stay nearer.
+    outputs = VW == 16 || line <= kNearBytes ? 2 * kOutputBlock : kOutputBlock;
+  }
+
+  // An image may be given again at each step, and takes a layer no longer then than one step.
+  bool same_steps() const {
+    const NetValue *in = layer.in;
+    if (in->bits || !in->timed || run->steps == 1) return false;
+    const float *x = static_cast<const float *>(run->memory[layer.op->word[kIn0]]);
+    for (int64_t token = run->images; token < run->steps * run->images; ++token)
+      if (memcmp(x + (token - run->images) * in->stride, x + token * in->stride,
+                 sizeof(float) * static_cast<size_t>(in->size)) != 0)
+        return false;
+    return true;
+  }
+
+  void start(int64_t threads) {
+    const int64_t together = most(1, least(run->images, kMostBytes / (lists.bytes * steps)));
+    const int64_t blocks = ceil_div(layer.row, outputs), height = layer.out->h;
+    lists.take(steps * together);
+    for (first = 0; first < run->images; first += together) {
+      images = least(together, run->images - first);
+      snm_parallel(steps * images, threads, list_item, this);
+      // Runs of one tap alone are long enough where many inputs are not silent.
+      int64_t all = 0;
+      for (int64_t image = 0; image < images; ++image) all += events(image);
+      const bool busy = all >= kBusy * steps * images * lists.pixels;
+      columns = busy && lines == 1 ? 1 : layer.kw;
+      band = most(1, least(height, kTilePixels / (steps * layer.out->w)));
+      if (threads > 1)
+        while (band > 1 && blocks * images * ceil_div(height, band) < 4 * threads)
+          band = ceil_div(band, 2);
+      bands = ceil_div(height, band);
+      snm_parallel(blocks * images * bands, threads, tile_item, this);
+    }
+  }
+
+  // Lists lie step by step.
+  static void list_item(void *self, int64_t index) {
+    const GatherLayer *of = static_cast<const GatherLayer *>(self);
+    const NetValue *in = of->layer.in;
+    const int64_t token = index / of->images * of->run->images + of->first + index % of->images;
+    const int64_t bytes = in->stride * static_cast<int64_t>(in->bits ? 8 : 4);
+    of->lists.fill(index, static_cast<const char *>(of->run->memory[of->layer.op->word[kIn0]]) +
+                              token * bytes);
+  }
+
+  // All images and tiles pass by one block of outputs after another.
+  static void tile_item(void *self, int64_t index) {
+    const GatherLayer *of = static_cast<const GatherLayer *>(self);
+    const int64_t wide = of->outputs, block = index / of->bands / of->images * wide;
+    Tile tile = {index / of->bands % of->images, index % of->bands * of->band, 0, block,
+                 least(wide, of->layer.row - block), nullptr, false};
+    tile.to = least(tile.from + of->band, of->layer.out->h);
+    const int64_t pixels = of->steps * (tile.to - tile.from) * of->layer.out->w;
+    tile.y = static_cast<float *>(
+        snm_scratch(0, sizeof(float) * static_cast<size_t>(pixels * wide)));
+    tile.fetches = of->fetches(tile.image);
+    for (int64_t ky = 0; ky < of->layer.kh; ky += of->lines)
+      for (int64_t kx = 0; kx < of->layer.kw; kx += of->columns)
+        for (int64_t t = 0; t < of->steps; ++t) of->add_taps(tile, t, ky, kx);
+    of->finish(tile);
+  }
+
+  // Sums of `width` outputs from o0 on of the lines [from, to) of an image: [step][pixel][outputs].
+  struct Tile {
+    int64_t image, from, to, o0, width;
+    float *y;
+    bool fetches;  // weights, ahead of their use
+  };
+
+  int64_t events(int64_t image) const {
+    int64_t count = 0;
+    for (int64_t t = 0; t < steps; ++t) count += lists.starts(t * images + image)[lists.pixels];
+    return count;
+  }
+
+  // Of weights that no near cache holds, where most rows are read.
+  bool fetches(int64_t image) const {
+    return layer.op->taps * layer.in->c * layer.row * 4 >= kMiddleBytes &&
+           events(image) >= layer.in->c;
+  }
+
+  // The taps of some lines and columns, from these on.
+  void add_taps(const Tile &tile, int64_t t, int64_t ky, int64_t kx) const {
+    constexpr int kBlock = static_cast<int>(kOutputBlock / VW);
+    const bool ones = lists.ones(t * images + tile.image);
+    int64_t o = 0;
+    if constexpr (VW > 4)
+      if (tile.width == 2 * kOutputBlock)
+        return ones ? add_taps_of<2 * kBlock, false>(tile, 0, t, ky, kx)
+                    : add_taps_of<2 * kBlock, true>(tile, 0, t, ky, kx);
+    for (; o + kOutputBlock <= tile.width; o += kOutputBlock)
+      ones ? add_taps_of<kBlock, false>(tile, o, t, ky, kx) : add_taps_of<kBlock, true>(tile, o, t, ky, kx);
+    if (o == tile.width) return;  // else there is a last, narrower block
+    ones ? add_taps_of<kBlock / 2, false>(tile, o, t, ky, kx)
+         : add_taps_of<kBlock / 2, true>(tile, o, t, ky, kx);
+  }
+
+  template <int kVectors, bool kValued>
+  void add_taps_of(const Tile &tile, int64_t o, int64_t t, int64_t first_line,
+                   int64_t first_column) const {
+    constexpr int64_t width = least(kOutputBlock, kVectors * VW);
+    const NetValue *in = layer.in, *out = layer.out;
+    const int64_t row = layer.kw * in->c, line = row * width, apart = layer.kh * line;
+    const float *w = layer.op->memory + (tile.o0 + o) * layer.kh * row;
+    const int64_t list = t * images + tile.image;
+    const int32_t *starts = lists.starts(list);
+    const uint32_t *offset = lists.offset(list);
+    const float *value = lists.value(list);
+    const int64_t pixels = (tile.to - tile.from) * out->w, end = least(layer.kh, first_line + lines);
+    const int64_t end_column = least(layer.kw, first_column + columns);
+    float *y = tile.y + t * pixels * outputs + o;
+    // What follows is read next, from far away, and here and there: it is fetched in passing.
+    const char *ahead = reinterpret_cast<const char *>(
+        w + ((end - 1) * layer.kw + end_column) * in->c * width);
+    const int64_t fetched = (end - first_line) * (end_column - first_column) * in->c * width * 4;
+    const int64_t share = tile.fetches ? ceil_div(fetched, steps * pixels * 64) : 0;
+    ahead += t * pixels * share * 64;
+    for (int64_t oy = tile.from; oy < tile.to; ++oy)
+      for (int64_t ox = 0; ox < out->w; ++ox, y += outputs) {
+        for (int64_t k = 0; k < share; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
+        vf sum[kVectors];
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) sum[j] = first_line + first_column ? load(y + j * VW) : vf{};
+        const int64_t x = ox * layer.sw - layer.pw;
+        const int64_t left = most(0, x + first_column), right = least(in->w, x + end_column);
+        for (int64_t ky = first_line; ky < end; ++ky) {
+          const int64_t iy = oy * layer.sh - layer.ph + ky * layer.dh;
+          if (iy < 0 || iy >= in->h || left >= right) continue;
+          const int32_t from = starts[iy * in->w + left], to = starts[iy * in->w + right];
+          const int64_t first_row = ky * row - (iy * in->w + x) * in->c;
+          add_run<kVectors, kValued>(
+              reinterpret_cast<uintptr_t>(w) + static_cast<uintptr_t>(first_row * width * 4), apart,
+              offset + from, value + from, to - from, sum);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) store(y + j * VW, sum[j]);
+      }
+  }
+
+  void finish(const Tile &tile) const {
+    if (neuron) return fire(tile);
+    const NetValue *out = layer.out;
+    const int64_t pixels = (tile.to - tile.from) * out->w;
+    for (int64_t t = 0; t < (out->timed ? run->steps : 1); ++t) {
+      const float *y = tile.y + (constant ? 0 : t) * pixels * outputs;
+      float *to = static_cast<float *>(run->memory[layer.op->word[kOut0]]) +
+                  (t * run->images + first + tile.image) * out->stride +
+                  tile.from * out->w * out->c + tile.o0;
+      for (int64_t p = 0; p < pixels; ++p, y += outputs, to += out->c)
+        for (int64_t o = 0; o < tile.width; o += VW)
+          store_part(to + o, load(y + o) + load(layer.op->bias + tile.o0 + o),
+                     least(VW, out->c - tile.o0 - o));
+    }
+  }
+
+  // All steps of the neurons of a pixel; there are 32 outputs of a block, or 64.
+  void fire(const Tile &tile) const {
+    const NetNeuron behind(neuron, run->values);
+    const NetValue *out = behind.out;
+    const int64_t pixels = (tile.to - tile.from) * out->w, image = first + tile.image;
+    const NeuronLanes same(&behind.rule, 0, VW);
+    const NeuronLanes *lasting = neuron->wide == kLanesMost ? &same : nullptr;
+    float *state = run->states[neuron->word[kNeuronState]] + image * neuron->state_stride;
+    float *current = state + run->state_images * neuron->state_stride;
+    uint32_t *bits =
+        static_cast<uint32_t *>(run->memory[neuron->word[kOut0]]) + image * out->stride * 2;
+    for (int64_t o = 0; o < tile.width; o += kOutputBlock)
+      for (int64_t p = 0; p < pixels; ++p) {
+        const int64_t i = (tile.from * out->w + p) * out->c + tile.o0 + o;
+        fire_block(behind, lasting, tile.y + p * outputs + o, steps == 1 ? 0 : pixels * outputs,
+                   tile.o0 + o, i, state + i, current + i, bits + i / 32);
+      }
+  }
+
+  // `lasting`: the parameters, where all neurons have the same.
+  void fire_block(const NetNeuron &behind, const NeuronLanes *lasting, const float *y, int64_t step,
+                  int64_t o, int64_t i, float *state, float *current, uint32_t *bits) const {
+    const snm_neuron rule = behind.rule;  // a copy that no store can change
+    const int64_t all = behind.out->timed ? run->steps : 1;
+    const int64_t bits_step = run->images * behind.out->stride * 2;
+    constexpr int kVectors = static_cast<int>(kOutputBlock / VW) > 4 ? 4 : kOutputBlock / VW;
+    for (int64_t first = 0; first < kOutputBlock; first += kVectors * VW) {
+      const NeuronLanes same = lasting ? *lasting : NeuronLanes(&rule, i + first, VW);
+      vf v[kVectors], syn[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        v[j] = loadu(state + first + j * VW);
+        syn[j] = rule.syn_decay ? loadu(current + first + j * VW) : vf{};
+      }
+      for (int64_t t = 0; t < all; ++t) {
+        uint32_t word = first ? bits[t * bits_step] : 0;
+#pragma GCC unroll 4
+        for (int j = 0; j < kVectors; ++j) {
+          const int64_t at = first + j * VW;
+          const NeuronLanes own = lasting ? same : NeuronLanes(&rule, i + at, VW);
+          const vf x = load(y + t * step + at) + load(layer.op->bias + o + at);
+          word |= static_cast<uint32_t>(lanes(own.step(&rule, x, v[j], syn[j]))) << at;
+        }
+        bits[t * bits_step] = word;
+      }
+      for (int j = 0; j < kVectors; ++j) {
+        storeu(state + first + j * VW, v[j]);
+        if (rule.syn_decay) storeu(current + first + j * VW, syn[j]);
+      }
+    }
+  }
+};
+
+}  // namespace
