@@ -29,11 +29,14 @@ class NotLowered(PackError):
         where: qualified name of the part, or "".
         why: a sentence.
         carries: it is one that does not hold where a loop's steps are read with what they carry.
+        inside: axes of the batch for which it does not hold where they are axes of each token.
     """
 
-    def __init__(self, where: str, why: str, *, carries: bool = False) -> None:
+    def __init__(
+        self, where: str, why: str, *, carries: bool = False, inside: tuple[Atom, ...] = ()
+    ) -> None:
         super().__init__(f"{where}: {why}" if where else why)
-        self.where, self.why, self.carries = where, why, carries
+        self.where, self.why, self.carries, self.inside = where, why, carries, inside
 
 
 @dataclass(eq=False, slots=True)
@@ -283,7 +286,9 @@ class Draft:
             NotLowered: if another one is.
         """
         if self.time is not None and self.time is not atom:
-            raise NotLowered(where, "it steps along another axis than the parts before it")
+            raise NotLowered(
+                where, "it steps along another axis than the parts before it", inside=(atom,)
+            )
         self.time = atom
 
     def step_of(self, where: str, *refs: Ref) -> int | None:

@@ -16,6 +16,7 @@ from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, First, NotLowered, Ref, Rest, State, Value
 from spikenm_fx.program.layers import Layers
+from spikenm_fx.program.tokens import as_steps, outside
 from spikenm_fx.trace import NeuronSpec
 from spikenm_fx.trace.analysis.nodes import op_name_or_none
 from spikenm_fx.trace.neurons.recurrent import Recurrence, recurrence_of
@@ -168,8 +169,13 @@ class Neurons:
         if ref.step is not None or self.calls[name] > 1:
             raise NotLowered(name, "it steps through time itself, and is called more than once")
         axis = self._folded(spec, ref) if spec.folded_time else ref.axes[spec.time_axis]
+        if axis and all(atom in ref.value.layout.features for atom in axis):
+            ref = as_steps(self.draft, name, ref, spec.time_axis)
+            axis = ref.axes[spec.time_axis]
         if len(axis) != 1 or axis[0] in ref.value.layout.features:
-            raise NotLowered(name, f"axis {spec.time_axis} of its input is not time alone")
+            inside = outside(self.draft, ref, axis[1:])
+            why = f"axis {spec.time_axis} of its input is not time alone"
+            raise NotLowered(name, why, inside=inside)
         if any(not isinstance(x, Rest) and x is not None for x in given):
             raise NotLowered(name, "it is given a state")
         self.draft.set_time(axis[0], name)
