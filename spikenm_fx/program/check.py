@@ -131,7 +131,8 @@ def _add_feedback(lowered: Lowered, seen: dict[str, _Seen], last: dict[str, Tens
         if probe.recurrence is None:
             continue
         each, time = seen[probe.name], probe.spec.time_axis
-        if lowered.program.ops[number].settings[FORGETS[Code.NEURON]]:
+        op = lowered.program.ops[number]
+        if op.settings[FORGETS[Code.NEURON]] or probe.recurrence.forgets:
             last.pop(probe.name, None)
         for call, (x, spikes) in enumerate(zip(each.received, each.emitted, strict=True)):
             steps = [spikes] if time is None else list(spikes.unbind(time))

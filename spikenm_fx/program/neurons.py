@@ -213,7 +213,12 @@ class Neurons:
             layout = self._with_time(name, layout)
         recurrence, recalled = self.recurrences.get(name), None
         if recurrence is not None:
-            recalled = self.draft.recall(layout, name, bits=True, forgets=forgets)
+            recalled = self.draft.recall(
+                layout,
+                name,
+                bits=spec.output == "spike",
+                forgets=forgets or recurrence.forgets,
+            )
             fed = self._fed_back(name, recurrence, Ref(recalled, ref.axes))
             summed = self.draft.apply(Code.JOIN, layout, source, fed, settings=(0,), name=name)
             source = Ref(summed, ref.axes)

@@ -23,6 +23,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
+    behind_compiled,
     DisableTorchFunction,
     call_module_untraced,
     disable_current_modes,
@@ -193,7 +194,7 @@ class ValueTracer(fx.Tracer):
     def _guarded(self) -> fx.Graph:
         around: ValueTracer | None = getattr(_innermost, "tracer", None)
         unseen = contextlib.nullcontext() if around is None else around._aside()
-        with _TRACING, torch.no_grad(), reading(self._read), unseen:
+        with _TRACING, torch.no_grad(), reading(self._read), unseen, behind_compiled():
             try:
                 _innermost.tracer = self
                 return self.trace(self.model)
