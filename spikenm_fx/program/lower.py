@@ -30,6 +30,7 @@ from spikenm_fx.program.neurons import Neurons, Returned
 from spikenm_fx.program.norms import batch_norm, runs_elsewhere
 from spikenm_fx.program.order import needed, ordered
 from spikenm_fx.program.rolled import Rolled
+from spikenm_fx.program.written import OTHER_WRITES, stacked_writes
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.nodes import op_name_or_none, readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name
@@ -174,7 +175,7 @@ class _Lowering:
         if graph.operations is None:
             raise NotLowered("", "it was not traced: give example inputs")
         self.model, self.graph = model, graph
-        self.nodes: list[fx.Node] = list(graph.operations.nodes)
+        self.nodes: list[fx.Node] = list(stacked_writes(graph.operations).nodes)
         calls: dict[str, int] = {}
         for node in self.nodes:
             if node.op == "call_module":
@@ -249,6 +250,8 @@ class _Lowering:
         where = f"{name} in {node.meta.get('scope') or 'the forward'}"
         if node.meta.get("fires") and self.rolled is None:
             raise NotLowered(where, "a neuron is code in a forward there", carries=True)
+        if name == "setitem" and node.users:
+            raise NotLowered(where, OTHER_WRITES, carries=True)
         if self.rolled is not None:
             if name in _ZEROS and node.meta["value"].shape is not None:
                 return torch.zeros(node.meta["value"].shape)
