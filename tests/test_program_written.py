@@ -81,7 +81,7 @@ def test_each_step_written_once_is_a_stack(name: str, steps: int, batch: int) ->
 
 
 def test_a_long_loop_with_a_membrane_of_its_own() -> None:
-    """snnTorch's recordings, whose state the caller carries, over many steps."""
+    """Recordings as snnTorch users make them, whose state the caller carries, over many steps."""
     snn = pytest.importorskip("snntorch")
 
     class Recorded(nn.Module):

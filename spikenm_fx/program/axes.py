@@ -80,6 +80,15 @@ class Layout:
         h, w = (1 if a is None else a.size for a in (self.height, self.width))
         return h, w, size_of(self.channels or ())
 
+    def set_pixels(self, pixels: Sequence[Atom]) -> None:
+        """Take axes for those of pixels.
+
+        Args:
+            pixels: none, the width, or height and width.
+        """
+        self.height = pixels[0] if len(pixels) == 2 else None
+        self.width = pixels[-1] if pixels else None
+
     def learn(self, channels: tuple[Atom, ...]) -> None:
         """Take an axis of an input for that of its channels.
 

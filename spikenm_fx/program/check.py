@@ -131,15 +131,17 @@ def _add_feedback(lowered: Lowered, seen: dict[str, _Seen], last: dict[str, Tens
         if probe.recurrence is None:
             continue
         each, time = seen[probe.name], probe.spec.time_axis
-        op = lowered.program.ops[number]
-        if op.settings[FORGETS[Code.NEURON]] or probe.recurrence.forgets:
+        if lowered.program.ops[number].settings[FORGETS[Code.NEURON]]:
             last.pop(probe.name, None)
         for call, (x, spikes) in enumerate(zip(each.received, each.emitted, strict=True)):
             steps = [spikes] if time is None else list(spikes.unbind(time))
             before = last.get(probe.name, torch.zeros_like(steps[0]))
             last[probe.name] = steps[-1]
             earlier = before if time is None else torch.stack([before, *steps[:-1]], time)
-            each.received[call] = probe.recurrence.drive(x, earlier)
+            driven = probe.recurrence.drive(x, earlier)
+            if probe.recurrence.starts_empty and time is not None:
+                driven.select(time, 0).copy_(x.select(time, 0))
+            each.received[call] = driven
 
 
 class _Observer:

@@ -220,7 +220,7 @@ def _flat(draft: Draft, name: str, ref: Ref) -> tuple[Ref, int]:
     if layout.channels is None:
         layout.learn(given)
     seen = tuple(atom for atom in given if atom.size != 1)
-    channels = tuple(a for a in layout.channels if a.size != 1)
+    channels = tuple(a for a in layout.channels or () if a.size != 1)
     pixels = tuple(a for a in (layout.height, layout.width) if a is not None and a.size != 1)
     if seen == channels:
         return ref, 0 if pixels else 1

@@ -220,7 +220,8 @@ class _Lowering:
         Args:
             atoms: of any value.
         """
-        return frozenset(p for p, atom in self.read.items() if fresh((atom,)) in zip(atoms))
+        wanted = {(atom,) for atom in atoms}
+        return frozenset(place for place, atom in self.read.items() if fresh((atom,)) in wanted)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
@@ -349,7 +350,7 @@ class _Lowering:
         if len(pixels) > 2:
             raise NotLowered(node.name, "more than two axes of it are axes of each token")
         layout = Layout(atoms)
-        layout.height, layout.width = (*[None] * (2 - len(pixels)), *pixels)
+        layout.set_pixels(pixels)
         value = self.draft.value(layout)
         self.inputs.append(Ref(value, tuple((atom,) for atom in atoms)))
         self.taken.append(place)

@@ -213,13 +213,12 @@ class Neurons:
             layout = self._with_time(name, layout)
         recurrence, recalled = self.recurrences.get(name), None
         if recurrence is not None:
-            recalled = self.draft.recall(
-                layout,
-                name,
-                bits=spec.output == "spike",
-                forgets=forgets or recurrence.forgets,
-            )
-            fed = self._fed_back(name, recurrence, Ref(recalled, ref.axes))
+            empty = recurrence.starts_empty  # what is fed back is kept, not the spikes
+            bits = spec.output == "spike" and not empty
+            recalled = self.draft.recall(layout, name, bits=bits, forgets=forgets or empty)
+            fed = Ref(recalled, ref.axes)
+            if not empty:
+                fed = self._fed_back(name, recurrence, fed)
             summed = self.draft.apply(Code.JOIN, layout, source, fed, settings=(0,), name=name)
             source = Ref(summed, ref.axes)
         table = self._parameters(name, spec, ref)
@@ -233,8 +232,11 @@ class Neurons:
         op = Op(Code.NEURON, (source.value.number,), outputs, settings, (stored,), name)
         self.inputs.append((op, (name, ref)))
         self.draft.ops.append(op)
-        if recalled is not None:
-            self.draft.store(recalled, spikes, name)
+        if recurrence is not None and recalled is not None:
+            kept = spikes
+            if recurrence.starts_empty:
+                kept = self._fed_back(name, recurrence, Ref(spikes, ref.axes)).value
+            self.draft.store(recalled, kept, name)
         return ref.value.number, op, spikes, Ref(membrane, ref.axes)
 
     def _driven(self, name: str, ref: Ref) -> Ref:

@@ -50,8 +50,8 @@ def relaid(draft: Draft, where: str, ref: Ref, channels: tuple[Atom, ...]) -> Re
         left.append(thin.pop())
     if len(left) + len(thin) > 2:
         raise NotLowered(where, f"it works along one of {len(left) + 1} axes of a token")
-    pixels = [None, None, *[a for a in ref.atoms if a in left]][-2:]
-    new = Layout((*layout.lead, *channels, *left), channels, pixels[0], pixels[1])
+    new = Layout((*layout.lead, *channels, *left), channels)
+    new.set_pixels([a for a in ref.atoms if a in left])
     groups = [((a,), (a,), ()) for a in (*channels, *left)]
     return Ref(strided(draft, where, COPY, new, groups, ref), ref.axes, ref.step)
 
@@ -101,8 +101,8 @@ def as_steps(draft: Draft, where: str, ref: Ref, axis: int) -> Ref:
     flat = Layout((*layout.lead, *group, *rest), (*group, *rest))
     groups = [((a,), (a,), ()) for a in (*group, *rest)]
     source = Ref(strided(draft, where, COPY, flat, groups, ref), ref.axes, ref.step)
-    channels, pixels = (tuple(rest), ()) if len(rest) > 3 else (tuple(rest[-1:]), rest[:-1])
-    height, width = (*[None] * (2 - len(pixels)), *pixels)
-    new = Layout((time, *layout.lead, *rest), channels, height, width)
+    pixels = rest[:-1] if len(rest) <= 3 else []
+    new = Layout((time, *layout.lead, *rest), tuple(rest[len(pixels) :]))
+    new.set_pixels(pixels)
     made = draft.apply(Code.STEPS, new, source, name=where)
     return Ref(made, (*ref.axes[:axis], (time,), *ref.axes[axis + 1 :]), ref.step)

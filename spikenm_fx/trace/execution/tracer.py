@@ -23,8 +23,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
-    behind_compiled,
     DisableTorchFunction,
+    behind_compiled,
     call_module_untraced,
     disable_current_modes,
     disable_torch_dispatch,

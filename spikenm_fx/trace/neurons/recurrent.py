@@ -32,7 +32,7 @@ class Recurrence:
         key: its name in the module.
         inputs: a layer of the module that its input passes first, or None.
         inputs_key: the name of its weight in the module.
-        forgets: in the first step of a forward it is fed nothing, whatever its state is.
+        starts_empty: in the first step of each forward nothing is fed back, not even a bias.
     """
 
     spec: NeuronSpec
@@ -40,7 +40,7 @@ class Recurrence:
     key: str
     inputs: nn.Module | None = None
     inputs_key: str = ""
-    forgets: bool = False
+    starts_empty: bool = False
 
     def name(self, neuron: str, key: str | None = None) -> str:
         """Qualified name of the feedback, or of another part of the neuron."""
@@ -121,4 +121,4 @@ def _sinabs(module: Any, spec: NeuronSpec) -> Recurrence | None:
     if not is_weight_layer(module.rec_connect):
         return None
     rule = replace(spec, exact=sinabs.has_known_rule(module))
-    return Recurrence(rule, module.rec_connect, "rec_connect", forgets=True)
+    return Recurrence(rule, module.rec_connect, "rec_connect", starts_empty=True)
