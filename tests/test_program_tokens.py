@@ -152,8 +152,20 @@ class Transformer(nn.Module):
         y = torch.bmm(torch.bmm(q, k.transpose(1, 2)), v) * 0.25
         return self.merged(y.reshape(*lead, self.heads, *y.shape[-2:]))
 
+    def by_letters(self, x: Tensor) -> Tensor:
+        lead = "tb"[-(x.dim() - 2) :]
+        q, k, v = (self.per_head(f(x)) for f in (self.q, self.k, self.v))
+        scores = torch.einsum(f"{lead}hnd,{lead}hmd->{lead}hnm", q, k)
+        seen = scores * torch.tril(torch.ones(x.shape[-2], x.shape[-2]))
+        return self.merged(torch.einsum(f"{lead}hnm,{lead}hmd->{lead}hnd", seen, v) * 0.25)
+
+    def by_torch(self, x: Tensor) -> Tensor:
+        q, k, v = (self.per_head(f(x)) for f in (self.q, self.k, self.v))
+        return self.merged(nn.functional.scaled_dot_product_attention(q, k, v))
+
 
 KINDS = ["spikformer", "keys_first", "softmax", "driven", "token_mask", "heads_in_the_batch"]
+WRITTEN_OTHERWISE = ["by_letters", "by_torch"]
 
 
 def lively(model: nn.Module) -> nn.Module:
@@ -194,7 +206,7 @@ def test_attention_by_linear_runs_natively(data: st.DataObject) -> None:
     )
     torch.manual_seed(data.draw(st.integers(0, 999)))
     kind, norm = (
-        data.draw(st.sampled_from(KINDS)),
+        data.draw(st.sampled_from([*KINDS, *WRITTEN_OTHERWISE])),
         data.draw(st.sampled_from(["batch", "layer", "none"])),
     )
     rule = STEP if loops else LIF
@@ -330,6 +342,34 @@ def test_layers_and_norms_along_words() -> None:
     """A Linear, a batch norm, a layer norm of both axes, and a concatenation, all along words."""
     torch.manual_seed(0)
     held_to(lively(Mixer(5, 8)), 2 * torch.rand(3, 2, 5, 4), reset)
+
+
+class Pooled(nn.Module):
+    """Products of words, reduced over steps and words at once."""
+
+    def __init__(self, mean: bool) -> None:
+        super().__init__()
+        self.layer, self.fire, self.head = nn.Linear(4, 8), RuleNeuron(LIF), nn.Linear(8, 3)
+        self.mean = mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fire(self.layer(x))
+        y = y @ y.transpose(-1, -2) @ y
+        out: Tensor = self.head(y.mean((0, 2)) if self.mean else y.sum((0, -2)))
+        return out
+
+
+@pytest.mark.parametrize("mean", [True, False])
+def test_steps_and_words_are_reduced_at_once(mean: bool) -> None:
+    """Both axes of one mean or sum."""
+    torch.manual_seed(0)
+    model, x = lively(Pooled(mean)), 2 * torch.rand(3, 2, 5, 4)
+    engine = program(model, x)
+    with torch.no_grad():
+        for y in (x, torch.cat([x, x]), torch.cat([x, x], dim=1)):
+            engine.reset()
+            reset(model)
+            torch.testing.assert_close(engine(y), model(y), rtol=1e-4, atol=1e-4)
 
 
 class Similar(nn.Module):

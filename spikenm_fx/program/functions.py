@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikenm_fx.program.attention import attention_by, einsum
 from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import POINTWISE, Code
@@ -223,11 +224,14 @@ def _sum(call: Call) -> Ref:
 
 def _over(call: Call, *, mean: bool) -> Ref:
     ref, dims = call.ref(), call.get(1, "dim")
-    keep = bool(call.get(2, "keepdim", False))
+    keep = bool(call.kwargs.get("keepdim", call.get(2, "keepdim", False)))
     if dims is None:
         raise call.refuse("it reduces all axes to one number")
     dims = [d % len(ref.axes) for d in (dims if isinstance(dims, tuple | list) else (dims,))]
     pixels = {a for a in (ref.value.layout.height, ref.value.layout.width) if a is not None}
+    time = call.draft.time
+    if len(dims) > 1 and any(ref.axes[d] == (time,) for d in dims):
+        return _over_both(call, ref, dims, mean=mean, keep=keep)
     gone = {atom for d in dims for atom in ref.axes[d]}
     if mean and pixels and gone == pixels:
         return _global_mean(call, ref, dims, keep=keep)
@@ -240,6 +244,16 @@ def _over(call: Call, *, mean: bool) -> Ref:
     if group[0] is not call.draft.time:
         call.draft.set_time(group[0], call.where)
     return _reduced(call, ref, 1 if mean else 0, keep=keep, axis=dims[0])
+
+
+def _over_both(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> Ref:
+    """Over time, and over other axes before."""
+    at = next(d for d in dims if ref.axes[d] == (call.draft.time,))
+    inner = Call(call.draft, call.node, call.where, (ref,), {}, None)
+    inner.kwargs = {"dim": [d for d in dims if d != at], "keepdim": True}
+    found = _reduced(call, _over(inner, mean=mean), 1 if mean else 0, keep=True, axis=at)
+    axes = (group for axis, group in enumerate(found.axes) if keep or axis not in dims)
+    return replace(found, axes=tuple(axes))
 
 
 def _global_mean(call: Call, ref: Ref, dims: list[int], *, keep: bool) -> Ref:
@@ -562,6 +576,8 @@ FUNCTIONS: dict[str, Function] = {
     "where": _where,
     "neg": lambda call: _scaled(call, call.args[0], -1.0, 0.0),
     "softmax": _softmax(0),
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention_by(_softmax(0)),
     "log_softmax": _softmax(1),
     **NORMS,
     **POOLS,

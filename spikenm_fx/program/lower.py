@@ -41,6 +41,8 @@ __all__ = ["Lowered", "Probe", "lower"]
 _PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
 _LAYERS = ("linear", "conv1d", "conv2d")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
+_CREATED = ("ones", "full", "eye", "arange", "linspace")
+"""Operations that make a constant of numbers alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +281,8 @@ class _Lowering:
         args, kwargs = self._values(node.args), self._values(node.kwargs)
         leaves = tree_flatten((args, kwargs))[0]
         known = all(x is None or x is Ellipsis or isinstance(x, _PLAIN) for x in leaves)
-        if not known or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        created = op_name(node) in _CREATED
+        if not known or not (created or any(isinstance(leaf, Tensor) for leaf in leaves)):
             return None
         if not callable(node.target) or "rand" in op_name(node):
             return None

@@ -21,7 +21,17 @@ from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.strided import COPY, MULTIPLY, Group, distances, laid_out, nested, strided
 from spikenm_fx.program.tokens import outside
 
-__all__ = ["PRODUCTS", "broadcast", "per_number", "sliced", "summed", "with_constant"]
+__all__ = [
+    "PRODUCTS",
+    "broadcast",
+    "made_once",
+    "matmul",
+    "per_number",
+    "read_features",
+    "sliced",
+    "summed",
+    "with_constant",
+]
 
 
 def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
@@ -103,8 +113,8 @@ def matmul(call: Call) -> Ref:
     if len(a.axes) != len(b.axes) or len(a.axes) < 2:
         raise call.refuse("it multiplies tensors of different rank")
     rows, inner, columns = a.axes[-2], a.axes[-1], b.axes[-1]
-    _features(call, a, rows, inner)
-    _features(call, b, b.axes[-2], columns)
+    read_features(call, a, rows, inner)
+    read_features(call, b, b.axes[-2], columns)
     lead, groups, axes = _shared(call, a, b, a.axes[:-2], b.axes[:-2])
     pixels = (a.value.layout.height, a.value.layout.width)
     taken = {atom for group in (*axes, rows) for atom in group}
@@ -121,7 +131,7 @@ def matmul(call: Call) -> Ref:
         layout = laid_out(lead, features, a.value.layout, b.value.layout)
         return (strided(call.draft, call.where, MULTIPLY, layout, groups, a, b),)
 
-    return _made(call, key, make, out_axes, features, step, a, b)
+    return made_once(call, key, make, out_axes, features, step, a, b)
 
 
 def broadcast(call: Call, mode: int) -> Ref:
@@ -145,13 +155,13 @@ def broadcast(call: Call, mode: int) -> Ref:
         layout = laid_out(lead, features, a.value.layout, b.value.layout)
         return (strided(call.draft, call.where, mode, layout, groups, a, b),)
 
-    return _made(call, key, make, axes, features, step, a, b)
+    return made_once(call, key, make, axes, features, step, a, b)
 
 
 def summed(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> Ref:
     """The sum or mean over some axes of a token."""
     gone = [ref.axes[d] for d in dims]
-    _features(call, ref, *gone)
+    read_features(call, ref, *gone)
     step = call.draft.step_of(call.where, ref)
     lead = list(ref.value.layout.lead)
     kept = [a for i, g in enumerate(ref.axes) if i not in dims for a in g if a not in lead]
@@ -168,10 +178,10 @@ def summed(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> 
             made = call.draft.scaled(Ref(made, axes), 1.0 / count, 0.0)
         return (made,)
 
-    return _made(call, key, make, axes, kept, step, ref)
+    return made_once(call, key, make, axes, kept, step, ref)
 
 
-def _made(
+def made_once(
     call: Call,
     key: Any,
     make: Any,
@@ -180,14 +190,34 @@ def _made(
     step: int | None,
     *refs: Ref,
 ) -> Ref:
-    """What was made, in the atoms of the value that it was made as at the first step."""
+    """What was made, in the atoms of the value that it was made as at the first step.
+
+    Args:
+        call: the operation.
+        key: what tells it from others.
+        make: gives its value.
+        axes: of the result.
+        features: those of them that are none of time or batch.
+        step: of the operands.
+        refs: the operands.
+    """
     (value,) = call.draft.once(key, make, *refs)
     made = [a for a in value.layout.atoms if a in value.layout.features]
     same = dict(zip(features, made, strict=True)) if len(features) == len(made) else {}
     return Ref(value, tuple(tuple(same.get(a, a) for a in g) for g in axes), step)
 
 
-def _features(call: Call, ref: Ref, *groups: tuple[Atom, ...]) -> None:
+def read_features(call: Call, ref: Ref, *groups: tuple[Atom, ...]) -> None:
+    """Check that axes are axes of each token.
+
+    Args:
+        call: the operation.
+        ref: whose axes they are.
+        groups: the axes.
+
+    Raises:
+        NotLowered: if they are not.
+    """
     layout = ref.value.layout
     if layout.channels is None:
         raise call.refuse("it comes before any layer, so that its channels are not known")
@@ -250,7 +280,7 @@ def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
         NotLowered: for other parts, and for axes of pixels, time or batch.
     """
     axis %= len(ref.axes)
-    _features(call, ref, ref.axes[axis])
+    read_features(call, ref, ref.axes[axis])
     whole = size_of(ref.axes[axis])
     if size == whole:
         return ref
@@ -273,7 +303,7 @@ def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
         layout = laid_out(lead, features, ref.value.layout)
         return (strided(call.draft, call.where, COPY, layout, groups, ref, offset=offset),)
 
-    return _made(call, key, make, axes, features, step, ref)
+    return made_once(call, key, make, axes, features, step, ref)
 
 
 def _chunk(call: Call) -> list[Ref]:
