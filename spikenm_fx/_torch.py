@@ -35,6 +35,7 @@ name here                   torch's                                            w
 ``run_as_eager``            ``compiler._is_compiling_flag``                    it is not told
 ``trace_autograd``          ``_dynamo.config.trace_autograd_ops``              graph breaks
 ``autograd_inside_...``     ``_C._ForceDispatchKeyGuard``                      some credits missing
+``behind_compiled``         ``_dynamo.config.error_on_nested_fx_trace``        error: trace
 ``keep_in_order``           ``CustomOpDef.register_effect``                    credits may be lost
 ``global_hooks``            ``nn.modules.module._global_forward_hooks``, ...   none
 ``dynamo_is_imported``      ``_dynamo``, among the imported modules            False
@@ -271,6 +272,17 @@ def run_as_eager() -> Iterator[None]:
             yield
         finally:
             torch.compiler._is_compiling_flag = compiling
+
+
+@contextlib.contextmanager
+def behind_compiled() -> Iterator[None]:
+    """Let fx trace the code that ``torch.compile`` was given, where a model calls that."""
+    config = _find("_dynamo.config", "patch") if dynamo_is_imported() else None
+    if config is None or not hasattr(torch._dynamo.config, "error_on_nested_fx_trace"):
+        yield
+        return
+    with config(error_on_nested_fx_trace=False):
+        yield
 
 
 def keep_in_order(*operators: Any) -> None:

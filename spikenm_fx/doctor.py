@@ -8,7 +8,6 @@ on this machine on a copy that is pruned in one shot.
 from __future__ import annotations
 
 import contextlib
-import copy
 import platform
 import statistics
 from collections import Counter
@@ -27,6 +26,7 @@ from spikenm_fx.pattern import NM, PatternLike, Remainder
 from spikenm_fx.plan.plan import LayerPlan, Plan, plan
 from spikenm_fx.plan.rules import Rule
 from spikenm_fx.recipe.waking import firing_rates, rouse, wake
+from spikenm_fx.state.copied import deepcopied
 from spikenm_fx.state.rest import reset_to_rest
 from spikenm_fx.table import text_table
 from spikenm_fx.trace import SpikingGraph, trace
@@ -202,7 +202,7 @@ def _kernels(
 ) -> dict[str, PackedLayerReport]:
     """How layers will run, from a copy that is pruned in one shot; woken first where asked."""
     try:
-        twin = copy.deepcopy(model)
+        twin = deepcopied(model)
         if wake_by is not None:
             _wake(twin, x, wake_by)
         fold(sparsify(twin, decided, method="magnitude"))

@@ -16,6 +16,7 @@ import pytest
 import torch
 from program_strategies import RuleNeuron
 from test_program import LIF, STEP, program
+from test_program_tokens import Series, Sizes
 from torch import Tensor, nn
 
 import spikenm_fx
@@ -57,12 +58,15 @@ class Carried(nn.Module):
         return torch.stack(seen).softmax(-1)
 
 
-@pytest.fixture(scope="module", params=["plain", "carried"])
+@pytest.fixture(scope="module", params=["plain", "carried", "words"])
 def engine(request: pytest.FixtureRequest) -> Engine:
     """Networks with every kind of operation but a reduction."""
     torch.manual_seed(0)
     if request.param == "carried":
         return program(Carried().eval(), torch.rand(3, 2, 2, 8, 8))
+    if request.param == "words":
+        made = Series("conv", lambda: RuleNeuron(LIF), Sizes(words=3, width=6), length=5)
+        return program(made.eval(), torch.rand(2, 5, 3))
     model = nn.Sequential(
         nn.Conv2d(2, 6, 3, padding=1),
         nn.BatchNorm2d(6),
@@ -125,8 +129,13 @@ def test_its_weights_are_a_packed_file(engine: Engine, tmp_path: Path) -> None:
     """``load_packed`` reads them by the names of the layers."""
     engine.save(tmp_path / "net.snm")
     weights, tensors = load_packed(tmp_path / "net.snm")
-    plain = "layer 0" in engine.operations
-    assert set(weights) == ({"0", "4", "9"} if plain else {"conv", "back", "head"})
+    parts = ("embed", "q", "k", "v", "project", "up", "down")
+    known = {
+        "0": {"0", "4", "9"},
+        "conv": {"conv", "back", "head"},
+        "encode.0": {"encode.0", "body.head", *(f"body.{part}.linear" for part in parts)},
+    }
+    assert set(weights) == next(k for n, k in known.items() if f"layer {n}" in engine.operations)
     assert tensors[PROGRAM].dtype == torch.int64
 
 

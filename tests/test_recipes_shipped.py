@@ -47,13 +47,6 @@ SMALLER_TRANSFORMERS = {
 APPLIED = [file.stem for file in FILES if load_recipe(file).target.package is not None]
 
 
-NO_PROGRAM = {
-    "norse-convnet": "setitem in the forward",  # each step writes its output into a tensor
-    "norse-convnet4": "setitem in the forward",
-}
-"""Recipes of installed packages whose networks are no native program, and where that ends."""
-
-
 @each
 def test_recipe_is_valid_and_gives_its_reasons(file: Path) -> None:
     """Every shipped recipe loads, expects a plan, and says why for each of its rules."""
@@ -124,10 +117,7 @@ def test_recipe_of_an_installed_package_applies(
     assert 2 * result["firing"][0] > result["firing"][1]
     assert result["packed"]["neurons"] > 0
     if native_status().available:
-        if name in NO_PROGRAM:
-            assert NO_PROGRAM[name] in result["program"]
-        else:
-            assert result["program"] == "ok"
+        assert result["program"] == "ok"
 
 
 def row(name: str, **changes: object) -> dict[str, object]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.errors import PlanError
-from spikenm_fx.pack import packing
+from spikenm_fx.pack import native_status, packing
+from spikenm_fx.program import Engine
 
 
 class Fire(nn.Module):
@@ -48,7 +49,17 @@ def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-WRAPPERS = {"module.": nn.DataParallel, "_orig_mod.": compiled, "model.": Held}
+def compiled_inside(model: nn.Module) -> nn.Module:
+    """A part of a model that was compiled, below one that was not."""
+    return Held(compiled(model))
+
+
+WRAPPERS = {
+    "module.": nn.DataParallel,
+    "_orig_mod.": compiled,
+    "model.": Held,
+    "model._orig_mod.": compiled_inside,
+}
 
 
 def x() -> Tensor:
@@ -73,6 +84,32 @@ def test_a_wrapped_model_goes_the_whole_way(prefix: str) -> None:
     engine = spikenm_fx.pack(model, x())
     assert set(packing(engine).choices) == {f"{prefix}{i}" for i in (0, 2, 4)}
     torch.testing.assert_close(engine(x()), expected)
+
+
+def in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("compile_part", [compiled, in_place])
+def test_a_compiled_part_is_traced_and_runs_as_a_program(compile_part: Any) -> None:
+    """What was compiled is read as what it was compiled of, neurons with state included."""
+    if not native_status().available:
+        pytest.skip("no compiled kernels")
+    neuron = pytest.importorskip("spikingjelly.activation_based.neuron")
+    functional = pytest.importorskip("spikingjelly.activation_based.functional")
+    torch.manual_seed(0)
+    body = (nn.Linear(16, 32), neuron.LIFNode(step_mode="m"), nn.Linear(32, 8))
+    model = Held(compile_part(nn.Sequential(*body))).eval()
+    frames = 4 * torch.rand(3, 2, 16)
+    graph = spikenm_fx.trace(model, frames)
+    prefix = "model._orig_mod" if compile_part is compiled else "model"
+    assert list(graph.neurons) == [f"{prefix}.1"]
+    engine = spikenm_fx.pack(model, frames, program=True)
+    assert isinstance(engine, Engine)
+    with torch.no_grad():
+        functional.reset_net(model)
+        torch.testing.assert_close(engine(frames), model(frames))
 
 
 @pytest.mark.parametrize("prefix", list(WRAPPERS))

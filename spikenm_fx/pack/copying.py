@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import types
 from collections import deque
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from spikenm_fx.errors import PackError
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.state import advice_if_sharded, reset_to_rest
+from spikenm_fx.state import advice_if_sharded, deepcopied, reset_to_rest
 from spikenm_fx.trace import find_neurons
 
 __all__ = ["copy_at_rest", "own_memory", "shared_weights", "unregister"]
@@ -48,7 +47,7 @@ def copy_at_rest(model: nn.Module, *, share: bool = False) -> nn.Module:
             if type(weight) is nn.Parameter and weight.numel() >= _LARGE:
                 memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
     try:
-        copied = copy.deepcopy(model, memo).eval().requires_grad_(False)
+        copied = deepcopied(model, memo).eval().requires_grad_(False)
     except Exception as error:  # a module's own __deepcopy__ may raise anything
         raise PackError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); pack "

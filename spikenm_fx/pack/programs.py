@@ -103,7 +103,7 @@ def proved_program(
     try:
         return _first_way(given, dtype, check=check, memory=memory)
     except NotLowered as error:
-        if not error.inside:
+        if not error.rule:
             raise
         inside = replace(given, graph=trace(model, args, inside=True), inside=True)
         try:

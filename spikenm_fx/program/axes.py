@@ -9,7 +9,7 @@ of one size runs on other sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,6 +80,25 @@ class Layout:
         h, w = (1 if a is None else a.size for a in (self.height, self.width))
         return h, w, size_of(self.channels or ())
 
+    def set_pixels(self, pixels: Sequence[Atom]) -> None:
+        """Take axes for those of pixels.
+
+        Args:
+            pixels: none, the width, or height and width.
+        """
+        self.height = pixels[0] if len(pixels) == 2 else None
+        self.width = pixels[-1] if pixels else None
+
+    def learn(self, channels: tuple[Atom, ...]) -> None:
+        """Take an axis of an input for that of its channels.
+
+        Args:
+            channels: the axis; what of it seemed to be pixels is none.
+        """
+        self.channels = channels
+        self.height = None if self.height in channels else self.height
+        self.width = None if self.width in channels else self.width
+
 
 def size_of(group: tuple[Atom, ...]) -> int:
     """How long an axis is in the example."""
@@ -109,17 +128,23 @@ def unflattened(
     return None if parts is None else (*axes[:at], *parts, *axes[at + 1 :])
 
 
-def regrouped(axes: Axes, shape: tuple[int, ...], split: Split | None = None) -> Axes | None:
+def regrouped(
+    axes: Axes,
+    shape: tuple[int, ...],
+    split: Split | None = None,
+    lead: Collection[Atom] = (),
+) -> Axes | None:
     """The same atoms in the same order as axes of ``shape``; None where that cuts an atom.
 
     Args:
         axes: as they are.
         shape: as they shall be.
         split: cuts an atom into an outer and an inner part, or says that it must stay whole.
+        lead: time and batch, which stay together where they are of size 1.
     """
     atoms = [atom for group in axes for atom in group]
     found: list[tuple[Atom, ...]] = []
-    for size in shape:
+    for place, size in enumerate(shape):
         group: list[Atom] = []
         if size == 1 and atoms and atoms[0].size == 1:
             group.append(atoms.pop(0))
@@ -137,6 +162,11 @@ def regrouped(axes: Axes, shape: tuple[int, ...], split: Split | None = None) ->
             atoms[:0] = rest
         if size_of(tuple(group)) != size:
             return None
+        ones = _ones(shape[place + 1 :])
+        while all(atom in lead for atom in [*group, *atoms[:1]]) and group and atoms:
+            if _ones([atom.size for atom in atoms]) <= ones:
+                break
+            group.append(atoms.pop(0))
         found.append(tuple(group))
     if any(atom.size != 1 for atom in atoms):
         return None
@@ -145,3 +175,8 @@ def regrouped(axes: Axes, shape: tuple[int, ...], split: Split | None = None) ->
     if atoms:
         found[-1] = (*found[-1], *atoms)
     return tuple(found)
+
+
+def _ones(sizes: Sequence[int]) -> int:
+    """How many sizes are 1 before one is not."""
+    return next((at for at, size in enumerate(sizes) if size != 1), len(sizes))

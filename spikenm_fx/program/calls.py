@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx
 
+from spikenm_fx.program.axes import Atom
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Rest
 from spikenm_fx.program.neurons import Returned
 
@@ -42,9 +43,15 @@ class Call:
         """An argument by its place or its name."""
         return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
 
-    def refuse(self, why: str) -> NotLowered:
-        """The error for this operation."""
-        return NotLowered(self.where, why, carries=any(isinstance(x, Rest) for x in self.args))
+    def refuse(self, why: str, inside: tuple[Atom, ...] = ()) -> NotLowered:
+        """The error for this operation.
+
+        Args:
+            why: a sentence.
+            inside: axes of the batch for which it does not hold where they are axes of each token.
+        """
+        carries = any(isinstance(x, Rest) for x in self.args)
+        return NotLowered(self.where, why, carries=carries, inside=inside)
 
     def ref(self, place: int = 0) -> Ref:
         """A tensor argument.

@@ -138,7 +138,10 @@ def _add_feedback(lowered: Lowered, seen: dict[str, _Seen], last: dict[str, Tens
             before = last.get(probe.name, torch.zeros_like(steps[0]))
             last[probe.name] = steps[-1]
             earlier = before if time is None else torch.stack([before, *steps[:-1]], time)
-            each.received[call] = probe.recurrence.drive(x, earlier)
+            driven = probe.recurrence.drive(x, earlier)
+            if probe.recurrence.starts_empty and time is not None:
+                driven.select(time, 0).copy_(x.select(time, 0))
+            each.received[call] = driven
 
 
 class _Observer:

@@ -76,6 +76,7 @@ class Code(IntEnum):
     POINTWISE: - function (:data:`POINTWISE`, in order).
     SOFTMAX: along one axis of a token - mode (0 softmax, 1 its logarithm), size of the axis, how
     far its numbers lie apart.
+    STEPS: one token without time, cut into one token for each of the fixed time steps.
     """
 
     LAYER = 1
@@ -93,6 +94,7 @@ class Code(IntEnum):
     COMPARE = 13
     POINTWISE = 14
     SOFTMAX = 15
+    STEPS = 16
 
 
 POINTWISE = ("sigmoid", "tanh", "gelu", "gelu_tanh", "silu", "exp")

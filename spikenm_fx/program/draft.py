@@ -29,14 +29,22 @@ class NotLowered(PackError):
         where: qualified name of the part, or "".
         why: a sentence.
         carries: it is one that does not hold where a loop's steps are read with what they carry.
-        inside: it is a neuron's rule, which its own code may tell.
+        inside: axes of the batch for which it does not hold where they are axes of each token.
+        rule: it is a neuron's rule, which its own code may tell.
     """
 
     def __init__(
-        self, where: str, why: str, *, carries: bool = False, inside: bool = False
+        self,
+        where: str,
+        why: str,
+        *,
+        carries: bool = False,
+        inside: tuple[Atom, ...] = (),
+        rule: bool = False,
     ) -> None:
         super().__init__(f"{where}: {why}" if where else why)
-        self.where, self.why, self.carries, self.inside = where, why, carries, inside
+        self.where, self.why, self.carries = where, why, carries
+        self.inside, self.rule = inside, rule
 
 
 @dataclass(eq=False, slots=True)
@@ -286,7 +294,9 @@ class Draft:
             NotLowered: if another one is.
         """
         if self.time is not None and self.time is not atom:
-            raise NotLowered(where, "it steps along another axis than the parts before it")
+            raise NotLowered(
+                where, "it steps along another axis than the parts before it", inside=(atom,)
+            )
         self.time = atom
 
     def step_of(self, where: str, *refs: Ref) -> int | None:

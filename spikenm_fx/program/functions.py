@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikenm_fx.program.attention import attention_by, einsum
 from spikenm_fx.program.axes import Atom, Axes, Layout, flattened, regrouped, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import POINTWISE, Code
 from spikenm_fx.program.draft import NotLowered, Partial, Ref, Rest, State, Value
 from spikenm_fx.program.neurons import Returned
+from spikenm_fx.program.norms import NORMS
 from spikenm_fx.program.pools import POOLS, pooled
 from spikenm_fx.program.products import (
     PRODUCTS,
@@ -25,6 +27,7 @@ from spikenm_fx.program.products import (
     with_constant,
 )
 from spikenm_fx.program.strided import distances
+from spikenm_fx.program.tokens import outside, relaid
 
 __all__ = ["FUNCTIONS"]
 
@@ -61,7 +64,8 @@ def _unflatten(call: Call) -> Ref:
 def _view(call: Call) -> Ref:
     ref = call.ref()
     assert call.shape is not None
-    return _with(call, ref, regrouped(ref.axes, call.shape, call.draft.split))
+    lead = ref.value.layout.lead
+    return _with(call, ref, regrouped(ref.axes, call.shape, call.draft.split, lead))
 
 
 def _with(call: Call, ref: Ref, axes: Axes | None) -> Ref:
@@ -148,14 +152,18 @@ def _one_place(call: Call, ref: Ref, axis: int, place: Any) -> Ref:
         start, stop, by = place.indices(size_of(group))
         if by == 1:
             return sliced(call, ref, axis, start, stop - start).renewed()
-    raise call.refuse("it selects a part of an axis; time steps and equal parts of channels work")
+    raise call.refuse(
+        "it selects a part of an axis; time steps and equal parts of channels work",
+        outside(call.draft, ref, group),
+    )
 
 
 def _select(call: Call, ref: Ref, axis: int, index: int) -> Ref:
     axis %= len(ref.axes)
     group = ref.axes[axis]
     if len(group) != 1 or group[0] in ref.value.layout.features or ref.step is not None:
-        raise call.refuse("it selects along an axis that is not time alone")
+        inside = outside(call.draft, ref, group)
+        raise call.refuse("it selects along an axis that is not time alone", inside)
     call.draft.set_time(group[0], call.where)
     rest = (*ref.axes[:axis], *ref.axes[axis + 1 :])
     return Ref(ref.value, rest, index % group[0].size)
@@ -216,11 +224,14 @@ def _sum(call: Call) -> Ref:
 
 def _over(call: Call, *, mean: bool) -> Ref:
     ref, dims = call.ref(), call.get(1, "dim")
-    keep = bool(call.get(2, "keepdim", False))
+    keep = bool(call.kwargs.get("keepdim", call.get(2, "keepdim", False)))
     if dims is None:
         raise call.refuse("it reduces all axes to one number")
     dims = [d % len(ref.axes) for d in (dims if isinstance(dims, tuple | list) else (dims,))]
     pixels = {a for a in (ref.value.layout.height, ref.value.layout.width) if a is not None}
+    time = call.draft.time
+    if len(dims) > 1 and any(ref.axes[d] == (time,) for d in dims):
+        return _over_both(call, ref, dims, mean=mean, keep=keep)
     gone = {atom for d in dims for atom in ref.axes[d]}
     if mean and pixels and gone == pixels:
         return _global_mean(call, ref, dims, keep=keep)
@@ -228,10 +239,21 @@ def _over(call: Call, *, mean: bool) -> Ref:
         return summed(call, ref, dims, mean=mean, keep=keep)
     group = ref.axes[dims[0]]
     if len(dims) > 1 or len(group) != 1 or group[0] not in ref.value.layout.lead:
-        raise call.refuse("it reduces other axes than time, or those of a token")
+        inside = outside(call.draft, ref, *(ref.axes[d] for d in dims))
+        raise call.refuse("it reduces other axes than time, or those of a token", inside)
     if group[0] is not call.draft.time:
         call.draft.set_time(group[0], call.where)
     return _reduced(call, ref, 1 if mean else 0, keep=keep, axis=dims[0])
+
+
+def _over_both(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> Ref:
+    """Over time, and over other axes before."""
+    at = next(d for d in dims if ref.axes[d] == (call.draft.time,))
+    inner = Call(call.draft, call.node, call.where, (ref,), {}, None)
+    inner.kwargs = {"dim": [d for d in dims if d != at], "keepdim": True}
+    found = _reduced(call, _over(inner, mean=mean), 1 if mean else 0, keep=True, axis=at)
+    axes = (group for axis, group in enumerate(found.axes) if keep or axis not in dims)
+    return replace(found, axes=tuple(axes))
 
 
 def _global_mean(call: Call, ref: Ref, dims: list[int], *, keep: bool) -> Ref:
@@ -379,10 +401,14 @@ def _cat(call: Call) -> Ref:
 
 def _cat_two(call: Call, a: Ref, b: Ref, axis: int) -> Ref:
     a, b = _of_one_batch(call, a, b)
-    left, right = a.value.layout, b.value.layout
     step = call.draft.step_of(call.where, a, b)
-    if left.channels is None or a.axes[axis] != left.channels or b.axes[axis] != right.channels:
-        raise call.refuse("it concatenates along another axis than channels")
+    if a.value.layout.channels is None or b.value.layout.channels is None:
+        raise call.refuse("it concatenates what no layer read, so that its channels are not known")
+    inside = outside(call.draft, a, a.axes[axis]) + outside(call.draft, b, b.axes[axis])
+    if inside or not (a.axes[axis] and b.axes[axis]):
+        raise call.refuse("it concatenates along another axis than channels", inside)
+    a, b = (relaid(call.draft, call.where, x, x.axes[axis]) for x in (a, b))
+    left, right = a.value.layout, b.value.layout
     if left.size[:2] != right.size[:2] or left.lead != right.lead:
         raise call.refuse("it concatenates values of different shape")
     channels = (Atom(left.size[2] + right.size[2], "channels"),)
@@ -433,7 +459,8 @@ def _softmax(mode: int) -> Function:
             raise call.refuse("it does not say along which axis; give dim=")
         layout, group = ref.value.layout, ref.axes[at % len(ref.axes)]
         if layout.channels is None or any(atom not in layout.features for atom in group):
-            raise call.refuse("it runs along time or batch, or before any layer")
+            inside = () if layout.channels is None else outside(call.draft, ref, group)
+            raise call.refuse("it runs along time or batch, or before any layer", inside)
         near, apart, size = distances(layout), 0, 1
         for atom in reversed([atom for atom in group if atom.size > 1]):
             apart = apart or near[atom]
@@ -549,7 +576,10 @@ FUNCTIONS: dict[str, Function] = {
     "where": _where,
     "neg": lambda call: _scaled(call, call.args[0], -1.0, 0.0),
     "softmax": _softmax(0),
+    "einsum": einsum,
+    "scaled_dot_product_attention": attention_by(_softmax(0)),
     "log_softmax": _softmax(1),
+    **NORMS,
     **POOLS,
 }
 """What becomes of an operation, by its name as :func:`spikenm_fx.trace.analysis.ops.op_name`."""

@@ -19,8 +19,9 @@ from spikenm_fx.program.axes import Atom, Axes, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, NotLowered, Ref, Value
 from spikenm_fx.program.strided import COPY, strided
+from spikenm_fx.program.tokens import outside, relaid
 
-__all__ = ["Layers", "see_features"]
+__all__ = ["Channels", "Layers", "see_features"]
 
 
 @dataclass(eq=False, slots=True)
@@ -81,7 +82,7 @@ class Layers:
             new = _each_pixel(ref, channels)
         else:
             flat = 0
-            see_features(name, ref, geometry.spatial)
+            see_features(self.draft, name, ref, geometry.spatial)
             channels = (Atom(outputs, f"channels of {name}"),)
             pixels = tuple(Atom(n, f"pixels of {name}") for n in shape[-geometry.spatial :])
             height, width = pixels if len(pixels) == 2 else (None, pixels[0])
@@ -119,7 +120,7 @@ class Layers:
         if key not in self._norms:
             layer = self._layers.get(ref.value.number)
             channels = _channels(name, ref)
-            affine = affine_of(module, _Channels(size_of(channels)))
+            affine = affine_of(module, Channels(size_of(channels)))
             if affine is None:
                 raise NotLowered(name, "it does something else than a batch norm in eval mode")
             if layer is not None and alone:
@@ -156,7 +157,7 @@ class Layers:
             layer.op.settings = _settings(packed, layer.flat)
 
 
-class _Channels:
+class Channels:
     """As much of a layer as :func:`affine_of` asks for."""
 
     def __init__(self, channels: int) -> None:
@@ -186,7 +187,12 @@ def _settings(packed: PackedWeight, flat: int) -> tuple[int, ...]:
 
 
 def _one_pixel(ref: Ref, channels: tuple[Atom, ...]) -> Layout:
-    return Layout((*ref.value.layout.lead, *channels), channels)
+    """Of one pixel, whose axes stay where they are none of those that the layer reads."""
+    old = ref.value.layout
+    left = {atom for group in ref.axes[:-1] for atom in group}
+    height, width = (a if a in left else None for a in (old.height, old.width))
+    pixels = (a for a in (height, width) if a is not None)
+    return Layout((*old.lead, *channels, *pixels), channels, height, width)
 
 
 def _each_pixel(ref: Ref, channels: tuple[Atom, ...]) -> Layout:
@@ -212,9 +218,9 @@ def _flat(draft: Draft, name: str, ref: Ref) -> tuple[Ref, int]:
     """How a Linear reads its input: 0 pixel by pixel, 1 as it lies, 2 as channel, height, width."""
     layout, given = ref.value.layout, ref.axes[-1]
     if layout.channels is None:
-        layout.channels = given
+        layout.learn(given)
     seen = tuple(atom for atom in given if atom.size != 1)
-    channels = tuple(a for a in layout.channels if a.size != 1)
+    channels = tuple(a for a in layout.channels or () if a.size != 1)
     pixels = tuple(a for a in (layout.height, layout.width) if a is not None and a.size != 1)
     if seen == channels:
         return ref, 0 if pixels else 1
@@ -226,13 +232,20 @@ def _flat(draft: Draft, name: str, ref: Ref) -> tuple[Ref, int]:
         new = Layout((*layout.lead, *seen), seen)
         copied = strided(draft, name, COPY, new, [((a,), (a,), ()) for a in seen], ref)
         return Ref(copied, (*ref.axes[:-1], seen), ref.step), 1
-    raise NotLowered(name, "its input mixes channels with other axes than those of one token")
+    if all(atom in layout.features for atom in seen):
+        return relaid(draft, name, ref, given), 0
+    raise NotLowered(
+        name,
+        "its input mixes channels with other axes than those of one token",
+        inside=outside(draft, ref, given),
+    )
 
 
-def see_features(name: str, ref: Ref, spatial: int) -> tuple[Atom, ...]:
+def see_features(draft: Draft, name: str, ref: Ref, spatial: int) -> tuple[Atom, ...]:
     """The last axes of an input are channels and pixels: check that, or learn it.
 
     Args:
+        draft: of the program.
         name: of the module that says so.
         ref: its input.
         spatial: axes of pixels, 1 or 2.
@@ -245,16 +258,21 @@ def see_features(name: str, ref: Ref, spatial: int) -> tuple[Atom, ...]:
     """
     layout = ref.value.layout
     channels, *pixels = ref.axes[-1 - spatial :]
-    if layout.channels is None and all(len(p) == 1 for p in pixels):
+    known = set(layout.features) - {atom for group in (channels, *pixels) for atom in group}
+    if layout.channels is None and all(len(p) == 1 for p in pixels) and not known:
         layout.channels = channels
         layout.height = pixels[0][0] if spatial == 2 else None
         layout.width = pixels[-1][0]
     wanted = (layout.height, layout.width)[2 - spatial :]
-    known = [() if atom is None else (atom,) for atom in wanted]
-    fits = all(p == k or size_of(p) == size_of(k) == 1 for p, k in zip(pixels, known, strict=True))
+    axes = [() if atom is None else (atom,) for atom in wanted]
+    fits = all(p == k or size_of(p) == size_of(k) == 1 for p, k in zip(pixels, axes, strict=True))
     other = layout.height if spatial == 1 else None
     if layout.channels != channels or not fits or (other is not None and other.size != 1):
-        raise NotLowered(name, "its input's last axes are not the channels and pixels of an image")
+        raise NotLowered(
+            name,
+            "its input's last axes are not the channels and pixels of an image",
+            inside=outside(draft, ref, channels, *pixels),
+        )
     return channels
 
 

@@ -20,15 +20,17 @@ from spikenm_fx._torch import tree_flatten
 from spikenm_fx.pack.eligible import hooked
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM, is_weight_layer
-from spikenm_fx.program.axes import Atom, Layout
+from spikenm_fx.program.axes import Atom, Layout, fresh
 from spikenm_fx.program.calls import Call
 from spikenm_fx.program.code import RANK, Axis, Code, Port, Program, Role, ValueType
 from spikenm_fx.program.draft import REST, Draft, First, NotLowered, Partial, Ref, State
 from spikenm_fx.program.functions import FUNCTIONS
 from spikenm_fx.program.layers import Layers
 from spikenm_fx.program.neurons import Neurons, Returned
+from spikenm_fx.program.norms import batch_norm, runs_elsewhere
 from spikenm_fx.program.order import needed, ordered
 from spikenm_fx.program.rolled import Rolled
+from spikenm_fx.program.written import OTHER_WRITES, stacked_writes
 from spikenm_fx.trace import NeuronSpec, SpikingGraph
 from spikenm_fx.trace.analysis.nodes import op_name_or_none, readers
 from spikenm_fx.trace.analysis.ops import module_family, op_name
@@ -40,6 +42,8 @@ _PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
 _LAYERS = ("linear", "conv1d", "conv2d")
 _PRODUCTS = ("matmul", "mm")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
+_CREATED = ("ones", "full", "eye", "arange", "linspace")
+"""Operations that make a constant of numbers alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,13 +135,33 @@ def lower(
         PackError: for a weight that cannot be packed.
     """
     try:
-        return _Lowering(model, graph, dtype, nm).run()
+        return _lowered(model, graph, dtype, nm, rolled=False)
     except NotLowered as plain:
         try:
-            return _Lowering(model, graph, dtype, nm, rolled=True).run()
+            return _lowered(model, graph, dtype, nm, rolled=True)
         except NotLowered as error:
             error.carries = plain.carries
             raise error if plain.carries else plain from None
+
+
+def _lowered(
+    model: nn.Module, graph: SpikingGraph, dtype: Any, nm: NM | None, *, rolled: bool
+) -> Lowered:
+    """The program, once it is known which axes of the inputs are axes of each token.
+
+    An axis that no layer reads as channels or pixels seems to be the batch's, until an operation
+    mixes what lies along it: then all is read again with that axis as one of each token.
+    """
+    tokens: frozenset[tuple[int, int]] = frozenset()
+    while True:
+        lowering = _Lowering(model, graph, dtype, nm, rolled=rolled, tokens=tokens)
+        try:
+            return lowering.run()
+        except NotLowered as error:
+            more = lowering.places_of(error.inside)
+            if more <= tokens:
+                raise
+            tokens |= more
 
 
 class _Lowering:
@@ -148,12 +172,13 @@ class _Lowering:
         dtype: Any,
         nm: NM | None,
         *,
-        rolled: bool = False,
+        rolled: bool,
+        tokens: frozenset[tuple[int, int]],
     ) -> None:
         if graph.operations is None:
             raise NotLowered("", "it was not traced: give example inputs")
         self.model, self.graph = model, graph
-        self.nodes: list[fx.Node] = list(graph.operations.nodes)
+        self.nodes: list[fx.Node] = list(stacked_writes(graph.operations).nodes)
         calls: dict[str, int] = {}
         for node in self.nodes:
             if node.op == "call_module":
@@ -163,6 +188,8 @@ class _Lowering:
         self.layers = Layers(self.draft, dtype, nm)
         self.neurons = Neurons(self.draft, self.layers, specs, calls)
         self.rolled = Rolled(self.draft, self.nodes) if rolled else None
+        self.tokens = tokens
+        self.read: dict[tuple[int, int], Atom] = {}  # axes of the inputs
         self.env: dict[fx.Node, Any] = {}
         self.inputs: list[Ref] = []
         self.given: int = 0
@@ -189,6 +216,15 @@ class _Lowering:
         if folded is not None and len(taken) > 1:
             raise NotLowered("", "samples and steps share an axis of one of its several inputs")
         return Lowered(program, self.layers.packed, tensors, probes, returns, folded, taken)
+
+    def places_of(self, atoms: tuple[Atom, ...]) -> frozenset[tuple[int, int]]:
+        """Which axes of the inputs some axes are.
+
+        Args:
+            atoms: of any value.
+        """
+        wanted = {(atom,) for atom in atoms}
+        return frozenset(place for place, atom in self.read.items() if fresh((atom,)) in wanted)
 
     def _probe(self, name: str, ref: Ref) -> Probe:
         layout, time = ref.value.layout, self.draft.time
@@ -218,6 +254,8 @@ class _Lowering:
         where = f"{name} in {node.meta.get('scope') or 'the forward'}"
         if node.meta.get("fires") and self.rolled is None:
             raise NotLowered(where, "a neuron is code in a forward there", carries=True)
+        if name == "setitem" and node.users:
+            raise NotLowered(where, OTHER_WRITES, carries=True)
         if self.rolled is not None:
             if name in _ZEROS and node.meta["value"].shape is not None:
                 return torch.zeros(node.meta["value"].shape)
@@ -244,7 +282,8 @@ class _Lowering:
         args, kwargs = self._values(node.args), self._values(node.kwargs)
         leaves = tree_flatten((args, kwargs))[0]
         known = all(x is None or x is Ellipsis or isinstance(x, _PLAIN) for x in leaves)
-        if not known or not any(isinstance(leaf, Tensor) for leaf in leaves):
+        created = op_name(node) in _CREATED
+        if not known or not (created or any(isinstance(leaf, Tensor) for leaf in leaves)):
             return None
         if not callable(node.target) or "rand" in op_name(node):
             return None
@@ -320,7 +359,13 @@ class _Lowering:
         if len(info.shape) > RANK:
             raise NotLowered(node.name, f"an input of more than {RANK} axes")
         atoms = tuple(Atom(size, f"axis {i} of the input") for i, size in enumerate(info.shape))
-        value = self.draft.value(Layout(atoms))
+        self.read |= {(place, axis): atom for axis, atom in enumerate(atoms)}
+        pixels = [atom for axis, atom in enumerate(atoms) if (place, axis) in self.tokens]
+        if len(pixels) > 2:
+            raise NotLowered(node.name, "more than two axes of it are axes of each token")
+        layout = Layout(atoms)
+        layout.set_pixels(pixels)
+        value = self.draft.value(layout)
         self.inputs.append(Ref(value, tuple((atom,) for atom in atoms)))
         self.taken.append(place)
         return self.inputs[-1]
@@ -358,6 +403,8 @@ class _Lowering:
             assert call.shape is not None
             return self.layers.layer(name, module, call.ref(), call.shape)
         family = module_family(module)
+        if family == "norm" and runs_elsewhere(module, call.ref()):
+            return batch_norm(name, module, call)
         if family == "norm" and not isinstance(module, nn.LayerNorm):
             alone = len(readers(node.all_input_nodes[0])) == 1
             return self.layers.norm(name, module, call.ref(), alone=alone)
@@ -417,10 +464,13 @@ class _Lowering:
         time = self.draft.time
         for layout, name in self.draft.whole:
             if time is not None and time in layout.lead:
-                raise NotLowered(name, "it takes all time steps of a layer as one step")
+                raise NotLowered(
+                    name, "it takes all time steps of a layer as one step", inside=(time,)
+                )
         for name, count in self.draft.steps.items():
             if time is not None and count != time.size:
-                raise NotLowered(name, f"a loop calls it {count} times for {time.size} time steps")
+                why = f"a loop calls it {count} times for {time.size} time steps"
+                raise NotLowered(name, why, inside=(time,))
 
     def _batch(self) -> list[Atom]:
         for ref in self.inputs:

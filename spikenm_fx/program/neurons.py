@@ -16,6 +16,7 @@ from spikenm_fx.program.axes import Atom, Layout, size_of
 from spikenm_fx.program.code import Code, Op
 from spikenm_fx.program.draft import Draft, First, NotLowered, Ref, Rest, State, Value
 from spikenm_fx.program.layers import Layers
+from spikenm_fx.program.tokens import as_steps, outside
 from spikenm_fx.trace import NeuronSpec
 from spikenm_fx.trace.analysis.nodes import op_name_or_none
 from spikenm_fx.trace.neurons.recurrent import Recurrence, recurrence_of
@@ -110,7 +111,7 @@ class Neurons:
                 name,
                 f"the update rule of {what} is not fully known; describe it with "
                 "spikenm_fx.trace.register_neuron(cls, read=...)",
-                inside=True,
+                rule=True,
             )
         if hooked(module) or "forward" in vars(module):
             raise NotLowered(name, "hooks, or a forward set on the instance, see its spikes")
@@ -175,8 +176,13 @@ class Neurons:
             )
             self.draft.whole.append((spikes.value.layout, name))
             return spikes, membrane
+        if axis and all(atom in ref.value.layout.features for atom in axis):
+            ref = as_steps(self.draft, name, ref, spec.time_axis)
+            axis = ref.axes[spec.time_axis]
         if len(axis) != 1 or axis[0] in ref.value.layout.features:
-            raise NotLowered(name, f"axis {spec.time_axis} of its input is not time alone")
+            inside = outside(self.draft, ref, axis[1:])
+            why = f"axis {spec.time_axis} of its input is not time alone"
+            raise NotLowered(name, why, inside=inside)
         if any(not isinstance(x, Rest) and x is not None for x in given):
             raise NotLowered(name, "it is given a state")
         self.draft.set_time(axis[0], name)
@@ -214,8 +220,12 @@ class Neurons:
             layout = self._with_time(name, layout)
         recurrence, recalled = self.recurrences.get(name), None
         if recurrence is not None:
-            recalled = self.draft.recall(layout, name, bits=True, forgets=forgets)
-            fed = self._fed_back(name, recurrence, Ref(recalled, ref.axes))
+            empty = recurrence.starts_empty  # what is fed back is kept, not the spikes
+            bits = spec.output == "spike" and not empty
+            recalled = self.draft.recall(layout, name, bits=bits, forgets=forgets or empty)
+            fed = Ref(recalled, ref.axes)
+            if not empty:
+                fed = self._fed_back(name, recurrence, fed)
             summed = self.draft.apply(Code.JOIN, layout, source, fed, settings=(0,), name=name)
             source = Ref(summed, ref.axes)
         table = self._parameters(name, spec, ref)
@@ -229,8 +239,11 @@ class Neurons:
         op = Op(Code.NEURON, (source.value.number,), outputs, settings, (stored,), name)
         self.inputs.append((op, (name, ref)))
         self.draft.ops.append(op)
-        if recalled is not None:
-            self.draft.store(recalled, spikes, name)
+        if recurrence is not None and recalled is not None:
+            kept = spikes
+            if recurrence.starts_empty:
+                kept = self._fed_back(name, recurrence, Ref(spikes, ref.axes)).value
+            self.draft.store(recalled, kept, name)
         return ref.value.number, op, spikes, Ref(membrane, ref.axes)
 
     def _driven(self, name: str, ref: Ref) -> Ref:

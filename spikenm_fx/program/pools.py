@@ -46,7 +46,7 @@ def _adaptive_mean(call: Call) -> Ref:
 
 def _pool(call: Call, mode: int, settings: tuple[int, ...]) -> Ref:
     ref = call.ref()
-    see_features(call.where, ref, 2)
+    see_features(call.draft, call.where, ref, 2)
     assert call.shape is not None
     value = pooled(call, ref, mode, (call.shape[-2], call.shape[-1]), settings)
     layout = value.layout

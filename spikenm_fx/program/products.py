@@ -16,12 +16,22 @@ from torch import Tensor
 
 from spikenm_fx.program.axes import Atom, Axes, Layout, size_of, unflattened
 from spikenm_fx.program.calls import Call, Function
-from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Ref, Value
 from spikenm_fx.program.layers import see_features
 from spikenm_fx.program.strided import COPY, MULTIPLY, Group, distances, laid_out, nested, strided
+from spikenm_fx.program.tokens import outside
 
-__all__ = ["PRODUCTS", "broadcast", "per_number", "sliced", "summed", "with_constant"]
+__all__ = [
+    "PRODUCTS",
+    "broadcast",
+    "made_once",
+    "matmul",
+    "per_number",
+    "read_features",
+    "sliced",
+    "summed",
+    "with_constant",
+]
 
 
 def with_constant(call: Call, given: Any, factor: Any, shift: Any) -> Ref:
@@ -71,10 +81,15 @@ def per_number(call: Call, ref: Ref, constant: Tensor) -> Tensor:
     atoms = [a for g in ref.axes for a in g if a in layout.features]
     seen: set[Atom] = set()
     sizes: list[int] = []
+    shared = [g for g, n in zip(ref.axes, constant.shape, strict=True) if n == 1]
+    is_batch = bool(outside(call.draft, ref, *shared))  # of another axis: a state has none
     for group, size in zip(ref.axes, constant.shape, strict=True):
         inner = [a for a in group if a in layout.features]
         if size != 1 and (len(inner) != len(group) or size != size_of(group)):
-            raise call.refuse("a tensor of the model differs between time steps or samples")
+            raise call.refuse(
+                "a tensor of the model differs between time steps or samples",
+                outside(call.draft, ref, group) if is_batch else (),
+            )
         seen |= set(inner) if size != 1 else set()
         sizes += [a.size if size != 1 else 1 for a in inner]
     pixels = [a for a in (layout.height, layout.width) if a in atoms]
@@ -98,8 +113,8 @@ def matmul(call: Call) -> Ref:
     if len(a.axes) != len(b.axes) or len(a.axes) < 2:
         raise call.refuse("it multiplies tensors of different rank")
     rows, inner, columns = a.axes[-2], a.axes[-1], b.axes[-1]
-    _features(call, a, rows, inner)
-    _features(call, b, b.axes[-2], columns)
+    read_features(call, a, rows, inner)
+    read_features(call, b, b.axes[-2], columns)
     lead, groups, axes = _shared(call, a, b, a.axes[:-2], b.axes[:-2])
     pixels = (a.value.layout.height, a.value.layout.width)
     taken = {atom for group in (*axes, rows) for atom in group}
@@ -116,7 +131,7 @@ def matmul(call: Call) -> Ref:
         layout = laid_out(lead, features, a.value.layout, b.value.layout)
         return (strided(call.draft, call.where, MULTIPLY, layout, groups, a, b),)
 
-    return _made(call, key, make, out_axes, features, step, a, b)
+    return made_once(call, key, make, out_axes, features, step, a, b)
 
 
 def broadcast(call: Call, mode: int) -> Ref:
@@ -140,13 +155,13 @@ def broadcast(call: Call, mode: int) -> Ref:
         layout = laid_out(lead, features, a.value.layout, b.value.layout)
         return (strided(call.draft, call.where, mode, layout, groups, a, b),)
 
-    return _made(call, key, make, axes, features, step, a, b)
+    return made_once(call, key, make, axes, features, step, a, b)
 
 
 def summed(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> Ref:
     """The sum or mean over some axes of a token."""
     gone = [ref.axes[d] for d in dims]
-    _features(call, ref, *gone)
+    read_features(call, ref, *gone)
     step = call.draft.step_of(call.where, ref)
     lead = list(ref.value.layout.lead)
     kept = [a for i, g in enumerate(ref.axes) if i not in dims for a in g if a not in lead]
@@ -163,10 +178,10 @@ def summed(call: Call, ref: Ref, dims: list[int], *, mean: bool, keep: bool) -> 
             made = call.draft.scaled(Ref(made, axes), 1.0 / count, 0.0)
         return (made,)
 
-    return _made(call, key, make, axes, kept, step, ref)
+    return made_once(call, key, make, axes, kept, step, ref)
 
 
-def _made(
+def made_once(
     call: Call,
     key: Any,
     make: Any,
@@ -175,19 +190,39 @@ def _made(
     step: int | None,
     *refs: Ref,
 ) -> Ref:
-    """What was made, in the atoms of the value that it was made as at the first step."""
+    """What was made, in the atoms of the value that it was made as at the first step.
+
+    Args:
+        call: the operation.
+        key: what tells it from others.
+        make: gives its value.
+        axes: of the result.
+        features: those of them that are none of time or batch.
+        step: of the operands.
+        refs: the operands.
+    """
     (value,) = call.draft.once(key, make, *refs)
     made = [a for a in value.layout.atoms if a in value.layout.features]
     same = dict(zip(features, made, strict=True)) if len(features) == len(made) else {}
     return Ref(value, tuple(tuple(same.get(a, a) for a in g) for g in axes), step)
 
 
-def _features(call: Call, ref: Ref, *groups: tuple[Atom, ...]) -> None:
+def read_features(call: Call, ref: Ref, *groups: tuple[Atom, ...]) -> None:
+    """Check that axes are axes of each token.
+
+    Args:
+        call: the operation.
+        ref: whose axes they are.
+        groups: the axes.
+
+    Raises:
+        NotLowered: if they are not.
+    """
     layout = ref.value.layout
     if layout.channels is None:
         raise call.refuse("it comes before any layer, so that its channels are not known")
     if any(atom not in layout.features for group in groups for atom in group):
-        raise call.refuse("it mixes time steps or samples")
+        raise call.refuse("it mixes time steps or samples", outside(call.draft, ref, *groups))
 
 
 def _shared(
@@ -211,7 +246,11 @@ def _shared(
         if outer[0] and outer[1] and outer[0] != outer[1]:
             raise call.refuse("its operands differ in the order of their axes")
         if any(outer) and any(ours):
-            raise call.refuse("an axis joins time or batch with others")
+            if not _same_places(mine, yours, lead):
+                raise call.refuse("an axis joins time or batch with others")
+            groups.append((tuple(ours[0]), tuple(ours[0]), tuple(ours[1])))
+            axes.append(mine)
+            continue
         if any(outer):
             axes.append(tuple(outer[0] or outer[1]))
             continue
@@ -221,6 +260,14 @@ def _shared(
         groups.append((tuple(wide), sides[0], sides[1]))
         axes.append(tuple(wide))
     return lead, groups, tuple(axes)
+
+
+def _same_places(mine: tuple[Atom, ...], yours: tuple[Atom, ...], lead: list[Atom]) -> bool:
+    """Whether two axes join the same samples with as many others, as (batch heads) does."""
+    return len(mine) == len(yours) and all(
+        a is b if a in lead or b in lead else a.size == b.size
+        for a, b in zip(mine, yours, strict=True)
+    )
 
 
 # -- parts of axes --------------------------------------------------------------------------------
@@ -233,7 +280,7 @@ def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
         NotLowered: for other parts, and for axes of pixels, time or batch.
     """
     axis %= len(ref.axes)
-    _features(call, ref, ref.axes[axis])
+    read_features(call, ref, ref.axes[axis])
     whole = size_of(ref.axes[axis])
     if size == whole:
         return ref
@@ -256,7 +303,7 @@ def sliced(call: Call, ref: Ref, axis: int, start: int, size: int) -> Ref:
         layout = laid_out(lead, features, ref.value.layout)
         return (strided(call.draft, call.where, COPY, layout, groups, ref, offset=offset),)
 
-    return _made(call, key, make, axes, features, step, ref)
+    return made_once(call, key, make, axes, features, step, ref)
 
 
 def _chunk(call: Call) -> list[Ref]:
@@ -319,7 +366,7 @@ def _mean_of_neighbours(call: Call) -> Ref:
     if kernel != stride or padding or whole % kernel or call.get(4, "ceil_mode", False):
         raise call.refuse("its windows overlap, or do not cover the axis")
     if ref.value.layout.channels is None:
-        see_features(call.where, ref, 1)
+        see_features(call.draft, call.where, ref, 1)
     cut = unflattened(ref.axes, -1, (whole // kernel, kernel), call.draft.split)
     if cut is None:
         raise call.refuse("it takes the mean over a part of an axis of pixels")
@@ -335,7 +382,7 @@ def _enlarge(call: Call) -> Ref:
     ref = call.ref()
     if call.get(3, "mode", "nearest") != "nearest":
         raise call.refuse("it interpolates otherwise than by the nearest pixel")
-    see_features(call.where, ref, 2)
+    see_features(call.draft, call.where, ref, 2)
     assert call.shape is not None
     old = ref.value.layout
     pixels = [atom for atom in (old.height, old.width) if atom is not None]
@@ -367,29 +414,6 @@ def _repeated(call: Call, ref: Ref, layout: Layout) -> Value:
     return nested(call.draft, call.where, layout, [*loops, (channels, 1, 1)], ref)
 
 
-# -- norms ----------------------------------------------------------------------------------------
-
-
-def _layer_norm(call: Call) -> Ref:
-    """Over the channels of each pixel."""
-    ref = call.ref()
-    shape, weight, bias = (
-        call.get(i, n) for i, n in ((1, "normalized_shape"), (2, "weight"), (3, "bias"))
-    )
-    epsilon = float(call.get(4, "eps", 1e-5))
-    layout = ref.value.layout
-    if layout.channels is None:
-        layout.channels = ref.axes[-1]
-    if ref.axes[-1] != layout.channels or tuple(shape) != (size_of(layout.channels),):
-        raise call.refuse("it norms over other axes than the channels, innermost")
-    n = size_of(layout.channels)
-    rows = [1.0 if weight is None else weight, 0.0 if bias is None else bias, epsilon]
-    table = [torch.as_tensor(row, dtype=torch.float32).detach().expand(n) for row in rows]
-    stored = call.draft.keep(f"{call.where}::norm", torch.stack(table).contiguous())
-    value = call.draft.apply(Code.NORM, layout, ref, tensors=(stored,), name=call.where)
-    return replace(ref, value=value, step=call.draft.step_of(call.where, ref))
-
-
 PRODUCTS: dict[str, Function] = {
     **dict.fromkeys(("matmul", "bmm"), matmul),
     "chunk": _chunk,
@@ -398,6 +422,5 @@ PRODUCTS: dict[str, Function] = {
     "repeat": _repeat,
     "avg_pool1d": _mean_of_neighbours,
     **dict.fromkeys(("interpolate", "upsample", "upsample_nearest2d"), _enlarge),
-    "layer_norm": _layer_norm,
 }
 """What becomes of an operation, by its name."""

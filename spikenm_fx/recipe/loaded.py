@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from spikenm_fx.recipe.target import (
 from spikenm_fx.recipe.time_axis import time_of
 from spikenm_fx.report.measure import report
 from spikenm_fx.report.view import Report
+from spikenm_fx.state import deepcopied
 from spikenm_fx.trace.api import trace
 from spikenm_fx.trace.graph import SpikingGraph
 from spikenm_fx.verify import Verification, verify
@@ -224,7 +224,7 @@ class LoadedModel:
         Raises:
             PackError: if the model cannot be packed.
         """
-        folded = copy.deepcopy(self.model)
+        folded = deepcopied(self.model)
         if dense is not None:
             fold(folded)
         elif not verify(folded).valid:

@@ -7,9 +7,11 @@ tree holds; parameters are copied only when something is about to write into the
 :func:`reset_to_rest` are for measuring (:mod:`~spikenm_fx.state.rest`).  :func:`read_parameter`
 lets a module that hands out a computed parameter tell whoever looks which parameter that was
 (:mod:`~spikenm_fx.state.parameters`);
-:func:`advice_if_sharded` tells of models in parts.
+:func:`advice_if_sharded` tells of models in parts; :func:`deepcopied` copies those whose own way
+does not work.
 """
 
+from spikenm_fx.state.copied import deepcopied
 from spikenm_fx.state.parameters import ParameterReader, is_reading, read_parameter, reading
 from spikenm_fx.state.rest import (
     RESET_METHODS,
@@ -25,6 +27,7 @@ __all__ = [
     "RESET_METHODS",
     "ParameterReader",
     "advice_if_sharded",
+    "deepcopied",
     "detach_state",
     "is_reading",
     "preserved",

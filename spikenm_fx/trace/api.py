@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from spikenm_fx._torch import is_scripted, tree_flatten
+from spikenm_fx._torch import behind_compiled, is_scripted, tree_flatten
 from spikenm_fx.errors import TraceError, no_module
 from spikenm_fx.state import advice_if_sharded, detach_state, preserved, takes_no_arguments
 from spikenm_fx.trace.execution.leaves import LeafRule, Limits, TraceLimitReached
@@ -243,7 +243,8 @@ class _SymbolicTracer(fx.Tracer):
 def _symbolic(model: nn.Module, neurons: Mapping[str, NeuronSpec]) -> Trace:
     modules = {m for name, m in nn.Module.named_modules(model) if name in neurons}
     try:
-        graph = _SymbolicTracer(LeafRule(modules, set())).trace(model)
+        with behind_compiled():
+            graph = _SymbolicTracer(LeafRule(modules, set())).trace(model)
     except Exception as error:
         text = str(error).splitlines()[0] if str(error) else ""
         note = Note(

@@ -11,7 +11,7 @@
 
 enum NetOpCode : int64_t {
   kLayer = 1, kNeuron, kPool, kJoin, kAffine, kRelu, kConcat, kReduce, kStrided, kNorm,
-  kRecall, kStore, kCompare, kPointwise, kSoftmax, kOpCodes  // from version 2 on
+  kRecall, kStore, kCompare, kPointwise, kSoftmax, kSteps, kOpCodes  // from version 2 on
 };
 enum NetRole : int64_t { kTime, kBatch, kChannel, kHeight, kWidth, kRoles };
 enum NetEmits : int64_t { kSpikes, kMembrane, kCounts };

@@ -113,6 +113,8 @@ bool NetModel::check_ports(NetFailure *fail) const {
   int64_t free_axes = 0;
   for (size_t k = 0; k < inputs.size(); ++k) {
     int64_t own = 0;
+    if (fixed_steps && values[static_cast<size_t>(inputs[k].value)].timed)
+      return (*fail)("its input has time steps, of which its program fixes the number");
     for (int64_t i = 0; i < inputs[k].rank; ++i) {
       if (inputs[k].axes[i].joined) return (*fail)("axes of its input are joined");
       own += inputs[k].axes[i].role == kBatch;
@@ -216,6 +218,7 @@ bool NetModel::read_op(const NetImage &image, int64_t index, std::vector<bool> *
   else if (w[kCode] == kStore) well = check_store(index, op);
   else if (w[kCode] == kCompare) well = check_compare(image, op, fail);
   else if (w[kCode] == kSoftmax) well = check_softmax(*op);
+  else if (w[kCode] == kSteps) well = check_steps(*op);
   else well = check_others(*op, fail);
   if (!well)
     return (*fail)("operation %lld does not fit its values", static_cast<long long>(index));
@@ -392,6 +395,14 @@ bool NetModel::check_softmax(const NetOp &op) const {
          in.size % (w[kSoftmaxSize] * w[kSoftmaxApart]) == 0;
 }
 
+bool NetModel::check_steps(const NetOp &op) {
+  const NetValue &in = values[static_cast<size_t>(op.word[kIn0])];
+  const NetValue &out = values[static_cast<size_t>(op.word[kOut0])];
+  makes_steps = true;
+  return !in.timed && out.timed && !out.bits && fixed_steps > 0 &&
+         in.size == fixed_steps * out.size;
+}
+
 // What lies between the reading of a state and its storing runs step by step.
 bool NetModel::find_loops(NetFailure *fail) {
   for (const NetState &state : states) {
@@ -411,7 +422,7 @@ bool NetModel::find_loops(NetFailure *fail) {
   for (const NetLoop &loop : loops)
     for (int64_t i = loop.from; i < loop.to; ++i) {
       const int64_t *w = ops[static_cast<size_t>(i)].word;
-      if (w[kCode] == kReduce ||
+      if (w[kCode] == kReduce || w[kCode] == kSteps ||
           (w[kCode] != kStore && values[static_cast<size_t>(w[kOut0])].timed != loop.timed))
         return (*fail)("operation %lld cannot run step by step", static_cast<long long>(i));
       // The next step reads it again.

@@ -56,6 +56,7 @@ struct NetModel {
   int64_t fixed_steps = 0;  // 0: the input's time axis says how many, or there is one step
   int64_t only_steps = 0, only_images = 0;  // 0: any; else the model itself takes no other
   bool small = false;                        // weights stay packed in memory
+  bool makes_steps = false;                  // one token of its input becomes all of them
   int64_t weight_bytes = 0;                  // of all layouts that operations run on
   std::list<NetPacked> packed;
 
@@ -79,6 +80,7 @@ struct NetModel {
   bool check_store(int64_t index, NetOp *op);
   bool check_compare(const NetImage &image, NetOp *op, NetFailure *fail);
   bool check_softmax(const NetOp &op) const;
+  bool check_steps(const NetOp &op);
   bool find_loops(NetFailure *fail);
   bool joins_neuron(size_t layer) const;
   NetState *state_of(int64_t which);

@@ -200,6 +200,8 @@ bool net_sizes(const NetModel &model, const NetShape *shapes, int32_t count, boo
     if (has_time) sizes->steps = own.steps;
     timed |= has_time;
   }
+  if (step && model.makes_steps)
+    return (*fail)("the network makes all its time steps of one input: it has no single ones");
   if (model.fixed_steps) sizes->steps = step ? 1 : model.fixed_steps;
   const int64_t only[2] = {step ? 0 : model.only_steps, model.only_images};
   const int64_t got[2] = {sizes->steps, sizes->images};

@@ -55,6 +55,7 @@ struct NetStep {
       case kStrided: return strided(index, y);
       case kNorm: return normalize(op, to, floats(kIn0, index, 0), y);
       case kReduce: return reduce(index);
+      case kSteps: return cut(index, y);
       case kRecall: {
         memcpy(y, state(index), bytes_of_state(to));
         return;
@@ -142,6 +143,13 @@ struct NetStep {
     }
     concatenate(floats(kIn0, token, 0), floats(kIn1, token, 1), static_cast<float *>(out(token)),
                 a, b);
+  }
+
+  // One step of those that lie behind each other in a token.
+  void cut(int64_t token, float *y) const {
+    const int64_t size = value(kOut0)->size;
+    const float *x = floats(kIn0, token % run->images, 0) + token / run->images * size;
+    memcpy(y, x, sizeof(float) * static_cast<size_t>(size));
   }
 
   // Over time: item by item of the batch.

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from spikenm_fx._torch import (
     DisableTorchFunction,
+    behind_compiled,
     call_module_untraced,
     disable_current_modes,
     disable_torch_dispatch,
@@ -198,7 +199,7 @@ class ValueTracer(fx.Tracer):
     def _guarded(self) -> fx.Graph:
         around: ValueTracer | None = getattr(_innermost, "tracer", None)
         unseen = contextlib.nullcontext() if around is None else around._aside()
-        with _TRACING, torch.no_grad(), reading(self._read), unseen:
+        with _TRACING, torch.no_grad(), reading(self._read), unseen, behind_compiled():
             try:
                 _innermost.tracer = self
                 return self.trace(self.model)

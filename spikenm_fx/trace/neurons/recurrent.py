@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spikenm_fx.pattern import is_weight_layer
-from spikenm_fx.trace.neurons.adapters import norse, snntorch
+from spikenm_fx.trace.neurons.adapters import norse, sinabs, snntorch
 from spikenm_fx.trace.neurons.adapters.adapter import is_own_class
 from spikenm_fx.trace.neurons.spec import NeuronSpec, Synapse
 
@@ -32,6 +32,7 @@ class Recurrence:
         key: its name in the module.
         inputs: a layer of the module that its input passes first, or None.
         inputs_key: the name of its weight in the module.
+        starts_empty: in the first step of each forward nothing is fed back, not even a bias.
     """
 
     spec: NeuronSpec
@@ -39,6 +40,7 @@ class Recurrence:
     key: str
     inputs: nn.Module | None = None
     inputs_key: str = ""
+    starts_empty: bool = False
 
     def name(self, neuron: str, key: str | None = None) -> str:
         """Qualified name of the feedback, or of another part of the neuron."""
@@ -83,6 +85,8 @@ def recurrence_of(module: nn.Module, spec: NeuronSpec) -> Recurrence | None:
         return _snntorch(module, spec)
     if is_own_class(module, "norse", *norse.RECURRENT):
         return _norse(module)
+    if is_own_class(module, "sinabs", *sinabs.RECURRENT):
+        return _sinabs(module, spec)
     return None
 
 
@@ -111,3 +115,10 @@ def _norse(module: Any) -> Recurrence | None:
     spec = norse.read(module)
     spec = replace(spec, exact=norse.has_own_reset(module))
     return Recurrence(spec, feedback, "recurrent_weights", inputs, "input_weights")
+
+
+def _sinabs(module: Any, spec: NeuronSpec) -> Recurrence | None:
+    if not is_weight_layer(module.rec_connect):
+        return None
+    rule = replace(spec, exact=sinabs.has_known_rule(module))
+    return Recurrence(rule, module.rec_connect, "rec_connect", starts_empty=True)

@@ -22,9 +22,10 @@ from spikenm_fx.trace.neurons.adapters.adapter import (
 )
 from spikenm_fx.trace.neurons.spec import NeuronKind, NeuronSpec, Output, Surrogate, Synapse
 
-__all__ = ["ADAPTER"]
+__all__ = ["ADAPTER", "RECURRENT", "has_known_rule", "read"]
 
 OWN = ("LIF", "LIFSqueeze", "IAF", "IAFSqueeze", "ExpLeak", "ExpLeakSqueeze")
+RECURRENT = ("LIFRecurrent", "IAFRecurrent")
 
 
 def read(module: nn.Module) -> NeuronSpec:
@@ -36,16 +37,12 @@ def read(module: nn.Module) -> NeuronSpec:
     output = _output(m)
     reset = getattr(m, "reset_fn", None)
     hard = type(reset).__name__ == "MembraneReset"
-    floor = getattr(m, "min_v_mem", None)
     amount = getattr(reset, "subtract_value", None)
     return NeuronSpec(
         framework="sinabs",
         class_name=name,
         kind=_kind(name, syn is not None),
-        exact=is_own_class(module, "sinabs", *OWN)
-        and (output != "integer" or isinstance(getattr(m, "spike_fn", None), type))
-        # MembraneReset adds its value to every neuron, spiking or not: only 0 is a reset
-        and (not hard or getattr(reset, "reset_value", 0.0) == 0.0),
+        exact=is_own_class(module, "sinabs", *OWN) and has_known_rule(module),
         decay=mem,
         gain=1.0 - mem if getattr(m, "norm_input", False) else 1.0,
         synapse=None if syn is None else Synapse(scalar(syn), scalar(syn)),
@@ -63,6 +60,22 @@ def read(module: nn.Module) -> NeuronSpec:
         step_mode="multi",
         reset_call="reset_states",
         learned=learned(module, "tau_mem", "tau_syn", "alpha_mem", "alpha_syn"),
+    )
+
+
+def has_known_rule(module: nn.Module) -> bool:
+    """Whether one of sinabs' own layers computes what its spec says, feedback left aside.
+
+    Args:
+        module: a layer that leaks, or integrates.
+    """
+    m: Any = module
+    reset = getattr(m, "reset_fn", None)
+    hard = type(reset).__name__ == "MembraneReset"
+    return (
+        (_output(m) != "integer" or isinstance(getattr(m, "spike_fn", None), type))
+        # MembraneReset adds its value to every neuron, spiking or not: only 0 is a reset
+        and (not hard or getattr(reset, "reset_value", 0.0) == 0.0)
     )
 
 
