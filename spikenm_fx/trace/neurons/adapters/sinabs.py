@@ -37,6 +37,7 @@ def read(module: nn.Module) -> NeuronSpec:
     output = _output(m)
     reset = getattr(m, "reset_fn", None)
     hard = type(reset).__name__ == "MembraneReset"
+    floor = getattr(m, "min_v_mem", None)
     amount = getattr(reset, "subtract_value", None)
     return NeuronSpec(
         framework="sinabs",
