@@ -10,13 +10,14 @@ from typing import Any
 from spikenm_fx.program.axes import Atom, Axes, size_of
 from spikenm_fx.program.calls import Call, Function
 from spikenm_fx.program.draft import Ref, Value
+from spikenm_fx.program.pointwise import softmax
 from spikenm_fx.program.products import made_once, matmul, read_features
 from spikenm_fx.program.strided import MULTIPLY, Group, laid_out, strided
 
-__all__ = ["attention_by", "einsum"]
+__all__ = ["ATTENTION"]
 
 
-def einsum(call: Call) -> Ref:
+def _einsum(call: Call) -> Ref:
     """A product of two tensors, summed over the letters that its result lacks.
 
     Raises:
@@ -62,26 +63,18 @@ def einsum(call: Call) -> Ref:
     return made_once(call, ("einsum", terms, result), make, out, features, step, a, b)
 
 
-def attention_by(softmax: Function) -> Function:
-    """``scaled_dot_product_attention``.
-
-    Args:
-        softmax: lowers one.
-    """
-
-    def lowered(call: Call) -> Ref:
-        q, k, v = call.args[:3]
-        if call.get(3, "attn_mask") is not None or call.get(5, "is_causal", False):
-            raise call.refuse("it has a mask")
-        if call.get(4, "dropout_p", 0.0) or call.kwargs.get("enable_gqa", False):
-            raise call.refuse("it drops some, or has fewer keys than heads")
-        scale = call.kwargs.get("scale") or 1.0 / math.sqrt(size_of(call.ref().axes[-1]))
-        keys: Ref = replace(call.ref(1), axes=(*k.axes[:-2], k.axes[-1], k.axes[-2]))
-        scores = _with(call, matmul, q, keys)
-        scaled = replace(scores, value=call.draft.scaled(scores, scale, 0.0))
-        return _with(call, matmul, _with(call, softmax, scaled, -1), v)
-
-    return lowered
+def _attention(call: Call) -> Ref:
+    """``scaled_dot_product_attention``."""
+    q, k, v = call.args[:3]
+    if call.get(3, "attn_mask") is not None or call.get(5, "is_causal", False):
+        raise call.refuse("it has a mask")
+    if call.get(4, "dropout_p", 0.0) or call.kwargs.get("enable_gqa", False):
+        raise call.refuse("it drops some, or has fewer keys than heads")
+    scale = call.kwargs.get("scale") or 1.0 / math.sqrt(size_of(call.ref().axes[-1]))
+    keys: Ref = replace(call.ref(1), axes=(*k.axes[:-2], k.axes[-1], k.axes[-2]))
+    scores = _with(call, matmul, q, keys)
+    scaled = replace(scores, value=call.draft.scaled(scores, scale, 0.0))
+    return _with(call, matmul, _with(call, softmax(0), scaled, -1), v)
 
 
 def _with(call: Call, function: Function, *args: Any) -> Ref:
@@ -89,3 +82,10 @@ def _with(call: Call, function: Function, *args: Any) -> Ref:
     inner = Call(call.draft, call.node, call.where, args, {}, None)
     found: Ref = function(inner)
     return found
+
+
+ATTENTION: dict[str, Function] = {
+    "einsum": _einsum,
+    "scaled_dot_product_attention": _attention,
+}
+"""What becomes of such an operation, by its name."""
