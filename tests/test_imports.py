@@ -170,6 +170,7 @@ def _code(path: Path) -> Iterator[str]:
     yield from ast.unparse(tree).splitlines()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_private_names_of_torch_stand_in_one_file(name: str) -> None:
     """``spikenm_fx._torch`` knows what to do where one is missing; nobody else names one."""

@@ -46,6 +46,7 @@ from spikenm_fx.masks.methods.spikenm import SpikeNM
 # -- counting -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("extra", [0, 2], ids=["", "extra forwards"])
 def test_every_optimizer_steps_the_masks_once(name: str, extra: int) -> None:
