@@ -162,3 +162,32 @@ def test_what_returns_its_argument_writes_nothing() -> None:
     assert not [node for node in operations.nodes if "write_view" in str(node.target)]
     with torch.no_grad():
         torch.testing.assert_close(program(model, x)(x), model(x))
+
+
+class TimeLast(nn.Module):
+    """Time as the last axis, taken by an ellipsis; a membrane that starts at one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(9, 14), nn.Linear(14, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 9, T]`` to ``[B, 3, T]``."""
+        mem, out = torch.ones(x.shape[0], 14), []
+        for t in range(x.shape[-1]):
+            mem = 0.5 * mem + self.layer(x[..., t])
+            spike = Step.apply(mem - 1.0)
+            mem = mem - spike.data
+            out.append(self.head(spike))
+        return torch.stack(out, -1)
+
+
+def test_time_behind_an_ellipsis() -> None:
+    """``x[..., t]`` selects a step as ``x[t]`` does, and ``ones`` starts a membrane."""
+    torch.manual_seed(0)
+    model, x = TimeLast().eval(), 2 * torch.rand(2, 9, 5)
+    with torch.no_grad():
+        engine = program(model, x)
+        torch.testing.assert_close(engine(x), model(x))
+        longer = torch.cat([x, x], dim=-1)
+        torch.testing.assert_close(engine(longer), model(longer))

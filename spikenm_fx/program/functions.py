@@ -32,7 +32,7 @@ def _typed(call: Call) -> Lowered:
 
 FUNCTIONS: dict[str, Function] = {
     **dict.fromkeys(("detach", "clone", "contiguous", "identity", "dropout", "alias"), _same),
-    **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d"), _same),
+    **dict.fromkeys(("requires_grad", "lift_fresh", "dropout1d", "dropout2d", "data"), _same),
     **dict.fromkeys(("to", "float", "type", "type_as", "double", "half", "bool"), _typed),
     **RESHAPES,
     **OVER_TIME,

@@ -40,6 +40,7 @@ __all__ = ["Lowered", "Probe", "lower"]
 
 _PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
 _LAYERS = ("linear", "conv1d", "conv2d")
+_ONES = ("ones_like", "ones", "new_ones")
 _PRODUCTS = ("matmul", "mm")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 _CREATED = ("ones", "full", "eye", "arange", "linspace")
@@ -256,6 +257,8 @@ class _Lowering:
             raise NotLowered(where, "a neuron is code in a forward there", carries=True)
         if name == "setitem" and node.users:
             raise NotLowered(where, OTHER_WRITES, carries=True)
+        if name in _ONES and node.meta["value"].shape is not None:
+            return torch.ones(node.meta["value"].shape)
         if self.rolled is not None:
             if name in _ZEROS and node.meta["value"].shape is not None:
                 return torch.zeros(node.meta["value"].shape)

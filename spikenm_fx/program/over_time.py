@@ -28,8 +28,11 @@ def _getitem(call: Call) -> Lowered:
         return given[index]
     ref = call.ref()
     places = index if isinstance(index, tuple) else (index,)
-    if Ellipsis in places:
-        raise call.refuse("it selects with an ellipsis; write x[t] or x[:, t]")
+    if any(place is Ellipsis for place in places):
+        at = next(at for at, place in enumerate(places) if place is Ellipsis)
+        taken_axes = sum(place is not None for place in places) - 1
+        between = (slice(None),) * (len(ref.axes) - taken_axes)
+        places = (*places[:at], *between, *places[at + 1 :])
     result, taken = ref, [place for place in places if place is not None]
     for axis, place in reversed(list(enumerate(taken))):
         result = _one_place(call, result, axis, place)
