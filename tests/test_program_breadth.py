@@ -153,10 +153,11 @@ class Repeated(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.body = how, Made(lambda y: y, 128)
+        self.steps = 1 if how == "once" else T
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.how == "repeat":
-            steps = x.unsqueeze(0).repeat(T, 1, 1, 1, 1)
+        if self.how in ("repeat", "once"):
+            steps = x.unsqueeze(0).repeat(self.steps, 1, 1, 1, 1)
         elif self.how == "expand":
             steps = x[None].expand(T, *x.shape)
         else:
@@ -165,7 +166,7 @@ class Repeated(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("how", ["repeat", "expand", "stack"])
+@pytest.mark.parametrize("how", ["repeat", "expand", "stack", "once"])
 def test_an_image_repeated_over_time_is_not_copied(how: str) -> None:
     """Its first layer runs once; the engine takes images, of any batch."""
     model, x = lively(Repeated(how)), 2 * torch.rand(B, 2, 4, 4)
