@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Wide convolutions of a program, whose sums are gathered: the bits of layers that scatter theirs."""
+"""Wide convolutions of a program gather their sums: the bits of layers that scatter theirs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
-from program_strategies import RuleNeuron, prune, rules
-from test_program import STEP, program
+from program_strategies import Folded, RuleNeuron, prune, rules
+from test_program import LIF, STEP, program
 from torch import Tensor, nn
 
 from spikenm_fx.pack import native_status
@@ -41,7 +41,10 @@ def wide(draw: st.DrawFn) -> Wide:
         hidden,
         kernel,
         stride=draw(st.sampled_from([1, (1, 2), (2, 1), 2])),
-        padding=(draw(st.integers(0, kernel[0] // 2 + 1)), draw(st.integers(0, kernel[1] // 2 + 1))),
+        padding=(
+            draw(st.integers(0, kernel[0] // 2 + 1)),
+            draw(st.integers(0, kernel[1] // 2 + 1)),
+        ),
         dilation=(draw(st.integers(1, 2)), 1),
     )
     second = nn.Conv2d(hidden, draw(st.sampled_from([32, 40])), 3, padding=1)
@@ -123,6 +126,18 @@ def test_an_image_given_at_each_step_costs_no_other_bits_than_different_ones() -
     engine.reset()
     other = torch.cat([x[:3], torch.rand(1, 2, 3, 6, 6)])
     assert torch.equal(engine(other)[:3], same[:3])
+
+
+def test_a_long_sequence_is_taken_in_parts_and_gives_what_its_halves_give() -> None:
+    """So many steps that their sums would leave the caches; the membranes go on."""
+    torch.manual_seed(0)
+    layers = (Folded(nn.Conv2d(4, 32, 3, padding=1)), RuleNeuron(LIF), Folded(nn.Conv2d(32, 32, 1)))
+    model = nn.Sequential(*layers).eval()
+    x = torch.rand(300, 1, 4, 3, 7)
+    engine = program(model, x)
+    whole = engine(x)
+    engine.reset()
+    assert torch.equal(torch.cat([engine(x[:77]), engine(x[77:])]), whole)
 
 
 def test_nan_reaches_what_a_wide_convolution_makes_of_it_and_nothing_else() -> None:
