@@ -140,6 +140,19 @@ def test_a_long_sequence_is_taken_in_parts_and_gives_what_its_halves_give() -> N
     assert torch.equal(torch.cat([engine(x[:77]), engine(x[77:])]), whole)
 
 
+def test_a_large_batch_is_taken_in_parts_and_gives_what_its_samples_give() -> None:
+    """What the first parts write leaves what the last ones read as it is."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(4, 64, 1), RuleNeuron(STEP), nn.Conv2d(64, 64, 3, padding=1))
+    model = nn.Sequential(*layers, RuleNeuron(STEP), nn.Conv2d(64, 32, 1)).eval()
+    x = torch.rand(300, 4, 16, 16)
+    engine = program(model, x[:2])
+    whole = engine(x)
+    for part in (slice(0, 3), slice(298, 300)):
+        engine.reset()
+        assert torch.equal(engine(x[part]), whole[part])
+
+
 def test_nan_reaches_what_a_wide_convolution_makes_of_it_and_nothing_else() -> None:
     """As in torch: only the pixels that read it, and no other sample."""
     model = nn.Sequential(nn.Conv2d(2, 40, 3, padding=1)).eval()
