@@ -9,100 +9,10 @@
 // pixels and steps of a tile pass by, and their sums wait in the tile for the next line.  A neuron
 // that is all that reads the sums takes them from there.
 #pragma once
+#include "event_lists.h"
 #include "net_ops.h"
 
 namespace {
-
-// The events of many tokens, and where those of each pixel start.
-struct EventLists {
-  const NetValue *in;
-  int64_t pixels, room, bytes;  // bytes: of one token
-  char *memory;
-
-  explicit EventLists(const NetValue *v) : in(v), pixels(v->h * v->w) {
-    room = ceil_div(v->size, 64) * 64 + 64;
-    bytes = ceil_div((room * (v->bits ? 1 : 2) + pixels + 2) * 4, 64) * 64;
-    memory = nullptr;
-  }
-
-  void take(int64_t tokens) {
-    memory = static_cast<char *>(snm_scratch(6, static_cast<size_t>(tokens * bytes)));
-  }
-
-  // How far the row of each event lies behind that of the first number, in bytes of whole blocks.
-  uint32_t *offset(int64_t token) const {
-    return reinterpret_cast<uint32_t *>(memory + token * bytes);
-  }
-  float *value(int64_t token) const { return reinterpret_cast<float *>(offset(token)) + room; }
-  // Of each pixel, and behind the last one: 1 where all values are 1.
-  int32_t *starts(int64_t token) const {
-    return reinterpret_cast<int32_t *>(offset(token)) + room * (in->bits ? 1 : 2);
-  }
-  bool ones(int64_t token) const { return starts(token)[pixels + 1] != 0; }
-
-  void fill(int64_t token, const void *from) const {
-    const int64_t words = ceil_div(in->size, 64);
-    const size_t needed = sizeof(uint64_t) * static_cast<size_t>(2 * words);
-    uint64_t *bits = static_cast<uint64_t *>(snm_scratch(2, needed));
-    int32_t *before = reinterpret_cast<int32_t *>(bits + words);
-    uint32_t *found = offset(token);
-    float *values = value(token);
-    bool ones = true;
-    const float *x = static_cast<const float *>(from);
-    if (!in->bits) ones = bits_of(x, bits);
-    const uint64_t *there = in->bits ? static_cast<const uint64_t *>(from) : bits;
-    int32_t n = 0;
-    for (int64_t w = 0; w < words; ++w) {
-      before[w] = n;
-      if (in->bits || ones)
-        for (uint64_t word = there[w]; word; word &= word - 1)
-          found[n++] = row_of(w * 64 + __builtin_ctzll(word));
-      else
-        for (uint64_t word = there[w]; word; word &= word - 1) {
-          const int64_t at = w * 64 + __builtin_ctzll(word);
-          found[n] = row_of(at);
-          values[n++] = x[at];
-        }
-    }
-    int32_t *start = starts(token);
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t at = p * in->c;
-      const uint64_t part = (1ull << at % 64) - 1;
-      start[p] = before[at / 64] +
-                 (part ? __builtin_popcountll(there[at / 64] & part) : 0);
-    }
-    start[pixels] = n;
-    start[pixels + 1] = ones;
-  }
-
- private:
-  static uint32_t row_of(int64_t at) {
-    return static_cast<uint32_t>(at) * static_cast<uint32_t>(kOutputBlock * sizeof(float));
-  }
-
-  // Which numbers are not zero; whether all of those are 1.  NaN is not zero.
-  bool bits_of(const float *x, uint64_t *bits) const {
-    vi others = {};
-    for (int64_t i = 0; i < in->size; i += 64) {
-      uint64_t word = 0;
-      vi more = {};
-      for (int64_t j = 0; j < 64; j += VW) {
-        const vf v = loadu(x + i + j);  // up to 63 numbers behind the last one are there
-        const vi there = ~reinterpret_cast<vi>(v == vf{});
-        word |= static_cast<uint64_t>(lanes(there)) << j;
-        more |= there & ~reinterpret_cast<vi>(v == splat(1.0f));
-      }
-      if (in->size - i >= 64) others |= more;
-      else {
-        word &= (1ull << (in->size - i)) - 1;
-        for (uint64_t left = word; left; left &= left - 1)
-          if (x[i + __builtin_ctzll(left)] != 1.0f) others |= ~vi{};
-      }
-      bits[i / 64] = word;
-    }
-    return lanes(others) == 0;
-  }
-};
 
 // Sums of kVectors vectors of outputs over the events of one run.  `w`: where the row of the token's
 // first number would lie; that of another block of outputs lies `apart` behind it.
@@ -128,8 +38,8 @@ struct GatherLayer {
   const NetOp *neuron;
   StreamLayer layer;
   EventLists lists;
-  int64_t steps;                  // of the layer's output
-  int64_t first = 0, images = 0;  // whose events are listed
+  int64_t given;                  // steps that are summed up, of which some are listed at a time
+  int64_t first_step = 0, steps = 1, first = 0, images = 0;
   int64_t band = 1, bands = 1;    // lines of a tile, and tiles of an image
   int64_t lines = 1, columns;     // of taps, whose rows stay in the nearest cache together
   int64_t outputs;                // of a tile: one block, or two
@@ -141,7 +51,7 @@ struct GatherLayer {
   GatherLayer(const NetRun *r, const NetOp *op, const NetOp *behind)
       : run(r), neuron(behind), layer(op, r->values), lists(layer.in) {
     constant = same_steps();
-    steps = layer.out->timed && !constant ? r->steps : 1;
+    given = layer.out->timed && !constant ? r->steps : 1;
     const int64_t line = layer.kw * layer.in->c * kOutputBlock * 4;
     lines = most(1, least(layer.kh, kNearBytes / line)), columns = layer.kw;
     // Two blocks have more sums under way for each event; one has rows that stay nearer.
@@ -160,32 +70,47 @@ struct GatherLayer {
     return true;
   }
 
+  // So many steps and images at a time that their events and sums stay in a cache.
   void start(int64_t threads) {
-    const int64_t together = most(1, least(run->images, kMostBytes / (lists.bytes * steps)));
+    const int64_t fitting = kMostBytes / lists.bytes, most_steps = kTilePixels / layer.out->w;
+    const int64_t longest = least(given, most(1, least(fitting, most_steps)));
+    const int64_t together = least(run->images, most(1, fitting / longest));
+    lists.take(longest * together);
+    for (first = 0; first < run->images; first += together)
+      for (first_step = 0; first_step < given; first_step += longest) {
+        images = least(together, run->images - first);
+        steps = least(longest, given - first_step);
+        some(threads);
+      }
+  }
+
+  void some(int64_t threads) {
     const int64_t blocks = ceil_div(layer.row, outputs), height = layer.out->h;
-    lists.take(steps * together);
-    for (first = 0; first < run->images; first += together) {
-      images = least(together, run->images - first);
-      snm_parallel(steps * images, threads, list_item, this);
-      // Runs of one tap alone are long enough where many inputs are not silent.
-      int64_t all = 0;
-      for (int64_t image = 0; image < images; ++image) all += events(image);
-      const bool busy = all >= kBusy * steps * images * lists.pixels;
-      columns = busy && lines == 1 ? 1 : layer.kw;
-      band = most(1, least(height, kTilePixels / (steps * layer.out->w)));
-      if (threads > 1)
-        while (band > 1 && blocks * images * ceil_div(height, band) < 4 * threads)
-          band = ceil_div(band, 2);
-      bands = ceil_div(height, band);
-      snm_parallel(blocks * images * bands, threads, tile_item, this);
-    }
+    snm_parallel(steps * images, threads, list_item, this);
+    // Runs of one tap alone are long enough where many inputs are not silent.
+    int64_t all = 0;
+    for (int64_t image = 0; image < images; ++image) all += events(image);
+    const bool busy = all >= kBusy * steps * images * lists.pixels;
+    columns = busy && lines == 1 ? 1 : layer.kw;
+    band = most(1, least(height, kTilePixels / (steps * layer.out->w)));
+    if (threads > 1)
+      while (band > 1 && blocks * images * ceil_div(height, band) < 4 * threads)
+        band = ceil_div(band, 2);
+    bands = ceil_div(height, band);
+    snm_parallel(blocks * images * bands, threads, tile_item, this);
+  }
+
+  // Of what is read: one step that is the same at all times is summed up once.
+  int64_t shown(const NetValue *out) const {
+    return given > 1 ? steps : out->timed ? run->steps : 1;
   }
 
   // Lists lie step by step.
   static void list_item(void *self, int64_t index) {
     const GatherLayer *of = static_cast<const GatherLayer *>(self);
     const NetValue *in = of->layer.in;
-    const int64_t token = index / of->images * of->run->images + of->first + index % of->images;
+    const int64_t token = (of->first_step + index / of->images) * of->run->images + of->first +
+                          index % of->images;
     const int64_t bytes = in->stride * static_cast<int64_t>(in->bits ? 8 : 4);
     of->lists.fill(index, static_cast<const char *>(of->run->memory[of->layer.op->word[kIn0]]) +
                               token * bytes);
@@ -289,10 +214,10 @@ struct GatherLayer {
     if (neuron) return fire(tile);
     const NetValue *out = layer.out;
     const int64_t pixels = (tile.to - tile.from) * out->w;
-    for (int64_t t = 0; t < (out->timed ? run->steps : 1); ++t) {
-      const float *y = tile.y + (constant ? 0 : t) * pixels * outputs;
+    for (int64_t t = 0; t < shown(out); ++t) {
+      const float *y = tile.y + (given > 1 ? t : 0) * pixels * outputs;
       float *to = static_cast<float *>(run->memory[layer.op->word[kOut0]]) +
-                  (t * run->images + first + tile.image) * out->stride +
+                  ((first_step + t) * run->images + first + tile.image) * out->stride +
                   tile.from * out->w * out->c + tile.o0;
       for (int64_t p = 0; p < pixels; ++p, y += outputs, to += out->c)
         for (int64_t o = 0; o < tile.width; o += VW)
@@ -311,11 +236,12 @@ struct GatherLayer {
     float *state = run->states[neuron->word[kNeuronState]] + image * neuron->state_stride;
     float *current = state + run->state_images * neuron->state_stride;
     uint32_t *bits =
-        static_cast<uint32_t *>(run->memory[neuron->word[kOut0]]) + image * out->stride * 2;
+        static_cast<uint32_t *>(run->memory[neuron->word[kOut0]]) +
+        (first_step * run->images + image) * out->stride * 2;
     for (int64_t o = 0; o < tile.width; o += kOutputBlock)
       for (int64_t p = 0; p < pixels; ++p) {
         const int64_t i = (tile.from * out->w + p) * out->c + tile.o0 + o;
-        fire_block(behind, lasting, tile.y + p * outputs + o, steps == 1 ? 0 : pixels * outputs,
+        fire_block(behind, lasting, tile.y + p * outputs + o, given > 1 ? pixels * outputs : 0,
                    tile.o0 + o, i, state + i, current + i, bits + i / 32);
       }
   }
@@ -324,7 +250,7 @@ struct GatherLayer {
   void fire_block(const NetNeuron &behind, const NeuronLanes *lasting, const float *y, int64_t step,
                   int64_t o, int64_t i, float *state, float *current, uint32_t *bits) const {
     const snm_neuron rule = behind.rule;  // a copy that no store can change
-    const int64_t all = behind.out->timed ? run->steps : 1;
+    const int64_t all = shown(behind.out);
     const int64_t bits_step = run->images * behind.out->stride * 2;
     constexpr int kVectors = static_cast<int>(kOutputBlock / VW) > 4 ? 4 : kOutputBlock / VW;
     for (int64_t first = 0; first < kOutputBlock; first += kVectors * VW) {

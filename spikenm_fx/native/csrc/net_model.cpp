@@ -93,7 +93,13 @@ bool NetModel::build(const NetImage &image, NetFailure *fail) {
   }
   for (const NetState &state : states)
     if (state.value == kNoValue) return (*fail)("a state belongs to no neuron");
-  for (size_t i = 0; i + 1 < ops.size(); ++i) ops[i].with_neuron = joins_neuron(i);
+  for (size_t i = 0; i + 1 < ops.size(); ++i) {
+    ops[i].with_neuron = joins_neuron(i);
+    if (!ops[i].with_neuron) continue;
+    // The neuron's spikes are written while other steps of the layer's input are still to be read.
+    int64_t &last = last_use[static_cast<size_t>(ops[i].word[kIn0])];
+    last = std::max(last, static_cast<int64_t>(i) + 1);
+  }
   for (const NetMemory &each : memory) weight_bytes += each.size();
   return find_loops(fail);
 }

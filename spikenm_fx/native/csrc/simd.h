@@ -35,7 +35,7 @@ SNM_INLINE vf loadu(const float *p) { return *reinterpret_cast<const vf_any *>(p
 SNM_INLINE void store(float *p, vf v) { *reinterpret_cast<vf *>(p) = v; }
 SNM_INLINE void storeu(float *p, vf v) { *reinterpret_cast<vf_any *>(p) = v; }
 SNM_INLINE vf splat(float x) { return x - vf{}; }
-constexpr SNM_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SNM_INLINE constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 SNM_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 SNM_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
