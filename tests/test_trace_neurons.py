@@ -118,7 +118,7 @@ def test_norse(name: str) -> None:
 @pytest.mark.parametrize("norm_input", [True, False])
 @pytest.mark.parametrize("tau_syn", [None, 3.0])
 @pytest.mark.parametrize("spikes", ["SingleSpike", "MultiSpike"])
-@pytest.mark.parametrize("floor", [None, -0.05])
+@pytest.mark.parametrize("floor", [None, -0.0625])
 def test_sinabs(norm_input: bool, tau_syn: float | None, spikes: str, floor: float | None) -> None:
     """Sinabs' alphas, synapse, several spikes, floor are reproduced; time is axis 1."""
     layers = pytest.importorskip("sinabs.layers")
