@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx._torch import tree_flatten
+from spikenm_fx.bench.apart import row_apart
 from spikenm_fx.bench.measure import RESULTS, machine
 from spikenm_fx.bench.nets.further import FURTHER, build_further
 from spikenm_fx.bench.tracing import measure
@@ -178,22 +177,13 @@ def _output(case: Case, model: Any) -> list[Tensor]:
 
 
 def _apart(name: str, options: argparse.Namespace) -> FurtherRow:
-    """In a process of its own: modules of several repositories share names."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "spikenm_fx.bench", "further", "--one", name]
-        command += ["--repos", str(options.repos.resolve()), "--output", str(output)]
-        environment = {**os.environ, "PYTORCH_JIT": "0"}
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=options.seconds
-            )
-        except subprocess.TimeoutExpired:
-            return FurtherRow(name, FURTHER[name].repo, error=f"over {options.seconds} s")
-        if not output.exists():
-            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            return FurtherRow(name, FURTHER[name].repo, error=last[0][:160])
-        return FurtherRow(**json.loads(output.read_text()))
+    arguments = ["--one", name, "--repos", str(options.repos.resolve())]
+    row = row_apart("further", arguments, seconds=options.seconds)
+    return (
+        FurtherRow(name, FURTHER[name].repo, error=row)
+        if isinstance(row, str)
+        else FurtherRow(**row)
+    )
 
 
 def _case(script: Path) -> bool:

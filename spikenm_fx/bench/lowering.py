@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import spikenm_fx
+from spikenm_fx.bench.apart import row_apart
 from spikenm_fx.bench.measure import RESULTS, machine
 from spikenm_fx.bench.nets.further import FURTHER, build_further
 from spikenm_fx.bench.repos import REPOS, build
@@ -149,25 +146,12 @@ def _names(options: argparse.Namespace) -> list[str]:
 
 
 def _apart(name: str, options: argparse.Namespace) -> LoweringRow:
-    """In a process of its own: modules of several repositories share names."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "spikenm_fx.bench", "lowering", "--one", name]
-        command += ["--output", str(output)]
-        if options.repos is not None:
-            command += ["--repos", str(options.repos.resolve())]
-        scripted = name.startswith("repos:") and REPOS[name.partition(":")[2]].scripted
-        environment = {**os.environ, "PYTORCH_JIT": str(int(scripted))}
-        try:
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=options.seconds
-            )
-        except subprocess.TimeoutExpired:
-            return LoweringRow(name, error=f"over {options.seconds} s")
-        if not output.exists():
-            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            return LoweringRow(name, error=last[0][:200])
-        return LoweringRow(**json.loads(output.read_text()))
+    arguments = ["--one", name]
+    if options.repos is not None:
+        arguments += ["--repos", str(options.repos.resolve())]
+    scripted = name.startswith("repos:") and REPOS[name.partition(":")[2]].scripted
+    row = row_apart("lowering", arguments, seconds=options.seconds, scripted=scripted)
+    return LoweringRow(name, error=row) if isinstance(row, str) else LoweringRow(**row)
 
 
 def main(arguments: Sequence[str]) -> int:

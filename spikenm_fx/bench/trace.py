@@ -6,16 +6,13 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from spikenm_fx.bench.apart import row_apart
 from spikenm_fx.bench.repos import REPOS
 from spikenm_fx.bench.repos import build as build_checkout
 from spikenm_fx.bench.tracing import Row, row_of
@@ -95,18 +92,12 @@ def _rows(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def _apart(name: str, repos: Path, sites: Path | None) -> Row:
-    """Measure a checkout in a process of its own: their modules share names."""
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "row.json"
-        command = [sys.executable, "-m", "spikenm_fx.bench", "trace", "--one", name]
-        command += ["--repos", str(repos), "--output", str(output)]
-        command += ["--sites", str(sites)] if sites else []
-        environment = {**os.environ, "PYTORCH_JIT": "1" if REPOS[name].scripted else "0"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if not output.exists():
-            last = done.stderr.strip().splitlines()[-1:] or ["no output"]
-            return Row(f"repos/{name}", error=last[0][:160])
-        return Row(**json.loads(output.read_text())["rows"][0])
+    arguments = ["--one", name, "--repos", str(repos)]
+    arguments += ["--sites", str(sites)] if sites else []
+    found = row_apart("trace", arguments, scripted=REPOS[name].scripted)
+    if isinstance(found, str):
+        return Row(f"repos/{name}", error=found)
+    return Row(**found["rows"][0])
 
 
 def _read(path: Path) -> list[Row]:
