@@ -152,6 +152,7 @@ def rules(draw: st.DrawFn, *, multi: bool) -> NeuronSpec:
         strict=draw(st.booleans()),
         reset=reset,
         reset_timing=timing if output == "spike" else "now",
+        floor=draw(st.sampled_from([None, None, -0.2])),
         output=output,
         time_axis=0 if multi else None,
         step_mode="multi" if multi else "single",

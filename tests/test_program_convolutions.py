@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
 from program_strategies import Folded, RuleNeuron, prune, rules
-from test_program import LIF, STEP, program
+from test_program import LIF, STEP, program, reset
 from torch import Tensor, nn
 
 from spikenm_fx.pack import native_status
@@ -81,6 +81,18 @@ def test_a_neuron_that_takes_the_sums_fires_as_one_that_reads_them(case: Wide) -
     engine.reset()
     engine._net.observe(lambda *_: None)
     assert all(torch.equal(engine(x), y) for x, y in zip(case.steps, alone, strict=True))
+
+
+def test_a_floor_holds_where_a_neuron_takes_the_sums() -> None:
+    """Inhibition beyond the floor is forgotten, whoever adds it up."""
+    torch.manual_seed(0)
+    layers = (Folded(nn.Conv2d(4, 32, 3, padding=1)), RuleNeuron(replace(LIF, floor=-0.05)))
+    model = nn.Sequential(*layers, Folded(nn.Conv2d(32, 32, 1))).eval()
+    x = 3 * torch.randn(6, 2, 4, 8, 8)
+    with torch.no_grad():
+        for engine in (program(model, x), program(model, x, memory="small")):
+            reset(model)
+            torch.testing.assert_close(engine(x), model(x))
 
 
 @tries(15)

@@ -24,7 +24,7 @@ from spikenm_fx.pack.summary import (
 from spikenm_fx.pack.turns import take_turns
 from spikenm_fx.pack.weights.format import PackedWeight
 from spikenm_fx.pattern import NM
-from spikenm_fx.program.check import FORGETS, compared, forgetting
+from spikenm_fx.program.check import FORGETS, compared, forgetting, same_unobserved
 from spikenm_fx.program.code import INPUTS, Code
 from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
@@ -216,6 +216,8 @@ def _prove(
         raise NotLowered(
             "", f"it differs from the model: {wrong}; please report that", carries=True
         )
+    if not same_unobserved(engine, args):
+        raise NotLowered("", "it gives something else where nobody looks on; please report that")
     more, longer = list(args), list(args)
     images = steps = 0
     for at, which in enumerate(lowered.taken):

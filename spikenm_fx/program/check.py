@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spikenm_fx._torch import tree_flatten
 from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.check.agreement import Agreement
 from spikenm_fx.pack.check.difference import NeuronDifference, difference, first_margin
@@ -24,7 +25,7 @@ from spikenm_fx.program.lower import Lowered, Probe
 from spikenm_fx.program.order import loops_of
 from spikenm_fx.state import preserved
 
-__all__ = ["CALLS", "FORGETS", "compared", "forgetting"]
+__all__ = ["CALLS", "FORGETS", "compared", "forgetting", "same_unobserved"]
 
 FORGETS = {Code.NEURON: 5, Code.RECALL: 1}  # among the settings of what has a state
 
@@ -92,6 +93,29 @@ def compared(
             worst = max(worst, _relative(given, wanted))
     engine.reset()
     return Agreement(worst, worst, tuple(n for n in found.values() if n.spikes))
+
+
+def same_unobserved(engine: Engine, args: tuple[Tensor, ...]) -> bool:
+    """Whether an engine gives the same bits where nobody sees its operations.
+
+    Then a neuron takes the sums of its layer, which are not written; :func:`compared` sees both.
+
+    Args:
+        engine: any; it is left at rest.
+        args: of the example's shapes.
+    """
+    outputs = []
+    try:
+        for observer in (lambda *_: None, None):
+            engine._net.observe(observer)
+            engine.reset()
+            with torch.no_grad():
+                outputs.append([y for y in tree_flatten(engine(*args))[0] if y is not None])
+    finally:
+        engine._net.observe(None)
+        engine.reset()
+    pairs = zip(*outputs, strict=True)
+    return all(bool(((a == b) | (a.isnan() & b.isnan())).all()) for a, b in pairs)
 
 
 def _sizes(engine: Engine, lowered: Lowered, args: tuple[Tensor, ...]) -> tuple[int, int | None]:

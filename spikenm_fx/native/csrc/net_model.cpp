@@ -111,7 +111,7 @@ bool NetModel::joins_neuron(size_t layer) const {
   return w[kCode] == kLayer && op.form == kTapRows && next[kCode] == kNeuron &&
          next[kIn0] == w[kOut0] && next[kOut1] == kNoValue && next[kNeuronEmits] == kSpikes &&
          last_use[static_cast<size_t>(w[kOut0])] == static_cast<int64_t>(layer) + 1 &&
-         op.group_outputs % kOutputBlock == 0;
+         !ops[layer + 1].floor && op.group_outputs % kOutputBlock == 0;
 }
 
 // All inputs and outputs have the same batch.
