@@ -15,7 +15,7 @@ __all__ = ["USUAL", "tries"]
 
 FULL = 25
 """Examples of a property that names no number of its own."""
-PROFILES = {"thorough": FULL, "gate": 10, "quick": 2}
+PROFILES = {"thorough": FULL, "gate": 6, "quick": 2}
 """The same by profile; properties that name a number take the same share of it."""
 USUAL = "gate"
 

@@ -97,6 +97,8 @@ def strided(
     apart = [distances(v) for v in (layout, a.value.layout, (b or a).value.layout)]
     loops: list[_Loop] = []
     for group in groups:
+        if any(a not in near for atoms, near in zip(group, apart, strict=True) for a in atoms):
+            raise NotLowered(where, "it takes time steps or samples for an axis of each token")
         parts = [
             [(atom.size, near[atom]) for atom in atoms]
             for atoms, near in zip(group, apart, strict=True)
