@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 import spikenm_fx
 from spikenm_fx.errors import PlanError
-from spikenm_fx.pack import native_status, packing
+from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.program import Engine
 
 
@@ -283,3 +284,29 @@ def test_other_models_of_the_process_keep_their_state() -> None:
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(engine(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+class Unsqueezes(nn.Module):
+    """Makes time of its input in place, as temporal efficient training's networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, 3, H, W]`` to ``[N, 4]``."""
+        x.unsqueeze_(1)
+        x = x.repeat(1, 2, 1, 1, 1)
+        return self.head(torch.relu(self.conv(x.flatten(0, 1))).mean((-2, -1)))
+
+
+@pytest.mark.parametrize("program", [False, True])
+def test_a_forward_that_reshapes_its_input_in_place(program: bool) -> None:
+    """Each forward gets the examples as they were given, and so they stay."""
+    model, x = Unsqueezes().eval(), torch.rand(2, 3, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        engine = pack(model, x, program=program)
+    assert x.shape == (2, 3, 6, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(engine(x.clone()), model(x.clone()))

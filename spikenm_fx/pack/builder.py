@@ -29,7 +29,7 @@ from spikenm_fx.pack.summary import PackedLayerReport, PackedNeuronReport, PackR
 from spikenm_fx.pack.weights.format import LayerGeometry, PackedWeight, pack_weight, unpack_weight
 from spikenm_fx.pack.weights.tightest import DENSE, tightest_pattern
 from spikenm_fx.pattern import NM, is_weight_layer
-from spikenm_fx.state import preserved
+from spikenm_fx.state import as_given, preserved
 from spikenm_fx.trace import LayerRecord, NeuronSpec, SpikingGraph, trace
 
 __all__ = ["EngineBuilder"]
@@ -144,7 +144,7 @@ class EngineBuilder:
         with torch.no_grad(), preserved(self.engine), contextlib.suppress(Exception):
             for name, layer in own.items():
                 layer.watched = seen[name]
-            self.engine(*self.args)
+            self.engine(*as_given(self.args))
         for name, layer in own.items():
             if not seen[name]:
                 self.put_back(name, UNMULTIPLIED.format(cls=surgery.plain_class(layer).__name__))

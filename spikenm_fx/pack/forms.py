@@ -25,7 +25,7 @@ from spikenm_fx.pack.engine.layer import PackedLayer
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.summary import GAINS, WholeForward
 from spikenm_fx.pack.turns import rounds, runs_of, spent_in, typical
-from spikenm_fx.state import preserved
+from spikenm_fx.state import as_given, preserved
 
 if TYPE_CHECKING:
     from spikenm_fx.pack.builder import EngineBuilder
@@ -184,7 +184,7 @@ class Forms:
                     self._apply(forms[way])
                 module = reference if way == MODEL else engine
                 if slow < LONG:
-                    module(*args)  # caches are warm, as in any loop over batches
+                    module(*as_given(args))  # caches are warm, as in any loop over batches
                 runs = runs or runs_of(module, args)
                 spent = spent_in(module, args, runs)
                 slow = max(slow, spent)

@@ -27,7 +27,7 @@ from spikenm_fx.program.draft import NotLowered
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.held import Memory
 from spikenm_fx.program.part import ProgramPart
-from spikenm_fx.state import preserved
+from spikenm_fx.state import as_given, preserved
 from spikenm_fx.trace import NeuronSpec, find_neurons
 
 __all__ = ["run_parts_as_programs"]
@@ -262,7 +262,7 @@ def _calls(model: nn.Module, args: tuple[Any, ...]) -> dict[str, _Seen]:
     ]
     try:
         with torch.no_grad(), preserved(model):
-            model(*args)
+            model(*as_given(args))
     except Exception as error:  # the model's own forward may raise anything
         raise PackError(f"the model does not run on the examples: {error}") from error
     finally:
@@ -299,7 +299,7 @@ def _milliseconds(engine: nn.Module, names: list[str], args: tuple[Any, ...]) ->
             for _ in range(FORWARDS):
                 for each in spent.values():
                     each.append(0.0)
-                engine(*args)
+                engine(*as_given(args))
     finally:
         for handle in handles:
             handle.remove()

@@ -32,7 +32,7 @@ from spikenm_fx.program.held import Memory
 from spikenm_fx.program.image import image_of
 from spikenm_fx.program.lower import Lowered
 from spikenm_fx.program.ways import WAYS, Given, Way
-from spikenm_fx.state import preserved
+from spikenm_fx.state import as_given, preserved
 from spikenm_fx.trace import trace
 
 __all__ = ["made_program", "proved_program"]
@@ -178,7 +178,7 @@ def _names(model: nn.Module, count: int) -> tuple[str, ...]:
 def _result(model: nn.Module, args: tuple[Tensor, ...], lowered: Lowered) -> str:
     """How the model returns its outputs."""
     with torch.no_grad(), preserved(model):
-        out = model(*args)
+        out = model(*as_given(args))
     if isinstance(out, Tensor):
         return "tensor"
     if not isinstance(out, tuple | list) or hasattr(out, "_fields"):

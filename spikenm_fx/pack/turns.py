@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from spikenm_fx.pack.engine.meter import Meter
+from spikenm_fx.state import as_given
 
 __all__ = ["rounds", "runs_of", "spent_in", "take_turns", "typical"]
 
@@ -32,7 +33,7 @@ def take_turns(ways: Mapping[str, nn.Module], args: tuple[Any, ...]) -> dict[str
     runs = 0
     for counted in rounds():
         for way, module in ways.items():
-            module(*args)
+            module(*as_given(args))
             runs = runs or runs_of(module, args)
             spent = spent_in(module, args, runs)
             if counted:
@@ -66,7 +67,7 @@ def spent_in(module: nn.Module, args: tuple[Any, ...], runs: int) -> float:
 
     def call() -> None:
         for _ in range(runs):
-            module(*args)
+            module(*as_given(args))
 
     meter.measure(call)
     return meter.seconds / runs

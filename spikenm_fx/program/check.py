@@ -23,7 +23,7 @@ from spikenm_fx.program.code import Code
 from spikenm_fx.program.engine import Engine
 from spikenm_fx.program.lower import Lowered, Probe
 from spikenm_fx.program.order import loops_of
-from spikenm_fx.state import preserved
+from spikenm_fx.state import as_given, preserved
 
 __all__ = ["CALLS", "FORGETS", "compared", "forgetting", "same_unobserved"]
 
@@ -143,7 +143,7 @@ def _recorded(
 
     handles = [model.get_submodule(n).register_forward_hook(record(n)) for n in seen]
     try:
-        return model(*args), seen
+        return model(*as_given(args)), seen
     finally:
         for handle in handles:
             handle.remove()

@@ -15,6 +15,7 @@ from spikenm_fx.state.copied import deepcopied
 from spikenm_fx.state.parameters import ParameterReader, is_reading, read_parameter, reading
 from spikenm_fx.state.rest import (
     RESET_METHODS,
+    as_given,
     preserved_in_eval,
     reset_to_rest,
     takes_no_arguments,
@@ -27,6 +28,7 @@ __all__ = [
     "RESET_METHODS",
     "ParameterReader",
     "advice_if_sharded",
+    "as_given",
     "deepcopied",
     "detach_state",
     "is_reading",

@@ -5,17 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spikenm_fx._torch import dynamo_is_imported
 from spikenm_fx.state.snapshot import preserved, preserved_records
 
 __all__ = [
     "RESET_METHODS",
+    "as_given",
     "preserved_in_eval",
     "reset_to_rest",
     "takes_no_arguments",
@@ -80,3 +81,15 @@ def takes_no_arguments(method: Callable[..., Any]) -> bool:
     return all(
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters
     )
+
+
+def as_given(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Examples for one more forward: one that gives its input another shape, leaves these alone.
+
+    Args:
+        args: positional arguments; tensors of any shape.
+
+    Returns:
+        The same values in the same memory, as tensors of their own.
+    """
+    return tuple(x.view_as(x) if isinstance(x, Tensor) else x for x in args)

@@ -28,7 +28,8 @@ bool NetMemory::take(int64_t bytes) {
   free(at_);
   const size_t size = static_cast<size_t>(round_up(bytes > 64 ? bytes : 64, 64));
   const bool large = size >= 2 * kLargePage;
-  at_ = aligned_alloc(large ? kLargePage : 64, size);
+  // Not aligned_alloc, which takes whole multiples of the alignment alone.
+  if (posix_memalign(&at_, large ? kLargePage : 64, size)) at_ = nullptr;
   size_ = at_ ? static_cast<int64_t>(size) : 0;
 #if defined(__linux__)
   // Rows of weights are read here and there: small pages would be looked up all the time.

@@ -19,6 +19,7 @@ from spikenm_fx.native.library import kernels
 from spikenm_fx.pack.check.difference import NeuronDifference, difference, first_margin
 from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import is_weight_layer
+from spikenm_fx.state import as_given
 from spikenm_fx.trace import NeuronSpec, find_neurons
 
 __all__ = ["forced", "forced_mismatch"]
@@ -37,7 +38,7 @@ def forced_mismatch(model: nn.Module, engine: nn.Module, *args: Any) -> dict[str
     Returns:
         By neuron, see :func:`forced`.  Both modules keep the state that the call leaves them in.
     """
-    _, _, neurons = forced(model, engine, lambda module: module(*args))
+    _, _, neurons = forced(model, engine, lambda module: module(*as_given(args)))
     return {neuron.name: neuron.share for neuron in neurons}
 
 

@@ -25,7 +25,7 @@ from spikenm_fx.pack.check.difference import ROUNDING, difference
 from spikenm_fx.pack.check.forced import forced
 from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.summary import Proof
-from spikenm_fx.state import preserved, uncompiled
+from spikenm_fx.state import as_given, preserved, uncompiled
 
 if TYPE_CHECKING:
     from spikenm_fx.pack.builder import EngineBuilder
@@ -139,7 +139,7 @@ def _differences(
                 hook = record(name) if module is reference else compare(name)
                 handles.append(module.get_submodule(at).register_forward_hook(hook))
             try:
-                return _copied(module(*args))
+                return _copied(module(*as_given(args)))
             finally:
                 for handle in handles:
                     handle.remove()

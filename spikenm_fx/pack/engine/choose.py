@@ -16,7 +16,7 @@ from spikenm_fx.pack.engine.lazy import LazyTensor
 from spikenm_fx.pack.engine.meter import Meter
 from spikenm_fx.pack.engine.products import PackedProducts
 from spikenm_fx.pack.turns import rounds, typical
-from spikenm_fx.state import preserved, uncompiled
+from spikenm_fx.state import as_given, preserved, uncompiled
 from spikenm_fx.trace.execution.values import kind_of_values
 
 __all__ = ["LayerDraft", "choose"]
@@ -176,7 +176,7 @@ def _times(
                     ways = prepared[name]
                     layer.packed.adopt(ways[way] if way in ways else next(iter(ways.values())))
                     layer.packed.meter = timed.get(name)
-                engine(*args)
+                engine(*as_given(args))
                 for name, meter in timed.items():
                     if counted and meter.seconds:
                         seconds[name][way].append(meter.seconds)
@@ -205,7 +205,7 @@ def _look_at_inputs(
             hook = _keeping(inputs, name)
             hooks.append(layer.packed.register_forward_pre_hook(hook))
     try:
-        engine(*args)
+        engine(*as_given(args))
     finally:
         for handle in hooks:
             handle.remove()
