@@ -298,8 +298,9 @@ def test_an_input_that_is_overwritten():
 def test_packing_an_engine():
     """An engine is no model to pack, and the error says what is."""
     model, x = _net()
-    with pytest.raises(PackError, match="stem is packed already"):
-        pack(pack(model, x), x)
+    engine = pack(model, x, backend="event")  # whatever the machine is fastest with
+    with pytest.raises(PackError, match="is packed already"):
+        pack(engine, x)
 
 
 def test_forcing_a_kernel_on_a_layer_that_cannot():
