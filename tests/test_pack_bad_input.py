@@ -299,7 +299,7 @@ def test_packing_an_engine():
     """An engine is no model to pack, and the error says what is."""
     model, x = _net()
     engine = pack(model, x, backend="event")  # whatever the machine is fastest with
-    with pytest.raises(PackError, match="is packed already"):
+    with pytest.raises(PackError, match="stem is packed already"):
         pack(engine, x)
 
 
