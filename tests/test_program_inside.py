@@ -167,25 +167,27 @@ def test_what_returns_its_argument_writes_nothing() -> None:
 class TimeLast(nn.Module):
     """Time as the last axis, taken by an ellipsis; a membrane that starts at one."""
 
-    def __init__(self) -> None:
+    def __init__(self, how: str) -> None:
         super().__init__()
-        self.layer, self.head = nn.Linear(9, 14), nn.Linear(14, 3)
+        self.how, self.layer, self.head = how, nn.Linear(9, 14), nn.Linear(14, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, 9, T]`` to ``[B, 3, T]``."""
-        mem, out = torch.ones(x.shape[0], 14), []
+        like = torch.ones_like(self.layer(x[..., 0]))
+        mem, out = like if self.how == "like" else torch.ones(x.shape[0], 14), []
         for t in range(x.shape[-1]):
-            mem = 0.5 * mem + self.layer(x[..., t])
+            mem = (mem if self.how == "whole" else 0.5 * mem) + self.layer(x[..., t])
             spike = Step.apply(mem - 1.0)
             mem = mem - spike.data
             out.append(self.head(spike))
         return torch.stack(out, -1)
 
 
-def test_time_behind_an_ellipsis() -> None:
+@pytest.mark.parametrize("how", ["decayed", "whole", "like"])
+def test_time_behind_an_ellipsis(how: str) -> None:
     """``x[..., t]`` selects a step as ``x[t]`` does, and ``ones`` starts a membrane."""
     torch.manual_seed(0)
-    model, x = TimeLast().eval(), 2 * torch.rand(2, 9, 5)
+    model, x = TimeLast(how).eval(), 2 * torch.rand(2, 9, 5)
     with torch.no_grad():
         engine = program(model, x)
         torch.testing.assert_close(engine(x), model(x))

@@ -75,7 +75,6 @@ def row_of(name: str, case: Case) -> LoweringRow:
     row = LoweringRow(name)
     model: Any = case.model
     try:
-        # as it runs without the examples' first call
         plan = spikenm_fx.plan(model, "2:4", example_inputs=case.inputs)
         model = spikenm_fx.fold(spikenm_fx.sparsify(model, plan, method="magnitude"))
     except SpikeNMError:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 __all__ = [
     "Atom",
@@ -180,3 +180,18 @@ def regrouped(
 def _ones(sizes: Sequence[int]) -> int:
     """How many sizes are 1 before one is not."""
     return next((at for at, size in enumerate(sizes) if size != 1), len(sizes))
+
+
+def spelled_out(index: Any, rank: int) -> tuple[Any, ...]:
+    """The places of an index, with whole axes where it has an ellipsis.
+
+    Args:
+        index: of a tensor; None in it makes a new axis.
+        rank: of the tensor.
+    """
+    places = index if isinstance(index, tuple) else (index,)
+    at = next((at for at, place in enumerate(places) if place is Ellipsis), None)
+    if at is None:
+        return places
+    named = sum(place is not None for place in places) - 1
+    return (*places[:at], *(slice(None),) * (rank - named), *places[at + 1 :])

@@ -164,10 +164,10 @@ def _cat(call: Call) -> Ref:
     if len(members) < 2 or not all(isinstance(m, Ref) for m in members):
         why = "it joins what are no values of the program"
         raise NotLowered(call.where, why, carries=any(isinstance(m, Rest) for m in members))
-    joined: Ref = members[0]
+    whole: Ref = members[0]
     for other in members[1:]:
-        joined = _cat_two(call, joined, other, axis % len(joined.axes))
-    return joined
+        whole = _cat_two(call, whole, other, axis % len(whole.axes))
+    return whole
 
 
 def _cat_two(call: Call, a: Ref, b: Ref, axis: int) -> Ref:

@@ -40,7 +40,7 @@ __all__ = ["Lowered", "Probe", "lower"]
 
 _PLAIN = (Tensor, int, float, str, slice, torch.dtype, torch.device)
 _LAYERS = ("linear", "conv1d", "conv2d")
-_ONES = ("ones_like", "ones", "new_ones")
+_ONES = ("ones_like", "new_ones")
 _PRODUCTS = ("matmul", "mm")
 _ZEROS = ("zeros_like", "zeros", "new_zeros")
 _CREATED = ("ones", "full", "eye", "arange", "linspace")
@@ -258,7 +258,7 @@ class _Lowering:
         if name == "setitem" and node.users:
             raise NotLowered(where, OTHER_WRITES, carries=True)
         if name in _ONES and node.meta["value"].shape is not None:
-            return torch.ones(node.meta["value"].shape)
+            return self._known(node, torch.ones(node.meta["value"].shape))
         if self.rolled is not None:
             if name in _ZEROS and node.meta["value"].shape is not None:
                 return torch.zeros(node.meta["value"].shape)
@@ -269,9 +269,7 @@ class _Lowering:
             return REST
         constant = self._constant(node)
         if constant is not None:
-            if self.rolled is not None:
-                self.rolled.constants[node] = constant
-            return constant
+            return self._known(node, constant)
         if name in _LAYERS or (name in _PRODUCTS and self._by_a_constant(node)):
             return self._functional(self._call(node, where), name)
         if name not in FUNCTIONS:
@@ -279,6 +277,12 @@ class _Lowering:
                 return None
             raise NotLowered(where, "this operation has none in a program")
         return FUNCTIONS[name](self._call(node, where))
+
+    def _known(self, node: fx.Node, constant: Any) -> Any:
+        """A constant, of which a loop's states may start."""
+        if self.rolled is not None:
+            self.rolled.constants[node] = constant
+        return constant
 
     def _constant(self, node: fx.Node) -> Any:
         """What comes of tensors of the model alone, such as a view of a parameter; else None."""

@@ -169,6 +169,8 @@ class Neurons:
         assert spec.time_axis is not None
         if ref.step is not None or self.calls[name] > 1:
             raise NotLowered(name, "it steps through time itself, and is called more than once")
+        if any(not isinstance(x, Rest) and x is not None for x in given):
+            raise NotLowered(name, "it is given a state")
         axis = self._folded(spec, ref) if spec.folded_time else ref.axes[spec.time_axis]
         if not axis and not spec.folded_time:  # of size 1, made in the forward: a single step
             spikes, membrane = self._op(
@@ -183,8 +185,6 @@ class Neurons:
             inside = outside(self.draft, ref, axis[1:])
             why = f"axis {spec.time_axis} of its input is not time alone"
             raise NotLowered(name, why, inside=inside)
-        if any(not isinstance(x, Rest) and x is not None for x in given):
-            raise NotLowered(name, "it is given a state")
         self.draft.set_time(axis[0], name)
         ref = self._driven(name, ref.renewed())
         return self._op(name, spec, ref, timed=True, forgets=spec.returns_state)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from spikenm_fx.program.axes import Atom, Layout, size_of
+from spikenm_fx.program.axes import Atom, Layout, size_of, spelled_out
 from spikenm_fx.program.calls import Call, Function, Lowered
 from spikenm_fx.program.code import Code
 from spikenm_fx.program.draft import Ref, State
@@ -27,12 +27,7 @@ def _getitem(call: Call) -> Lowered:
     if isinstance(given, tuple | list):
         return given[index]
     ref = call.ref()
-    places = index if isinstance(index, tuple) else (index,)
-    if any(place is Ellipsis for place in places):
-        at = next(at for at, place in enumerate(places) if place is Ellipsis)
-        taken_axes = sum(place is not None for place in places) - 1
-        between = (slice(None),) * (len(ref.axes) - taken_axes)
-        places = (*places[:at], *between, *places[at + 1 :])
+    places = spelled_out(index, len(ref.axes))
     result, taken = ref, [place for place in places if place is not None]
     for axis, place in reversed(list(enumerate(taken))):
         result = _one_place(call, result, axis, place)

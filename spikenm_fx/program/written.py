@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from spikenm_fx.program.axes import spelled_out
 from spikenm_fx.trace.analysis.nodes import op_name_or_none
 
 __all__ = ["OTHER_WRITES", "stacked_writes"]
@@ -117,10 +118,8 @@ def _place(index: Any, shape: tuple[int, ...]) -> tuple[int, int, int, bool] | N
         return None
     if sum(item is Ellipsis for item in items) > 1 or len(items) > len(shape) + 1:
         return None
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        items[at : at + 1] = [slice(None)] * (len(shape) - len(items) + 1)
-    parts = [(axis, item) for axis, item in enumerate(items) if item != slice(None)]
+    places = enumerate(spelled_out(index, len(shape)))
+    parts = [(axis, item) for axis, item in places if item != slice(None)]
     if len(parts) != 1 or isinstance(parts[0][1], bool):
         return None
     axis, item = parts[0]
