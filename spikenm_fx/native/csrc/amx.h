@@ -9,8 +9,6 @@
 
 namespace {
 
-#if defined(__AMX_BF16__) && defined(__AMX_INT8__)
-
 constexpr int ROWS = 16, COLS = 16;    // of a tile of sums: tokens x output channels
 constexpr int TILE_BYTES = 1024;       // 16 rows of 64 bytes
 constexpr int AMX_BLOCK = 256;         // input channels whose spikes are expanded at once
@@ -150,15 +148,5 @@ struct Amx {
     }
   }
 };
-
-int32_t amx(const snm_call *call) { return Amx<false>(call).start(); }
-int32_t amx8(const snm_call *call) { return Amx<true>(call).start(); }
-
-#else
-
-int32_t amx(const snm_call *) { return -1; }
-int32_t amx8(const snm_call *) { return -1; }
-
-#endif
 
 }  // namespace

@@ -15,7 +15,8 @@ extern const snm_kernels snm_kernels_baseline;
 extern const snm_kernels snm_kernels_v3;
 extern const snm_kernels snm_kernels_v4;
 #if defined(SNM_AMX)
-extern const snm_kernels snm_kernels_amx;
+int32_t snm_amx(const snm_call *);
+int32_t snm_amx8(const snm_call *);
 #endif
 #endif
 }
@@ -53,6 +54,13 @@ struct Scratch {
 thread_local Scratch scratch;
 
 #if defined(SNM_AMX)
+snm_kernels with_tiles(snm_kernels kernels) {
+  kernels.name = "amx", kernels.amx = snm_amx, kernels.amx8 = snm_amx8;
+  return kernels;
+}
+
+const snm_kernels kernels_amx = with_tiles(snm_kernels_v4);
+
 // The processor must have the tiles, and Linux must be asked for their state.
 bool tiles_allowed() {
   unsigned a, b, c, d;
@@ -95,7 +103,7 @@ SNM_EXPORT const snm_kernels *snm_level(int32_t level) {
   if (!supported(level)) return nullptr;
 #if defined(SNM_X86)
 #if defined(SNM_AMX)
-  if (level == 3) return &snm_kernels_amx;
+  if (level == 3) return &kernels_amx;
 #endif
   if (level == 2) return &snm_kernels_v4;
   if (level == 1) return &snm_kernels_v3;
