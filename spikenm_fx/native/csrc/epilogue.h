@@ -70,7 +70,32 @@ struct NeuronLanes {
     v = h;
     return spike;
   }
+
+  // The same of a rule that `of_usual` takes, whose choices are known when this is compiled.
+  template <class Usual>
+  vi step_as(Usual, vf x, vf &v) const {
+    const vf h = v * decay + x * gain + drive;
+    const vi spike = reinterpret_cast<vi>(Usual::inclusive ? h >= threshold : h > threshold);
+    v = Usual::sets ? select(spike, reset, h) : h - select(spike, reset, vf{});
+    return spike;
+  }
 };
+
+template <bool kSets, bool kInclusive>
+struct UsualRule {
+  static constexpr bool sets = kSets, inclusive = kInclusive;
+};
+
+// One membrane and no synapse, reset in the step of the spike: with(UsualRule) for such a rule.
+template <class With>
+SNM_INLINE bool of_usual(const snm_neuron *n, With with) {
+  if (n->timing || n->syn_decay || n->kind > 1) return false;
+  if (n->kind)
+    n->inclusive ? with(UsualRule<true, true>{}) : with(UsualRule<true, false>{});
+  else
+    n->inclusive ? with(UsualRule<false, true>{}) : with(UsualRule<false, false>{});
+  return true;
+}
 
 template <bool kChannelMajor>
 struct Epilogue {

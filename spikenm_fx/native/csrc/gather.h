@@ -250,30 +250,48 @@ struct GatherLayer {
   void fire_block(const NetNeuron &behind, const NeuronLanes *lasting, const float *y, int64_t step,
                   int64_t o, int64_t i, float *state, float *current, uint32_t *bits) const {
     const snm_neuron rule = behind.rule;  // a copy that no store can change
+    const float *bias = layer.op->bias + o;
+    const bool done = lasting && of_usual(&rule, [&](auto usual) {
+      const NeuronLanes own = *lasting;
+      fire_steps(behind, y, step, bias, state, nullptr, bits,
+                 [=](int64_t, vf x, vf &v, vf &) { return own.step_as(usual, x, v); });
+    });
+    if (done) return;
+    fire_steps(behind, y, step, bias, state, rule.syn_decay ? current : nullptr, bits,
+               [&](int64_t at, vf x, vf &v, vf &syn) {
+                 const NeuronLanes own = lasting ? *lasting : NeuronLanes(&rule, i + at, VW);
+                 return own.step(&rule, x, v, syn);
+               });
+  }
+
+  // fires(place in the block, input, membrane, current): the lanes that do.
+  template <class Fires>
+  void fire_steps(const NetNeuron &behind, const float *y, int64_t step, const float *bias,
+                  float *state, float *current, uint32_t *bits, Fires fires) const {
     const int64_t all = shown(behind.out);
     const int64_t bits_step = run->images * behind.out->stride * 2;
-    constexpr int kVectors = static_cast<int>(kOutputBlock / VW) > 4 ? 4 : kOutputBlock / VW;
+    constexpr int kVectors = static_cast<int>(least(4, kOutputBlock / VW));
     for (int64_t first = 0; first < kOutputBlock; first += kVectors * VW) {
-      const NeuronLanes same = lasting ? *lasting : NeuronLanes(&rule, i + first, VW);
       vf v[kVectors], syn[kVectors];
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         v[j] = loadu(state + first + j * VW);
-        syn[j] = rule.syn_decay ? loadu(current + first + j * VW) : vf{};
+        syn[j] = current ? loadu(current + first + j * VW) : vf{};
       }
       for (int64_t t = 0; t < all; ++t) {
         uint32_t word = first ? bits[t * bits_step] : 0;
 #pragma GCC unroll 4
         for (int j = 0; j < kVectors; ++j) {
           const int64_t at = first + j * VW;
-          const NeuronLanes own = lasting ? same : NeuronLanes(&rule, i + at, VW);
-          const vf x = load(y + t * step + at) + load(layer.op->bias + o + at);
-          word |= static_cast<uint32_t>(lanes(own.step(&rule, x, v[j], syn[j]))) << at;
+          const vf x = load(y + t * step + at) + load(bias + at);
+          word |= static_cast<uint32_t>(lanes(fires(at, x, v[j], syn[j]))) << at;
         }
         bits[t * bits_step] = word;
       }
+#pragma GCC unroll 4
       for (int j = 0; j < kVectors; ++j) {
         storeu(state + first + j * VW, v[j]);
-        if (rule.syn_decay) storeu(current + first + j * VW, syn[j]);
+        if (current) storeu(current + first + j * VW, syn[j]);
       }
     }
   }

@@ -51,6 +51,8 @@ struct NetNeuron {
 
   // Of 64 numbers from `i` on: v and current are kept in memory, which is L1 here.
   void run(const NetRun *r, int64_t image, float *v, float *current) const {
+    const bool only_spikes = emits == kSpikes && !shown && !op->floor && op->wide == kLanesMost;
+    if (only_spikes && of_usual(&rule, [&](auto usual) { run_usual(r, image, v, usual); })) return;
     const bool alike = op->wide == kLanesMost;
     const NeuronLanes same(&rule, 0, VW);
     const int64_t steps = out->timed ? r->steps : 1;
@@ -75,6 +77,28 @@ struct NetNeuron {
         if (out->size - i < 64) word &= (1ull << (out->size - i)) - 1;
         token_of<uint64_t>(r, op->word[kOut0], out, token)[i / 64] = word;
       }
+  }
+
+  // The same of a usual rule that all numbers share, and of spikes alone.
+  template <class Usual>
+  void run_usual(const NetRun *r, int64_t image, float *v, Usual usual) const {
+    const NeuronLanes own(&rule, 0, VW);
+    const int64_t steps = out->timed ? r->steps : 1;
+    for (int64_t i = 0; i < out->size; i += 64) {
+      const int64_t count = least(64, out->size - i);
+      for (int64_t t = 0; t < steps; ++t) {
+        const int64_t token = t * r->images + image;
+        const float *x = token_of<float>(r, op->word[kIn0], in, in->timed ? token : image) + i;
+        uint64_t word = 0;
+        for (int64_t j = 0; j < count; j += VW) {
+          vf now = loadu(v + i + j);
+          word |= static_cast<uint64_t>(lanes(own.step_as(usual, loadu(x + j), now))) << j;
+          storeu(v + i + j, now);
+        }
+        if (count < 64) word &= (1ull << count) - 1;
+        token_of<uint64_t>(r, op->word[kOut0], out, token)[i / 64] = word;
+      }
+    }
   }
 
   vf step(const NeuronLanes &own, vf x, vf &v, vf &current, uint64_t *word, int64_t at) const {

@@ -103,14 +103,16 @@ struct Strided {
       for (int64_t i = 0; i < outs; ++i)
         for (int64_t j = 0; j < inner; ++j) m->columns[j * outs + i] = rows[i * apart + j];
     m->laid_out = rows;
-    for (int64_t j = 0; j < inner; ++j)
-      if (vector[j] != 0.0f || !m->finite) multiples(vector[j], m->columns + j * outs, y, outs);
+    sum_of_rows(vector, 1, inner, m->columns, outs, y, outs, m->finite);
   }
 
   void outer(int64_t at, const float *x, const float *z, float *y) const {
     if (at + 2 == loops && mode == kMul && to[at] == 0 && to[at + 1] == 1) {
-      if (a[at + 1] == 0 && b[at + 1] == 1) return combination(x, a[at], z, b[at], y, finite[1]);
-      if (a[at + 1] == 1 && b[at + 1] == 0) return combination(z, b[at], x, a[at], y, finite[0]);
+      const int64_t turns = size[at], n = size[at + 1];
+      if (a[at + 1] == 0 && b[at + 1] == 1)
+        return sum_of_rows(x, a[at], turns, z, b[at], y, n, finite[1]);
+      if (a[at + 1] == 1 && b[at + 1] == 0)
+        return sum_of_rows(z, b[at], turns, x, a[at], y, n, finite[0]);
     }
     for (int64_t i = 0; i < size[at]; ++i, x += a[at], z += b[at], y += to[at])
       if (at + 2 == loops) inner(x, z, y);
@@ -139,26 +141,31 @@ struct Strided {
   }
 
   // The sum of rows that lie side by side, each times its factor; those without one are left out.
-  void combination(const float *factor, int64_t next, const float *row, int64_t next_row, float *y,
-                   bool left_out) const {
-    const int64_t turns = size[loops - 2], n = size[loops - 1];
+  static void sum_of_rows(const float *factor, int64_t next, int64_t turns, const float *row,
+                          int64_t next_row, float *y, int64_t n, bool left_out) {
+    // Found first, without a branch: which factors are zero no processor foresees.
+    int32_t *there = static_cast<int32_t *>(
+        snm_scratch(3, sizeof(int32_t) * static_cast<size_t>(turns + 1)));
+    int64_t count = 0;
+    for (int64_t i = 0; i < turns; ++i) {
+      there[count] = static_cast<int32_t>(i);
+      count += (factor[i * next] != 0.0f) | !left_out;
+    }
     constexpr int64_t kWide = 4 * VW;
     int64_t o = 0;
     for (; o + kWide <= n; o += kWide) {
       vf sum[4];
       for (int j = 0; j < 4; ++j) sum[j] = loadu(y + o + j * VW);
-      for (int64_t i = 0; i < turns; ++i) {
-        const float of = factor[i * next];
-        if (of == 0.0f && left_out) continue;
+      for (int64_t k = 0; k < count; ++k) {
+        const vf of = splat(factor[there[k] * next]);
+        const float *from = row + there[k] * next_row + o;
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j)
-          sum[j] = madd(splat(of), loadu(row + i * next_row + o + j * VW), sum[j]);
+        for (int j = 0; j < 4; ++j) sum[j] = madd(of, loadu(from + j * VW), sum[j]);
       }
       for (int j = 0; j < 4; ++j) storeu(y + o + j * VW, sum[j]);
     }
-    for (int64_t i = 0; i < turns && o < n; ++i)
-      if (factor[i * next] != 0.0f || !left_out)
-        multiples(factor[i * next], row + i * next_row + o, y + o, n - o);
+    for (int64_t k = 0; k < count && o < n; ++k)
+      multiples(factor[there[k] * next], row + there[k] * next_row + o, y + o, n - o);
   }
 
   static void multiples(float factor, const float *x, float *y, int64_t n) {
