@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from few_rounds import few_rounds
 
 import spikenm_fx
 from spikenm_fx.bench.__main__ import main as bench_main
@@ -29,6 +30,9 @@ from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.recipe import checking, loaded, trial
 from spikenm_fx.recipe.results import BEGIN, END
 from spikenm_fx.recipe.schema import load_recipe
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 NET = """
 import torch

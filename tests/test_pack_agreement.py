@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
@@ -19,6 +20,9 @@ from spikenm_fx.pack import PackedLayer, native_status, pack, pack_weight
 from spikenm_fx.pack.check.agreement import OUTPUT, ROUNDING, TIES, Agreement, agreement
 from spikenm_fx.pack.check.difference import NeuronDifference
 from spikenm_fx.pattern import NM
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 native = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 FRAMEWORKS = [

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from pack_strategies import prune
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +15,9 @@ import spikenm_fx
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import PackedLayer, native_status, pack
 from spikenm_fx.pattern import NM
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 functional = pytest.importorskip("spikingjelly.activation_based.functional")
 layer = pytest.importorskip("spikingjelly.activation_based.layer")

@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from few_rounds import few_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
@@ -18,7 +19,11 @@ from spikenm_fx.pack.engine.fused import FusedNeuron
 from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 
 def _bits(spikes: Tensor) -> LazyTensor:

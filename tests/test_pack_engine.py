@@ -7,6 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
@@ -25,6 +26,9 @@ from spikenm_fx.pack.engine.layer import Choice
 from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 from spikenm_fx.trace import NeuronSpec, Synapse, simulate
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 native = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
 

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from pack_strategies import prune
 from torch import Tensor, nn
 from zoo_cases import build, quarter_width
@@ -17,7 +18,11 @@ from spikenm_fx.pack.check.forced import forced_mismatch
 from spikenm_fx.pack.engine.lazy import LazyTensor, SpikeBits
 from spikenm_fx.pattern import NM
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 LIMIT = 1e-4  # share of spikes that may differ
 FRAMEWORKS = [

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from program_strategies import RuleNeuron
 from test_program import LIF, STEP, reset, sequence
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from spikenm_fx.pack import PackReport, WholeForward, native_status, pack, packi
 from spikenm_fx.program import Engine
 from spikenm_fx.program.part import ProgramPart
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 
 FRESH = """

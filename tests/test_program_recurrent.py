@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from few_rounds import few_rounds
 from test_program import program
 from test_program_carried import Cells, Feedback, container, rest, runner, strong, tensor
 from test_program_runtime import numbers
@@ -23,8 +24,11 @@ from spikenm_fx.native.toolchain import find_compiler
 from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.program import Engine
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
-__all__ = ["runner"]
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds", "runner"]
 
 T, B, INPUTS, WIDTH = 7, 2, 10, 16
 

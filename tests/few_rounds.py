@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For tests of what a packed network computes, which do not ask how fast any of its forms is."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import pytest
+
+from spikenm_fx.pack import forms, turns
+from spikenm_fx.pack.engine import choose
+
+__all__ = ["few_rounds", "hurried"]
+
+
+@contextlib.contextmanager
+def hurried() -> Iterator[None]:
+    """What ``pack`` times takes one turn that counts, where it goes on for half a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (choose, forms, turns):
+            patch.setattr(module, "rounds", lambda *_: iter((False, True)))
+        yield
+
+
+@pytest.fixture
+def few_rounds() -> Iterator[None]:
+    """The whole test is :func:`hurried`."""
+    with hurried():
+        yield
