@@ -480,7 +480,7 @@ def test_unreadable_checkpoints_are_code_3(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: 1\n" * 2_000_000, "larger than"),
+        ("a: 1\n", "larger than"),
         ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
         ("version: 1\n\ttarget: x\n", "tab"),
         ("version: 1\nversion: 1\n", "given twice"),
@@ -502,7 +502,7 @@ def test_bad_recipes_are_code_3_in_every_command(
 ) -> None:
     """Whatever a recipe is given to, its mistake is told at once, without a traceback."""
     file, out = project / "bad.yaml", project / "out.safetensors"
-    file.write_text(text)
+    file.write_text(text * 2_000_000 if says == "larger than" else text)
     for words in (
         ("plan", file),
         ("doctor", file),
