@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from few_rounds import few_rounds
+from few_rounds import fastest_of, few_rounds
 from pack_strategies import prune
 from torch import Tensor, nn
 from zoo_cases import build, quarter_width
@@ -58,12 +58,6 @@ def _small(name: str) -> Case:
     return case
 
 
-def _fastest(engine: nn.Module) -> dict[str, str]:
-    """By layer what was measured to be fastest in it, whatever the whole forward gains by that."""
-    times = {row.name: row.milliseconds for row in packing(engine).layers}
-    return {name: min(ways, key=ways.__getitem__) for name, ways in times.items()}
-
-
 def _mismatch(case: Case, engine: nn.Module) -> dict[str, float]:
     for module in (case.model, engine):
         case.reset(module)
@@ -85,7 +79,7 @@ def test_deep_networks(name, nm, backend):
     engine = pack(case.model, case.inputs, backend=backend)
     if backend == "auto":  # of a narrow network, which gains nothing as a whole
         assert max(_mismatch(case, engine).values()) < LIMIT
-        engine = pack(case.model, case.inputs, backend=_fastest(engine))
+        engine = pack(case.model, case.inputs, backend=fastest_of(engine))
     found = _mismatch(case, engine)
     fused = [row.neuron for row in packing(engine).layers if row.neuron]
     assert len(fused) >= 8
