@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -35,7 +36,9 @@ FRAMEWORKS = [
 ]
 
 
+@functools.cache
 def case_of(name: str, *, whole: bool = False) -> Case:
+    """At 2:4; packing and comparing leave it as it is."""
     case = build(name, whole=whole)
     for module in case.model.modules():
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
@@ -140,7 +143,7 @@ def test_a_membrane_on_its_threshold_is_no_error() -> None:
     apart = eager != packed
     assert apart.any()
     found = []
-    for threshold in torch.maximum(eager, packed)[apart & (eager > 0.05)].tolist():
+    for threshold in torch.maximum(eager, packed)[apart & (eager > 0.05)][:20].tolist():
         model = network(threshold)
         case = Case(model, (x,), functional.reset_net)
         found.append(compared(case, pack(model, x, backend="fma")))

@@ -13,15 +13,15 @@ from spikenm_fx.state import preserved
 @pytest.mark.parametrize("at_once", [0, 100, 2**20])
 def test_what_a_block_did_to_parameters_is_undone(at_once: int) -> None:
     """Values, memory and gradients; what nobody wrote into keeps its version, NaN as well."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    written, untouched = model[0], model[1].weight
-    written.weight.grad = torch.ones(4, 4)
+    written, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    model, untouched, grad = nn.Sequential(written, other), other.weight, torch.ones(4, 4)
+    written.weight.grad = grad
     untouched.data.fill_(float("nan"))
-    grad, place, version = written.weight.grad, written.bias.data_ptr(), untouched._version
+    place, version = written.bias.data_ptr(), untouched._version
     kept = [written.weight.detach().clone(), written.bias.detach().clone()]
     with preserved(model, at_once=at_once):
         written.weight.data.mul_(2).numpy()[0, 0] = 7.0
-        written.weight.grad.zero_()
+        grad.zero_()
         written.weight.grad = None
         written.bias.data = torch.zeros(4)
         model(torch.rand(2, 4))
