@@ -337,11 +337,12 @@ def not_finite(tensor: Tensor) -> int:
 
 
 def _fullest_block(weight: Tensor, view: BlockView) -> int:
-    """Non-zeros of the fullest block, a few million weights at a time."""
+    """Non-zeros of the fullest block: one row, which tells a dense weight, then millions a time."""
     if view.transposed:
         return _most(view.to_blocks(weight != 0))
     most = 0
-    for rows in weight.split(max(1, 2**22 // max(1, weight[:1].numel()))):
+    rest = weight[1:].split(max(1, 2**22 // max(1, weight[:1].numel())))
+    for rows in (weight[:1], *rest):
         most = max(most, _most(BlockView(view.nm, tuple(rows.shape)).to_blocks(rows != 0)))
         if most == view.nm.of:
             break

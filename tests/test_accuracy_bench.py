@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +24,10 @@ from spikenm_fx.trace import trace
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def tiny() -> Split:
     """Two easy classes."""
+    torch.manual_seed(0)
     images = torch.rand(40, 1, 8, 8) * 0.2
     images[::2, :, :4] += 0.8
     labels = torch.arange(40) % 2
@@ -40,21 +42,26 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.parametrize("method", ["spikenm", "magnitude", "srste", "uticket"])
+@pytest.fixture(scope="module", params=["spikenm", "magnitude", "srste", "uticket"])
+def whole(request: pytest.FixtureRequest, tiny: Split, tmp_path_factory) -> dict[str, Any]:
+    """A run that nobody kills, of each method."""
+    return train(run_of(request.param), tiny, tmp_path_factory.mktemp("whole"), lambda *_: None)
+
+
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_killed_run_goes_on(method: str, at: int, tiny: Split, tmp_path) -> None:
+def test_a_killed_run_goes_on(whole: dict[str, Any], at: int, tiny: Split, tmp_path) -> None:
     """A run killed after any epoch ends exactly as one that was not."""
 
     def kill(epoch: int, loss: float) -> None:
         if epoch == at:
             raise KilledError
 
-    whole = train(run_of(method), tiny, tmp_path / "whole", lambda *_: None)
+    run = run_of(whole["run"]["method"])
     with pytest.raises(KilledError):
-        train(run_of(method), tiny, tmp_path / "killed", kill)
-    assert list((tmp_path / "killed").glob("*.pt"))
-    resumed = train(run_of(method), tiny, tmp_path / "killed", lambda *_: None)
-    assert not list((tmp_path / "killed").glob("*.pt"))
+        train(run, tiny, tmp_path, kill)
+    assert list(tmp_path.glob("*.pt"))
+    resumed = train(run, tiny, tmp_path, lambda *_: None)
+    assert not list(tmp_path.glob("*.pt"))
     for key in ("accuracy", "density", "history"):
         assert resumed[key] == whole[key], key
     assert len(whole["history"]) == 4
@@ -294,12 +301,13 @@ def test_a_ticket_starts_from_the_initial_weights(tiny: Split, tmp_path, monkeyp
     assert seen["rate"] == run_of("uticket").lr
 
 
-def test_the_frontier_of_bytes(tmp_path, capsys) -> None:
+def test_the_frontier_of_bytes(tiny: Split, tmp_path, capsys, monkeypatch) -> None:
     """Dense widths and sparse patterns, a budget among them, in one table and one plot."""
+    monkeypatch.setattr(accuracy, "digits", lambda: tiny)
     arguments = ["--network", "vgg-tiny", "--epochs", "1", "--widths", "0.5", "1", "2", "--steps"]
     arguments += ["1", "--sparse-widths", "1", "--patterns", "2:4", "0.4 bytes", "--threads", "1"]
     frontier.main(
-        [*arguments, "--batch", "640", "--out", str(tmp_path / "o"), "--results", str(tmp_path)]
+        [*arguments, "--batch", "32", "--out", str(tmp_path / "o"), "--results", str(tmp_path)]
     )
     table = json.loads((tmp_path / "frontier-digits.json").read_text())["rows"]
     assert [(row["width"], row["pattern"]) for row in table] == [

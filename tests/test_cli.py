@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 import yaml
+from few_rounds import few_rounds
 
 import spikenm_fx
 from spikenm_fx.bench.__main__ import main as bench_main
@@ -29,6 +30,9 @@ from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.recipe import checking, loaded, trial
 from spikenm_fx.recipe.results import BEGIN, END
 from spikenm_fx.recipe.schema import load_recipe
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 NET = """
 import torch
@@ -476,7 +480,7 @@ def test_unreadable_checkpoints_are_code_3(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("a: 1\n" * 2_000_000, "larger than"),
+        ("a: 1\n", "larger than"),
         ("a: &a [x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "alias"),
         ("version: 1\n\ttarget: x\n", "tab"),
         ("version: 1\nversion: 1\n", "given twice"),
@@ -498,7 +502,7 @@ def test_bad_recipes_are_code_3_in_every_command(
 ) -> None:
     """Whatever a recipe is given to, its mistake is told at once, without a traceback."""
     file, out = project / "bad.yaml", project / "out.safetensors"
-    file.write_text(text)
+    file.write_text(text * 2_000_000 if says == "larger than" else text)
     for words in (
         ("plan", file),
         ("doctor", file),

@@ -28,13 +28,15 @@ pytestmark = [pytest.mark.framework, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_registry():
-    """The exporter reads its 500 translations anew in each call: two seconds of each test."""
+    """The exporter reads its 500 translations and torch's operators anew in each call."""
+    from torch._export import utils
     from torch.onnx._internal.exporter import _registration
 
     owner = _registration.ONNXRegistry
-    made = functools.cache(owner.from_torchlib)
+    made, name = functools.cache(owner.from_torchlib), "_materialize_cpp_cia_ops"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, "from_torchlib", staticmethod(made))
+        patch.setattr(utils, name, functools.cache(getattr(utils, name)))
         yield
 
 

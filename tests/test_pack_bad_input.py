@@ -2,10 +2,12 @@
 """What a user may do wrong with an engine, and what must work although it is unusual."""
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from pack_strategies import prune
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,6 +16,9 @@ import spikenm_fx
 from spikenm_fx.errors import PackError
 from spikenm_fx.pack import PackedLayer, native_status, pack
 from spikenm_fx.pattern import NM
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 functional = pytest.importorskip("spikingjelly.activation_based.functional")
 layer = pytest.importorskip("spikingjelly.activation_based.layer")
@@ -53,6 +58,20 @@ def _net(step_mode: str = "m") -> tuple[nn.Module, Tensor]:
     return model, torch.rand(4, 2, 3, 12, 12) * 3
 
 
+@functools.cache
+def _once_packed(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    model, x = _net()
+    return model, pack(model, x, backend=backend), x
+
+
+def _packed(backend: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    """A model, its engine and an input, for tests that only run them: both at rest."""
+    model, engine, x = _once_packed(backend)
+    functional.reset_net(model)
+    functional.reset_net(engine)
+    return model, engine, x
+
+
 def _close(found: Tensor, expected: Tensor) -> bool:
     return float((found - expected).abs().max()) <= 1e-4 * float(expected.abs().max())
 
@@ -60,8 +79,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 @backends
 def test_outside_no_grad(backend):
     """An engine called as it is, with parameters left in it, needs no no_grad around it."""
-    model, x = _net()
-    engine = pack(model, x, backend=backend)
+    model, engine, x = _packed(backend)
     y = engine(x)
     assert not y.requires_grad
     assert all(p.requires_grad for p in model.parameters())
@@ -99,8 +117,7 @@ def test_inference_mode_and_back(backend):
 )
 def test_wrong_inputs(backend, change, match):
     """Dtype, device, channels, dimensions, size, gradients: an error that says what is wrong."""
-    model, x = _net()
-    engine = pack(model, x, backend=backend)
+    model, engine, x = _packed(backend)
     with pytest.raises((PackError, RuntimeError, ValueError), match=match):
         engine(change(x.clone()))
     functional.reset_net(engine)
@@ -111,8 +128,7 @@ def test_wrong_inputs(backend, change, match):
 @backends
 def test_tensors_on_a_gpu(backend):
     """Inputs and models on another device are refused by its name; no GPU is needed to try."""
-    model, x = _net()
-    engine = pack(model, x, backend=backend)
+    _, engine, x = _packed(backend)
     with FakeTensorMode():
         there = torch.rand(x.shape, device="cuda")
         elsewhere = nn.Linear(16, 16)
@@ -126,7 +142,7 @@ def test_tensors_on_a_gpu(backend):
 @backends
 def test_training_is_refused_everywhere(backend):
     """Neither the engine nor a part of it can be switched to training."""
-    engine = pack(*_net(), backend=backend)
+    _, engine, _ = _packed(backend)
     for part in (engine, engine.body):
         with pytest.raises(PackError, match="train the original model"):
             part.train()
@@ -138,8 +154,7 @@ def test_training_is_refused_everywhere(backend):
 @pytest.mark.parametrize("shape", [(4, 1, 3, 12, 12), (1, 2, 3, 12, 12), (7, 3, 3, 9, 15)])
 def test_other_shapes(backend, shape):
     """Another batch, other steps, another size: as in the model."""
-    model, x = _net()
-    engine = pack(model, x, backend=backend)
+    model, engine, _ = _packed(backend)
     other = torch.rand(shape) * 3
     with torch.no_grad():
         assert _close(engine(other), model(other))
@@ -148,8 +163,7 @@ def test_other_shapes(backend, shape):
 @backends
 def test_an_empty_batch(backend):
     """No images, no spikes, no crash."""
-    model, x = _net()
-    engine = pack(model, x, backend=backend)
+    _, engine, x = _packed(backend)
     with torch.no_grad():
         assert engine(x[:, :0]).shape == (4, 0, 10)
 

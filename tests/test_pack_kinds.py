@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from few_rounds import few_rounds
 from hypothesis import HealthCheck, given
 from hypothesis import strategies as st
 from pack_strategies import prune
@@ -26,6 +27,9 @@ import spikenm_fx
 from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.pack import PackedLayer, pack, packing
 from spikenm_fx.pattern import NM
+
+pytestmark = pytest.mark.usefixtures("few_rounds")
+__all__ = ["few_rounds"]
 
 functional = pytest.importorskip("spikingjelly.activation_based.functional")
 jelly = pytest.importorskip("spikingjelly.activation_based.layer")

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds, hurried
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
@@ -25,7 +26,11 @@ from spikenm_fx.program.image import image_of
 from spikenm_fx.program.lower import lower
 from spikenm_fx.trace import NeuronSpec, register_neuron, trace
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 LIF = NeuronSpec("test", "RuleNeuron", "lif", True, decay=0.9, threshold=0.7, time_axis=0)
 STEP = NeuronSpec("test", "RuleNeuron", "lif", True, decay=0.9, threshold=0.7)
@@ -33,7 +38,7 @@ STEP = NeuronSpec("test", "RuleNeuron", "lif", True, decay=0.9, threshold=0.7)
 
 def program(model: nn.Module, x: Tensor, **kwargs: Any) -> Engine:
     """The program of a model; fails where it has none."""
-    with warnings.catch_warnings():
+    with hurried(), warnings.catch_warnings():
         warnings.simplefilter("error")
         engine = pack(model, x, program=True, **kwargs)
     assert isinstance(engine, Engine)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from few_rounds import few_rounds
 from program_strategies import RuleNeuron
 from test_program import LIF, program, reset
 from test_program_runtime import numbers, runner
@@ -24,8 +25,11 @@ from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.program import Engine
 from spikenm_fx.state import reset_to_rest
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
-__all__ = ["runner"]
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds", "runner"]
 
 T, B, INPUTS, WIDTH = 7, 2, 10, 16
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds, hurried
 from program_strategies import RuleNeuron
 from test_program import LIF, STEP, reset, sequence
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ from spikenm_fx.pack import PackReport, WholeForward, native_status, pack, packi
 from spikenm_fx.program import Engine
 from spikenm_fx.program.part import ProgramPart
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 
 FRESH = """
@@ -123,9 +128,16 @@ def partly(**kwargs: Any) -> tuple[nn.Module, nn.Module, Tensor]:
         return model, pack(model, x, program=True, **kwargs), x
 
 
-def test_the_largest_parts_run_as_programs() -> None:
+@pytest.fixture(scope="module")
+def parted() -> tuple[nn.Module, nn.Module, Tensor]:
+    """A network, the engine of which parts are programs, and an input: tests only run them."""
+    with hurried():
+        return partly()
+
+
+def test_the_largest_parts_run_as_programs(parted: tuple[nn.Module, nn.Module, Tensor]) -> None:
     """The stranger and the forward around them run as ever, and the outputs are the model's."""
-    model, engine, x = partly()
+    model, engine, x = parted
     assert isinstance(engine, Branches)
     parts = {n: m for n, m in engine.named_modules() if isinstance(m, ProgramPart)}
     assert set(parts) == {"body.0", "body.5", "block"}
@@ -140,9 +152,11 @@ def test_the_largest_parts_run_as_programs() -> None:
         torch.testing.assert_close(engine(x), model(x))
 
 
-def test_the_report_says_which_parts_why_and_what_they_cost() -> None:
+def test_the_report_says_which_parts_why_and_what_they_cost(
+    parted: tuple[nn.Module, nn.Module, Tensor],
+) -> None:
     """In the order of the model; the milliseconds of all are about those of a forward."""
-    _, engine, _ = partly()
+    _, engine, _ = parted
     report = packing(engine)
     native = [part.names[0] for part in report.parts if not part.reason]
     assert native == ["body.0", "body.5", "block"]

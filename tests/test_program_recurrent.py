@@ -7,12 +7,15 @@ import copy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from few_rounds import few_rounds
 from test_program import program
 from test_program_carried import Cells, Feedback, container, rest, runner, strong, tensor
 from test_program_runtime import numbers
@@ -23,8 +26,11 @@ from spikenm_fx.native.toolchain import find_compiler
 from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.program import Engine
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
-__all__ = ["runner"]
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds", "runner"]
 
 T, B, INPUTS, WIDTH = 7, 2, 10, 16
 
@@ -46,18 +52,19 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "norse": Cells,
 }
 
-FRESH = """
+CUTS = (1, 4, T - 1)
+FRESH = f"""
 import sys, torch, spikenm_fx
-x, cuts = torch.load("x.pt"), torch.load("cuts.pt")
-engine = spikenm_fx.load_engine("net.snm")
-found = [engine(x)]
-for cut in cuts:
+for name in sys.argv[1:]:
+    x, engine = torch.load(f"{{name}}.pt"), spikenm_fx.load_engine(f"{{name}}.snm")
+    found = [engine(x)]
+    for cut in {CUTS}:
+        engine.reset()
+        found.append(torch.cat([engine(x[:cut]), engine(x[cut:])]))
     engine.reset()
-    found.append(torch.cat([engine(x[:cut]), engine(x[cut:])]))
-engine.reset()
-found.append(torch.stack([engine.step(frame) for frame in x]))
-torch.save(found, "y.pt")
-assert not {"spikingjelly", "snntorch", "norse"} & set(sys.modules)
+    found.append(torch.stack([engine.step(frame) for frame in x]))
+    torch.save(found, f"{{name}}-found.pt")
+assert not {{"spikingjelly", "snntorch", "norse"}} & set(sys.modules)
 """
 
 
@@ -68,21 +75,40 @@ def parts_of(model: nn.Module, x: Tensor, cut: int) -> Tensor:
         return torch.cat([tensor(model(x[:cut])), tensor(model(x[cut:]))])
 
 
+@dataclass(frozen=True)
+class Run:
+    """A network, its program and an input, and what a fresh process made of both."""
+
+    model: nn.Module
+    engine: Engine
+    x: Tensor
+    found: list[Tensor]
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """All networks whose framework is here, run by one process from their files."""
+    folder, made = tmp_path_factory.mktemp("fresh"), {}
+    for name in filter(find_spec, NETWORKS):
+        torch.manual_seed(0)
+        model, x = NETWORKS[name]().eval(), 2 * torch.rand(T, B, INPUTS)
+        made[name] = model, program(model, x), x
+        made[name][1].save(folder / f"{name}.snm")
+        torch.save(x, folder / f"{name}.pt")
+    subprocess.run([sys.executable, "-c", FRESH, *made], cwd=folder, check=True)
+    return {name: Run(*of, torch.load(folder / f"{name}-found.pt")) for name, of in made.items()}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_a_recurrent_network_runs_in_a_fresh_process(name: str, tmp_path: Path) -> None:
+def test_a_recurrent_network_runs_in_a_fresh_process(name: str, fresh: dict[str, Run]) -> None:
     """Without the framework; cut anywhere into two calls, and step by step."""
-    torch.manual_seed(0)
-    model, x, cuts = NETWORKS[name]().eval(), 2 * torch.rand(T, B, INPUTS), [1, 4, T - 1]
-    engine = program(model, x)
-    engine.save(tmp_path / "net.snm")
-    torch.save(x, tmp_path / "x.pt")
-    torch.save(cuts, tmp_path / "cuts.pt")
-    subprocess.run([sys.executable, "-c", FRESH], cwd=tmp_path, check=True)
-    whole, *cut_up, steps = torch.load(tmp_path / "y.pt")
+    pytest.importorskip(name)
+    model, engine, x = fresh[name].model, fresh[name].engine, fresh[name].x
+    whole, *cut_up, steps = fresh[name].found
     assert torch.equal(whole, engine(x))
     assert whole.abs().max() > 0
     assert torch.equal(steps, whole)
-    for cut, found in zip(cuts, cut_up, strict=True):
+    for cut, found in zip(CUTS, cut_up, strict=True):
         torch.testing.assert_close(found, parts_of(model, x, cut), rtol=1e-4, atol=1e-4)
         if name != "norse":  # whose forward starts at rest: its states are the caller's
             assert torch.equal(found, whole)

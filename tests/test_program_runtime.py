@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 from pathlib import Path
 
@@ -38,11 +39,17 @@ def compiled(source: Path, out: Path, *options: str) -> Path:
     return out
 
 
+@functools.cache
+def _runner(folder: Path) -> Path:
+    """Compiled once for all files of tests that run it."""
+    out = folder / "spikenm-run"
+    return compiled(PROJECT / "csrc" / "spikenm_run.cpp", out, "-std=c++17")
+
+
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``spikenm-run``."""
-    out = tmp_path_factory.mktemp("bin") / "spikenm-run"
-    return compiled(PROJECT / "csrc" / "spikenm_run.cpp", out, "-std=c++17")
+    return _runner(tmp_path_factory.getbasetemp())
 
 
 def numbers(text: str) -> Tensor:

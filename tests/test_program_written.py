@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from profiles import tries
@@ -19,7 +20,11 @@ from spikenm_fx.errors import SpikeNMWarning
 from spikenm_fx.pack import native_status, pack, packing
 from spikenm_fx.program import Engine
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 
 class Written(nn.Module):

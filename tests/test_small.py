@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from few_rounds import few_rounds
 from hypothesis import given
 from hypothesis import strategies as st
 from pack_strategies import prune
@@ -25,7 +26,11 @@ from spikenm_fx.pattern import NM
 from spikenm_fx.program import Engine
 from spikenm_fx.program.image import DIGEST, sealed
 
-pytestmark = pytest.mark.skipif(not native_status().available, reason="no compiled kernels")
+pytestmark = [
+    pytest.mark.usefixtures("few_rounds"),
+    pytest.mark.skipif(not native_status().available, reason="no compiled kernels"),
+]
+__all__ = ["few_rounds"]
 
 PATTERNS = ["1:4", "2:4", "2:8", "1:8", "4:8", "1:2", "3:16", "5:32", "7:64"]
 DTYPES = [None, torch.float16, torch.bfloat16, torch.int8]

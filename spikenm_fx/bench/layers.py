@@ -82,6 +82,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--no-inductor", action="store_true", help="dense eager paths alone")
     add_resuming(parser)
     options = parser.parse_args(arguments)
+    options.patterns = [str(NM.parse(pattern)) for pattern in options.patterns]  # or is refused
     torch.set_num_threads(options.threads)
     status = native_status()
     print(f"kernels: {status.levels[-1] if status.available else status.reason}")

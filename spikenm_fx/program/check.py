@@ -29,6 +29,9 @@ __all__ = ["CALLS", "FORGETS", "compared", "forgetting", "same_unobserved"]
 
 FORGETS = {Code.NEURON: 5, Code.RECALL: 1}  # among the settings of what has a state
 
+SMALL = 2**22
+"""Bytes of parameters: to copy them takes less time than to look at each operation of a forward."""
+
 CALLS = 3
 """Calls in a row that are compared where neurons keep their state from call to call."""
 
@@ -78,7 +81,7 @@ def compared(
     last: dict[str, Tensor] = {}  # spikes of recurrent neurons
     found = {number: NeuronDifference(p.name) for number, p in lowered.probes.items()}
     worst = 0.0
-    with torch.no_grad(), preserved(model):
+    with torch.no_grad(), preserved(model, at_once=SMALL):
         for _ in range(CALLS):  # also where it seems to keep no state
             wanted, seen = _recorded(model, lowered, args)
             _add_feedback(lowered, seen, last)

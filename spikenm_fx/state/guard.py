@@ -57,8 +57,15 @@ class Watched:
         moved = now.data_ptr() != then.data_ptr() or storage_id(now) != self.storage
         if moved or (now.shape, now.stride(), now.dtype) != (then.shape, then.stride(), then.dtype):
             now.data = then
-        if self._copy is not None and not torch.equal(now, self._copy):
+        if self._copy is not None and not _alike(now, self._copy):
             now.data.copy_(self._copy)
+
+
+def _alike(now: Tensor, then: Tensor) -> bool:
+    """Equal, NaN included: what nobody wrote into keeps its version."""
+    if torch.equal(now, then) or not now.is_floating_point():
+        return torch.equal(now, then)
+    return bool(((now == then) | (now.isnan() & then.isnan())).all())
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @contextlib.contextmanager
 def preserved(
-    model: nn.Module, *, guarded: bool = True, leave: Iterable[Tensor] = ()
+    model: nn.Module, *, guarded: bool = True, at_once: int = 0, leave: Iterable[Tensor] = ()
 ) -> Iterator[Callable[[], None]]:
     """Restore ``model`` and the random generators on leaving, whatever happened inside.
 
@@ -43,6 +43,7 @@ def preserved(
         model: any model.
         guarded: look out for writes into parameters, which costs tens of microseconds for each
             operation; without, what is written into them stays, and times can be measured.
+        at_once: where parameters and gradients take no more bytes than this, copy them instead.
         leave: buffers of any shape that nothing writes into, of which no copies are made.
 
     Yields:
@@ -56,6 +57,7 @@ def preserved(
         undo.watches_all = guarded  # such a list may hold all that a process has ever made
         for module in _listed_beside(model):
             undo.remember(module, _DEPTH)
+        watched = undo.watched if guarded and not undo.copied(at_once) else ()
     restore_rng = _remember_rng()
 
     def restore() -> None:
@@ -64,7 +66,7 @@ def preserved(
         restore_rng()
 
     try:
-        with watching(undo.watched if guarded else ()):
+        with watching(watched):
             yield restore
     finally:
         restore()
@@ -130,6 +132,15 @@ class _Undo:
     def leave(self, values: list[Any]) -> None:
         """Never touch these."""
         self._seen.update({id(value): value for value in values})
+
+    def copied(self, most: int) -> bool:
+        """Copy what is watched if that is little, in plain memory; then nobody need watch."""
+        held = [watched.tensor for watched in self.watched]
+        if sum(t.numel() * t.element_size() for t in held) > most or not all(map(_plain, held)):
+            return False
+        for watched in self.watched:
+            watched.save()
+        return True
 
     def restore(self) -> None:
         for step in self._steps:
@@ -231,6 +242,12 @@ def _enclosed(function: Any) -> list[Any]:
 
 def _is_hook(value: Any) -> bool:
     return isinstance(value, types.FunctionType | types.MethodType | functools.partial)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Of a dtype that torch copies and compares, in memory that this costs no wait for."""
+    usual = tensor.dtype.itemsize > 1 and tensor.dtype.is_floating_point
+    return type(tensor) in (Tensor, nn.Parameter) and usual and tensor.device.type == "cpu"
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
