@@ -118,6 +118,19 @@ def _same_random_numbers():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_neurons_of_other_tests() -> Iterator[None]:
+    """snnTorch lists every neuron that a process has made, and who preserves one looks at all."""
+    before = len(_listed_by_snntorch())
+    yield
+    del _listed_by_snntorch()[before:]
+
+
+def _listed_by_snntorch() -> list:
+    neurons = sys.modules.get("snntorch._neurons.neurons")
+    return neurons.SpikingNeuron.instances if neurons else []
+
+
 @pytest.fixture
 def torchvision_stub(monkeypatch: pytest.MonkeyPatch):
     """SpikingJelly's model files import one function of torchvision; no test calls it.
