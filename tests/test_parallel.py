@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from forks import started
 from loops import any_moved, close, logits, masks, refused, sequences, spiking_net, step_of
-from parts import collectives, started
+from parts import collectives
 from strategies import ALL_LAYERS
 from torch import nn
 

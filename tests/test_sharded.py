@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forks import started
 from loops import masked_modules, refused, sequences, spiking_net, step_of
 from parts import (
     answer,
@@ -28,7 +29,6 @@ from parts import (
     net,
     sharded,
     sparse,
-    started,
     state_of,
     train_part,
 )
