@@ -301,10 +301,7 @@ def test_a_run_makes_few_graphs() -> None:
     """A whole run with the fade of 1:8, refreshes and the freeze: two recompilations at most."""
     x = sequences(1, steps=2)[0]
     models = [
-        sparse_spiking(
-            "1:8", eid=EID(every=3), total_steps=20, example_inputs=sequences(1, steps=2)[0]
-        )
-        for _ in range(2)
+        sparse_spiking("1:8", eid=EID(every=3), total_steps=20, example_inputs=x) for _ in range(2)
     ]
     count = Counting()
     run = torch.compile(models[0], fullgraph=True, backend=count)
