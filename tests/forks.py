@@ -6,11 +6,13 @@ Importing torch and its compiler takes seconds of a processor; a fork takes none
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,3 +71,36 @@ def _told(
     os.environ.update(environment)
     torch.set_num_threads(1)  # a fork has no threads but the one that forks
     run(*arguments)
+
+
+_IN_FORKS = """
+import json, os, torch, traceback
+torch.set_num_threads(1)  # a fork has no threads but the one that forks
+for number, code in enumerate(json.load(open("codes.json"))):
+    child = os.fork()
+    if not child:
+        said = ""
+        try:
+            exec(code, {})
+        except BaseException:
+            said = traceback.format_exc()
+        with open(f"{number}.txt", "w") as file:
+            file.write(said)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+def failures(codes: Sequence[str], folder: Path) -> list[str]:
+    """How each piece of code fails in an interpreter that has imported torch alone; else empty.
+
+    Args:
+        codes: each runs in a fork of one fresh interpreter.
+        folder: in which they run.
+    """
+    (folder / "codes.json").write_text(json.dumps(list(codes)), encoding="utf-8")
+    root = str(Path(__file__).parent.parent)
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", _IN_FORKS], cwd=folder, env=environment, check=True)
+    files = [folder / f"{number}.txt" for number in range(len(codes))]
+    return [f.read_text(encoding="utf-8") if f.exists() else "it died" for f in files]
