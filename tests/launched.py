@@ -32,6 +32,12 @@ import spikenm_fx
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
+IMPORTED = (
+    *("pytorch_lightning", "accelerate", "spikingjelly.activation_based.functional"),
+    "spikingjelly.activation_based.distributed.vision.execution",
+    "spikingjelly.activation_based.distributed.tensor_parallel",
+)
+"""What each rank needs beside the imports of this file."""
 STEPS, SIZE, RANKS = 6, 4, 2
 PARTS = 5  # of the network
 
@@ -44,9 +50,9 @@ def sparse(*, inside: nn.Module | None = None, **options: Any) -> nn.Module:
     return spikenm_fx.sparsify(model, "2:4", **options).train()
 
 
-def data() -> list[Tensor]:
-    """Joint batches ``[T, N, 8]``."""
-    return [x.double() for x in sequences(STEPS, size=SIZE)]
+def data(*, steps: int = 4) -> list[Tensor]:
+    """Joint batches ``[steps, N, 8]``."""
+    return [x.double() for x in sequences(STEPS, steps=steps, size=SIZE)]
 
 
 def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -221,7 +227,7 @@ COMPILED: dict[str, Callable[[nn.Module, Callable[[nn.Module], Any], Any], Any]]
 
 def compilers() -> dict[str, Any]:
     """Each way with EID on, beside the same way uncompiled: states, outputs and graphs."""
-    found = {}
+    found, joint = {}, data(steps=2)  # graphs unroll them
     for way, build in COMPILED.items():
         torch.compiler.reset()
         graphs: list[torch.fx.GraphModule] = []
@@ -232,12 +238,12 @@ def compilers() -> dict[str, Any]:
 
         runs = []
         for how in (None, backend):
-            model = sparse(example_inputs=data()[0])
+            model = sparse(example_inputs=joint[0])
             run = build(
                 model, lambda m, b=how: m if b is None else torch.compile(m, backend=b), how
             )
             optimizer, outputs = adam(run), []
-            for step, x in enumerate(data()):
+            for step, x in enumerate(joint):
                 optimizer.zero_grad()
                 loss_of(run, mine(x)).backward()
                 optimizer.step()

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models on several ranks: how tests start, make, cut, train and look at them."""
+"""Models on several ranks: how tests make, cut, train and look at them."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -20,21 +19,9 @@ import spikenm_fx
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
-IMPORTED = (
-    *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo"),
-    *("torch.distributed.tensor.parallel", "hypothesis", "pytest", "spikenm_fx.bench.worker"),
-)
-"""What each rank needs, imported once: ranks are forks of a process that does nothing else."""
 BYTES = {"double": 8, "long int": 8, "float": 4, "int": 4, "unsigned char": 1, "bool": 1}
 """Of a number, by what the profiler calls its type."""
 SIZE = 12  # samples of a joint batch: 1, 2, 3 and 4 ranks share them evenly
-
-
-def started(run: Callable[..., None], *arguments: object, ranks: int) -> None:
-    """``run(rank, *arguments)`` in one process each, until all of them have ended."""
-    multiprocessing.set_forkserver_preload(list(IMPORTED))
-    processes = torch.multiprocessing.start_processes
-    processes(run, arguments, nprocs=ranks, start_method="forkserver")
 
 
 def net(*, seed: int = 0) -> nn.Module:

@@ -60,9 +60,9 @@ def communicated(rank: int, mesh: DeviceMesh) -> dict[str, Any]:
         model = spiking_net(64)
         model = sharded(sparse(model) if masked else model, mesh)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        data = [x.float() for x in batches(12)]
-        train_part(model, optimizer, data[:9], rank, 2)
-        for kind, x in (("ordinary", data[9]), ("refresh", data[10])):
+        data = [x.float() for x in batches(6)]
+        train_part(model, optimizer, data[:4], rank, 2)
+        for kind, x in (("ordinary", data[4]), ("refresh", data[5])):
             with Bytes() as counted:
                 train_part(model, optimizer, [x], rank, 2)
             found[name, kind] = (counted.calls, counted.sent)
@@ -312,7 +312,7 @@ def memory(mesh: DeviceMesh) -> dict[str, int]:
         model = spiking_net(256, 64, 64)
         model = sharded(sparse(model) if name == "sparse" else model, mesh)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-        for x in torch.rand(7, 2, 2, 64):
+        for x in torch.rand(3, 2, 2, 64):
             optimizer.zero_grad()
             loss_of(model, x).backward()
             optimizer.step()

@@ -8,17 +8,18 @@ import json
 import os
 import pickle
 import random
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import forked
 from loops import refused, sequences, sparse_spiking, train
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from spikenm_fx.bench import faults
 from spikenm_fx.distributed_checkpoint import CHECKSUMS, load_distributed, save_distributed
 
 MUTATIONS = 1000
@@ -194,17 +195,16 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
     assert "x" in said
 
 
+def _faults() -> None:
+    sys.exit(faults.main(["--kills", "3"]))
+
+
 @pytest.mark.slow
-def test_killed_ranks_go_on_bit_by_bit_and_refusing_disks_are_told(tmp_path: Path) -> None:
+def test_killed_ranks_go_on_bit_by_bit_and_refusing_disks_are_told() -> None:
     """Two ranks under DDP, EID on, killed at random moments; and a full and a read-only disk."""
-    ran = subprocess.run(
-        [sys.executable, "-m", "spikenm_fx.bench", "faults", "--kills", "3"],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    found = json.loads(ran.stdout.splitlines()[-1])
+    ran = forked(_faults)
+    assert ran.status == 0, ran.err[-3000:]
+    found = json.loads(ran.out.splitlines()[-1])
     assert found["kills"]["one"] + found["kills"]["all"] == 3
     assert found["kills"]["other"] == 0
     for refusal in found["refusals"].values():

@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import pytest
 import torch
 from export_nets import HandLIF
+from forks import failures
 from torch import nn
 
 import spikenm_fx
@@ -31,31 +26,60 @@ def folded() -> nn.Module:
     return spikenm_fx.fold(model.eval())
 
 
-def in_a_fresh_process(code: str, folder: Path) -> None:
-    """Where this package is not there: what was stored stands by itself."""
-    script = f"import sys; sys.modules['spikenm_fx'] = None\n{textwrap.dedent(code)}"
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+ALONE = """
+import sys
+sys.modules["spikenm_fx"] = None  # what was stored stands by itself
+"""
+FRESH = {
+    "torch.export": ALONE
+    + """
+import torch
+pair = torch.load("pair.pt")
+seen = torch.export.load("model.pt2").module()(pair["x"])
+assert torch.equal(seen, pair["y"]) and bool(pair["y"].any())
+""",
+    "engines": """
+import torch, spikenm_fx.pack.kernels.ops
+pair = torch.load("engine.pt")
+program = torch.export.load("engine.pt2")
+assert torch.equal(program.module()(pair["x"]), pair["y"]) and bool(pair["y"].any())
+assert any("sparse_layer" in str(node.target) for node in program.graph.nodes)
+""",
+    "AOTInductor": ALONE
+    + """
+import torch
+from torch._inductor import aoti_load_package
+pair = torch.load("pair.pt")
+seen = aoti_load_package("aot.pt2")(pair["x"])
+assert torch.allclose(seen, pair["y"], atol=1e-5)
+""",
+}
+"""What a fresh process does with what was stored, by what has stored it."""
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """How loading fails, all from one folder; empty where it does not."""
+    from torch._inductor import aoti_compile_and_package
+
+    folder = tmp_path_factory.mktemp("stored")
+    torch.manual_seed(0)
+    model, x = folded(), torch.rand(2, 3, 16) * 3
+    engine = spikenm_fx.pack(folded(), x, backend="fma")
+    torch.export.save(torch.export.export(model, (x,)), folder / "model.pt2")
+    torch.save({"x": x, "y": model(x).detach()}, folder / "pair.pt")
+    torch.export.save(torch.export.export(engine, (x,)), folder / "engine.pt2")
+    torch.save({"x": x, "y": engine(x).detach()}, folder / "engine.pt")
+    with torch.no_grad():
+        program = torch.export.export(model, (x,))
+        aoti_compile_and_package(program, package_path=str(folder / "aot.pt2"))
+    return dict(zip(FRESH, failures(list(FRESH.values()), folder), strict=True))
 
 
 @pytest.mark.slow
-def test_torch_export_in_a_fresh_process(tmp_path) -> None:
+def test_torch_export_in_a_fresh_process(failed: dict[str, str]) -> None:
     """A folded model is a program of torch alone."""
-    model, x = folded(), torch.rand(4, 3, 16) * 3
-    program = torch.export.export(model, (x,))
-    torch.export.save(program, tmp_path / "model.pt2")
-    torch.save({"x": x, "y": model(x).detach()}, tmp_path / "pair.pt")
-    in_a_fresh_process(
-        """
-        import torch
-        pair = torch.load("pair.pt")
-        seen = torch.export.load("model.pt2").module()(pair["x"])
-        assert torch.equal(seen, pair["y"]) and bool(pair["y"].any())
-        """,
-        tmp_path,
-    )
+    assert failed["torch.export"] == ""
 
 
 @pytest.mark.slow
@@ -92,48 +116,15 @@ def test_an_exported_engine_holds_packed_values_alone(backend, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_engines_in_a_fresh_process(tmp_path) -> None:
+def test_engines_in_a_fresh_process(failed: dict[str, str]) -> None:
     """An engine's program names this package's operators; with it imported it computes the same."""
-    x = torch.rand(4, 3, 16) * 3
-    engine = spikenm_fx.pack(folded(), x, backend="fma")
-    torch.export.save(torch.export.export(engine, (x,)), tmp_path / "engine.pt2")
-    torch.save({"x": x, "y": engine(x).detach()}, tmp_path / "pair.pt")
-    code = """
-        import torch, spikenm_fx.pack.kernels.ops
-        pair = torch.load("pair.pt")
-        program = torch.export.load("engine.pt2")
-        assert torch.equal(program.module()(pair["x"]), pair["y"]) and bool(pair["y"].any())
-        assert any("sparse_layer" in str(node.target) for node in program.graph.nodes)
-        """
-    root = str(Path(spikenm_fx.__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert failed["engines"] == ""
 
 
 @pytest.mark.slow
-def test_aot_inductor_in_a_fresh_process(tmp_path) -> None:
+def test_aot_inductor_in_a_fresh_process(failed: dict[str, str]) -> None:
     """Compiled ahead of time, loaded without this package, the same outputs."""
-    from torch._inductor import aoti_compile_and_package
-
-    model, x = folded(), torch.rand(2, 3, 16) * 3
-    with torch.no_grad():
-        program = torch.export.export(model, (x,))
-        aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
-    torch.save({"x": x, "y": model(x).detach()}, tmp_path / "pair.pt")
-    in_a_fresh_process(
-        """
-        import torch
-        from torch._inductor import aoti_load_package
-        pair = torch.load("pair.pt")
-        seen = aoti_load_package("model.pt2")(pair["x"])
-        assert torch.allclose(seen, pair["y"], atol=1e-5)
-        """,
-        tmp_path,
-    )
+    assert failed["AOTInductor"] == ""
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -6,20 +6,28 @@ What the processes do is in ``launched.py``.
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import launched
 import pytest
+import torch.distributed.run
+from forks import forked
 
 pytestmark = pytest.mark.slow
 
 TRAINED = ["torchrun", "accelerate", "Lightning, DDP", "Lightning, FSDP2"]
 JELLY = ["SpikingJelly, DDP", "SpikingJelly, FSDP2"]
+
+
+def _torchrun(folder: str) -> None:
+    """``torchrun`` itself, its ranks forks of the agent: what they need is imported once."""
+    for name in launched.IMPORTED:
+        importlib.import_module(name)
+    forks = ("--run-path", "--start-method=fork")
+    launch = ("--standalone", f"--nproc-per-node={launched.RANKS}", *forks)
+    torch.distributed.run.main([*launch, launched.__file__, folder])
 
 
 @pytest.fixture(scope="module")
@@ -29,18 +37,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     pytest.importorskip("pytorch_lightning")
     pytest.importorskip("accelerate")
     folder = tmp_path_factory.mktemp("launched")
-    script = Path(launched.__file__)
-    paths = [str(script.parent), str(script.parent.parent), os.environ.get("PYTHONPATH", "")]
-    launch = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={launched.RANKS}")
-    ended = subprocess.run(
-        [sys.executable, *launch, str(script), str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr[-4000:]
+    ended = forked(_torchrun, str(folder), OMP_NUM_THREADS="1")
+    assert ended.status == 0, ended.err[-4000:]
     return [json.loads((folder / f"{r}.json").read_text()) for r in range(launched.RANKS)]
 
 

@@ -8,15 +8,13 @@ chosen when the library is first asked for.  Nothing here is a time.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from forks import forked
 
 pytestmark = pytest.mark.slow
 
@@ -94,32 +92,15 @@ def _totals(counted: Any) -> list[int]:
 BOTH = [*((case, "plain") for case in CASES), ("2:4", "neurons")]
 
 
-def _forked(case: str, kind: str) -> None:
-    """One case in a fork, which writes a line of what it found; torch is imported for all."""
-    child = os.fork()
-    if not child:
+def _every_case() -> None:
+    """A line of what each has found."""
+    for case, kind in BOTH:
         try:
             found = _child(*CASES[case], neurons=kind == "neurons")
-        except BaseException:
+        except Exception:  # the others are looked at all the same
             found = {"failed": traceback.format_exc()[-3000:]}
         sys.stdout.write(json.dumps({"case": [case, kind], "found": found}) + "\n")
         sys.stdout.flush()
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    import strategies  # noqa: F401  # what every fork needs
-    import torch
-    import torch._dynamo
-
-    import spikenm_fx.bench.worker
-    import spikenm_fx.masks.methods.spikenm  # noqa: F401
-
-    torch.set_num_threads(1)  # a fork has no threads but the one that forks
-    for each in BOTH:
-        _forked(*each)
 
 
 # -- in the tests ---------------------------------------------------------------------------------
@@ -128,21 +109,14 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
     """What each case found, in a child that cannot find or compile the kernels."""
-    root = Path(__file__).parent.parent
-    environment = {
-        **os.environ,
-        "SPIKENM_FX_BUILD": "0",
-        "SPIKENM_FX_CACHE": str(tmp_path_factory.mktemp("empty")),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, __file__]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    ran = forked(
+        _every_case, SPIKENM_FX_BUILD="0", SPIKENM_FX_CACHE=str(tmp_path_factory.mktemp("empty"))
+    )
+    lines = [json.loads(line) for line in ran.out.splitlines() if line.startswith("{")]
     found = {tuple(line["case"]): line["found"] for line in lines}
 
     def of(case: str, kind: str) -> dict[str, Any]:
-        seen = found.get((case, kind), {"failed": ran.stderr[-3000:]})
+        seen = found.get((case, kind), {"failed": ran.err[-3000:]})
         assert "failed" not in seen, seen["failed"]
         return seen
 

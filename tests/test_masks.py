@@ -12,9 +12,9 @@ import warnings
 
 import pytest
 import torch
+from forks import started
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from parts import started
 from profiles import tries
 from strategies import ALL_LAYERS, Case, batches, cases, most_nonzero, network
 from torch import nn

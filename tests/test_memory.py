@@ -22,6 +22,13 @@ from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _only_what_is_new() -> None:
+    """What other tests have left behind need not be looked at again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 def test_at_most_two_weights_are_alive_between_forward_and_backward() -> None:
     """Beside parameters and activations a layer holds its masked weight and one bool mask."""
     model = nn.Sequential(nn.Linear(256, 128))
@@ -120,7 +127,8 @@ def test_memory_after_a_step_is_memory_before() -> None:
                     model.eval()(x)
                 model.train()
                 optimizer.zero_grad()
-                measured.append((sum(living().values()), len(living())))
+                alive = living()
+                measured.append((sum(alive.values()), len(alive)))
     first = measured[1]
     assert all(now[0] <= first[0] and now[1] <= first[1] for now in measured[2:]), measured
 

@@ -4,19 +4,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from forks import forked
 from loops import heard
 from torch import nn
 
 import spikenm_fx
 from spikenm_fx import Rule
+from spikenm_fx.bench import peak
 from spikenm_fx.bench.peak import VERBS, Counted, flat
+from spikenm_fx.masks import piece
 from spikenm_fx.pack import packing
+from spikenm_fx.pack.engine import choose
 
 WIDTH, SMALLER = 2048, 4
 """Pieces, and what counts as a large weight, are as much smaller as this one is than 4096."""
@@ -30,14 +31,12 @@ MOST = {
 }
 """Weights over the memory at the start: of masks and logits 1.25, of gradient and momentum 2."""
 
-SCRIPT = """
-from spikenm_fx.bench import peak
-from spikenm_fx.masks import piece
-from spikenm_fx.pack.engine import choose
-piece._ON_CPU //= SMALLER
-choose.LARGE //= SMALLER
-peak.main(["--here", "counted", "--width", "WIDTH"])
-"""
+
+def _counted() -> None:
+    """Prints what each verb takes, with smaller pieces."""
+    piece._ON_CPU //= SMALLER
+    choose.LARGE //= SMALLER
+    peak.main(["--here", "counted", "--width", str(WIDTH)])
 
 
 @pytest.mark.slow
@@ -45,16 +44,9 @@ peak.main(["--here", "counted", "--width", "WIDTH"])
 def test_verbs_on_a_large_layer_take_a_few_times_its_weight(path: str, tmp_path: object) -> None:
     """By the compiled kernels and without them, counted tensor by tensor."""
     without = {"SPIKENM_FX_BUILD": "0", "SPIKENM_FX_CACHE": str(tmp_path)}
-    environment = {**os.environ, **(without if path == "torch" else {})}
-    script = SCRIPT.replace("WIDTH", str(WIDTH)).replace("SMALLER", str(SMALLER))
-    ran = subprocess.run(
-        [sys.executable, "-c", script],
-        env=environment,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    found = json.loads(ran.stdout.splitlines()[-1])
+    ran = forked(_counted, **(without if path == "torch" else {}))
+    assert ran.status == 0, ran.err[-3000:]
+    found = json.loads(ran.out.splitlines()[-1])
     assert sorted(found) == sorted(VERBS)
     assert {name: peak for name, peak in found.items() if peak > MOST[name]} == {}
     assert found["train"] > 1.9, "gradient and momentum are there: the counter counts"

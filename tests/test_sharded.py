@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from forks import started
 from loops import masked_modules, refused, sequences, spiking_net, step_of
 from parts import (
     answer,
@@ -28,7 +29,6 @@ from parts import (
     net,
     sharded,
     sparse,
-    started,
     state_of,
     train_part,
 )
@@ -59,7 +59,7 @@ from spikenm_fx.masks import EID, piece
 pytestmark = pytest.mark.slow
 
 RANKS, SEED = 4, 5
-LONG, SHORT = int(os.environ.get("SPIKENM_FX_STEPS", "30")), 8
+LONG, SHORT = int(os.environ.get("SPIKENM_FX_STEPS", "16")), 8
 """``SPIKENM_FX_STEPS`` sets how many steps the long runs take; 200 were tried."""
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01),
@@ -78,7 +78,7 @@ CASES: dict[str, dict[str, Any]] = {
     "always resharded": {"ranks": (2, 3), "options": {"reshard_after_forward": True}},
     "on the host": {"ranks": (2, 3), "options": {"offload_policy": CPUOffloadPolicy(False)}},
     "accumulated": {"ranks": (2, 3), "accumulate": 3, "root": True, "eid": None},
-    "in pieces": {"ranks": (0, 1), "steps": 20, "most": 64},
+    "in pieces": {"ranks": (0, 1), "most": 64},
     "one rank": {"ranks": (0,), "root": True},
     "copies of shards": {"ranks": (0, 1, 2, 3), "copies": 2, "root": True},
 }

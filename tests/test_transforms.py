@@ -8,6 +8,7 @@ transform computes there it computes here, in both modes, or one error says to f
 from __future__ import annotations
 
 import copy
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ from spikenm_fx.errors import SpikeNMError
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
+RUN = int(os.environ.get("SPIKENM_FX_STEPS", "40"))
+"""Steps of a whole run; ``SPIKENM_FX_STEPS`` sets how many, 100 were tried."""
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -253,27 +256,27 @@ def compiled() -> Iterator[Callable[..., Any]]:
 @pytest.mark.parametrize("nm", ["2:4", "1:8"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_whole_run_compiles_once(compiled: Any, nm: str) -> None:
-    """100 steps, fade and freeze included: no graph break, at most two recompilations a mode."""
+    """A whole run, fade and freeze included: no graph break, at most two recompilations a mode."""
     models = [
-        spikenm_fx.sparsify(smooth(), nm, rules=ALL_LAYERS, total_steps=100).train()
+        spikenm_fx.sparsify(smooth(), nm, rules=ALL_LAYERS, total_steps=RUN).train()
         for _ in range(2)
     ]
     count = Counting()
-    run, data = compiled(models[0], count), batches(100)
+    run, data = compiled(models[0], count), batches(RUN)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in models]
     validated = 0
     with heard():  # that a fade has not ended
         for step, x in enumerate(data):
             train_step(run, optimizers[0], x)
             train_step(models[1], optimizers[1], x)
-            if step % 20 == 19:
+            if step % (RUN // 5) == RUN // 5 - 1:
                 graphs = count.graphs
                 with torch.no_grad():
                     found = [net.eval()(x) for net in (run, models[1])]
                 torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
                 run.train(), models[1].train()
                 validated += count.graphs - graphs
-    assert step_of(models[0]) == step_of(models[1]) == 100
+    assert step_of(models[0]) == step_of(models[1]) == RUN
     assert 1 <= count.graphs - validated <= 3
     assert 1 <= validated <= 3
     close(dense(models[0]), dense(models[1]), rtol=1e-3, atol=1e-4)
@@ -290,7 +293,7 @@ def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
     torch._dynamo.reset()
     run = torch.compile(models[0], backend=backend)
     with heard() as said:
-        for x in sequences(5):
+        for x in sequences(5, steps=2):
             train_step(run, optimizers[0], x)
             train_step(models[1], optimizers[1], x)
     assert step_of(models[0]) == 5
@@ -304,30 +307,30 @@ def test_spiking_networks_compile_with_eid(compiled: Any, backend: str) -> None:
 @pytest.mark.parametrize("fullgraph", [True, False], ids=["fullgraph", "breaks allowed"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_spiking_networks_with_eid_compile_whole(fullgraph: bool, examples: bool) -> None:
-    """100 steps with EID, freeze included: whole graphs, at most two recompilations a mode.
+    """A whole run with EID, freeze included: whole graphs, at most two recompilations a mode.
 
     Credits are measured in all of them, also where the neurons are found while a graph is made.
     """
     torch._dynamo.reset()
-    options = {"example_inputs": sequences(1)[0]} if examples else {}
-    model = sparse_spiking(eid=EID(every=10), total_steps=100, **options)
+    options = {"example_inputs": sequences(1, steps=2)[0]} if examples else {}
+    model = sparse_spiking(eid=EID(every=10), total_steps=RUN, **options)
     count = Counting()
     run = torch.compile(model, fullgraph=fullgraph, backend=count)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     first, made, validated = logits(model), 0, 0
     with heard() as said:
-        for step, x in enumerate(sequences(100)):
+        for step, x in enumerate(sequences(RUN, steps=2)):
             before = count.graphs
             train_step(run, optimizer, x)
             made += count.graphs - before
-            if step in (0, 1, 50, 98):
+            if step in (0, 1, RUN // 2, RUN - 2):
                 run.eval()
                 with torch.no_grad():
                     before, found = count.graphs, run(x)
                     validated += count.graphs - before
                     torch.testing.assert_close(found, model(x))
                 run.train()
-    assert step_of(model) == 100
+    assert step_of(model) == RUN
     assert not same(first, logits(model))
     assert 1 <= validated <= 3
     assert 1 <= made <= 3

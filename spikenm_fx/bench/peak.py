@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tracemalloc
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +150,7 @@ class Counted(DispatchMode):
         self.peak = 0
         self._known = {_address(tensor) for tensor in besides}
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._bytes = 0
 
     def __enter__(self) -> Counted:
         """Start, with NumPy's memory, too."""
@@ -164,19 +165,33 @@ class Counted(DispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute, then count."""
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves((args, kwargs, out)):
-            if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        for tensor in _tensors(*args, *kwargs.values(), out):
+            if tensor.layout is torch.strided:
                 storage = tensor.untyped_storage()
                 # of NumPy's memory tracemalloc knows
                 if storage.resizable() and storage.data_ptr() not in self._known:
+                    self._bytes -= self._alive.get(storage.data_ptr(), (None, 0))[1]
                     held = StorageWeakRef(storage), storage.nbytes()
                     self._alive[storage.data_ptr()] = held
-        self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
-        by_torch = sum(size for _, size in self._alive.values())
-        self.peak = max(self.peak, by_torch + tracemalloc.get_traced_memory()[1])
+                    self._bytes += held[1]
+        by_numpy = tracemalloc.get_traced_memory()[1]
+        if self._bytes + by_numpy > self.peak:  # if not with those that are gone, not without them
+            self._alive = {key: held for key, held in self._alive.items() if not held[0].expired()}
+            self._bytes = sum(size for _, size in self._alive.values())
+            self.peak = max(self.peak, self._bytes + by_numpy)
         tracemalloc.reset_peak()
         return out
+
+
+def _tensors(*values: Any) -> Iterator[Tensor]:
+    """Those among arguments of an operation, of which most are plain."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _address(tensor: Tensor) -> int:
