@@ -120,7 +120,7 @@ def _same_random_numbers():
 
 @pytest.fixture(autouse=True)
 def _no_neurons_of_other_tests() -> Iterator[None]:
-    """snnTorch lists every neuron that a process has made, and who preserves one looks at all."""
+    """All neurons that a process has made are on a list of snnTorch, and looked at all the time."""
     before = len(_listed_by_snntorch())
     yield
     del _listed_by_snntorch()[before:]
