@@ -21,10 +21,7 @@ KERNEL_TESTS = (
     "tests/test_pack_counts.py",
     "tests/test_native_sampler.py",
     "tests/test_permute_search.py",
-    "tests/test_program.py",
-    "tests/test_program_breadth.py",
-    "tests/test_program_carried.py",
-    "tests/test_program_file.py",
+    *sorted(map(str, Path("tests").glob("test_program*.py"))),
     "tests/test_small.py",
 )
 WHEEL_TESTS = ("tests/test_pack_kernels.py", "tests/test_native_sampler.py")  # no framework needed

@@ -121,14 +121,11 @@ def _same_random_numbers():
 @pytest.fixture(autouse=True)
 def _no_neurons_of_other_tests() -> Iterator[None]:
     """All neurons that a process has made are on a list of snnTorch, and looked at all the time."""
-    before = len(_listed_by_snntorch())
     yield
-    del _listed_by_snntorch()[before:]
-
-
-def _listed_by_snntorch() -> list:
     neurons = sys.modules.get("snntorch._neurons.neurons")
-    return neurons.SpikingNeuron.instances if neurons else []
+    if neurons is not None:
+        listed = neurons.SpikingNeuron.instances
+        listed[:] = [n for n in listed if sys.getrefcount(n) > 3]  # more than list, name, argument
 
 
 @pytest.fixture

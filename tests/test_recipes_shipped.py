@@ -18,6 +18,7 @@ from zoo_cases import TRANSFORMERS, narrow_transformer, quarter_width
 from spikenm_fx.cli import main
 from spikenm_fx.errors import RecipeError
 from spikenm_fx.native.library import native_status
+from spikenm_fx.recipe import trial
 from spikenm_fx.recipe.results import BEGIN, END, renew_table
 from spikenm_fx.recipe.rwkv import wkv
 from spikenm_fx.recipe.schema import Recipe, load_recipe
@@ -91,12 +92,17 @@ def test_the_promised_models_have_recipes() -> None:
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_recipe_of_an_installed_package_applies(
-    name: str, capfd: pytest.CaptureFixture[str], tmp_path: Path
+    name: str,
+    capfd: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Plan, sparsify, a step, fold, verify and pack succeed on the real model of the package.
 
-    SpikingJelly's networks are a quarter as wide, and inputs smaller: see ``SMALLER``.
+    Networks are a quarter as wide, inputs smaller (see ``SMALLER``), and packed ones compared on
+    one batch; the table of the recipes' README is made with all of each.
     """
+    monkeypatch.setattr(trial, "_PACK_BATCHES", 1)
     file = FOLDER / f"{name}.yaml"
     package = load_recipe(file).target.package or ""
     if importlib.util.find_spec(package) is None:
