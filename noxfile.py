@@ -295,7 +295,7 @@ def clean_environment(session: nox.Session, wheel: Path, *others: str, again: bo
     else:
         shutil.rmtree(folder, ignore_errors=True)
         session.run("python", "-m", "venv", str(folder))
-    wanted = (*groups("demo"), *others, str(wheel))
+    wanted = (*groups("torch"), *others, f"{wheel}[cli]")
     session.run(*pip, "install", "--quiet", *wanted, external=True)
     return python
 

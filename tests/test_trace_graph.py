@@ -11,7 +11,13 @@ from torch import nn
 from zoo_cases import build
 
 from spikenm_fx.bench.nets.handwritten import SequenceLIF
-from spikenm_fx.bench.tracing import refusal, train_sparse
+from spikenm_fx.bench.tracing import (
+    Row,
+    _edges_by_measurement,
+    _inputs_by_measurement,
+    refusal,
+    train_sparse,
+)
 from spikenm_fx.bench.zoo import RUNNING, ZOO, Case
 from spikenm_fx.errors import TraceError
 from spikenm_fx.pattern import is_weight_layer
@@ -23,10 +29,15 @@ def traced(name: str) -> tuple[Case, SpikingGraph]:
     return case, trace(case.model, case.inputs)
 
 
-@pytest.mark.parametrize("name", RUNNING)
-def test_layers_and_pairs(name: str) -> None:
+@pytest.fixture(scope="module", params=RUNNING)
+def running(request: pytest.FixtureRequest) -> tuple[str, Case, SpikingGraph]:
+    """Each model that runs, and its trace, for tests that leave both as they are."""
+    return request.param, *traced(request.param)
+
+
+def test_layers_and_pairs(running: tuple[str, Case, SpikingGraph]) -> None:
     """The layers are exactly the module tree's, all seen in use; pairs agree both ways."""
-    case, graph = traced(name)
+    _, case, graph = running
     modules = {n for n, m in case.model.named_modules() if is_weight_layer(m)}
     assert modules == {n for n, r in graph.layers.items() if r.kind != "functional"}
     assert [r.name for r in graph.layers.values() if not r.calls] == []
@@ -40,6 +51,17 @@ def test_layers_and_pairs(name: str) -> None:
         assert not (layer.is_readout and spiking)
     for chain in graph.chains:
         assert graph.layers[chain.layer].post == (chain.neuron,)
+
+
+def test_spike_edges_carry_only_spikes(running: tuple[str, Case, SpikingGraph]) -> None:
+    """In real forwards on random inputs no edge marked spike carries anything but {0,1}."""
+    name, case, graph = running
+    row = Row(name)
+    _edges_by_measurement(row, case, graph, seeds=2)
+    _inputs_by_measurement(row, case, graph, seeds=3)
+    assert (row.spike_wrong, row.input_wrong) == (0, 0)
+    assert row.spike_missed == 0
+    assert row.silent <= len(graph.layers) // 2
 
 
 def test_spiking_resnet_block() -> None:
