@@ -8,7 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from spikenm_fx.bench.measure import positive
 
 __all__ = ["main"]
 
@@ -18,6 +21,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     parser = argparse.ArgumentParser(prog="python -m spikenm_fx.bench tutorials")
     parser.add_argument("names", nargs="*", help="parts of file names; all tutorials by default")
     parser.add_argument("--folder", type=Path, default=Path("tutorials"))
+    parser.add_argument("--jobs", type=positive, default=1, help="how many run side by side")
     given = parser.parse_args(list(arguments))
     files = sorted(given.folder.glob("[0-9][0-9]_*.py"))
     if given.names:
@@ -25,7 +29,8 @@ def main(arguments: Sequence[str] = ()) -> int:
     if not files:
         print(f"no tutorials in {given.folder.resolve()}")
         return 1
-    failed = [file.name for file in files if not _run(file)]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        failed = [f.name for f, ran in zip(files, pool.map(_run, files), strict=True) if not ran]
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
