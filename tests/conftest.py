@@ -23,6 +23,7 @@ torch.set_num_threads(1)
 FRAMEWORKS = re.compile(
     r"\b(spikingjelly|snntorch|norse|sinabs|rockpool|braincog|timm|neurobench)\b"
 )
+LISTING = "snntorch._neurons.neurons"  # out of the fixture, which would mark all tests with it
 MISSING = re.compile(r"could not import|not installed|No module named")
 ALL_INSTALLED = os.environ.get("SPIKENM_FX_ALL_INSTALLED") == "1"
 """Set by the sessions that install everything: there a test that skips for a package has failed."""
@@ -122,7 +123,7 @@ def _same_random_numbers():
 def _no_neurons_of_other_tests() -> Iterator[None]:
     """All neurons that a process has made are on a list of snnTorch, and looked at all the time."""
     yield
-    neurons = sys.modules.get("snntorch._neurons.neurons")
+    neurons = sys.modules.get(LISTING)
     if neurons is not None:
         listed = neurons.SpikingNeuron.instances
         listed[:] = [n for n in listed if sys.getrefcount(n) > 3]  # more than list, name, argument

@@ -214,3 +214,8 @@ def test_an_import_needs_no_private_name() -> None:
     done = subprocess.run(run, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "does not work" in done.stdout
+
+
+def test_what_needs_no_framework_is_not_marked(request: pytest.FixtureRequest) -> None:
+    """Fixtures that all tests use name no framework, or the quick session would run nothing."""
+    assert request.node.get_closest_marker("framework") is None
