@@ -49,40 +49,39 @@ struct NetNeuron {
     emits = o->word[kNeuronEmits];
   }
 
-  // Of 64 numbers from `i` on: v and current are kept in memory, which is L1 here.
   void run(const NetRun *r, int64_t image, float *v, float *current) const {
-    const bool only_spikes = emits == kSpikes && !shown && !op->floor && op->wide == kLanesMost;
-    if (only_spikes && of_usual(&rule, [&](auto usual) { run_usual(r, image, v, usual); })) return;
     const bool alike = op->wide == kLanesMost;
     const NeuronLanes same(&rule, 0, VW);
-    const int64_t steps = out->timed ? r->steps : 1;
-    for (int64_t i = 0; i < out->size; i += 64)
-      for (int64_t t = 0; t < steps; ++t) {
-        const int64_t token = t * r->images + image;
-        const float *x = token_of<float>(r, op->word[kIn0], in, in->timed ? token : image) + i;
-        uint64_t word = 0;
-        for (int64_t j = 0; j < least(64, out->size - i); j += VW) {
-          const NeuronLanes own = alike ? same : NeuronLanes(&rule, i + j, VW);
-          vf now = loadu(v + i + j);
-          vf syn = rule.syn_decay ? loadu(current + i + j) : vf{};
-          const vf emitted = step(own, loadu(x + j), now, syn, &word, j);
-          if (op->floor) now = raised(now, load(op->floor + (alike ? 0 : i + j)));
-          storeu(v + i + j, now);
-          if (rule.syn_decay) storeu(current + i + j, syn);
-          if (emits != kSpikes)
-            storeu(token_of<float>(r, op->word[kOut0], out, token) + i + j, emitted);
-          if (shown) storeu(token_of<float>(r, op->word[kOut1], shown, token) + i + j, now);
-        }
-        if (emits != kSpikes) continue;
-        if (out->size - i < 64) word &= (1ull << (out->size - i)) - 1;
-        token_of<uint64_t>(r, op->word[kOut0], out, token)[i / 64] = word;
-      }
+    const bool only_spikes = emits == kSpikes && !shown && !op->floor && alike;
+    if (only_spikes && of_usual(&rule, [&](auto usual) {
+          walk(r, image, [&](vf x, int64_t i, int64_t) {
+            vf now = loadu(v + i);
+            const uint32_t fires = lanes(same.step_as(usual, x, now));
+            storeu(v + i, now);
+            return fires;
+          });
+        }))
+      return;
+    walk(r, image, [&](vf x, int64_t i, int64_t token) {
+      const NeuronLanes own = alike ? same : NeuronLanes(&rule, i, VW);
+      vf now = loadu(v + i), syn = rule.syn_decay ? loadu(current + i) : vf{};
+      uint32_t fires = 0;
+      if (emits == kSpikes)
+        fires = lanes(own.step(&rule, x, now, syn));
+      else
+        storeu(token_of<float>(r, op->word[kOut0], out, token) + i, emitted(own, x, now, syn));
+      if (op->floor) now = raised(now, load(op->floor + (alike ? 0 : i)));
+      storeu(v + i, now);
+      if (rule.syn_decay) storeu(current + i, syn);
+      if (shown) storeu(token_of<float>(r, op->word[kOut1], shown, token) + i, now);
+      return fires;
+    });
   }
 
-  // The same of a usual rule that all numbers share, and of spikes alone.
-  template <class Usual>
-  void run_usual(const NetRun *r, int64_t image, float *v, Usual usual) const {
-    const NeuronLanes own(&rule, 0, VW);
+  // All steps of 64 numbers after each other, whose state is in L1 meanwhile. step(x, i, token)
+  // takes the VW numbers from i on through one step, and gives the lanes that fire.
+  template <class Step>
+  void walk(const NetRun *r, int64_t image, const Step &step) const {
     const int64_t steps = out->timed ? r->steps : 1;
     for (int64_t i = 0; i < out->size; i += 64) {
       const int64_t count = least(64, out->size - i);
@@ -90,22 +89,17 @@ struct NetNeuron {
         const int64_t token = t * r->images + image;
         const float *x = token_of<float>(r, op->word[kIn0], in, in->timed ? token : image) + i;
         uint64_t word = 0;
-        for (int64_t j = 0; j < count; j += VW) {
-          vf now = loadu(v + i + j);
-          word |= static_cast<uint64_t>(lanes(own.step_as(usual, loadu(x + j), now))) << j;
-          storeu(v + i + j, now);
-        }
+        for (int64_t j = 0; j < count; j += VW)
+          word |= static_cast<uint64_t>(step(loadu(x + j), i + j, token)) << j;
+        if (emits != kSpikes) continue;
         if (count < 64) word &= (1ull << count) - 1;
         token_of<uint64_t>(r, op->word[kOut0], out, token)[i / 64] = word;
       }
     }
   }
 
-  vf step(const NeuronLanes &own, vf x, vf &v, vf &current, uint64_t *word, int64_t at) const {
-    if (emits == kSpikes) {
-      *word |= static_cast<uint64_t>(lanes(own.step(&rule, x, v, current))) << at;
-      return vf{};
-    }
+  // What a neuron gives that does not give spikes: its membrane, or how often it fires at once.
+  vf emitted(const NeuronLanes &own, vf x, vf &v, vf &current) const {
     if (rule.syn_decay) {
       const vf next = current * own.syn_decay + x * own.syn_gain;
       x = rule.undecayed ? current + x : next;
