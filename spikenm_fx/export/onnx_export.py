@@ -45,6 +45,10 @@ def onnx(model: nn.Module, x: Tensor, *, file: str | Path | None = None, check: 
     ``sparse_initializer`` is written: it takes 1.5 times the room at 2:4, runs no faster, and
     OpenVINO does not read it.
 
+    Run the file in float32: rounded, a membrane crosses its threshold at another step.  OpenVINO
+    rounds to bfloat16 wherever the processor can, unless compiled with
+    ``{"INFERENCE_PRECISION_HINT": "f32"}``.
+
     Args:
         model: folded, at rest, in float32; it is not changed.
         x: an example input of the shape that the file will take.
