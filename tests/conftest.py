@@ -19,6 +19,9 @@ from profiles import USUAL
 
 settings.load_profile(USUAL)
 torch.set_num_threads(1)
+# Inductor compiles a program for each instruction set that the processor names, to see whether it
+# runs: half of the time of a small model's compilation.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 FRAMEWORKS = re.compile(
     r"\b(spikingjelly|snntorch|norse|sinabs|rockpool|braincog|timm|neurobench)\b"

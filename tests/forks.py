@@ -74,7 +74,9 @@ def _told(
 
 
 _IN_FORKS = """
-import json, os, torch, traceback
+import importlib, json, os, sys, torch, traceback
+for name in sys.argv[1:]:
+    importlib.import_module(name)
 torch.set_num_threads(1)  # a fork has no threads but the one that forks
 for number, code in enumerate(json.load(open("codes.json"))):
     child = os.fork()
@@ -91,16 +93,18 @@ for number, code in enumerate(json.load(open("codes.json"))):
 """
 
 
-def failures(codes: Sequence[str], folder: Path) -> list[str]:
+def failures(codes: Sequence[str], folder: Path, *imported: str) -> list[str]:
     """How each piece of code fails in an interpreter that has imported torch alone; else empty.
 
     Args:
         codes: each runs in a fork of one fresh interpreter.
         folder: in which they run.
+        imported: what else the interpreter has imported, which several of them need.
     """
     (folder / "codes.json").write_text(json.dumps(list(codes)), encoding="utf-8")
     root = str(Path(__file__).parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", _IN_FORKS], cwd=folder, env=environment, check=True)
+    words = [sys.executable, "-c", _IN_FORKS, *imported]
+    subprocess.run(words, cwd=folder, env=environment, check=True)
     files = [folder / f"{number}.txt" for number in range(len(codes))]
     return [f.read_text(encoding="utf-8") if f.exists() else "it died" for f in files]
