@@ -5,6 +5,8 @@ import pytest
 
 import spikenm_fx
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def rows():

@@ -21,6 +21,8 @@ import spikenm_fx
 from spikenm_fx.masks import EID
 from spikenm_fx.masks.methods.spikenm import SpikeNM
 
+pytestmark = pytest.mark.slow
+
 STEPS = 5
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
