@@ -55,7 +55,7 @@ struct GatherLayer {
     const int64_t line = layer.kw * layer.in->c * kOutputBlock * 4;
     lines = most(1, least(layer.kh, kNearBytes / line)), columns = layer.kw;
     // Two blocks have more sums under way for each event; one has rows that stay nearer.
-    outputs = VW == 16 || line <= kNearBytes ? 2 * kOutputBlock : kOutputBlock;
+    outputs = line <= kNearBytes ? 2 * kOutputBlock : kOutputBlock;
   }
 
   // An image may be given again at each step, and takes a layer no longer then than one step.
