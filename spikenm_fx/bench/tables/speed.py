@@ -121,6 +121,10 @@ def _range(result: Result, batch: int, kind: str) -> str:
     return f"{percent(min(shares), digits=0)} to {percent(max(shares), digits=0)}"
 
 
+def _where(result: Result) -> str:
+    return f"{_threads(result)}, {result['machine']['isa']}"
+
+
 STREAM_PEERS = {
     "c runtime": "C runtime",
     "scipy csr": "scipy CSR",
@@ -132,7 +136,7 @@ STREAM_PEERS = {
 
 def _streams(*results: Result) -> str:
     rows = [
-        [_threads(result), row["stream"], row.get("pattern", "2:4"), row["batch"]]
+        [_where(result), row["stream"], row.get("pattern", "2:4"), row["batch"]]
         + ["" if row["rate"] is None else percent(row["rate"])]
         + [f"{row['us']['program']:.0f} µs"]
         + [_over(row, key) for key in ("eager", "compiled", "engine", "onnxruntime")]
@@ -157,14 +161,14 @@ OTHERS = {"eager": "eager", "compiled": "torch.compile", "engine": "`pack` alone
 def _programs(*results: Result) -> str:
     head = ["", "network", "N:M", "batch", "firing", "program"]
     rows = [
-        [_threads(result), row["network"], row["pattern"], row["batch"], percent(row["rate"])]
+        [_where(result), row["network"], row["pattern"], row["batch"], percent(row["rate"])]
         + [f"{row['ms']['program']:.1f} ms"]
         + [_over(row, other) for other in OTHERS]
         for result in results
         for row in result["rows"]
     ]
     means = [
-        [_threads(result), key, times(group["mean"]), times(group["least"])]
+        [_where(result), key, times(group["mean"]), times(group["least"])]
         for result in results
         for key, group in result["summary"].items()
     ]
@@ -265,8 +269,7 @@ CHAPTERS = (
         "One time step per call, states kept: `pack(model, x, program=True).step(frame)`. Weights "
         "that do not fit the caches, and large batches of images, gain least. Beside it the same "
         'with int8 weights, and with `memory="small"`, whose weights stay as they are stored: '
-        "their time, and what they keep in memory. Below 1x the other one wins. The machine was "
-        "shared with other work: ratios hold, times are long.",
+        "their time, and what they keep in memory. Below 1x the other one wins.",
         later=("stream-2t",),
     ),
     Chapter(
@@ -275,8 +278,9 @@ CHAPTERS = (
         "python -m spikenm_fx.bench programs (and --threads 2)",
         _programs,
         "T=4, a whole input per call: `pack(model, x, program=True)`, over eager and compiled "
-        "torch, and over the engine without a program, which times its kernels for each layer.",
-        later=("programs-1t", "programs-2t"),
+        "torch, and over the engine without a program, which times its kernels for each layer. Of "
+        "many images at a time both add a row of weights for each spike, as fast as rows are read.",
+        later=("programs-1t", "programs-2t", "programs-1t-avx2"),
     ),
     Chapter(
         "Instructions on aarch64",
