@@ -14,21 +14,30 @@
 
 namespace {
 
-// Sums of kVectors vectors of outputs over the events of one run.  `w`: where the row of the token's
-// first number would lie; that of another block of outputs lies `apart` behind it.
+// Some lines and columns of taps of a block of outputs, or of two, and the events of a token.
+struct Taps {
+  const float *w;
+  int64_t apart;  // from one block of outputs to the next
+  int64_t first_line, end, first_column, end_column;
+  const int32_t *starts;
+  const uint32_t *offset;
+  const float *value;
+  const char *ahead;  // what is read after them
+  int64_t share;      // lines of a cache that each pixel fetches from there
+};
+
+// Adds the row of event k to the sums of kVectors vectors of outputs.  `w`: where the row of the
+// token's first number would lie.
 template <int kVectors, bool kValued>
-SNM_INLINE void add_run(uintptr_t w, int64_t apart, const uint32_t *offset, const float *value,
-                        int64_t count, vf *sum) {
+SNM_INLINE void add_row(const Taps &taps, uintptr_t w, int64_t k, vf *sum) {
   constexpr int kOfBlock = static_cast<int>(kOutputBlock / VW);
   constexpr int kNarrow = kVectors * VW < kOutputBlock ? 1 : 0;
-  for (int64_t k = 0; k < count; ++k) {
-    const float *row = reinterpret_cast<const float *>(w + (offset[k] >> kNarrow));
-    const vf factor = kValued ? splat(value[k]) : vf{};
+  const float *row = reinterpret_cast<const float *>(w + (taps.offset[k] >> kNarrow));
+  const vf factor = kValued ? splat(taps.value[k]) : vf{};
 #pragma GCC unroll 8
-    for (int j = 0; j < kVectors; ++j) {
-      const vf weight = loadu(row + (j / kOfBlock ? apart : 0) + j % kOfBlock * VW);
-      sum[j] = kValued ? madd(factor, weight, sum[j]) : sum[j] + weight;
-    }
+  for (int j = 0; j < kVectors; ++j) {
+    const vf weight = loadu(row + (j / kOfBlock ? taps.apart : 0) + j % kOfBlock * VW);
+    sum[j] = kValued ? madd(factor, weight, sum[j]) : sum[j] + weight;
   }
 }
 
@@ -162,52 +171,91 @@ struct GatherLayer {
         return ones ? add_taps_of<2 * kBlock, false>(tile, 0, t, ky, kx)
                     : add_taps_of<2 * kBlock, true>(tile, 0, t, ky, kx);
     for (; o + kOutputBlock <= tile.width; o += kOutputBlock)
-      ones ? add_taps_of<kBlock, false>(tile, o, t, ky, kx) : add_taps_of<kBlock, true>(tile, o, t, ky, kx);
+      ones ? add_taps_of<kBlock, false>(tile, o, t, ky, kx)
+           : add_taps_of<kBlock, true>(tile, o, t, ky, kx);
     if (o == tile.width) return;  // else there is a last, narrower block
     ones ? add_taps_of<kBlock / 2, false>(tile, o, t, ky, kx)
          : add_taps_of<kBlock / 2, true>(tile, o, t, ky, kx);
   }
 
+  // A function of its own: among all else of a tile the innermost loops lack registers.
   template <int kVectors, bool kValued>
-  void add_taps_of(const Tile &tile, int64_t o, int64_t t, int64_t first_line,
-                   int64_t first_column) const {
+  __attribute__((noinline)) void add_taps_of(const Tile &tile, int64_t o, int64_t t,
+                                             int64_t first_line, int64_t first_column) const {
     constexpr int64_t width = least(kOutputBlock, kVectors * VW);
-    const NetValue *in = layer.in, *out = layer.out;
-    const int64_t row = layer.kw * in->c, line = row * width, apart = layer.kh * line;
-    const float *w = layer.op->memory + (tile.o0 + o) * layer.kh * row;
-    const int64_t list = t * images + tile.image;
-    const int32_t *starts = lists.starts(list);
-    const uint32_t *offset = lists.offset(list);
-    const float *value = lists.value(list);
-    const int64_t pixels = (tile.to - tile.from) * out->w, end = least(layer.kh, first_line + lines);
-    const int64_t end_column = least(layer.kw, first_column + columns);
-    float *y = tile.y + t * pixels * outputs + o;
+    // Sums of two pixels grow in turn: an addition does not wait for the one before it.
+    constexpr int kTogether = kVectors <= 4 ? 2 : 1;
+    const NetValue *out = layer.out;
+    const int64_t of_tap = layer.in->c * width, list = t * images + tile.image;
+    Taps taps = {};
+    taps.w = layer.op->memory + (tile.o0 + o) * layer.kh * layer.kw * layer.in->c;
+    taps.apart = layer.kh * layer.kw * of_tap;
+    taps.first_line = first_line, taps.end = least(layer.kh, first_line + lines);
+    taps.first_column = first_column, taps.end_column = least(layer.kw, first_column + columns);
+    taps.starts = lists.starts(list), taps.offset = lists.offset(list);
+    taps.value = lists.value(list);
+    const int64_t pixels = (tile.to - tile.from) * out->w;
     // What follows is read next, from far away, and here and there: it is fetched in passing.
-    const char *ahead = reinterpret_cast<const char *>(
-        w + ((end - 1) * layer.kw + end_column) * in->c * width);
-    const int64_t fetched = (end - first_line) * (end_column - first_column) * in->c * width * 4;
-    const int64_t share = tile.fetches ? ceil_div(fetched, steps * pixels * 64) : 0;
-    ahead += t * pixels * share * 64;
-    for (int64_t oy = tile.from; oy < tile.to; ++oy)
-      for (int64_t ox = 0; ox < out->w; ++ox, y += outputs) {
-        for (int64_t k = 0; k < share; ++k, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-        vf sum[kVectors];
+    const int64_t fetched = (taps.end - first_line) * (taps.end_column - first_column) * of_tap * 4;
+    taps.share = tile.fetches ? ceil_div(fetched, steps * pixels * 64) : 0;
+    taps.ahead = reinterpret_cast<const char *>(
+        taps.w + ((taps.end - 1) * layer.kw + taps.end_column) * of_tap);
+    taps.ahead += t * pixels * taps.share * 64;
+    float *y = tile.y + t * pixels * outputs + o;
+    for (int64_t oy = tile.from; oy < tile.to; ++oy) {
+      int64_t ox = 0;
+      for (; ox + kTogether <= out->w; ox += kTogether, y += kTogether * outputs)
+        add_pixels<kTogether, kVectors, kValued>(&taps, oy, ox, y);
+      for (; ox < out->w; ++ox, y += outputs)
+        add_pixels<1, kVectors, kValued>(&taps, oy, ox, y);
+    }
+  }
+
+  // Adds what a pixel reads to its sums, or what two neighbours read.
+  template <int kPixels, int kVectors, bool kValued>
+  __attribute__((always_inline)) void add_pixels(Taps *taps, int64_t oy, int64_t ox,
+                                                 float *y) const {
+    constexpr int64_t bytes = least(kOutputBlock, kVectors * VW) * 4;
+    const NetValue *in = layer.in;
+    for (int64_t k = 0; k < kPixels * taps->share; ++k, taps->ahead += 64)
+      __builtin_prefetch(taps->ahead, 0, 2);
+    const bool opens = taps->first_line + taps->first_column == 0;
+    const int64_t x = ox * layer.sw - layer.pw;
+    vf sum[kPixels][kVectors];
+    int64_t left[kPixels], right[kPixels];
+#pragma GCC unroll 2
+    for (int p = 0; p < kPixels; ++p) {
+      right[p] = most(0, least(in->w, x + p * layer.sw + taps->end_column));
+      left[p] = least(most(0, x + p * layer.sw + taps->first_column), right[p]);
 #pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) sum[j] = first_line + first_column ? load(y + j * VW) : vf{};
-        const int64_t x = ox * layer.sw - layer.pw;
-        const int64_t left = most(0, x + first_column), right = least(in->w, x + end_column);
-        for (int64_t ky = first_line; ky < end; ++ky) {
-          const int64_t iy = oy * layer.sh - layer.ph + ky * layer.dh;
-          if (iy < 0 || iy >= in->h || left >= right) continue;
-          const int32_t from = starts[iy * in->w + left], to = starts[iy * in->w + right];
-          const int64_t first_row = ky * row - (iy * in->w + x) * in->c;
-          add_run<kVectors, kValued>(
-              reinterpret_cast<uintptr_t>(w) + static_cast<uintptr_t>(first_row * width * 4), apart,
-              offset + from, value + from, to - from, sum);
-        }
-#pragma GCC unroll 8
-        for (int j = 0; j < kVectors; ++j) store(y + j * VW, sum[j]);
+      for (int j = 0; j < kVectors; ++j) sum[p][j] = opens ? vf{} : load(y + p * outputs + j * VW);
+    }
+    for (int64_t ky = taps->first_line; ky < taps->end; ++ky) {
+      const int64_t iy = oy * layer.sh - layer.ph + ky * layer.dh;
+      if (iy < 0 || iy >= in->h) continue;
+      uintptr_t w[kPixels];
+      int64_t from[kPixels], count[kPixels], both = 0;
+#pragma GCC unroll 2
+      for (int p = 0; p < kPixels; ++p) {
+        const int64_t row = ky * layer.kw - iy * in->w - x - p * layer.sw;
+        w[p] = reinterpret_cast<uintptr_t>(taps->w) + static_cast<uintptr_t>(row * in->c * bytes);
+        from[p] = taps->starts[iy * in->w + left[p]];
+        count[p] = taps->starts[iy * in->w + right[p]] - from[p];
       }
+      if constexpr (kPixels == 2)
+        for (const int64_t shorter = least(count[0], count[1]); both < shorter; ++both) {
+          add_row<kVectors, kValued>(*taps, w[0], from[0] + both, sum[0]);
+          add_row<kVectors, kValued>(*taps, w[1], from[1] + both, sum[1]);
+        }
+#pragma GCC unroll 2
+      for (int p = 0; p < kPixels; ++p)
+        for (int64_t k = both; k < count[p]; ++k)
+          add_row<kVectors, kValued>(*taps, w[p], from[p] + k, sum[p]);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 8
+      for (int j = 0; j < kVectors; ++j) store(y + p * outputs + j * VW, sum[p][j]);
   }
 
   void finish(const Tile &tile) const {
