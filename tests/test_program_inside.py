@@ -73,6 +73,46 @@ def test_the_code_of_a_neuron_becomes_operations(
         torch.testing.assert_close(engine(longer), model(longer))
 
 
+class Looping(nn.Module):
+    """A neuron over ``[B, T, C]`` that takes its input step by step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Currents to spikes."""
+        mem, out = 0, []
+        for t in range(x.shape[1]):
+            mem = mem * 0.5 + x[:, t]
+            spike = Step.apply(mem - 0.6)
+            mem = (1 - spike) * mem
+            out.append(spike)
+        return torch.stack(out, 1)
+
+
+class Still(nn.Module):
+    """An input that is the same in all steps, because the model itself repeats it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(9, 14), nn.Linear(14, 7)
+        self.first, self.last = Looping(), Looping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Spikes of all steps."""
+        return self.last(self.after(self.first(torch.stack([self.before(x)] * 5, 1))))
+
+
+def test_a_state_changes_though_its_input_does_not() -> None:
+    """What a loop carries differs from step to step where the input is always the same."""
+    torch.manual_seed(0)
+    model, x = Still().eval(), torch.randn(2, 9)
+    model.after.weight.data.mul_(4)
+    with torch.no_grad():
+        engine = program(model, x)
+        for frame in (x, torch.randn(3, 9)):
+            wanted = model(frame)
+            assert not torch.equal(wanted[:, 0], wanted[:, 1])
+            torch.testing.assert_close(engine(frame), wanted)
+
+
 def test_a_neuron_of_one_step_keeps_its_state_between_calls() -> None:
     """One call is one step: what the module keeps of it, the program keeps."""
     torch.manual_seed(0)
