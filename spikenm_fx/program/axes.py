@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 __all__ = [
@@ -73,6 +73,10 @@ class Layout:
     def lead(self) -> tuple[Atom, ...]:
         """Time and batch."""
         return tuple(a for a in self.atoms if a not in self.features)
+
+    def over(self, time: Atom) -> Layout:
+        """The same numbers, of each time step its own."""
+        return self if time in self.lead else replace(self, atoms=(time, *self.atoms))
 
     @property
     def size(self) -> tuple[int, int, int]:

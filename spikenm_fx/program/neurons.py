@@ -271,8 +271,7 @@ class Neurons:
         if self.draft.time is None:
             self.draft.time = Atom(self.calls[name], "time")
             self.draft.constant_steps = self.calls[name]
-        atoms = (self.draft.time, *layout.atoms)
-        return Layout(atoms, layout.channels, layout.height, layout.width)
+        return layout.over(self.draft.time)
 
     def _parameters(self, name: str, spec: NeuronSpec, ref: Ref) -> Tensor:
         """``(8, 1)`` or ``(8, channels)``: the rule's rows, and the membrane at rest.

@@ -178,9 +178,8 @@ class Rolled:
 
     def _new(self, node: fx.Node, given: First, args: Any, siblings: list[Ref]) -> _Carried:
         layout, axes = self._like(node, given, args, siblings[0])
-        time = self.draft.time
-        if time is not None and time not in layout.lead:  # a state changes, whatever it meets
-            layout = replace(layout, atoms=(time, *layout.atoms))
+        if self.draft.time is not None:  # a state changes, whatever it meets
+            layout = layout.over(self.draft.time)
         initial = self._initial(node, given, replace(siblings[0], axes=axes))
         where = _where(given.node)
         forgets = not self._kept(given.node)
